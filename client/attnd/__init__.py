@@ -1,0 +1,91 @@
+"""attnd: attention as a service. The client.
+
+```
+import attnd
+
+client = attnd.connect("localhost:7411")
+cache = client.create_cache(num_layers=30, num_kv_heads=3, head_dim=64, num_pages=256)
+```
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from attnd import aio, errors
+from attnd._version import __version__
+from attnd.client import Cache, Client, connect
+from attnd.diffulex import (
+    AttnMetaDataBase,
+    fetch_attn_metadata,
+    is_warming_up,
+    reset_warming_up,
+    set_fetch_fn_for_attn_metadata,
+    set_warming_up,
+)
+from attnd.diffulex_steps import from_diffulex
+from attnd.errors import (
+    AttndError,
+    CacheLost,
+    DeadlineExceeded,
+    Disconnected,
+    EpochMismatch,
+    Exhausted,
+    InvalidRequest,
+    PermissionDenied,
+    ServerFault,
+    Unsupported,
+)
+from attnd.metadata import StepMetadata
+from attnd.options import AttentionOptions
+from attnd.pages import PagedSequence, PagePool
+from attnd.session import Session, Step, Timings
+from attnd.tensors import Array
+from attnd.tuning import tune_process
+
+if TYPE_CHECKING:
+    from attnd.attention import Attention, attach
+
+__all__ = [
+    "Array",
+    "Attention",
+    "AttentionOptions",
+    "AttnMetaDataBase",
+    "AttndError",
+    "Cache",
+    "CacheLost",
+    "Client",
+    "DeadlineExceeded",
+    "Disconnected",
+    "EpochMismatch",
+    "Exhausted",
+    "InvalidRequest",
+    "PagePool",
+    "PagedSequence",
+    "PermissionDenied",
+    "ServerFault",
+    "Session",
+    "Step",
+    "StepMetadata",
+    "Timings",
+    "Unsupported",
+    "__version__",
+    "aio",
+    "attach",
+    "connect",
+    "errors",
+    "fetch_attn_metadata",
+    "from_diffulex",
+    "is_warming_up",
+    "reset_warming_up",
+    "set_fetch_fn_for_attn_metadata",
+    "set_warming_up",
+    "tune_process",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what needs torch when it is first asked for."""
+    if name in ("Attention", "attach"):
+        from attnd import attention
+
+        return getattr(attention, name)
+    raise AttributeError(f"module 'attnd' has no attribute {name!r}")

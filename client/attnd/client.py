@@ -1,0 +1,299 @@
+"""The sync client: a connection, and the caches leased over it."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+from attnd import requests, wire
+from attnd.errors import AttndError, CacheLost
+from attnd.options import AttentionOptions
+from attnd.requests import DEFAULT_OPTIONS
+from attnd.session import Session
+from attnd.transport import Transport, open_transport
+from attnd.v1 import cache_pb2, capabilities_pb2
+
+
+def connect(address: str = "localhost:7411", *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0) -> Client:
+    """Connects to a server.
+
+    Args:
+        address: "host:port", or "inproc://" for a server in this process (needs `attnd[server]`).
+        timeout_s: deadline of each request, in seconds.
+        connect_timeout_s: how long to wait for a server that is not there yet.
+
+    Raises:
+        Disconnected: nobody answers at the address.
+    """
+    return Client(open_transport(address), timeout_s=timeout_s, connect_timeout_s=connect_timeout_s)
+
+
+class Client:
+    """A connection to one server. Any thread may use it. Close it, or use it as a context manager."""
+
+    def __init__(self, transport: Transport, *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0) -> None:
+        """Asks the server for its capabilities; use `attnd.connect`."""
+        self.transport = transport
+        self.timeout_s = timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self._renewal = _Renewal()
+        try:
+            self.capabilities()
+        except AttndError:
+            transport.close()
+            raise
+
+    @property
+    def epoch(self) -> int:
+        """The server's epoch when it was last asked."""
+        return self._epoch
+
+    def capabilities(self) -> capabilities_pb2.GetCapabilitiesResponse:
+        """What the server is and can do; waits for a server that restarts.
+
+        Raises:
+            Disconnected: the server is away for longer than the connection timeout.
+        """
+        data = self.transport.unary("GetCapabilities", b"", self._connect_timeout_s, wait=True)
+        message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
+        self._epoch = message.epoch
+        return message
+
+    def create_cache(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 16,
+        head_dim_v: int = 0,
+        dtype: object = "bfloat16",
+        layout: str = "unified",
+        backend: str = "auto",
+        precision: str = "auto",
+        ttl_s: float = 60.0,
+        name: str = "",
+    ) -> Cache:
+        """Leases KV memory. The lease is renewed in the background until the cache is deleted or the process ends.
+
+        Args:
+            num_layers: layers of the model.
+            num_kv_heads: KV heads per layer.
+            head_dim: elements per head of q and k, a multiple of 8.
+            num_pages: pages of the cache; page ids are 0..num_pages-1.
+            page_size: token slots per page.
+            head_dim_v: elements per head of v and of the output; 0 means head_dim.
+            dtype: "float32", "float16", "bfloat16" or torch's own; of the pages and of q, k, v.
+            layout: "unified" or "distinct".
+            backend: "auto", or the name of the backend that calls use.
+            precision: "auto", "fp32", "fp16" or "bf16": the type in which backends multiply.
+            ttl_s: seconds after the client's last sign of life when the server frees the cache.
+            name: a label for people.
+
+        Raises:
+            InvalidRequest: a value is out of its range.
+            Exhausted: the server has not enough memory, or too many caches.
+        """
+        request = requests.create_cache(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_pages=num_pages,
+            page_size=page_size,
+            head_dim_v=head_dim_v,
+            dtype=dtype,
+            layout=layout,
+            backend=backend,
+            precision=precision,
+            ttl_s=ttl_s,
+            name=name,
+        )
+        data = self.transport.unary("CreateCache", request, self.timeout_s, wait=True)
+        cache = Cache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache)
+        self._renewal.add(cache)
+        return cache
+
+    def list_caches(self) -> list[cache_pb2.CacheInfo]:
+        """This principal's caches on the server, oldest first, without their ids."""
+        data = self.transport.unary("ListCaches", b"", self.timeout_s)
+        return list(wire.parse(cache_pb2.ListCachesResponse, data).caches)
+
+    def prefill(
+        self,
+        cache: Cache,
+        metadata: Any,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        options: AttentionOptions = DEFAULT_OPTIONS,
+    ) -> Any:
+        """One layer of a prefill step in one self-contained request. Arguments and result as in `Step.attend`."""
+        return self._unary_call("prefill", cache, metadata, layer, q, k, v, options)
+
+    def decode(
+        self,
+        cache: Cache,
+        metadata: Any,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        options: AttentionOptions = DEFAULT_OPTIONS,
+    ) -> Any:
+        """One layer of a decode step in one self-contained request. Arguments and result as in `Step.attend`."""
+        return self._unary_call("decode", cache, metadata, layer, q, k, v, options)
+
+    def _unary_call(
+        self, kind: str, cache: Cache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+    ) -> Any:
+        request = requests.unary_call(kind, requests.as_step_metadata(metadata), cache.ref, layer, q, k, v, options)
+        data = self.transport.unary(kind.capitalize(), request, self.timeout_s)
+        return requests.unary_reply(kind, data, q, options.return_lse)
+
+    def close(self) -> None:
+        """Ends the connection. Caches stay until their lease ends; delete them first to free them now."""
+        self._renewal.close()
+        self.transport.close()
+
+    def __enter__(self) -> Client:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+class Cache:
+    """A lease on KV memory. Made by `Client.create_cache`; as a context manager it deletes itself.
+
+    Attributes:
+        ref: id and epoch, as requests carry them.
+        config: geometry, as created.
+    """
+
+    def __init__(self, client: Client, info: cache_pb2.CacheInfo) -> None:
+        """Wraps what CreateCache answered."""
+        self.ref = info.cache
+        self.config = info.config
+        self.ttl_s = info.ttl_s
+        self._client = client
+
+    @property
+    def transport(self) -> Transport:
+        """The client's connection."""
+        return self._client.transport
+
+    def session(self) -> Session:
+        """A session: the way to run steps."""
+        return Session(self, self._client.timeout_s)
+
+    def info(self) -> cache_pb2.CacheInfo:
+        """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""
+        request = cache_pb2.RenewCacheRequest(cache=self.ref).SerializeToString()
+        data = self._unary("RenewCache", request)
+        info: cache_pb2.CacheInfo = wire.parse(cache_pb2.RenewCacheResponse, data).cache
+        return info
+
+    def renew(self) -> None:
+        """Starts the lease again. Raises CacheLost if it has gone."""
+        self.info()
+
+    def delete(self) -> None:
+        """Frees the cache. Raises CacheLost if it has gone already."""
+        self._client._renewal.remove(self)
+        self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
+        self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+
+    def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
+        """Stores K and V of one layer, in chunks of a few MiB.
+
+        Args:
+            layer: 0 <= layer < num_layers.
+            slots: int `[num_tokens]`, none twice.
+            k: `[num_tokens, num_kv_heads, head_dim]` of the cache's dtype.
+            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype.
+
+        Returns:
+            Slots that were written. After an error, whole chunks before the refused one are written.
+        """
+        chunks = requests.store_kv(self.ref, layer, slots, k, v)
+        return sum(requests.stored(data) for data in self.transport.store_kv(chunks, self._client.timeout_s))
+
+    def read_kv(self, layer: int, slots: Any, like: Any) -> tuple[Any, Any]:
+        """Reads K and V of one layer back.
+
+        Args:
+            layer: 0 <= layer < num_layers.
+            slots: int `[num_tokens]`.
+            like: the answer is of its kind: a torch tensor on its device, a numpy array, or an `attnd.Array`.
+
+        Returns:
+            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`.
+        """
+        responses = self.transport.read_kv(requests.read_kv(self.ref, layer, slots), self._client.timeout_s)
+        return requests.joined([wire.READ_KV_RESPONSE.decode(data) for data in responses], like)
+
+    def __enter__(self) -> Cache:
+        """The cache itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deletes; a cache that has gone, or a server that is away, is fine."""
+        try:
+            self.delete()
+        except (CacheLost, ConnectionError, TimeoutError):
+            pass
+
+    def _unary(self, method: str, request: bytes) -> bytes:
+        return self.transport.unary(method, request, self._client.timeout_s)
+
+
+class _Renewal:
+    """Renews leases in the background, each three times per time to live."""
+
+    def __init__(self) -> None:
+        self._caches: dict[bytes, Cache] = {}
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, cache: Cache) -> None:
+        self._caches[cache.ref.id] = cache
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="attnd-renewal", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def remove(self, cache: Cache) -> None:
+        self._caches.pop(cache.ref.id, None)
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.clear()
+            period_s = min((cache.ttl_s / 3 for cache in list(self._caches.values())), default=None)
+            if self._closed or self._wake.wait(period_s):
+                continue  # a cache with a shorter lease, or the end
+            for cache in list(self._caches.values()):
+                try:
+                    cache.renew()
+                except CacheLost:
+                    self.remove(cache)  # the next step says so to the caller
+                except AttndError:
+                    pass  # away for now; the lease may outlast it

@@ -1,0 +1,156 @@
+"""Every error that attnd raises: one class per thing that a caller can do about it.
+
+    AttndError
+    ├── InvalidRequest      correct the request: the message names field, value and rule
+    ├── Unsupported         ask for something else: this server, plane or backend cannot do it, and says why
+    ├── CacheLost           create another cache and store again: this one has gone
+    ├── Exhausted           free something or wait: the message names limit, use and what is free
+    ├── PermissionDenied    use other credentials
+    ├── DeadlineExceeded    retry with more time
+    ├── Disconnected        reconnect: the server is away, starting or draining
+    └── ServerFault         report it: a bug, with the id under which the server logged it
+
+The server raises the same classes, so an `inproc://` client sees what a remote one sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from attnd.v1 import error_pb2
+
+# Trailer in which gRPC carries google.rpc.Status (the grpc-status convention of unary calls).
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class AttndError(Exception):
+    """Base of all errors of attnd.
+
+    Attributes:
+        field: the request's field that is at fault, or "".
+        reason: the wire's `ErrorReason`.
+        code: the gRPC status code that carries it.
+    """
+
+    reason: error_pb2.ErrorReason.ValueType = error_pb2.ERROR_REASON_UNSPECIFIED
+    code = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidRequest(AttndError, ValueError):
+    """The request breaks a rule; nothing was changed. Correct it."""
+
+    reason = error_pb2.ERROR_REASON_INVALID_REQUEST
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class Unsupported(AttndError):
+    """The request is sound, but this server, plane or backend cannot serve it. Ask for another."""
+
+    reason = error_pb2.ERROR_REASON_UNSUPPORTED
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class CacheLost(AttndError):
+    """The cache is unknown, deleted, expired, or of an earlier life of the server. Create another and store again."""
+
+    reason = error_pb2.ERROR_REASON_CACHE_NOT_FOUND
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class EpochMismatch(CacheLost):
+    """The server was restarted since the cache was created, so its KV is gone."""
+
+    reason = error_pb2.ERROR_REASON_EPOCH_MISMATCH
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class Exhausted(AttndError):
+    """A limit is reached: pages, memory, queue or message size. Free something or wait."""
+
+    reason = error_pb2.ERROR_REASON_EXHAUSTED
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class PermissionDenied(AttndError):
+    """The credentials do not allow this."""
+
+    reason = error_pb2.ERROR_REASON_PERMISSION_DENIED
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class DeadlineExceeded(AttndError, TimeoutError):
+    """The answer did not come in time. Any request may be sent again."""
+
+    reason = error_pb2.ERROR_REASON_DEADLINE_EXCEEDED
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Disconnected(AttndError, ConnectionError):
+    """The server cannot be reached, or is starting or draining. Reconnect."""
+
+    reason = error_pb2.ERROR_REASON_UNAVAILABLE
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class ServerFault(AttndError):
+    """A bug of the server."""
+
+    reason = error_pb2.ERROR_REASON_INTERNAL
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_REASON: dict[int, type[AttndError]] = {
+    cls.reason: cls
+    for cls in (
+        InvalidRequest,
+        Unsupported,
+        CacheLost,
+        EpochMismatch,
+        Exhausted,
+        PermissionDenied,
+        DeadlineExceeded,
+        Disconnected,
+        ServerFault,
+    )
+}
+
+# What a status without our details means: sent by gRPC itself, a proxy or another server.
+_BY_CODE: dict[grpc.StatusCode, type[AttndError]] = {
+    **{cls.code: cls for cls in _BY_REASON.values()},
+    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.CANCELLED: Disconnected,
+    grpc.StatusCode.UNKNOWN: ServerFault,
+    grpc.StatusCode.DATA_LOSS: ServerFault,
+    # Ours always come with details. Without them they are gRPC's word for a broken stream and a proxy's for "not now".
+    grpc.StatusCode.INTERNAL: Disconnected,
+    grpc.StatusCode.FAILED_PRECONDITION: Disconnected,
+}
+
+
+def to_message(error: AttndError) -> error_pb2.Error:
+    """The wire's form of `error`."""
+    return error_pb2.Error(reason=error.reason, message=str(error), field=error.field)
+
+
+def from_message(message: error_pb2.Error) -> AttndError:
+    """The exception that `message` stands for."""
+    return _BY_REASON.get(message.reason, ServerFault)(message.message, field=message.field)
+
+
+def from_rpc(error: grpc.RpcError) -> AttndError:
+    """The exception that a failed RPC stands for."""
+    trailers: Any = error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key == STATUS_DETAILS_KEY:
+            for detail in error_pb2.Status.FromString(value).details:
+                message = error_pb2.Error()
+                if detail.Unpack(message):
+                    return from_message(message)
+    return _BY_CODE.get(error.code(), ServerFault)(error.details() or error.code().name)

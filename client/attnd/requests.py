@@ -1,0 +1,215 @@
+"""Requests to bytes and replies to values: what the sync and the asyncio client share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from attnd import wire
+from attnd.diffulex_steps import from_diffulex
+from attnd.errors import InvalidRequest, ServerFault, from_message
+from attnd.metadata import StepMetadata
+from attnd.options import AttentionOptions
+from attnd.packing import int32_tensor, slots_tensor
+from attnd.tensors import Array, dtype_of, from_array, to_array
+from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, step_pb2, tensor_pb2
+
+# Bytes of K and V in one chunk of StoreKv.
+STORE_CHUNK_BYTES = 4 << 20
+
+DEFAULT_OPTIONS = AttentionOptions()
+
+
+def as_step_metadata(metadata: Any) -> StepMetadata:
+    """`metadata` itself, or what an object with the attributes of Diffulex's metadata means."""
+    return metadata if isinstance(metadata, StepMetadata) else from_diffulex(metadata)
+
+
+def enum_value(enum: Any, prefix: str, name: str, field: str) -> int:
+    """The value of an enum by the short name that people type, such as "auto" for BACKEND_AUTO.
+
+    Raises:
+        InvalidRequest: no such name.
+    """
+    try:
+        return int(enum.Value(f"{prefix}_{name.upper()}"))
+    except ValueError:
+        names = ", ".join(key.removeprefix(f"{prefix}_").lower() for key in enum.keys()[1:])
+        raise InvalidRequest(f"{field} is {name!r}, but must be one of {names}", field=field) from None
+
+
+def create_cache(
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    head_dim_v: int,
+    dtype: object,
+    layout: str,
+    backend: str,
+    precision: str,
+    ttl_s: float,
+    name: str,
+) -> bytes:
+    """The request of CreateCache. Raises InvalidRequest for what the message cannot carry."""
+    counts = {
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+        "page_size": page_size,
+        "num_pages": num_pages,
+    }
+    for field, value in counts.items():
+        if not 0 <= value < 1 << 32:
+            raise InvalidRequest(f"{field} is {value}, but must be 0..{(1 << 32) - 1}", field=field)
+    config = cache_pb2.CacheConfig(
+        **counts,
+        dtype=dtype_of(dtype),
+        layout=cache_pb2.Layout.ValueType(enum_value(cache_pb2.Layout, "LAYOUT", layout, "layout")),
+        backend=backend_pb2.Backend.ValueType(enum_value(backend_pb2.Backend, "BACKEND", backend, "backend")),
+        precision=cache_pb2.Precision.ValueType(enum_value(cache_pb2.Precision, "PRECISION", precision, "precision")),
+    )
+    return cache_pb2.CreateCacheRequest(config=config, ttl_s=ttl_s, name=name).SerializeToString()
+
+
+def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Sequence[int]) -> bytes:
+    """The request of CopyPages."""
+    return cache_pb2.CopyPagesRequest(
+        cache=cache,
+        source_pages=int32_tensor(sources, "source_pages"),
+        target_pages=int32_tensor(targets, "target_pages"),
+    ).SerializeToString()
+
+
+def tensor_message(array: Array) -> tensor_pb2.Tensor:
+    """A small Array as a message."""
+    return tensor_pb2.Tensor(dtype=tensor_pb2.Dtype.ValueType(array.dtype), shape=array.shape, data=bytes(array.data))
+
+
+def attend_call(step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
+    """The AttendRequest of one call."""
+    return wire.ATTEND_REQUEST.encode(*call_message(step_id, layer, q, k, v, options))
+
+
+def unary_call(
+    kind: str,
+    metadata: StepMetadata,
+    cache: cache_pb2.CacheRef,
+    layer: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    options: AttentionOptions,
+) -> bytes:
+    """The PrefillRequest or DecodeRequest of one call."""
+    frame = wire.DECODE_REQUEST if kind == "decode" else wire.PREFILL_REQUEST
+    step = frame.message_type(step=metadata.to_message(0, cache)).SerializeToString()
+    return frame.encode(*call_message(0, layer, q, k, v, options), outer=step)
+
+
+def call_message(
+    step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+) -> tuple[step_pb2.Call, dict[str, Array]]:
+    """A call and its tensors."""
+    tensors = {name: to_array(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
+    return step_pb2.Call(step_id=step_id, layer=layer, options=options.message), tensors
+
+
+# Short names of backends by the wire's number; a store-only step has none.
+_BACKEND_NAMES = {
+    number: name.removeprefix("BACKEND_").lower() for name, number in backend_pb2.Backend.items() if number
+}
+
+
+class Reply(NamedTuple):
+    """What a call gave."""
+
+    output: Any
+    backend: str
+    queue_us: int
+    kernel_us: int
+
+
+def reply(message: step_pb2.CallReply, tensors: Any, like: Any, return_lse: bool) -> Reply:
+    """A call's result: the output, or `(output, lse)`, or None for a store-only step; of the kind that `like` is."""
+    output = from_array(tensors["output"], like) if "output" in tensors else None
+    if return_lse and output is not None:
+        output = (output, from_array(tensors["lse"], like))
+    return Reply(output, _BACKEND_NAMES.get(message.backend, ""), message.queue_us, message.kernel_us)
+
+
+def unary_reply(kind: str, data: bytes, like: Any, return_lse: bool) -> Any:
+    """The result in a PrefillResponse or DecodeResponse."""
+    frame = wire.DECODE_RESPONSE if kind == "decode" else wire.PREFILL_RESPONSE
+    message, tensors = frame.decode(data)
+    return reply(message.reply, tensors, like, return_lse).output
+
+
+def attend_reply(data: bytes) -> tuple[str, Any, Any]:
+    """`(kind, message, tensors)` of an AttendResponse."""
+    message, tensors = wire.ATTEND_RESPONSE.decode(data)
+    kind = message.WhichOneof("message")
+    if kind is None:
+        raise ServerFault("the server sent an AttendResponse without a message")
+    return kind, getattr(message, kind), tensors
+
+
+def store_kv(cache: cache_pb2.CacheRef, layer: int, slots: Any, k: Any, v: Any) -> Iterator[bytes]:
+    """The chunks of StoreKv."""
+    packed, k_array, v_array = slots_tensor(slots, "slot_mapping"), to_array(k, "k"), to_array(v, "v")
+    if packed is None:
+        raise InvalidRequest("slots is None, but must name the slot of each token", field="slot_mapping")
+    slot_mapping = Array(packed.dtype, tuple(packed.shape), memoryview(packed.data))
+    num_tokens = slot_mapping.shape[0]
+    for name, array in (("k", k_array), ("v", v_array)):
+        if len(array.shape) != 3 or array.shape[0] != num_tokens:
+            raise InvalidRequest(
+                f"{name} has shape {list(array.shape)}, but slot_mapping has {num_tokens} tokens: must be "
+                "[num_tokens, num_kv_heads, head_dim]",
+                field=name,
+            )
+    per_token = (k_array.num_bytes + v_array.num_bytes) // max(1, num_tokens)
+    rows = max(1, STORE_CHUNK_BYTES // max(1, per_token))
+    for first in range(0, num_tokens, rows):
+        chunk = slice(first, min(first + rows, num_tokens))
+        header = attention_pb2.StoreKvRequest(
+            cache=cache, layer=layer, slot_mapping=tensor_message(_rows(slot_mapping, chunk))
+        )
+        yield wire.STORE_KV_REQUEST.encode(header, {"k": _rows(k_array, chunk), "v": _rows(v_array, chunk)})
+
+
+def stored(data: bytes) -> int:
+    """Slots that one chunk of StoreKv wrote. Raises the error that the server answered."""
+    message = wire.parse(attention_pb2.StoreKvResponse, data)
+    if message.HasField("error"):
+        raise from_message(message.error)
+    return int(message.num_slots)
+
+
+def _rows(array: Array, rows: slice) -> Array:
+    size = array.num_bytes // max(1, array.shape[0])
+    return Array(
+        array.dtype, (rows.stop - rows.start, *array.shape[1:]), array.data[rows.start * size : rows.stop * size]
+    )
+
+
+def read_kv(cache: cache_pb2.CacheRef, layer: int, slots: Any) -> bytes:
+    """The request of ReadKv."""
+    slot_mapping = slots_tensor(slots, "slot_mapping")
+    return attention_pb2.ReadKvRequest(cache=cache, layer=layer, slot_mapping=slot_mapping).SerializeToString()
+
+
+def joined(chunks: Sequence[wire.Framed], like: Any) -> tuple[Any, Any]:
+    """K and V of all chunks of ReadKv."""
+    return tuple(from_array(_concatenated([chunk.tensors[name] for chunk in chunks]), like) for name in ("k", "v"))
+
+
+def _concatenated(arrays: Sequence[Array]) -> Array:
+    if len(arrays) == 1:
+        return arrays[0]
+    num_tokens = sum(array.shape[0] for array in arrays)
+    data = b"".join(array.data for array in arrays)
+    return Array(arrays[0].dtype, (num_tokens, *arrays[0].shape[1:]), memoryview(data))

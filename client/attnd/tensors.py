@@ -1,0 +1,162 @@
+"""Arrays at the border: torch tensors, numpy arrays and plain buffers in, the same kind out.
+
+torch is a peer, never required: it is looked up only when a caller passes a torch tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attnd.errors import InvalidRequest
+from attnd.v1 import tensor_pb2
+
+if TYPE_CHECKING:
+    import torch
+
+# The wire's dtype by the name that torch and numpy share, and the size of an element in bytes.
+DTYPES: dict[str, tensor_pb2.Dtype.ValueType] = {
+    "float32": tensor_pb2.DTYPE_FLOAT32,
+    "float16": tensor_pb2.DTYPE_FLOAT16,
+    "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
+    "int32": tensor_pb2.DTYPE_INT32,
+    "int64": tensor_pb2.DTYPE_INT64,
+}
+DTYPE_NAMES: dict[int, str] = {dtype: name for name, dtype in DTYPES.items()}
+ITEM_SIZES: dict[int, int] = {
+    tensor_pb2.DTYPE_FLOAT32: 4,
+    tensor_pb2.DTYPE_FLOAT16: 2,
+    tensor_pb2.DTYPE_BFLOAT16: 2,
+    tensor_pb2.DTYPE_INT32: 4,
+    tensor_pb2.DTYPE_INT64: 8,
+}
+# struct's letter for each dtype that the buffer protocol can name (all but bfloat16).
+_FORMATS: dict[str, tensor_pb2.Dtype.ValueType] = {
+    "f": tensor_pb2.DTYPE_FLOAT32,
+    "e": tensor_pb2.DTYPE_FLOAT16,
+    "i": tensor_pb2.DTYPE_INT32,
+    "l": tensor_pb2.DTYPE_INT64,
+    "q": tensor_pb2.DTYPE_INT64,
+}
+
+
+class Array(NamedTuple):
+    """A dense row-major array whose elements lie in a buffer.
+
+    Attributes:
+        dtype: the wire's `Dtype`.
+        shape: extent of each dimension.
+        data: the elements, `prod(shape) * item size` contiguous bytes.
+    """
+
+    dtype: int
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that dtype and shape ask for."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def dtype_of(name: object) -> tensor_pb2.Dtype.ValueType:
+    """The wire's dtype of "float32", `torch.float32` or a wire dtype.
+
+    Raises:
+        InvalidRequest: no such dtype.
+    """
+    if isinstance(name, int) and name in DTYPE_NAMES:
+        return tensor_pb2.Dtype.ValueType(name)
+    try:
+        return DTYPES[str(name).removeprefix("torch.")]
+    except KeyError:
+        raise InvalidRequest(f"dtype is {name}, but must be one of {', '.join(DTYPES)}", field="dtype") from None
+
+
+def _torch() -> Any:
+    """Torch if the process has it already, else None."""
+    return sys.modules.get("torch")
+
+
+def to_array(value: Any, field: str) -> Array:
+    """Views `value` as an Array, without a copy where it is dense and on the host.
+
+    Args:
+        value: a torch tensor (any device), an Array, or an object with the buffer protocol, such as a numpy array.
+        field: the name to use in errors.
+
+    Raises:
+        InvalidRequest: not an array, or of a type that the wire does not have.
+    """
+    if isinstance(value, Array):
+        return value
+    torch = _torch()
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _torch_array(value, field)
+    try:
+        view = memoryview(value)
+    except TypeError:
+        raise InvalidRequest(
+            f"{field} is a {type(value).__name__}, but must be an array or a tensor", field=field
+        ) from None
+    dtype = _FORMATS.get(view.format.lstrip("<="))
+    if dtype is None or not view.c_contiguous:
+        raise InvalidRequest(
+            f"{field} has format {view.format!r}, but must be dense and one of {', '.join(DTYPES)}", field=field
+        )
+    return Array(dtype, view.shape or (), view.cast("B") if view.nbytes else memoryview(b""))
+
+
+@cache
+def _torch_dtypes() -> dict[Any, tensor_pb2.Dtype.ValueType]:
+    return {getattr(_torch(), name): dtype for name, dtype in DTYPES.items()}
+
+
+def _torch_array(value: torch.Tensor, field: str) -> Array:
+    dtype = _torch_dtypes().get(value.dtype)
+    if dtype is None:
+        raise InvalidRequest(f"{field} has dtype {value.dtype}, but must be one of {', '.join(DTYPES)}", field=field)
+    host = value if value.is_cpu and value.is_contiguous() else value.detach().cpu().contiguous()
+    size = host.numel() * host.element_size()
+    if size == 0:
+        return Array(dtype, tuple(value.shape), memoryview(b""))
+    buffer = (ctypes.c_char * size).from_address(host.data_ptr())
+    buffer.owner = host  # type: ignore[attr-defined]  # keeps the tensor alive as long as the view
+    return Array(dtype, tuple(value.shape), memoryview(buffer).cast("B"))
+
+
+def from_array(array: Array, like: Any) -> Any:
+    """`array` as the kind of thing that `like` is: a torch tensor on its device, a numpy array, or the Array itself."""
+    torch = _torch()
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch_tensor(array).to(like.device)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(like, numpy.ndarray):
+        return numpy.frombuffer(array.data, DTYPE_NAMES[array.dtype]).reshape(array.shape)
+    return array
+
+
+def torch_tensor(array: Array) -> torch.Tensor:
+    """A tensor over the array's own bytes, on the host, without a copy. Do not write to it if the bytes are shared."""
+    _expect_read_only_buffers()
+    module = _torch()
+    dtype = getattr(module, DTYPE_NAMES[array.dtype])
+    tensor: torch.Tensor
+    if array.data.nbytes:
+        tensor = module.frombuffer(array.data, dtype=dtype).view(array.shape)
+    else:
+        tensor = module.empty(array.shape, dtype=dtype)
+    return tensor
+
+
+@cache
+def _expect_read_only_buffers() -> None:
+    """Received bytes are read-only, about which torch warns once in a process: let it, now and unseen."""
+    torch = _torch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(b"\0", dtype=torch.uint8)

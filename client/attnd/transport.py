@@ -1,0 +1,233 @@
+"""Bytes to a server and back: gRPC, or whatever a scheme of the entry point group `attnd.transports` names."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import grpc
+
+from attnd import wire
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, Unsupported, from_rpc
+
+SERVICE = "/attnd.v1.AttentionService/"
+
+GRPC_OPTIONS = [
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    # A server that vanished without a word is noticed within 15 s. The server allows these pings.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A restarted server is found again at once instead of after gRPC's minutes of backoff.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Retries are ours to decide: the contract says what may be sent twice.
+    ("grpc.enable_retries", 0),
+]
+
+
+class Stream(Protocol):
+    """An Attend stream. One thread at a time."""
+
+    def send(self, request: bytes) -> None:
+        """Sends a message; does not wait."""
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next message from the server."""
+
+    def close(self) -> None:
+        """Ends the stream."""
+
+
+class Transport(Protocol):
+    """A connection to one server. Any thread may call it."""
+
+    def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
+        """Calls a unary method; with `wait`, an unreachable server is waited for until the timeout."""
+
+    def attend(self) -> Stream:
+        """Opens an Attend stream."""
+
+    def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
+        """Calls StoreKv."""
+
+    def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
+        """Calls ReadKv."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+
+
+def open_transport(address: str) -> Transport:
+    """The transport of "host:port", or of "scheme://" as an installed package defines it.
+
+    Raises:
+        InvalidRequest: nothing like that.
+        Unsupported: the package that it needs is not installed.
+    """
+    scheme, separator, _ = address.partition("://")
+    if not separator:
+        return GrpcTransport(address)
+    for entry in entry_points(group="attnd.transports"):
+        if entry.name == scheme:
+            try:
+                connect = entry.load()
+            except ModuleNotFoundError as error:
+                raise Unsupported(f"{address} needs the package {error.name}: pip install 'attnd[server]'") from None
+            return connect()  # type: ignore[no-any-return]
+    raise InvalidRequest(
+        f'address is {address}, but must be "host:port", or "inproc://" where attnd[server] is installed',
+        field="address",
+    )
+
+
+class GrpcTransport:
+    """A channel to a server."""
+
+    def __init__(self, address: str) -> None:
+        """Connects lazily."""
+        self._address = address
+        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        self._unary: dict[str, Any] = {}
+        self._attend: Any = self._channel.stream_stream(SERVICE + "Attend")
+        self._store_kv: Any = self._channel.stream_stream(SERVICE + "StoreKv")
+        self._read_kv: Any = self._channel.unary_stream(SERVICE + "ReadKv")
+
+    def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
+        """Calls a unary method."""
+        call = self._unary.get(method)
+        if call is None:
+            call = self._unary[method] = self._channel.unary_unary(SERVICE + method)
+        try:
+            return call(request, timeout=timeout_s, wait_for_ready=wait)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            raise translate(error, self._address, timeout_s if wait else 0) from None
+
+    def attend(self) -> Stream:
+        """Opens an Attend stream."""
+        return GrpcStream(self._attend, self._address)
+
+    def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
+        """Calls StoreKv."""
+        return self._responses(self._store_kv(iter(requests), timeout=timeout_s))
+
+    def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
+        """Calls ReadKv."""
+        return self._responses(self._read_kv(request, timeout=timeout_s))
+
+    def _responses(self, call: Iterator[bytes]) -> Iterator[bytes]:
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise translate(error, self._address) from None
+
+    def close(self) -> None:
+        """Closes the channel; calls under way end."""
+        self._channel.close()
+
+
+def translate(error: grpc.RpcError, address: str, waited_s: float = 0) -> AttndError:
+    """Our exception for gRPC's, with the address where that helps.
+
+    Args:
+        error: what gRPC raised.
+        address: of the server.
+        waited_s: seconds that the call waited for a server that may not be there; 0: it did not wait.
+    """
+    told = from_rpc(error)
+    if isinstance(told, Disconnected):
+        return Disconnected(f"no connection to {address}: {told}")
+    if waited_s and isinstance(told, DeadlineExceeded):
+        return Disconnected(f"no answer from {address} within {waited_s:g} s")
+    return told
+
+
+class GrpcStream:
+    """An Attend stream over gRPC. gRPC reads the requests on a thread of its own, from a queue."""
+
+    def __init__(self, method: Any, address: str) -> None:
+        """Opens the stream."""
+        self._address = address
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = method(iter(self._requests.get, None))
+        self._overdue = False
+
+    def send(self, request: bytes) -> None:
+        """Sends a message."""
+        self._requests.put(request)
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The next message from the server.
+
+        Raises:
+            DeadlineExceeded: none came in time. The stream is over then.
+            Disconnected: the stream ended.
+        """
+        WATCHDOG.watch(self, time.monotonic() + timeout_s)
+        try:
+            return next(self._call)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            if self._overdue:
+                raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+            raise translate(error, self._address) from None
+        except StopIteration:
+            raise Disconnected("the server ended the stream") from None
+        finally:
+            WATCHDOG.forget(self)
+
+    def expire(self) -> None:
+        """Ends a `receive` that waits too long. From the watchdog's thread."""
+        self._overdue = True
+        self._call.cancel()
+
+    def close(self) -> None:
+        """Half-closes, then cancels what is left."""
+        self._requests.put(None)
+        self._call.cancel()
+
+
+class Watchdog:
+    """Ends waits that are overdue.
+
+    gRPC's blocking stream has no timeout for one message, and a thread between would cost each message a switch. So
+    the waiting thread only writes its deadline down, and one thread of the process looks at the deadlines now and then.
+    """
+
+    PERIOD_S = 0.05
+
+    def __init__(self) -> None:
+        """The thread starts with the first wait."""
+        self._deadlines: dict[GrpcStream, float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, stream: GrpcStream, deadline: float) -> None:
+        """Expires `stream` at `deadline` (`time.monotonic`), unless it is forgotten before."""
+        self._deadlines[stream] = deadline
+        if self._thread is None or not self._thread.is_alive():
+            with self._lock:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._run, name="attnd-watchdog", daemon=True)
+                    self._thread.start()
+
+    def forget(self, stream: GrpcStream) -> None:
+        """The wait is over."""
+        self._deadlines.pop(stream, None)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self.PERIOD_S)
+            now = time.monotonic()
+            for stream, deadline in list(self._deadlines.items()):
+                if now > deadline:
+                    self.forget(stream)
+                    stream.expire()
+
+
+WATCHDOG = Watchdog()

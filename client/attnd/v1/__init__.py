@@ -1,0 +1,1 @@
+"""Generated from protos/attnd/v1 by make protos. Not to be edited."""

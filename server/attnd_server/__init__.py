@@ -1,0 +1,61 @@
+"""attnd's server: paged KV and attention kernels for workers that send q, k and v.
+
+Names load when they are first used, so that importing the package costs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnd._version import __version__
+    from attnd_server.backends.base import AttentionKernel
+    from attnd_server.backends.naive import NaiveAttention
+    from attnd_server.backends.triton import TritonPagedAttention, triton_attention, triton_grouped_attention
+    from attnd_server.backends.window import SlidingWindowAttention
+    from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
+    from attnd_server.dispatcher import TritonAttentionOps
+    from attnd_server.metadata import AttentionMetadata
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionConfig",
+    "AttentionKernel",
+    "AttentionMetadata",
+    "KVSplitConfig",
+    "NaiveAttention",
+    "PrecisionMode",
+    "SlidingWindowAttention",
+    "TritonAttentionOps",
+    "TritonPagedAttention",
+    "__version__",
+    "triton_attention",
+    "triton_grouped_attention",
+]
+
+_MODULES = {
+    "AttentionBackend": "attnd_server.config",
+    "AttentionConfig": "attnd_server.config",
+    "AttentionKernel": "attnd_server.backends.base",
+    "AttentionMetadata": "attnd_server.metadata",
+    "KVSplitConfig": "attnd_server.config",
+    "NaiveAttention": "attnd_server.backends.naive",
+    "PrecisionMode": "attnd_server.config",
+    "SlidingWindowAttention": "attnd_server.backends.window",
+    "TritonAttentionOps": "attnd_server.dispatcher",
+    "TritonPagedAttention": "attnd_server.backends.triton",
+    "__version__": "attnd._version",
+    "triton_attention": "attnd_server.backends.triton",
+    "triton_grouped_attention": "attnd_server.backends.triton",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

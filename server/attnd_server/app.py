@@ -1,0 +1,130 @@
+"""Builds a server from its parts, runs it, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from types import TracebackType
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from attnd import wire
+from attnd._version import __version__
+from attnd.tuning import tune_process
+from attnd_server.cache import CacheTable
+from attnd_server.config import ServerConfig
+from attnd_server.executor import Executor
+from attnd_server.service import AttentionService
+from attnd_server.servicer import SERVICE_NAME, AttentionServicer
+
+log = logging.getLogger(__name__)
+
+GRPC_OPTIONS = [
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    # Clients ping every 10 s (see attnd.transport); without this the server answers "too many pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two servers on one port would each answer for caches of the other.
+    ("grpc.so_reuseport", 0),
+]
+
+
+def select_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:1"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
+    """Bytes that caches may take: as configured, else 80% of the GPU's free or 25% of the processor's total memory."""
+    if config.kv_bytes:
+        return config.kv_bytes
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    with open("/proc/meminfo") as meminfo:
+        return int(meminfo.readline().split()[1]) * 1024 // 4
+
+
+def build_service(config: ServerConfig) -> AttentionService:
+    """The executor, the cache table and the service over them."""
+    device = select_device(config.device)
+    caches = CacheTable(config, device, kv_bytes_limit(config, device))
+    return AttentionService(config, Executor(device, caches, config), caches)
+
+
+class Server:
+    """A gRPC server in this process' event loop.
+
+    ```
+    async with Server(ServerConfig(port=0)) as server:
+        print(server.address)
+    ```
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Nothing runs yet."""
+        self.config = config
+        self.address = ""
+
+    async def __aenter__(self) -> Server:
+        """Starts to listen."""
+        self.service = build_service(self.config)
+        self.service.executor.prepare_thread()
+        self._servicer = AttentionServicer(self.service)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=GRPC_OPTIONS)
+        self._server.add_generic_rpc_handlers((self._servicer,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        self.address = f"{self.config.host}:{port}"
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving", extra={"address": self.address, "device": str(self.service.executor.device)})
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drains: no new steps; what runs has `drain_s` to finish."""
+        log.info("draining", extra={"drain_s": self.config.drain_s})
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._servicer.drain()
+        await self._server.stop(self.config.drain_s)
+        self.service.executor.close()
+        log.info("stopped")
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
+
+
+def run_server(config: ServerConfig) -> int:
+    """Serves until SIGTERM or SIGINT, then drains. Returns the exit code."""
+    tune_process()
+    log.info("starting", extra={"version": __version__, "torch": torch.__version__})
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with Server(config) as server:
+            print(f"attnd {__version__} serves {server.address} on {server.service.executor.device}", flush=True)
+            await stop.wait()
+
+    try:
+        asyncio.run(main())
+    except RuntimeError as error:
+        log.error("cannot serve: %s", error)
+        return 1
+    return 0

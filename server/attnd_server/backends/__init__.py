@@ -1,0 +1,1 @@
+"""Ways of computing attention, each with the same small interface (`base.AttentionKernel`)."""

@@ -1,0 +1,181 @@
+"""Backend `naive`: attention as it is written down, one request at a time. Specification and oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from attnd_server.backends.window import first_visible_pages
+from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.kernels.pages import gather_pages
+from attnd_server.metadata import AttentionMetadata, AttentionOptions, visible
+
+# New tokens of a request whose scores [num_heads, TILE, num_keys] exist at once. Counted from the request's own first
+# token, so that it changes nothing between batches.
+TILE = 256
+
+
+def reference_torch_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    q_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one request over keys in token order.
+
+    Args:
+        q: `[num_rows, num_heads, head_dim]`.
+        keys: `[num_keys, num_kv_heads, head_dim]`. What no row sees may be NaN.
+        values: `[num_keys, num_kv_heads, head_dim_v]`, likewise.
+        seen: bool `[num_rows, num_keys]`.
+        q_positions: int64 `[num_rows]`.
+        key_positions: int64 `[num_keys]`.
+        scale: factor of q.k.
+        softcap: 0 is off.
+        alibi_slopes: `[num_heads]` or None.
+        sinks: `[num_heads]` or None.
+        dtype: in which everything is computed.
+
+    Returns:
+        Output `[num_rows, num_heads, head_dim_v]` and lse `[num_rows, num_heads]` in `dtype`; zeros and -inf in rows
+        that see nothing.
+    """
+    group = q.shape[1] // keys.shape[1]
+    values = values.masked_fill(~seen.any(0)[:, None, None], 0)  # 0 * NaN is NaN
+    keys, values = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (keys, values))
+    scores = scale * torch.einsum("nhd,shd->hns", q.to(dtype), keys)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.to(dtype)[:, None, None] * (key_positions - q_positions[:, None])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # A sink is one more key without a value.
+    sink = scores.new_full(q.shape[1:2], -torch.inf) if sinks is None else sinks.to(dtype)
+    scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], dim=2)
+    blind = ~seen.any(1)
+    weights = torch.softmax(scores, dim=2)[:, :, :-1].masked_fill(blind[:, None], 0)
+    output = torch.einsum("hns,shd->nhd", weights, values)
+    return output, torch.logsumexp(scores, dim=2).T.masked_fill(blind[:, None], -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    config: AttentionConfig
+    metadata: AttentionMetadata
+    options: AttentionOptions
+    device: torch.device
+    first_positions: list[int]
+    page_ids: list[torch.Tensor]  # int64 [pages from the first visible one to the context's end] on the device
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+
+
+class NaiveAttention:
+    """Serves every step; holds no state.
+
+    Args:
+        compute_dtype: of products, softmax and sums: float32 or float64. Outputs have q's dtype all the same.
+    """
+
+    backend = AttentionBackend.NAIVE
+    batch_invariant = True
+
+    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
+        self.compute_dtype = compute_dtype
+
+    def supports(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> str | None:
+        """None: it supports everything."""
+        return None
+
+    def supports_context_length(self, num_tokens: int) -> bool:
+        """True: memory is the only limit."""
+        return True
+
+    def plan(
+        self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
+    ) -> _Plan:
+        """Which pages each request reads. Masks are made in `run`, a tile at a time, so that they stay small."""
+        first_pages = first_visible_pages(metadata.context_lens, options.window, config.page_size).tolist()
+        end_pages = (-(-metadata.context_lens // config.page_size)).tolist()
+        return _Plan(
+            config,
+            metadata,
+            options,
+            device,
+            first_positions=[page * config.page_size for page in first_pages],
+            page_ids=[
+                table[first:end].to(device)
+                for table, first, end in zip(metadata.page_tables, first_pages, end_pages, strict=True)
+            ],
+            alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes.to(device),
+            sinks=None if options.sinks is None else options.sinks.to(device),
+        )
+
+    def run(
+        self,
+        plan: _Plan,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one layer; see `AttentionKernel.run`."""
+        output = q.new_empty(*q.shape[:2], plan.config.head_dim_v)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        bounds = plan.metadata.cu_seqlens_q.tolist()
+        for request, (start, end) in enumerate(pairwise(bounds)):
+            keys, values = self._keys_and_values(plan, request, k_pages, v_pages)
+            if k is not None and v is not None:
+                keys, values = torch.cat([keys, k[start:end]]), torch.cat([values, v[start:end]])
+            for tile in range(start, end, TILE):
+                rows = slice(tile, min(tile + TILE, end))
+                output[rows], lse[rows] = self._tile(plan, request, rows, start, q, keys, values)
+        return output, lse if plan.options.return_lse else None
+
+    def _keys_and_values(
+        self, plan: _Plan, request: int, k_pages: torch.Tensor, v_pages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The request's cached tokens from its first visible page on."""
+        num_tokens = int(plan.metadata.context_lens[request]) - plan.first_positions[request]
+        layout = plan.config.layout
+        keys, values = (gather_pages(pages, plan.page_ids[request], layout) for pages in (k_pages, v_pages))
+        return keys[:num_tokens], values[:num_tokens]
+
+    def _tile(
+        self,
+        plan: _Plan,
+        request: int,
+        rows: slice,
+        start: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and lse of rows `rows` of q, which belong to the request that starts at row `start`."""
+        context_len, first_position = int(plan.metadata.context_lens[request]), plan.first_positions[request]
+        window, page_size = plan.options.window, plan.config.page_size
+        seen = visible(plan.metadata, request, window, first_position, page_size, rows.start - start, rows.stop - start)
+        dtype = plan.config.precision.dtype(q.dtype)
+        return reference_torch_attention(
+            q[rows].to(dtype).clone(),  # a fresh tensor is aligned alike in every batch; sums may depend on that
+            keys.to(dtype),
+            values.to(dtype),
+            seen.to(plan.device),
+            torch.arange(rows.start, rows.stop, device=plan.device) + (context_len - start),
+            torch.arange(first_position, first_position + len(keys), device=plan.device),
+            plan.options.scale,
+            plan.options.softcap,
+            plan.alibi_slopes,
+            plan.sinks,
+            self.compute_dtype,
+        )

@@ -1,0 +1,215 @@
+"""The KV memory and its leases."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+
+import torch
+
+from attnd.errors import CacheLost, EpochMismatch, Exhausted
+from attnd.tensors import DTYPES
+from attnd.v1 import backend_pb2, cache_pb2
+from attnd_server.config import AttentionConfig, ServerConfig
+from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv
+
+log = logging.getLogger(__name__)
+
+
+class Cache:
+    """A lease on KV memory with one geometry.
+
+    Attributes:
+        id: 16 random bytes.
+        principal: who it belongs to.
+        config: its geometry.
+        k_pages: `[num_layers, *config.k_shape]`.
+        v_pages: `[num_layers, *config.v_shape]`.
+    """
+
+    def __init__(
+        self, config: AttentionConfig, *, epoch: int, principal: str, ttl_s: float, name: str, device: torch.device
+    ) -> None:
+        """Allocates the pages and zeroes them, so that nobody sees what a former owner stored."""
+        self.id = secrets.token_bytes(16)
+        self.epoch = epoch
+        self.principal = principal
+        self.config = config
+        self.name = name
+        self.ttl_s = ttl_s
+        self.k_pages = torch.zeros(config.num_layers, *config.k_shape, dtype=config.dtype, device=device)
+        self.v_pages = torch.zeros(config.num_layers, *config.v_shape, dtype=config.dtype, device=device)
+        self.is_closed = False
+        self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
+        self.renew()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.k_pages.device
+
+    def renew(self) -> None:
+        """Starts the lease again."""
+        self.expires_at = time.monotonic() + self.ttl_s
+
+    def close(self) -> None:
+        """Frees the pages, whoever still holds the object. On the executor's thread, so that no call is running."""
+        self.is_closed = True
+        self.k_pages = self.v_pages = torch.empty(0)
+
+    def refuse_if_closed(self) -> None:
+        """Raises CacheLost once the cache was deleted or its lease has ended."""
+        if self.is_closed:
+            raise CacheLost(
+                f"cache {self.id.hex()} was deleted, or its lease of {self.ttl_s:g} s has ended", field="cache.id"
+            )
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
+        """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
+        store_kv(self.k_pages[layer], self.v_pages[layer], k, v, stored, self.config.layout)
+
+    def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V at the slots, `[num_tokens, num_kv_heads, head_dim]` each. All on the cache's device."""
+        return read_kv(self.k_pages[layer], self.v_pages[layer], slot_mapping, self.config.layout)
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies whole pages in every layer; no page is in both."""
+        copy_pages(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device))
+        self._page_was_written[targets] = True
+
+    def mark_written(self, slot_mapping: torch.Tensor) -> None:
+        """Notes the pages of these slots, for `num_pages_written`. On the host; -1 is skipped."""
+        self._page_was_written[slot_mapping[slot_mapping >= 0] // self.config.page_size] = True
+
+    def info(self, *, with_id: bool = True) -> cache_pb2.CacheInfo:
+        """The cache as its owner sees it."""
+        config = self.config
+        return cache_pb2.CacheInfo(
+            cache=cache_pb2.CacheRef(id=self.id if with_id else b"", epoch=self.epoch),
+            config=cache_pb2.CacheConfig(
+                num_layers=config.num_layers,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                head_dim_v=config.head_dim_v,
+                page_size=config.page_size,
+                num_pages=config.num_pages,
+                dtype=DTYPES[str(config.dtype).removeprefix("torch.")],
+                layout=cache_pb2.Layout.Value(f"LAYOUT_{config.layout.name}"),
+                backend=backend_pb2.Backend.Value(f"BACKEND_{config.backend.name}"),
+                precision=cache_pb2.Precision.Value(f"PRECISION_{config.precision.name}"),
+            ),
+            ttl_s=self.ttl_s,
+            expires_in_s=max(0.0, self.expires_at - time.monotonic()),
+            num_bytes=config.num_bytes,
+            num_pages_written=int(self._page_was_written.sum()),
+            name=self.name,
+        )
+
+
+class CacheTable:
+    """All caches of one server. Any thread may call it."""
+
+    def __init__(self, config: ServerConfig, device: torch.device, kv_bytes: int) -> None:
+        """Starts empty, under a new epoch.
+
+        Args:
+            config: the limits.
+            device: where pages live.
+            kv_bytes: bytes that all caches may take.
+        """
+        self.epoch = secrets.randbits(63) | 1
+        self.kv_bytes = kv_bytes
+        self._config = config
+        self._device = device
+        self._caches: dict[bytes, Cache] = {}
+        self._reserved: dict[object, int] = {}  # bytes of caches that are being allocated
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that caches take now."""
+        return sum(cache.config.num_bytes for cache in list(self._caches.values()))
+
+    def create(self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str) -> Cache:
+        """Leases a new cache.
+
+        Raises:
+            Exhausted: too many caches, or not enough memory.
+        """
+        reservation = object()
+        with self._lock:
+            count = len(self._caches) + len(self._reserved)
+            if count >= self._config.max_caches:
+                raise Exhausted(
+                    f"{count} caches exist, but the server's limit is {self._config.max_caches}; 0 are free"
+                )
+            used = self.num_bytes + sum(self._reserved.values())
+            if used + config.num_bytes > self.kv_bytes:
+                raise Exhausted(
+                    f"num_pages is {config.num_pages}, which takes {config.num_bytes} bytes, but of the server's "
+                    f"{self.kv_bytes} bytes of KV memory {used} are in use and {self.kv_bytes - used} are free",
+                    field="num_pages",
+                )
+            self._reserved[reservation] = config.num_bytes
+        try:
+            cache = Cache(config, epoch=self.epoch, principal=principal, ttl_s=ttl_s, name=name, device=self._device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            raise Exhausted(
+                f"num_pages is {config.num_pages}, but {self._device} cannot allocate it: {error}", field="num_pages"
+            ) from None
+        finally:
+            with self._lock:
+                self._reserved.pop(reservation)
+        with self._lock:
+            self._caches[cache.id] = cache
+        return cache
+
+    def get(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """The cache that `ref` names; its lease starts again.
+
+        Raises:
+            EpochMismatch: of an earlier life of the server.
+            CacheLost: unknown, deleted, expired or another principal's.
+        """
+        if ref.epoch != self.epoch:
+            raise EpochMismatch(
+                f"cache.epoch is {ref.epoch}, but the server's epoch is {self.epoch}: it was restarted since, "
+                "and the KV is gone",
+                field="cache.epoch",
+            )
+        cache = self._caches.get(ref.id)
+        if cache is None or cache.principal != principal:
+            raise CacheLost(
+                f"cache.id is {ref.id.hex() or 'empty'}, but no such cache exists: deleted, expired or never created",
+                field="cache.id",
+            )
+        cache.renew()
+        return cache
+
+    def delete(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """Frees the cache that `ref` names. On the executor's thread. Raises as `get` does."""
+        with self._lock:
+            cache = self.get(ref, principal)
+            del self._caches[cache.id]
+        cache.close()
+        return cache
+
+    def owned(self, principal: str) -> list[Cache]:
+        """The principal's caches, oldest first."""
+        return [cache for cache in list(self._caches.values()) if cache.principal == principal]
+
+    def expire(self) -> list[Cache]:
+        """Frees the caches whose lease has ended, and returns them. On the executor's thread."""
+        now = time.monotonic()
+        with self._lock:
+            ended = [cache for cache in self._caches.values() if cache.expires_at <= now]
+            for cache in ended:
+                del self._caches[cache.id]
+        for cache in ended:
+            log.info(
+                "lease ended", extra={"cache": cache.id.hex(), "label": cache.name, "num_bytes": cache.config.num_bytes}
+            )
+            cache.close()
+        return ended

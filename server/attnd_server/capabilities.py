@@ -1,0 +1,78 @@
+"""What this server is and can do, as the wire says it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from attnd import wire
+from attnd._version import __version__
+from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd_server.cache import CacheTable
+from attnd_server.config import ServerConfig
+from attnd_server.executor import Executor
+
+# Planes that OpenPlane refuses, with the reason for people.
+PLANE_REASONS: dict[plane_pb2.Plane.ValueType, str] = {
+    plane_pb2.PLANE_SHM: "this version serves the inline plane only",
+    plane_pb2.PLANE_CUDA: "this version serves the inline plane only",
+}
+
+
+def capabilities(
+    config: ServerConfig, executor: Executor, caches: CacheTable
+) -> capabilities_pb2.GetCapabilitiesResponse:
+    """The answer to GetCapabilities."""
+    planes = [plane_pb2.PLANE_INLINE, plane_pb2.PLANE_SHM, plane_pb2.PLANE_CUDA]
+    return capabilities_pb2.GetCapabilitiesResponse(
+        version=__version__,
+        epoch=caches.epoch,
+        devices=[_device(executor.device, caches)],
+        backends=[
+            capabilities_pb2.BackendState(
+                backend=backend_pb2.Backend.Value(f"BACKEND_{backend.name}"),
+                available=reason is None,
+                reason=reason or "",
+            )
+            for backend, reason in executor.ops.states()
+        ],
+        dtypes=[tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16],
+        layouts=[cache_pb2.LAYOUT_UNIFIED, cache_pb2.LAYOUT_DISTINCT],
+        masks=[
+            step_pb2.MASK_CAUSAL,
+            step_pb2.MASK_BLOCK_CAUSAL,
+            step_pb2.MASK_BIDIRECTIONAL,
+            step_pb2.MASK_PREFIX_FULL,
+        ],
+        planes=[
+            capabilities_pb2.PlaneState(
+                plane=plane, available=plane not in PLANE_REASONS, reason=PLANE_REASONS.get(plane, "")
+            )
+            for plane in planes
+        ],
+        limits=capabilities_pb2.Limits(
+            max_message_bytes=wire.MAX_MESSAGE_BYTES,
+            max_step_tokens=config.max_step_tokens,
+            max_step_reqs=config.max_step_reqs,
+            max_page_table_elements=config.max_page_table_elements,
+            max_caches=config.max_caches,
+            max_ttl_s=config.max_ttl_s,
+            max_queue_depth=config.max_queue_depth,
+            max_context_len=config.max_context_len,
+        ),
+    )
+
+
+def _device(device: torch.device, caches: CacheTable) -> capabilities_pb2.Device:
+    description, uuid = platform.processor() or platform.machine(), ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description, uuid = properties.name, str(properties.uuid)
+    return capabilities_pb2.Device(
+        name=str(device),
+        description=description,
+        uuid=uuid,
+        num_bytes_limit=caches.kv_bytes,
+        num_bytes_used=caches.num_bytes,
+    )

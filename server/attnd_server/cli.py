@@ -1,0 +1,219 @@
+"""The commands of `attnd`. The only place that knows environment variables.
+
+Whatever takes long to import is imported inside a command, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from attnd_server import cli_options as options
+from attnd_server.cli_options import number, setting, whole
+
+log = logging.getLogger(__name__)
+app = typer.Typer(
+    help="A server that owns paged KV and attention kernels, for model workers in other processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+LIMITS = "Limits of a step and of the server"
+LEASES = "Leases and shutdown"
+LOGS = "Logs"
+
+
+def let_idle_threads_sleep() -> None:
+    """Before torch is imported, unless the operator has said otherwise.
+
+    OpenMP's threads spin for milliseconds after each piece of work. A model and a server on the same cores, which take
+    turns, then wait for each other's spinning.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def limit(envvar: str, text: str) -> Any:
+    """A whole number from 1."""
+    return setting(envvar, text, panel=LIMITS, parser=whole(1), metavar="N")
+
+
+def seconds(envvar: str, text: str, *, low: float) -> Any:
+    """A time in seconds."""
+    return setting(envvar, text, panel=LEASES, parser=number(low), metavar="SECONDS")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, setting("ATTND_HOST", "Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, setting("ATTND_PORT", "TCP port; 0 lets the system pick.", parser=whole(0, 65_535), metavar="N")
+    ] = 7411,
+    insecure: Annotated[
+        bool,
+        setting(
+            "ATTND_INSECURE",
+            "Listen where other machines reach it, though nothing is encrypted and nobody is asked who they are.",
+            flag="--insecure",
+        ),
+    ] = False,
+    device: options.Device = "auto",
+    kv_bytes: Annotated[
+        int,
+        setting(
+            "ATTND_KV_BYTES",
+            "Memory of all caches; 0: 80% of the GPU's free or 25% of the processor's memory.",
+            parser=options.num_bytes,
+            metavar="BYTES|8GiB",
+        ),
+    ] = 0,
+    threads: Annotated[
+        int,
+        setting(
+            "ATTND_THREADS", "Threads of one call on the processor; 0: half of the cores.", parser=whole(0), metavar="N"
+        ),
+    ] = 0,
+    max_step_tokens: Annotated[int, limit("ATTND_MAX_STEP_TOKENS", "New tokens of one step.")] = 65_536,
+    max_step_reqs: Annotated[int, limit("ATTND_MAX_STEP_REQS", "Requests of one step.")] = 4_096,
+    max_page_table_elements: Annotated[
+        int, limit("ATTND_MAX_PAGE_TABLE_ELEMENTS", "Requests times pages of one step.")
+    ] = 1 << 21,
+    max_context_len: Annotated[int, limit("ATTND_MAX_CONTEXT_LEN", "Cached tokens of one request.")] = 1 << 20,
+    max_caches: Annotated[int, limit("ATTND_MAX_CACHES", "Caches at one time.")] = 256,
+    max_queue_depth: Annotated[int, limit("ATTND_MAX_QUEUE_DEPTH", "Calls that may wait for the device.")] = 1_024,
+    default_ttl_s: Annotated[float, seconds("ATTND_DEFAULT_TTL_S", "Lease of a cache that asks for none.", low=1)] = 60,
+    max_ttl_s: Annotated[float, seconds("ATTND_MAX_TTL_S", "Longest lease.", low=1)] = 86_400,
+    drain_s: Annotated[
+        float, seconds("ATTND_DRAIN_S", "Time that running calls have to finish after SIGTERM.", low=0)
+    ] = 10,
+    log_level: Annotated[
+        options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=LOGS)
+    ] = options.LogLevel.INFO,
+    log_format: Annotated[
+        options.LogFormat, setting("ATTND_LOG_FORMAT", "auto: text on a terminal, JSON otherwise.", panel=LOGS)
+    ] = options.LogFormat.AUTO,
+) -> None:
+    """Serve attention until SIGTERM or Ctrl-C.
+
+    Every option is also read from the environment: ATTND_PORT is --port, ATTND_KV_BYTES is --kv-bytes, and so on.
+    """
+    if not insecure and not options.is_loopback(host):
+        raise typer.BadParameter(
+            f"host is {host}, but must be a loopback address unless --insecure is given: whoever reaches the port can "
+            "use the server, and read and write what others send to it",
+            param_hint="--host",
+        )
+    if default_ttl_s > max_ttl_s:
+        raise typer.BadParameter(
+            f"default_ttl_s is {default_ttl_s:g}, but must be at most max_ttl_s, {max_ttl_s:g}",
+            param_hint="--default-ttl-s",
+        )
+    let_idle_threads_sleep()
+    from attnd_server import logs
+    from attnd_server.app import run_server
+    from attnd_server.config import ServerConfig
+
+    logs.setup(log_level.value, log_format.value)
+    if not options.is_loopback(host):
+        log.warning("listening without encryption and authentication", extra={"host": host})
+    config = ServerConfig(
+        host=host,
+        port=port,
+        device=device,
+        kv_bytes=kv_bytes,
+        threads=threads,
+        max_step_tokens=max_step_tokens,
+        max_step_reqs=max_step_reqs,
+        max_page_table_elements=max_page_table_elements,
+        max_context_len=max_context_len,
+        max_caches=max_caches,
+        max_queue_depth=max_queue_depth,
+        default_ttl_s=default_ttl_s,
+        max_ttl_s=max_ttl_s,
+        drain_s=drain_s,
+    )
+    raise typer.Exit(run_server(config))
+
+
+@app.command()
+def demo(
+    device: options.Device = "auto",
+    max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Tokens of each answer.")] = 48,
+    dtype: Annotated[options.Dtype, typer.Option(help="Type of the model and its KV.")] = options.Dtype.FLOAT32,
+    model_path: options.ModelPath = None,
+    address: options.Address = None,
+) -> None:
+    """Let a real model answer with attention from a server, then with its own, and compare."""
+    let_idle_threads_sleep()
+    from attnd_server.demo import run_demo
+
+    code = run_demo(
+        console=Console(),
+        device=device,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype.value,
+        model_path=model_path,
+        address=address,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def chat(
+    device: options.Device = "auto",
+    max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(parser=number(0), metavar="X", help="0 always takes the likeliest token.")
+    ] = 0.7,
+    model_path: options.ModelPath = None,
+    address: options.Address = None,
+) -> None:
+    """Talk with the demo's model, its attention served by a server."""
+    let_idle_threads_sleep()
+    from attnd_server.chat import run_chat
+
+    code = run_chat(
+        console=Console(),
+        device=device,
+        max_new_tokens=max_new_tokens,
+        address=address,
+        model_path=model_path,
+        temperature=temperature,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def info(
+    address: Annotated[
+        str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to ask.")
+    ] = options.DEFAULT_ADDRESS,
+    timeout_s: Annotated[
+        float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for it.")
+    ] = 5.0,
+) -> None:
+    """Show what a server can do, and its caches with the pages in use."""
+    from attnd_server.info import run_info
+
+    raise typer.Exit(run_info(address, timeout_s, Console(), Console(stderr=True)))
+
+
+@app.command("version")
+def print_version() -> None:
+    """Show the versions of attnd and of what it stands on."""
+    from attnd._version import __version__
+
+    parts = [f"attnd {__version__}", f"Python {platform.python_version()}"]
+    for package in ("grpcio", "protobuf", "torch", "triton"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"no {package}")
+    typer.echo(", ".join(parts))

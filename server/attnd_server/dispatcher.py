@@ -1,0 +1,183 @@
+"""Chooses the backend of a step from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnd.errors import Unsupported
+from attnd_server.backends.base import AttentionKernel
+from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
+
+
+class _Off(Exception):
+    """A backend cannot run here; the text says why."""
+
+
+def _naive(device: torch.device) -> AttentionKernel:
+    from attnd_server.backends.naive import NaiveAttention
+
+    return NaiveAttention()
+
+
+def _sdpa(device: torch.device) -> AttentionKernel:
+    from attnd_server.backends.sdpa import SdpaAttention
+
+    return SdpaAttention()
+
+
+def _triton(backend: AttentionBackend) -> Callable[[torch.device], AttentionKernel]:
+    def load(device: torch.device) -> AttentionKernel:
+        from attnd_server.backends import triton
+
+        reason = triton.availability(device)
+        if reason is not None:
+            raise _Off(reason)
+        return triton.TritonPagedAttention(backend)
+
+    return load
+
+
+def _not_built(package: str) -> Callable[[torch.device], AttentionKernel]:
+    def load(device: torch.device) -> AttentionKernel:
+        raise _Off(f"this version of attnd has no backend over the package {package}")
+
+    return load
+
+
+# Each backend and what makes its kernel or raises _Off. A new backend is one line here.
+_LOADERS: dict[AttentionBackend, Callable[[torch.device], AttentionKernel]] = {
+    AttentionBackend.NAIVE: _naive,
+    AttentionBackend.SDPA: _sdpa,
+    AttentionBackend.TRITON: _triton(AttentionBackend.TRITON),
+    AttentionBackend.TRITON_GROUPED: _triton(AttentionBackend.TRITON_GROUPED),
+    AttentionBackend.FLASH_ATTN: _not_built("flash-attn"),
+    AttentionBackend.XFORMERS: _not_built("xformers"),
+}
+
+# What AUTO tries on a type of device, the fastest first. The last supports everything. Triton is not tried on a
+# processor even where its interpreter could run: that is for tests.
+_AUTO_ORDER = {
+    "cpu": (AttentionBackend.SDPA, AttentionBackend.NAIVE),
+    "cuda": (AttentionBackend.TRITON_GROUPED, AttentionBackend.SDPA, AttentionBackend.NAIVE),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A step made ready for its layers.
+
+    Attributes:
+        kernel: the backend that was chosen.
+        state: what its `plan` gave.
+    """
+
+    kernel: AttentionKernel
+    state: Any
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """The backend's name."""
+        return self.kernel.backend
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one layer: output and lse; see `AttentionKernel.run`."""
+        return self.kernel.run(self.state, q, k, v, k_pages, v_pages)
+
+
+class TritonAttentionOps:
+    """One interface over all backends of a device, with automatic selection that tells its reasons.
+
+    Args:
+        device: where pages and tensors lie.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._kernels: dict[AttentionBackend, AttentionKernel] = {}
+        self._reasons: dict[AttentionBackend, str] = {}
+        for backend, load in _LOADERS.items():
+            try:
+                self._kernels[backend] = load(self.device)
+            except _Off as reason:
+                self._reasons[backend] = str(reason)
+
+    def states(self) -> list[tuple[AttentionBackend, str | None]]:
+        """Every backend with None, or the reason why it is off on this device."""
+        return [(backend, self._reasons.get(backend)) for backend in _LOADERS]
+
+    def choose(
+        self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions
+    ) -> AttentionKernel:
+        """The kernel for a step: the call's backend, else the cache's, else the fastest that supports it.
+
+        Raises:
+            Unsupported: the named backend is off or cannot serve the step, and why.
+        """
+        backend = config.backend if options.backend is None else options.backend
+        refusals = []
+        candidates = (backend,) if backend is not AttentionBackend.AUTO else _AUTO_ORDER[self.device.type]
+        for candidate in candidates:
+            reason = self._refusal(candidate, config, metadata, options)
+            if reason is None:
+                return self._kernels[candidate]
+            refusals.append(f"{candidate.value} {reason}")
+        raise Unsupported(
+            f"backend is {backend.value}, but must be one that can serve this step: {'; '.join(refusals)}",
+            field="backend",
+        )
+
+    def plan(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> Plan:
+        """Chooses a kernel and lets it plan the step.
+
+        Raises:
+            Unsupported: see `choose`.
+        """
+        kernel = self.choose(config, metadata, options)
+        return Plan(kernel, kernel.plan(config, metadata, options, self.device))
+
+    def attend(
+        self,
+        config: AttentionConfig,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionBackend]:
+        """One layer at once: output, lse and the backend that computed them. Stores nothing.
+
+        Raises:
+            Unsupported: see `choose`.
+        """
+        plan = self.plan(config, metadata, options)
+        output, lse = plan.run(q, k, v, k_pages, v_pages)
+        return output, lse, plan.backend
+
+    def _refusal(
+        self,
+        backend: AttentionBackend,
+        config: AttentionConfig,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+    ) -> str | None:
+        if backend in self._reasons:
+            return f"is off: {self._reasons[backend]}"
+        kernel = self._kernels[backend]
+        if not kernel.supports_context_length(metadata.max_context_len):
+            return f"cannot serve a context of {metadata.max_context_len} tokens"
+        reason = kernel.supports(config, metadata, options)
+        return reason and f"cannot serve it: {reason}"

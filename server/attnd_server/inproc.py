@@ -1,0 +1,104 @@
+"""`inproc://`: the server's own objects in the client's process, without a socket. For notebooks, tests, debugging.
+
+The client finds `connect` through the entry point group `attnd.transports`, so it never imports the server.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from google.protobuf.message import Message
+
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected
+from attnd.v1 import attention_pb2
+from attnd_server.app import build_service
+from attnd_server.config import ServerConfig
+from attnd_server.executor import Work
+from attnd_server.service import AttentionService, error_response
+
+PRINCIPAL = "inproc"
+
+
+def connect(config: ServerConfig | None = None) -> InprocTransport:
+    """A transport to a new server in this process."""
+    return InprocTransport(build_service(config or ServerConfig()))
+
+
+class InprocTransport:
+    """Implements `attnd.transport.Transport` over an AttentionService."""
+
+    def __init__(self, service: AttentionService) -> None:
+        """Owns `service`."""
+        self._service = service
+
+    def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
+        """Calls a unary method."""
+        return self._finish(self._service.unary[method](request, PRINCIPAL), timeout_s)
+
+    def attend(self) -> InprocStream:
+        """Opens an Attend stream."""
+        return InprocStream(self, self._service.open_session(PRINCIPAL).request)
+
+    def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
+        """Calls StoreKv."""
+        for request in requests:
+            yield self._answer(self._service.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
+
+    def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
+        """Calls ReadKv."""
+        for work in self._service.read_kv(request, PRINCIPAL):
+            yield self._finish(work, timeout_s)
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._service.executor.close()
+
+    def _finish(self, answer: bytes | Work, timeout_s: float) -> bytes:
+        if isinstance(answer, bytes):
+            return answer
+        results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
+        self._service.executor.submit(answer, lambda *settled: results.put(settled), timeout_s)
+        try:
+            result, error = results.get(timeout=timeout_s)
+        except queue.Empty:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        if error is not None:
+            raise error
+        return result or b""
+
+    def _answer(self, answer: bytes | Work, reply: type[Message], timeout_s: float) -> bytes:
+        try:
+            return self._finish(answer, timeout_s)
+        except AttndError as error:
+            return error_response(reply, error)
+
+
+class InprocStream:
+    """Implements `attnd.transport.Stream`: a request runs when its answer is asked for."""
+
+    def __init__(self, transport: InprocTransport, request: Any) -> None:
+        """Sends to `request`, an AttendSession's method."""
+        self._transport = transport
+        self._request = request
+        self._pending: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._closed = False
+
+    def send(self, request: bytes) -> None:
+        """Queues a message."""
+        self._pending.put(request)
+
+    def receive(self, timeout_s: float) -> bytes:
+        """The answer to the oldest message without one."""
+        if self._closed:
+            raise Disconnected("the session is closed")
+        try:
+            answer = self._request(self._pending.get_nowait())
+        except AttndError as error:
+            return error_response(attention_pb2.AttendResponse, error)
+        return self._transport._answer(answer, attention_pb2.AttendResponse, timeout_s)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        self._closed = True

@@ -1,0 +1,1 @@
+"""Functions over tensors: no message, no request, no configuration beyond shapes."""

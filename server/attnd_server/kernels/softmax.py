@@ -1,0 +1,71 @@
+"""The running softmax of attention over tiles of keys: device functions that the attention and the merge kernel share.
+
+Scores are in units of log2, so that exp2 does; everything is float32. A row's state is `(accumulator, row_max,
+row_sum)`: the sum of `exp2(score - row_max) * v`, the greatest score so far, and the sum of `exp2(score - row_max)`.
+Algorithm: "Online normalizer calculation for softmax" (arXiv 1805.02867), as in FlashAttention (arXiv 2205.14135).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def score(q, k, positions, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
+    """Scores `[rows, keys]` in units of log2. The caller has put log2(e) into `scale`, `softcap` and `slopes`."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
+        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    if ALIBI:
+        scores += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def rebase(row_max, tile_max):
+    """The new maximum of each row, what to subtract from scores, and the factor for what was summed up so far."""
+    new_max = tl.maximum(row_max, tile_max)
+    # A row that has seen nothing has -inf, and -inf - -inf is NaN: subtract 0 instead, and exp2(-inf) is 0.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    return new_max, base, tl.exp2(row_max - base)
+
+
+@triton.jit
+def attend(accumulator, row_max, row_sum, scores, visible, v):
+    """Takes one tile of keys into the state of each row.
+
+    Args:
+        accumulator: float32 `[rows, head_dim_v]`.
+        row_max: float32 `[rows]`.
+        row_sum: float32 `[rows]`.
+        scores: float32 `[rows, keys]`, in units of log2; finite.
+        visible: bool `[rows, keys]`.
+        v: `[keys, head_dim_v]`, zero where no row sees the key: 0 * NaN would be NaN.
+    """
+    scores = tl.where(visible, scores, float("-inf"))
+    row_max, base, decay = rebase(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - base[:, None])
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
+def finish(accumulator, row_max, row_sum, sink, SINKS: tl.constexpr):
+    """Output and lse (in units of log2) of each row; zeros and -inf for a row that saw nothing.
+
+    Args:
+        accumulator: float32 `[rows, head_dim_v]`.
+        row_max: float32 `[rows]`.
+        row_sum: float32 `[rows]`; 0 marks a row that saw nothing.
+        sink: float32 `[rows]`, in units of log2; not read without SINKS.
+        SINKS: whether exp2(sink) joins the denominator.
+    """
+    saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
+    if SINKS:
+        row_max, base, decay = rebase(row_max, sink)
+        row_sum = row_sum * decay + tl.exp2(sink - base)
+        accumulator = accumulator * decay[:, None]
+    denominator = tl.where(saw, row_sum, 1.0)
+    output = tl.where(saw[:, None], accumulator / denominator[:, None], 0.0)
+    return output, tl.where(saw, row_max + tl.log2(denominator), float("-inf"))

@@ -1,0 +1,292 @@
+"""What the service does, protobuf in and protobuf out, whatever the transport.
+
+Each method takes the bytes of a request and checks all of it. It returns the bytes of the response or, where KV memory
+is touched, the work that gives them, for the executor. Errors are those of `attnd.errors`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from google.protobuf.message import Message
+
+from attnd import wire
+from attnd.errors import Disconnected, InvalidRequest, Unsupported, to_message
+from attnd.tensors import Array, to_array
+from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
+from attnd_server import validation
+from attnd_server.cache import Cache, CacheTable
+from attnd_server.capabilities import PLANE_REASONS, capabilities
+from attnd_server.config import AttentionConfig, ServerConfig
+from attnd_server.executor import Call, Executor, Step, Work
+from attnd_server.kernels.pages import StoredTokens
+from attnd_server.metadata import AttentionOptions
+from attnd_server.replies import call_reply, reply_arrays
+
+# Steps that a stream keeps, so that calls of several steps may be under way.
+MAX_OPEN_STEPS = 8
+# Checked options that are kept, and how long their messages may be: 1024 heads with slopes and sinks fit.
+MAX_KEPT_OPTIONS, MAX_KEPT_OPTION_BYTES = 1_024, 9 << 10
+# Tokens that a small decode call attends to, over all its rows.
+SMALL_CALL_TOKENS = 4_096
+# Bytes of K and V in one chunk of ReadKv.
+READ_CHUNK_BYTES = 4 << 20
+
+
+class AttentionService:
+    """The operations on one device's caches."""
+
+    def __init__(self, config: ServerConfig, executor: Executor, caches: CacheTable) -> None:
+        """Serves `caches` with `executor`."""
+        self.config = config
+        self.executor = executor
+        self.caches = caches
+        self.draining = False
+        self._options: dict[tuple[object, ...], AttentionOptions] = {}
+        self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
+            "GetCapabilities": self.get_capabilities,
+            "CreateCache": self.create_cache,
+            "RenewCache": self.renew_cache,
+            "DeleteCache": self.delete_cache,
+            "ListCaches": self.list_caches,
+            "CopyPages": self.copy_pages,
+            "Prefill": self.prefill,
+            "Decode": self.decode,
+            "OpenPlane": self.open_plane,
+            "ClosePlane": self.close_plane,
+        }
+
+    def get_capabilities(self, data: bytes, principal: str) -> bytes:
+        """GetCapabilities."""
+        return capabilities(self.config, self.executor, self.caches).SerializeToString()
+
+    def create_cache(self, data: bytes, principal: str) -> Work:
+        """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
+        self.refuse_if_draining()
+        request = wire.parse(cache_pb2.CreateCacheRequest, data)
+        config, ttl_s, name = validation.create_cache(request, self.config)
+
+        def work() -> bytes:
+            cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name)
+            return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
+
+        return work
+
+    def renew_cache(self, data: bytes, principal: str) -> bytes:
+        """RenewCache."""
+        cache = self.caches.get(wire.parse(cache_pb2.RenewCacheRequest, data).cache, principal)
+        return cache_pb2.RenewCacheResponse(cache=cache.info()).SerializeToString()
+
+    def delete_cache(self, data: bytes, principal: str) -> Work:
+        """DeleteCache. Calls that came before it still run."""
+        ref = wire.parse(cache_pb2.DeleteCacheRequest, data).cache
+
+        def work() -> bytes:
+            cache = self.caches.delete(ref, principal)
+            return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
+
+        return work
+
+    def list_caches(self, data: bytes, principal: str) -> bytes:
+        """ListCaches."""
+        caches = [cache.info(with_id=False) for cache in self.caches.owned(principal)]
+        return cache_pb2.ListCachesResponse(caches=caches).SerializeToString()
+
+    def copy_pages(self, data: bytes, principal: str) -> Work:
+        """CopyPages."""
+        request = wire.parse(cache_pb2.CopyPagesRequest, data)
+        cache = self.caches.get(request.cache, principal)
+        sources, targets = validation.copy_pages(request, cache.config)
+
+        def work() -> bytes:
+            cache.refuse_if_closed()
+            cache.copy_pages(sources, targets)
+            return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
+
+        return work
+
+    def prefill(self, data: bytes, principal: str) -> Work:
+        """Prefill: a step and one call of it."""
+        return self._step_and_call(
+            data, principal, wire.PREFILL_REQUEST, wire.PREFILL_RESPONSE, step_pb2.STEP_KIND_PREFILL
+        )
+
+    def decode(self, data: bytes, principal: str) -> Work:
+        """Decode: a step and one call of it."""
+        return self._step_and_call(
+            data, principal, wire.DECODE_REQUEST, wire.DECODE_RESPONSE, step_pb2.STEP_KIND_DECODE
+        )
+
+    def _step_and_call(
+        self, data: bytes, principal: str, frame: wire.Frame, reply: wire.Frame, kind: step_pb2.StepKind.ValueType
+    ) -> Work:
+        request = frame.decode(data)
+        if request.message.step.kind != kind:
+            given, must = request.message.step.kind, step_pb2.StepKind.Name(kind)
+            raise InvalidRequest(f"step.kind is {given}, but must be {kind} ({must})", field="step.kind")
+        step = self.step(request.message.step, principal)
+        return partial(self.attend, self.call(step, request.message.call, request.tensors), reply)
+
+    def step(self, message: step_pb2.Step, principal: str) -> Step:
+        """Checks a step; its cache's lease starts again."""
+        self.refuse_if_draining()
+        cache = self.caches.get(message.cache, principal)
+        return Step(message.id, cache, validation.step(message, cache.config, self.config))
+
+    def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
+        """Checks a call of `step`."""
+        step.cache.renew()
+        config = step.cache.config
+        checked = validation.call(message, tensors, config, step.metadata)
+        options = self._checked_options(message, config, checked.num_heads)
+        return Call(step, message.layer, options, checked.q, checked.k, checked.v)
+
+    def _checked_options(self, message: step_pb2.Call, config: AttentionConfig, num_heads: int) -> AttentionOptions:
+        """A model's layers send the same few options again and again, so checked ones are kept by their bytes."""
+        key = (message.options.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
+        options = self._options.get(key)
+        if options is None:
+            options = validation.options(message.options, config, num_heads)
+            if len(self._options) >= MAX_KEPT_OPTIONS:
+                self._options.clear()
+            if len(key[0]) <= MAX_KEPT_OPTION_BYTES:
+                self._options[key] = options
+        return options
+
+    def attend(self, call: Call, frame: wire.Frame) -> bytes:
+        """Runs a call and frames its reply. On the executor's thread."""
+        queue_us = self.executor.queue_us
+        started = time.perf_counter()
+        result = self.executor.attend(call)
+        kernel_us = int((time.perf_counter() - started) * 1e6)
+        return frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
+
+    def open_session(self, principal: str) -> AttendSession:
+        """The state of one Attend stream."""
+        self.refuse_if_draining()
+        return AttendSession(self, principal)
+
+    def store_kv(self, data: bytes, principal: str) -> Work:
+        """One chunk of StoreKv."""
+        request = wire.STORE_KV_REQUEST.decode(data)
+        cache = self.caches.get(request.message.cache, principal)
+        layer, slots, k, v = validation.store_kv(request.message, request.tensors, cache.config)
+
+        def work() -> bytes:
+            cache.refuse_if_closed()
+            cache.mark_written(slots)
+            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(None, slots.to(cache.device)))
+            return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
+
+        return work
+
+    def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
+        """ReadKv: the work of each chunk. Checks everything before the first."""
+        request = wire.parse(attention_pb2.ReadKvRequest, data)
+        cache = self.caches.get(request.cache, principal)
+        layer, slots = validation.read_kv(request, cache.config)
+        config = cache.config
+        per_slot = config.num_bytes // config.num_slots // config.num_layers
+        chunk = max(1, READ_CHUNK_BYTES // per_slot)
+        return (partial(self._read_chunk, cache, layer, slots, first, chunk) for first in range(0, len(slots), chunk))
+
+    def _read_chunk(self, cache: Cache, layer: int, slots: torch.Tensor, first: int, chunk: int) -> bytes:
+        cache.refuse_if_closed()
+        k, v = cache.read(layer, slots[first : first + chunk].to(cache.device))
+        header = attention_pb2.ReadKvResponse(first=first)
+        return wire.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
+
+    def open_plane(self, data: bytes, principal: str) -> bytes:
+        """OpenPlane. This version has the inline plane, which needs no opening."""
+        wanted = wire.parse(plane_pb2.OpenPlaneRequest, data).plane
+        if wanted not in plane_pb2.Plane.values():
+            raise InvalidRequest(f"plane is {wanted}, but must be a value of Plane", field="plane")
+        if wanted in PLANE_REASONS:
+            name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
+            raise Unsupported(f"plane is {name}, but {PLANE_REASONS[wanted]}", field="plane")
+        refusals = [plane_pb2.PlaneRefusal(plane=plane, reason=reason) for plane, reason in PLANE_REASONS.items()]
+        return plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE, refusals=refusals).SerializeToString()
+
+    def close_plane(self, data: bytes, principal: str) -> bytes:
+        """ClosePlane."""
+        plane_id = wire.parse(plane_pb2.ClosePlaneRequest, data).id
+        raise InvalidRequest(f"id is {plane_id}, but no plane is open: the inline plane needs no closing", field="id")
+
+    def refuse_if_draining(self) -> None:
+        """Raises Disconnected once the server drains."""
+        if self.draining:
+            raise Disconnected("the server is draining: it takes no new steps; reconnect elsewhere or later")
+
+
+@dataclass(frozen=True, eq=False)
+class CallWork:
+    """The work of a call on the Attend stream."""
+
+    service: AttentionService
+    call: Call
+
+    def __call__(self) -> bytes:
+        """Runs the call and frames its reply."""
+        return self.service.attend(self.call, wire.ATTEND_RESPONSE)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes no longer than a few switches of thread: decode over few tokens."""
+        metadata = self.call.step.metadata
+        return metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= SMALL_CALL_TOKENS
+
+
+class AttendSession:
+    """The state of one Attend stream: its open steps."""
+
+    def __init__(self, service: AttentionService, principal: str) -> None:
+        """Starts without steps."""
+        self._service = service
+        self._principal = principal
+        self._steps: OrderedDict[int, Step] = OrderedDict()
+        self._last_id = -1
+        self._last_options: AttentionOptions | None = None
+
+    def request(self, data: bytes) -> bytes | Work:
+        """Answers a message of the stream: a step at once, a call by work for the executor."""
+        message, tensors = wire.ATTEND_REQUEST.decode(data)
+        kind = message.WhichOneof("message")
+        if kind == "call":
+            call = self._service.call(self._step(message.call.step_id), message.call, tensors)
+            self._last_options = call.options
+            return CallWork(self._service, call)
+        if kind == "step":
+            return self._open(message.step)
+        raise InvalidRequest("message is not set, but must be step or call", field="message")
+
+    def _open(self, message: step_pb2.Step) -> bytes:
+        if message.id <= self._last_id:
+            raise InvalidRequest(
+                f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
+            )
+        step = self._steps[message.id] = self._service.step(message, self._principal)
+        self._last_id = message.id
+        if self._last_options is not None:  # most likely those of its first call, too
+            self._service.executor.plan_ahead(step, self._last_options)
+        if len(self._steps) > MAX_OPEN_STEPS:
+            self._steps.popitem(last=False)
+        return attention_pb2.AttendResponse(step=attention_pb2.StepReply(step_id=message.id)).SerializeToString()
+
+    def _step(self, step_id: int) -> Step:
+        step = self._steps.get(step_id)
+        if step is None:
+            known = ", ".join(map(str, self._steps)) or "none"
+            raise InvalidRequest(
+                f"call.step_id is {step_id}, but the stream's open steps are: {known}", field="call.step_id"
+            )
+        return step
+
+
+def error_response(message_type: type[Message], error: BaseException) -> bytes:
+    """A stream's message that carries `error` in-band: an AttendResponse or a StoreKvResponse."""
+    return message_type(error=to_message(error)).SerializeToString()  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""The gRPC side: bytes in, bytes out, errors as statuses. Everything else is in `service`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, ServerFault, to_message
+from attnd.v1 import attention_pb2, error_pb2
+from attnd_server.executor import Executor, Work
+from attnd_server.service import AttentionService, CallWork, error_response
+
+log = logging.getLogger(__name__)
+
+SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
+# Messages pass as bytes, both ways.
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[bytes, bytes]
+# Who owns a cache on a server without authentication.
+ANYBODY = "anybody"
+
+
+class AttentionServicer(grpc.GenericRpcHandler):
+    """Serves `attnd.v1.AttentionService` on an asyncio server.
+
+    Messages pass as bytes: `service` parses them, because a deserializer that fails inside gRPC can only say INTERNAL.
+    """
+
+    def __init__(self, service: AttentionService) -> None:
+        """Serves `service`."""
+        self._service = service
+        self._drain = asyncio.Event()
+        self._num_streams = 0  # Attend streams that are open
+        unary: dict[str, Any] = {
+            name: grpc.unary_unary_rpc_method_handler(self._unary(method)) for name, method in service.unary.items()
+        }
+        self._handlers = {
+            **unary,
+            "Attend": grpc.stream_stream_rpc_method_handler(self.attend),
+            "StoreKv": grpc.stream_stream_rpc_method_handler(self.store_kv),
+            "ReadKv": grpc.unary_stream_rpc_method_handler(self.read_kv),
+        }
+
+    def service_name(self) -> str:
+        """For gRPC's registry."""
+        return SERVICE_NAME
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """The handler of a method, or None if it is not ours."""
+        service, _, method = details.method.lstrip("/").partition("/")
+        return self._handlers.get(method) if service == SERVICE_NAME else None
+
+    def drain(self) -> None:
+        """Refuses new steps and tells every stream."""
+        self._service.draining = True
+        self._drain.set()
+
+    def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
+        async def handler(data: bytes, context: Context) -> bytes:
+            try:
+                return await self._finish(method(data, ANYBODY), context)
+            except Exception as error:
+                await _abort(context, error)
+
+        return handler
+
+    async def attend(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """Attend: each message gets one answer, in order; an error is an answer too."""
+        try:
+            session = self._service.open_session(ANYBODY)
+        except AttndError as error:
+            await _abort(context, error)
+        self._num_streams += 1
+        writing = asyncio.Lock()  # gRPC allows one write at a time
+        going_away = asyncio.ensure_future(self._going_away(context, writing))
+        try:
+            async for data in requests:
+                answer = await self._answer(session.request, data, attention_pb2.AttendResponse)
+                async with writing:
+                    await context.write(answer)
+        finally:
+            self._num_streams -= 1
+            going_away.cancel()
+
+    async def _going_away(self, context: Context, writing: asyncio.Lock) -> None:
+        await self._drain.wait()
+        reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
+        async with writing:
+            await context.write(reply.SerializeToString())
+
+    async def store_kv(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """StoreKv: each chunk gets one answer, in order."""
+        async for data in requests:
+            await context.write(
+                await self._answer(
+                    lambda data: self._service.store_kv(data, ANYBODY), data, attention_pb2.StoreKvResponse
+                )
+            )
+
+    async def read_kv(self, data: bytes, context: Context) -> None:
+        """ReadKv: one chunk after the other, so that no more than one waits in memory."""
+        try:
+            for work in self._service.read_kv(data, ANYBODY):
+                await context.write(await self._finish(work))
+        except Exception as error:
+            await _abort(context, error)
+
+    async def _answer(self, method: Callable[[bytes], bytes | Work], data: bytes, reply: type[Message]) -> bytes:
+        try:
+            return await self._finish(method(data))
+        except Exception as error:
+            return error_response(reply, _told(error))
+
+    async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
+        """The answer itself, or what its work gives on the executor."""
+        if isinstance(answer, bytes):
+            return answer
+        if self._num_streams == 1 and isinstance(answer, CallWork) and answer.is_small:
+            # A lone worker waits for this answer, and nobody waits for the event loop.
+            result = self._service.executor.run_now(answer)
+            if result is not None:
+                return result
+        timeout_s = context.time_remaining() if context is not None else None
+        return await run_on(self._service.executor, answer, timeout_s)
+
+
+async def run_on(executor: Executor, work: Work, timeout_s: float | None = None) -> bytes:
+    """Runs `work` on the executor. Raises what it raises."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[bytes] = loop.create_future()
+
+    def settle(result: bytes | None, error: BaseException | None) -> None:
+        if future.done():  # the caller is gone
+            return
+        if error is None:
+            future.set_result(result or b"")
+        else:
+            future.set_exception(error)
+
+    def done(result: bytes | None, error: BaseException | None) -> None:
+        loop.call_soon_threadsafe(settle, result, error)
+
+    executor.submit(work, done, timeout_s)
+    return await future
+
+
+def _told(error: Exception) -> AttndError:
+    """What the client is told. Of a bug it learns an id, under which the log has the rest."""
+    if isinstance(error, AttndError):
+        return error
+    fault_id = secrets.token_hex(4)
+    log.error("internal error %s", fault_id, exc_info=error)
+    return ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
+
+
+async def _abort(context: Context, error: Exception) -> NoReturn:
+    """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
+    told = _told(error)
+    detail = any_pb2.Any()
+    detail.Pack(to_message(told))
+    status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
+    await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))

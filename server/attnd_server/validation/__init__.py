@@ -1,0 +1,26 @@
+"""From the wire's bytes to valid objects, or an `attnd.errors` exception that names field, value and rule.
+
+The only place that checks. Everything happens on host memory and before anything is written; what these functions
+return is a fact for everybody behind them. Headers are checked before memory is allocated by them, and no check costs
+more than the bytes that the caller sent. Everything small is copied; only q, k and v are views of the received bytes.
+"""
+
+from attnd_server.validation.caches import cache_config, create_cache
+from attnd_server.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
+from attnd_server.validation.pages import copy_pages, slots
+from attnd_server.validation.steps import step
+
+__all__ = [
+    "CallTensors",
+    "StoreTensors",
+    "cache_config",
+    "call",
+    "copy_pages",
+    "create_cache",
+    "layer",
+    "options",
+    "read_kv",
+    "slots",
+    "step",
+    "store_kv",
+]

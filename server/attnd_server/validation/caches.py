@@ -1,0 +1,98 @@
+"""A cache that somebody asks for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
+from attnd_server.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode, ServerConfig
+from attnd_server.validation.arrays import refuse, required
+
+MAX_NAME_CHARACTERS = 128
+
+DTYPES: dict[int, torch.dtype] = {
+    tensor_pb2.DTYPE_FLOAT32: torch.float32,
+    tensor_pb2.DTYPE_FLOAT16: torch.float16,
+    tensor_pb2.DTYPE_BFLOAT16: torch.bfloat16,
+}
+WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
+
+_LAYOUTS: dict[int, Layout] = {
+    cache_pb2.LAYOUT_UNSPECIFIED: Layout.UNIFIED,
+    cache_pb2.LAYOUT_UNIFIED: Layout.UNIFIED,
+    cache_pb2.LAYOUT_DISTINCT: Layout.DISTINCT,
+}
+_PRECISIONS: dict[int, PrecisionMode] = {
+    cache_pb2.PRECISION_UNSPECIFIED: PrecisionMode.AUTO,
+    cache_pb2.PRECISION_AUTO: PrecisionMode.AUTO,
+    cache_pb2.PRECISION_FP32: PrecisionMode.FP32,
+    cache_pb2.PRECISION_FP16: PrecisionMode.FP16,
+    cache_pb2.PRECISION_BF16: PrecisionMode.BF16,
+}
+_BACKENDS: dict[int, AttentionBackend] = {
+    backend_pb2.BACKEND_AUTO: AttentionBackend.AUTO,
+    backend_pb2.BACKEND_NAIVE: AttentionBackend.NAIVE,
+    backend_pb2.BACKEND_SDPA: AttentionBackend.SDPA,
+    backend_pb2.BACKEND_TRITON: AttentionBackend.TRITON,
+    backend_pb2.BACKEND_TRITON_GROUPED: AttentionBackend.TRITON_GROUPED,
+    backend_pb2.BACKEND_FLASH_ATTN: AttentionBackend.FLASH_ATTN,
+    backend_pb2.BACKEND_XFORMERS: AttentionBackend.XFORMERS,
+}
+
+
+def backend(value: int, default: AttentionBackend) -> AttentionBackend:
+    """The backend of the wire's number `value`; `default` where it is not set.
+
+    Raises:
+        InvalidRequest: no such backend.
+    """
+    if value == backend_pb2.BACKEND_UNSPECIFIED:
+        return default
+    if value not in _BACKENDS:
+        refuse("backend", f"backend is {value}, but must be one of {', '.join(b.value for b in AttentionBackend)}")
+    return _BACKENDS[value]
+
+
+def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
+    """Geometry and choices of a cache, with every default filled in.
+
+    Raises:
+        InvalidRequest: a number is out of its range, or the dtype is not set.
+    """
+    if message.dtype not in DTYPES:
+        name = tensor_pb2.Dtype.Name(message.dtype) if message.dtype in tensor_pb2.Dtype.values() else message.dtype
+        refuse("dtype", f"dtype is {name}, but must be DTYPE_FLOAT32, DTYPE_FLOAT16 or DTYPE_BFLOAT16")
+    if message.layout not in _LAYOUTS:
+        refuse("layout", f"layout is {message.layout}, but must be LAYOUT_UNIFIED or LAYOUT_DISTINCT")
+    if message.precision not in _PRECISIONS:
+        refuse("precision", f"precision is {message.precision}, but must be a value of Precision")
+    return AttentionConfig(
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        head_dim_v=message.head_dim_v,
+        page_size=message.page_size,
+        num_pages=message.num_pages,
+        dtype=DTYPES[message.dtype],
+        layout=_LAYOUTS[message.layout],
+        backend=backend(message.backend, AttentionBackend.AUTO),
+        precision=_PRECISIONS[message.precision],
+    )
+
+
+def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) -> tuple[AttentionConfig, float, str]:
+    """Configuration, lease in seconds and name of a cache to be created.
+
+    Raises:
+        InvalidRequest: the configuration is absent or wrong, or the lease or the name is out of its range.
+    """
+    cache = cache_config(required(message, "config"))
+    ttl_s = message.ttl_s or config.default_ttl_s
+    if not (math.isfinite(ttl_s) and 1.0 <= ttl_s <= config.max_ttl_s):
+        refuse("ttl_s", f"ttl_s is {ttl_s:g}, but must be 0 or 1..{config.max_ttl_s:g} seconds")
+    if len(message.name) > MAX_NAME_CHARACTERS:
+        rule = f"at most {MAX_NAME_CHARACTERS}"
+        refuse("name", f"name has {len(message.name)} characters, but must have {rule}")
+    return cache, ttl_s, message.name

@@ -1,0 +1,48 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import attnd
+from tests.servers import ServerProcess
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One real server for all tests that do it no harm."""
+    with ServerProcess(tmp_path_factory.mktemp("server") / "log") as process:
+        yield process
+        log = process.log
+    assert "internal error" not in log, log
+
+
+@pytest.fixture(scope="session")
+def server_address(server: ServerProcess) -> str:
+    return server.address
+
+
+@pytest.fixture
+def client(server_address: str) -> Iterator[attnd.Client]:
+    with attnd.connect(server_address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def _inproc() -> Iterator[attnd.Client]:
+    with attnd.connect("inproc://") as connected:
+        yield connected
+
+
+@pytest.fixture(params=["grpc", "inproc"])
+def any_client(request: pytest.FixtureRequest) -> attnd.Client:
+    """A client of a real server, and one of a server in this process."""
+    return request.getfixturevalue("client" if request.param == "grpc" else "_inproc")

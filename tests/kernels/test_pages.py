@@ -1,0 +1,120 @@
+"""K and V in and out of pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnd_server.config import AttentionConfig, Layout
+from attnd_server.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
+from tests.oracle import DTYPES, devices
+
+LAYOUTS = pytest.mark.parametrize("layout", Layout)
+DEVICES = pytest.mark.parametrize("device", devices())
+PAGE_SIZE, HEADS, DIM, DIM_V = 4, 3, 16, 24
+
+
+def empty_pages(
+    layout: Layout, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[AttentionConfig, torch.Tensor, torch.Tensor]:
+    """Pages full of NaN."""
+    config = AttentionConfig(1, HEADS, DIM, 10, page_size=PAGE_SIZE, head_dim_v=DIM_V, dtype=dtype, layout=layout)
+    pages = (torch.full(shape, float("nan"), dtype=dtype, device=device) for shape in (config.k_shape, config.v_shape))
+    return config, *pages
+
+
+def element(pages: torch.Tensor, layout: Layout, slot: int, head: int, i: int) -> float:
+    """One element of a slot, straight from the definition of the layouts."""
+    page, offset = divmod(slot, PAGE_SIZE)
+    if layout is Layout.UNIFIED:
+        return pages[page, offset, head, i].item()
+    if pages.dim() == 5:
+        return pages[page, head, i // 8, offset, i % 8].item()
+    return pages[page, head, i, offset].item()
+
+
+@DEVICES
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_land_in_their_slots_and_nowhere_else(device: str, layout: Layout, dtype: torch.dtype) -> None:
+    _, k_pages, v_pages = empty_pages(layout, device, dtype)
+    slots = torch.tensor([37, -1, 0, 5, -1, 39])
+    k = torch.randn(6, HEADS, DIM).to(device, dtype)
+    v = torch.randn(6, HEADS, DIM_V).to(device, dtype)
+    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
+    for pages, tokens in ((k_pages, k), (v_pages, v)):
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                stored = [[element(pages, layout, slot, h, i) for i in range(tokens.shape[2])] for h in range(HEADS)]
+                assert stored == tokens[token].tolist()
+        assert pages.isfinite().sum() == 4 * tokens[0].numel()
+
+
+@DEVICES
+@LAYOUTS
+def test_slots_are_read_back_in_the_order_asked(device: str, layout: Layout) -> None:
+    _, k_pages, v_pages = empty_pages(layout, device)
+    slots = torch.randperm(40)[:17]
+    k, v = torch.randn(17, HEADS, DIM, device=device), torch.randn(17, HEADS, DIM_V, device=device)
+    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
+    order = torch.tensor([16, 3, 3, 0])
+    k_read, v_read = read_kv(k_pages, v_pages, slots[order].to(device), layout)
+    assert torch.equal(k_read, k[order.to(device)])
+    assert torch.equal(v_read, v[order.to(device)])
+    assert k_read.is_contiguous()
+    assert v_read.is_contiguous()
+
+
+@DEVICES
+@LAYOUTS
+def test_pages_are_gathered_in_token_order(device: str, layout: Layout) -> None:
+    _, k_pages, v_pages = empty_pages(layout, device)
+    k, v = torch.randn(40, HEADS, DIM, device=device), torch.randn(40, HEADS, DIM_V, device=device)
+    store_kv(k_pages, v_pages, k, v, stored_tokens(torch.arange(40), device), layout)
+    ids = torch.tensor([7, 2, -1], device=device)
+    for pages, tokens in ((k_pages, k), (v_pages, v)):
+        gathered = gather_pages(pages, ids, layout)
+        assert gathered.shape == (3 * PAGE_SIZE, *tokens.shape[1:])
+        assert gathered.is_contiguous()
+        assert torch.equal(gathered[: 2 * PAGE_SIZE], torch.cat([tokens[28:32], tokens[8:12]]))
+        assert gather_pages(pages, ids[:0], layout).shape == (0, *tokens.shape[1:])
+
+
+@DEVICES
+@LAYOUTS
+def test_nothing_is_stored_when_every_slot_is_minus_one(device: str, layout: Layout) -> None:
+    _, k_pages, v_pages = empty_pages(layout, device)
+    k, v = torch.randn(2, HEADS, DIM, device=device), torch.randn(2, HEADS, DIM_V, device=device)
+    store_kv(k_pages, v_pages, k, v, stored_tokens(torch.tensor([-1, -1]), device), layout)
+    assert k_pages.isnan().all()
+    assert v_pages.isnan().all()
+
+
+@DEVICES
+@LAYOUTS
+def test_pages_are_copied_in_every_layer(device: str, layout: Layout) -> None:
+    config, _, _ = empty_pages(layout, device)
+    k_pages = torch.randn(3, *config.k_shape, device=device)
+    v_pages = torch.randn(3, *config.v_shape, device=device)
+    before = k_pages.clone(), v_pages.clone()
+    copy_pages(k_pages, v_pages, torch.tensor([4, 1, 4]), torch.tensor([0, 9, 7]))
+    for pages, old in zip((k_pages, v_pages), before, strict=True):
+        expected = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+        expected[0], expected[9], expected[7] = 4, 1, 4
+        assert torch.equal(pages, old[:, expected])
+
+
+@LAYOUTS
+def test_offsets_beyond_two_to_the_31(layout: Layout) -> None:
+    num_pages = 2**31 // (16 * 8 * 512) + 1
+    config = AttentionConfig(1, 8, 512, num_pages, head_dim_v=8, layout=layout)
+    # Bytes are enough, and memory that is never touched costs nothing.
+    k_pages = torch.empty(config.k_shape, dtype=torch.uint8)
+    v_pages = torch.empty(config.v_shape, dtype=torch.uint8)
+    k, v = torch.full((1, 8, 512), 7, dtype=torch.uint8), torch.full((1, 8, 8), 9, dtype=torch.uint8)
+    slots = torch.tensor([config.num_slots - 1])
+    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, "cpu"), layout)
+    k_read, v_read = read_kv(k_pages, v_pages, slots, layout)
+    assert torch.equal(k_read, k)
+    assert torch.equal(v_read, v)
+    assert torch.equal(gather_pages(k_pages, torch.tensor([num_pages - 1]), layout)[-1:], k)

@@ -1,0 +1,148 @@
+"""Backend `sdpa` against the oracle, and against `naive` where the oracle is too slow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attnd_server import NaiveAttention
+from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, split
+from attnd_server.backends.sdpa import SdpaAttention
+from attnd_server.config import Layout
+from tests import oracle
+from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
+from tests.tolerances import assert_close
+
+DEVICES = pytest.mark.parametrize("device", oracle.devices())
+CPU = torch.device("cpu")
+
+
+def parts(case: Case) -> list[tuple[int, bool, bool]]:
+    """Requests of each part, and whether it has a mask and is causal."""
+    found = split(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case)), CPU)
+    return [(part.num_reqs, part.mask is not None, part.is_causal) for part in found]
+
+
+def compare_with_naive(case: Case, device: str) -> None:
+    tensors = oracle.tensors(case)
+    output, _ = oracle.run(SdpaAttention(), case, tensors, device)
+    expected, _ = oracle.run(NaiveAttention(), case, tensors, device)
+    assert_close(output, expected.double().numpy(), case.coarsest)
+
+
+@DEVICES
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(case=oracle.cases(plain=True))
+def test_any_step(device: str, case: Case) -> None:
+    assert SdpaAttention().supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case))) is None
+    oracle.check(SdpaAttention(), case, device)
+
+
+@DEVICES
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(case=oracle.cases())
+def test_any_step_that_it_supports(device: str, case: Case) -> None:
+    oracle.check(SdpaAttention(), case, device)
+
+
+@DEVICES
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("mask", [CAUSAL, BLOCK_CAUSAL, BIDIRECTIONAL, PREFIX_FULL])
+@pytest.mark.parametrize("context_len", [0, 70])
+@pytest.mark.parametrize("head_dim_v", [8, 16])
+def test_a_long_prefill(device: str, context_len: int, mask: str, window: int, head_dim_v: int) -> None:
+    num_tokens = 2 * TILE_ROWS + 77
+    long = Request(context_len, num_tokens, num_tokens - 5, list(range(40, 45)), mask, 32, 100, 1000)
+    short = Request(33, 3, 3, [9, 8, 7, -1, -1], mask, 32, 34, 36)
+    compare_with_naive(Case([short, long], head_dim=8, head_dim_v=head_dim_v, num_kv_heads=1, window=window), device)
+
+
+@DEVICES
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_contexts_of_different_length_share_parts(device: str, num_rows: int) -> None:
+    lens = [0, 1, 15, 16, 17, 100, 255, 300, 512, 1000]
+    pages, tables = iter(range(160)), []
+    for length in lens:
+        used = -(-length // 16)
+        tables.append([next(pages) for _ in range(used)] + [-1] * (63 - used))
+    case = Case(
+        [Request(length, num_rows, num_rows, table, BIDIRECTIONAL) for length, table in zip(lens, tables, strict=True)],
+        group=3,
+        poison=float("nan"),
+    )
+    assert sorted(num_reqs for num_reqs, _, _ in parts(case)) == [2, 8]
+    compare_with_naive(case, device)
+
+
+def test_one_token_that_sees_everything_has_no_mask() -> None:
+    assert parts(Case([Request(30, 1, 1, [1, 2])])) == [(1, False, False)]
+    assert parts(Case([Request(30, 1, 1, [1, 2]), Request(30, 1, 1, [3, 4])])) == [(2, False, False)]
+    assert parts(Case([Request(30, 1, 1, [1, 2]), Request(29, 1, 1, [3, 4])])) == [(2, True, False)]
+
+
+def test_a_causal_prefill_without_context_has_no_mask() -> None:
+    num_tokens = 2 * TILE_ROWS
+    assert parts(Case([Request(0, num_tokens, num_tokens, [])])) == [(1, False, True)]
+    assert parts(Case([Request(0, 9, 9, []), Request(0, 9, 7, [])])) == [(2, False, True)]
+    assert parts(Case([Request(0, 9, 9, [])], window=8)) == [(1, True, False)]
+
+
+def test_many_rows_are_not_batched() -> None:
+    num_rows = BATCHED_ROWS + 1
+    assert len(parts(Case([Request(1, num_rows, num_rows, [page]) for page in range(3)]))) == 3
+    assert len(parts(Case([Request(1, BATCHED_ROWS, BATCHED_ROWS, [page]) for page in range(3)]))) == 1
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_pages_outside_the_window_and_past_the_context_are_never_read(layout: Layout) -> None:
+    case = Case([Request(40, 1, 1, [10**9, 5, 6, 10**9])], window=20, layout=layout)
+    with_pages = replace(case, requests=[replace(case.requests[0], pages=[-1, 5, 6, -1])])
+    tensors = oracle.tensors(with_pages)
+    output, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
+    assert_close(output, oracle.attend(with_pages, tensors)[0], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("softcap", 2.0), ("alibi", True), ("sinks", True), ("return_lse", True)]
+)
+def test_what_torch_does_not_have_is_refused_by_name(option: str, value: float | bool) -> None:
+    case = replace(Case([Request(3, 1, 1, [1])]), **{option: value})
+    reason = SdpaAttention().supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case)))
+    assert reason is not None
+    assert f"has no {option}" in reason
+
+
+def test_masks_beyond_memory_are_refused() -> None:
+    request = Request(0, 40_000, 40_000, [], BIDIRECTIONAL)
+    case = Case([request], num_kv_heads=1, group=1, head_dim=8, head_dim_v=8)
+    given_options = oracle.options(case, oracle.tensors(Case([])))
+    reason = SdpaAttention().supports(case.config(), case.metadata(), given_options)
+    assert reason is not None
+    assert "elements" in reason
+    causal = replace(case, requests=[replace(request, mask=CAUSAL)])
+    assert SdpaAttention().supports(case.config(), causal.metadata(), given_options) is None
+
+
+def test_no_keys_at_all_give_zeros() -> None:
+    case = Case([Request(0, 3, 3, []), Request(0, 1, 1, [])], cache_only=True)
+    output, _ = oracle.run(SdpaAttention(), case, oracle.tensors(case), "cpu")
+    assert not output.any()
+
+
+def test_a_step_without_requests() -> None:
+    case = Case([])
+    output, _ = oracle.run(SdpaAttention(), case, oracle.tensors(case), "cpu")
+    assert output.shape == (0, case.num_heads, case.head_dim_v)
+
+
+def test_a_part_of_many_requests_gathers_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([Request(5 + request, 1, 1, [request, 9, 8, 7]) for request in range(7)])
+    tensors = oracle.tensors(case)
+    whole, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
+    monkeypatch.setattr("attnd_server.backends.gather.PART_TOKENS", 3 * 513)
+    assert [num_reqs for num_reqs, _, _ in parts(case)] == [3, 3, 1]
+    in_parts, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
+    assert_close(in_parts, whole.double().numpy(), torch.float32)

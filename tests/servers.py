@@ -1,0 +1,85 @@
+"""Real server processes for end-to-end tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ServerProcess:
+    """`attnd serve` as a child process on a port that the system picks, or on `port`.
+
+    Its log goes to the file `log_path`, its first line of output names the address.
+    """
+
+    def __init__(self, log_path: Path, *options: str, port: int = 0) -> None:
+        self.log_path = log_path
+        command = [sys.executable, "-m", "attnd_server", "serve", "--port", str(port), *options]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+        self.address = self._read_address(timeout_s=120)
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def kill(self) -> None:
+        """SIGKILL: the server has no chance to say anything."""
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM: the server drains."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = 30) -> int:
+        return self._process.wait(timeout_s)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self.terminate()
+            try:
+                self.wait()
+            except subprocess.TimeoutExpired:
+                self.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _read_address(self, timeout_s: float) -> str:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                if not selector.select(timeout=1):
+                    continue
+                line = self._process.stdout.readline()
+                if not line:
+                    break
+                if found := re.search(r"serves (\S+:\d+) on", line):
+                    return found[1]
+        self.stop()
+        raise RuntimeError(f"the server did not start: {self.log}")

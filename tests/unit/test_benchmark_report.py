@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import echo, report
+from benchmarks.workload import DecodeStep
+
+ROWS = [
+    {"tokens": 1, "way": "stream", "p50_us": 1234.5, "ratio": 1.25, "floor": ["echo stream", "backend"]},
+    {"tokens": 1, "way": "backend", "p50_us": 98.76, "ratio": None, "floor": []},
+    {"tokens": 16, "way": "stream", "p50_us": 9876.0, "ratio": 1.0, "floor": ["echo stream", "backend"]},
+]
+
+
+def test_a_table_has_the_chosen_columns() -> None:
+    table = report.table("decode", "in us", ROWS, {"tokens": "tokens", "way": "way", "p50_us": "p50", "ratio": "ratio"})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["tokens", "way", "p50", "ratio"] in lines
+    assert ["1", "stream", "1234", "1.25"] in lines
+    assert ["1", "backend", "98.8"] in lines
+    assert ["16", "stream", "9876", "1.00"] in lines
+
+
+def test_json_says_where_and_how_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    report.write_json(path, "service", {"context": 256}, ROWS)
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == "service"
+    assert result["parameters"] == {"context": 256}
+    assert result["rows"] == ROWS
+    assert result["command"].startswith("python ")
+    assert result["hardware"]["cores"] >= 1
+    assert result["versions"]["torch"] == torch.__version__
+    assert {"git_commit", "finished"} <= result.keys()
+
+
+def test_a_plot_is_written(tmp_path: Path) -> None:
+    bars = [report.Bar("stream", 9.0, {"echo": 3.0, "backend": 4.0}), report.Bar("inproc", 5.0, {"backend": 4.0})]
+    report.plot(tmp_path / "result.png", "decode", "us", {"1 token": bars, "16 tokens": bars})
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("dtype", report.TOLERANCES, ids=str)
+def test_rounding_passes(dtype: torch.dtype) -> None:
+    expected = torch.randn(3, 4, 64, dtype=torch.float64)
+    report.refuse_wrong("way", expected.to(dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", report.TOLERANCES, ids=str)
+def test_one_token_of_a_thousand_left_out_is_refused(dtype: torch.dtype) -> None:
+    values = torch.randn(1000, 4, 64, dtype=torch.float64)
+    with pytest.raises(report.WrongResult, match="way has a relative error of"):
+        report.refuse_wrong("way", values[:-1].mean(0)[None].to(dtype), values.mean(0)[None])
+
+
+def test_nan_and_other_shapes_are_refused() -> None:
+    expected = torch.ones(2, 1, 8, dtype=torch.float64)
+    with pytest.raises(report.WrongResult, match="nan"):
+        report.refuse_wrong("way", torch.full((2, 1, 8), torch.nan), expected)
+    with pytest.raises(report.WrongResult, match=r"way has shape \[1, 1, 8\], but must have \[2, 1, 8\]"):
+        report.refuse_wrong("way", torch.ones(1, 1, 8), expected)
+
+
+class _Forgetful:
+    """A cache that stores nothing."""
+
+    def store_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        pass
+
+    def read_kv(self, layer: int, slots: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(like), torch.zeros_like(like)
+
+
+def test_a_way_that_stores_nothing_is_refused() -> None:
+    step = DecodeStep(2, 20, torch.float32)
+    with pytest.raises(report.WrongResult, match="stored k of layer 0"):
+        step.check("way", _Forgetful(), lambda layer: step.expected[layer].float())
+
+
+def test_an_echo_returns_the_part_that_was_asked_for() -> None:
+    assert len(echo.message(1000, 300)) == 1000
+    assert len(echo.reply(echo.message(1000, 300))) == 300
+    with pytest.raises(ValueError, match="num_reply_bytes is 1001"):
+        echo.message(1000, 1001)

@@ -1,0 +1,202 @@
+"""The command line: what it takes, what it refuses, what it hands on."""
+
+import dataclasses
+import logging
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from attnd._version import __version__
+from attnd_server import __main__, app, cli, cli_options
+from attnd_server.config import ServerConfig
+
+COMMANDS = {"serve", "demo", "chat", "info", "version"}
+
+
+def run(*arguments, env=None):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=env)
+    # Boxes and line breaks are the terminal's, not the message's.
+    result.text = " ".join(re.sub("[─│╭╮╰╯]", " ", result.output).split())
+    return result
+
+
+def parameters(command):
+    return {parameter.name: parameter for parameter in typer.main.get_command(cli.app).commands[command].params}
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The configurations with which `attnd serve` would have run a server; the root logger as it was."""
+    configs = []
+    monkeypatch.setattr(app, "run_server", lambda config: configs.append(config) or 0)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield configs
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_the_commands_are_these():
+    assert set(typer.main.get_command(cli.app).commands) == COMMANDS
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: attnd {command}" in result.text or f"{command} [OPTIONS]" in result.text
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_option_has_help_and_a_default(command):
+    for name, parameter in parameters(command).items():
+        assert parameter.help, name
+        assert parameter.default is not None or parameter.show_default, name
+
+
+def test_serve_has_the_options_and_defaults_of_the_configuration():
+    options = parameters("serve")
+    for field in dataclasses.fields(ServerConfig):
+        assert options.pop(field.name).default == field.default, field.name
+    assert set(options) == {"insecure", "log_level", "log_format"}
+
+
+def test_every_option_of_serve_reads_its_environment_variable():
+    for name, parameter in parameters("serve").items():
+        assert parameter.envvar == f"ATTND_{name.upper()}"
+
+
+def test_serve_runs_a_server_with_what_it_was_given(served):
+    result = run("serve", "--port", 0, "--kv-bytes", "2GiB", "--device", "cuda:1", env={"ATTND_MAX_CACHES": "7"})
+    assert result.exit_code == 0, result.output
+    assert served == [ServerConfig(port=0, kv_bytes=2 << 30, device="cuda:1", max_caches=7)]
+
+
+def test_serve_without_arguments_is_the_default_configuration(served):
+    assert run("serve").exit_code == 0
+    assert served == [ServerConfig()]
+
+
+def test_the_exit_code_is_the_servers(monkeypatch, served):
+    monkeypatch.setattr(app, "run_server", lambda config: 3)
+    assert run("serve").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--port", "70000"), "'--port': it is 70000, but must be a whole number 0..65535"),
+        (("--port", "x"), "'--port': it is x, but must be a whole number 0..65535"),
+        (("--device", "gpu"), "'--device': it is 'gpu', but must be auto, cpu, cuda or cuda:N"),
+        (("--kv-bytes", "8GB"), "'--kv-bytes': it is '8GB', but must be bytes, or a number with a unit"),
+        (("--max-caches", "0"), "'--max-caches': it is 0, but must be a whole number from 1"),
+        (("--threads", "-1"), "'--threads': it is -1, but must be a whole number from 0"),
+        (("--max-ttl-s", "nan"), "'--max-ttl-s': it is nan, but must be a number from 1"),
+        (("--drain-s", "-1"), "'--drain-s': it is -1, but must be a number from 0"),
+        (("--default-ttl-s", "9", "--max-ttl-s", "8"), "default_ttl_s is 9, but must be at most max_ttl_s, 8"),
+        (("--log-format", "xml"), "'xml' is not one of 'auto', 'text', 'json'"),
+        (("--host", "0.0.0.0"), "host is 0.0.0.0, but must be a loopback address unless --insecure is given"),
+        (("--host", "attention.example"), "host is attention.example, but must be a loopback address"),
+        (("--bogus",), "No such option: --bogus"),
+    ],
+)
+def test_serve_refuses(served, arguments, message):
+    result = run("serve", *arguments)
+    assert result.exit_code == 2
+    assert message in result.text
+    assert served == []
+
+
+def test_a_wrong_environment_variable_is_refused_like_the_option(served):
+    result = run("serve", env={"ATTND_PORT": "99999"})
+    assert result.exit_code == 2
+    assert "it is 99999, but must be a whole number 0..65535" in result.text
+
+
+def test_insecure_serves_any_host_and_says_so(served):
+    result = run("serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json")
+    assert [config.host for config in served] == ["0.0.0.0"]
+    assert "listening without encryption and authentication" in result.output
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
+def test_loopback_hosts(host):
+    assert cli_options.is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "[::]", "192.168.0.1", "127.0.0.1.example", "localhost.example"])
+def test_hosts_that_others_may_reach(host):
+    assert not cli_options.is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("17", 17), (17, 17), ("1 KiB", 1 << 10), ("3MiB", 3 << 20), ("2TiB", 2 << 40)]
+)
+def test_amounts_of_memory(text, size):
+    assert cli_options.num_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5GiB", "8gb", "GiB", "٣"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(typer.BadParameter):
+        cli_options.num_bytes(text)
+
+
+def test_demo_hands_its_options_on(monkeypatch):
+    calls = []
+    module = types.SimpleNamespace(run_demo=lambda **options: calls.append(options) or 5)
+    monkeypatch.setitem(sys.modules, "attnd_server.demo", module)
+    assert run("demo", "--max-new-tokens", 3, "--dtype", "bfloat16", "--address", "h:1").exit_code == 5
+    del calls[0]["console"]
+    expected = {"device": "auto", "max_new_tokens": 3, "dtype": "bfloat16", "model_path": None, "address": "h:1"}
+    assert calls == [expected]
+
+
+def test_chat_hands_its_options_on(monkeypatch):
+    calls = []
+    module = types.SimpleNamespace(run_chat=lambda **options: calls.append(options) or 0)
+    monkeypatch.setitem(sys.modules, "attnd_server.chat", module)
+    assert run("chat", "--temperature", 0, "--model-path", "m.gguf", env={"ATTND_DEVICE": "cpu"}).exit_code == 0
+    del calls[0]["console"]
+    expected = {"device": "cpu", "max_new_tokens": 512, "address": None, "model_path": "m.gguf", "temperature": 0.0}
+    assert calls == [expected]
+
+
+def test_version():
+    result = run("version")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"attnd {__version__}, Python 3.")
+
+
+def test_help_and_probe_do_not_import_torch():
+    program = (
+        "import sys, attnd_server.cli, attnd_server.logs, attnd_server.health_probe\n"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("module", "extra"), [("typer", "server"), ("rich", "server")])
+def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)  # how the import system remembers that there is none
+    for name in [name for name in sys.modules if name.startswith((f"{module}.", "attnd_server.cli"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("attnd_server.cli")
+    assert __main__.main() == 1
+    assert capsys.readouterr().err == f"attnd: {module} is not installed; try: pip install 'attnd[{extra}]'\n"
+
+
+def test_a_missing_module_of_our_own_is_not_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "attnd_server.cli", None)
+    monkeypatch.delattr("attnd_server.cli")
+    with pytest.raises(ModuleNotFoundError):
+        __main__.main()

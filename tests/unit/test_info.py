@@ -1,0 +1,113 @@
+"""What `attnd info` prints, and what it prints when nobody answers."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+import attnd
+from attnd.errors import Disconnected
+from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd_server import info
+
+CAPABILITIES = capabilities_pb2.GetCapabilitiesResponse(
+    version="9.8.7",
+    epoch=42,
+    devices=[
+        capabilities_pb2.Device(name="cuda:0", description="A GPU", num_bytes_limit=80 << 30, num_bytes_used=3 << 29)
+    ],
+    backends=[
+        capabilities_pb2.BackendState(backend=backend_pb2.BACKEND_NAIVE, available=True),
+        capabilities_pb2.BackendState(backend=backend_pb2.BACKEND_TRITON_GROUPED, reason="no [compiler] here"),
+    ],
+    planes=[capabilities_pb2.PlaneState(plane=plane_pb2.PLANE_INLINE, available=True)],
+    dtypes=[tensor_pb2.DTYPE_BFLOAT16],
+    layouts=[cache_pb2.LAYOUT_UNIFIED],
+    masks=[step_pb2.MASK_BLOCK_CAUSAL],
+    limits=capabilities_pb2.Limits(max_message_bytes=1 << 28, max_step_tokens=65_536),
+)
+CACHE = cache_pb2.CacheInfo(
+    config=cache_pb2.CacheConfig(
+        num_layers=30,
+        num_kv_heads=3,
+        head_dim=192,
+        head_dim_v=128,
+        page_size=16,
+        num_pages=2048,
+        dtype=tensor_pb2.DTYPE_BFLOAT16,
+        layout=cache_pb2.LAYOUT_DISTINCT,
+    ),
+    ttl_s=60,
+    expires_in_s=41.6,
+    num_bytes=90 << 20,
+    num_pages_written=1234,
+    name="[red]mine",
+)
+
+
+class FakeClient:
+    def __init__(self, caches):
+        self._caches = caches
+
+    def capabilities(self):
+        return CAPABILITIES
+
+    def list_caches(self):
+        return self._caches
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def run(monkeypatch, connect):
+    monkeypatch.setattr(attnd, "connect", connect)
+    out, err = io.StringIO(), io.StringIO()
+    code = info.run_info("host:1", 2.0, Console(file=out, width=160), Console(file=err, width=160))
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_prints_capabilities_and_caches(monkeypatch):
+    code, out, err = run(monkeypatch, lambda address, **_: FakeClient([CACHE]))
+    assert (code, err) == (0, "")
+    for text in (
+        "host:1  attnd 9.8.7, epoch 42",
+        "A GPU",
+        "1.5 GiB",
+        "80.0 GiB",
+        "naive",
+        "triton_grouped",
+        "no: no [compiler] here",
+        "inline",
+        "bfloat16",
+        "block_causal",
+        "256.0 MiB",
+        "65,536",
+        "[red]mine",
+        "30 layers x 3 heads x 192/128, bfloat16, distinct",
+        "1,234 of 2,048, 16 tokens each",
+        "42 of 60 s",
+    ):
+        assert text in out
+
+
+def test_says_that_there_are_no_caches(monkeypatch):
+    code, out, _ = run(monkeypatch, lambda address, **_: FakeClient([]))
+    assert code == 0
+    assert "No caches." in out
+
+
+def test_nobody_answers(monkeypatch):
+    def connect(address, timeout_s, connect_timeout_s):
+        raise Disconnected(f"no connection to {address}:\n[refused] within {connect_timeout_s:g} s")
+
+    assert run(monkeypatch, connect) == (1, "", "attnd info: no connection to host:1: [refused] within 2 s\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB"), (5 << 50, "5120.0 TiB")]
+)
+def test_bytes_text(value, text):
+    assert info.bytes_text(value) == text

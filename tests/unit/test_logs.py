@@ -1,0 +1,124 @@
+"""One event a line, whichever the format."""
+
+import io
+import json
+import logging
+import re
+
+import pytest
+
+from attnd_server import logs
+
+log = logging.getLogger("attnd_server.test")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_as_it_was():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def written(log_format, stream=None, level="info"):
+    stream = stream or io.StringIO()
+    logs.setup(level, log_format, stream)
+    return lambda: stream.getvalue().splitlines()
+
+
+def test_json_has_time_level_event_and_fields():
+    lines = written("json")
+    log.info("lease ended", extra={"cache": "demo", "num_bytes": 4096})
+    (line,) = lines()
+    event = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event.pop("ts"))
+    assert event == {
+        "level": "info",
+        "event": "lease ended",
+        "logger": "attnd_server.test",
+        "cache": "demo",
+        "num_bytes": 4096,
+    }
+
+
+def test_json_is_one_line_whatever_is_in_it():
+    lines = written("json")
+    log.warning("two\nlines", extra={"value": object(), "level": "mine", "text": "a\nb"})
+    event = json.loads("\n".join(lines()))
+    assert len(lines()) == 1
+    assert event["event"] == "two\nlines"
+    assert event["text"] == "a\nb"
+    assert event["level"] == "warning"
+
+
+def test_json_carries_a_traceback_as_a_field():
+    lines = written("json")
+    try:
+        raise ValueError("no")
+    except ValueError:
+        log.exception("failed", extra={"id": "7f"})
+    (line,) = lines()
+    event = json.loads(line)
+    assert event["exception"].endswith("ValueError: no")
+    assert event["id"] == "7f"
+
+
+def test_text_has_time_level_event_and_fields():
+    lines = written("text")
+    log.error("call %s", "failed", extra={"cache": "my demo", "layer": 3, "empty": ""})
+    (line,) = lines()
+    assert re.fullmatch(r'\d\d:\d\d:\d\d\.\d{3} error call failed  cache="my demo" layer=3 empty=""', line)
+
+
+def test_text_puts_a_traceback_below():
+    lines = written("text")
+    try:
+        raise ValueError("no")
+    except ValueError:
+        log.exception("failed")
+    assert lines()[0].endswith("error failed")
+    assert lines()[-1] == "ValueError: no"
+
+
+@pytest.mark.parametrize(("stream", "is_json"), [(Terminal(), False), (io.StringIO(), True)])
+def test_auto_is_text_on_a_terminal_only(stream, is_json):
+    lines = written("auto", stream)
+    log.info("event")
+    assert lines()[0].startswith("{") == is_json
+
+
+def test_level():
+    lines = written("text", level="warning")
+    log.info("unseen")
+    log.warning("seen")
+    assert len(lines()) == 1
+
+
+def test_other_libraries_are_written_too():
+    lines = written("json")
+    logging.getLogger("grpc").warning("from gRPC")
+    assert json.loads(lines()[0])["logger"] == "grpc"
+
+
+def test_a_second_setup_replaces_the_first():
+    first, second = written("json"), written("text")
+    log.info("once")
+    assert (len(first()), len(second())) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("loud",), "level is 'loud', but must be one of debug, info, warning, error"),
+        (("info", "xml"), "log_format is 'xml', but must be one of auto, text, json"),
+    ],
+)
+def test_setup_refuses(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        logs.setup(*arguments)
