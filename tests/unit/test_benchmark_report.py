@@ -38,7 +38,7 @@ def test_json_says_where_and_how_it_was_measured(tmp_path: Path) -> None:
     assert result["rows"] == ROWS
     assert result["command"].startswith("python ")
     assert result["hardware"]["cores"] >= 1
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])  # the package leaves +cu130 out
     assert {"git_commit", "finished"} <= result.keys()
 
 
