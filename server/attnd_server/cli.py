@@ -34,8 +34,8 @@ LOGS = "Logs"
 def let_idle_threads_sleep() -> None:
     """Before torch is imported, unless the operator has said otherwise.
 
-    OpenMP's threads spin for milliseconds after each piece of work. A model and a server on the same cores, which take
-    turns, then wait for each other's spinning.
+    OpenMP's threads spin for milliseconds after each piece of work, on cores that a worker on the same machine needs
+    right then. A worker's own threads had better spin: its next piece of work comes at once.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -151,7 +151,6 @@ def demo(
     address: options.Address = None,
 ) -> None:
     """Let a real model answer with attention from a server, then with its own, and compare."""
-    let_idle_threads_sleep()
     from attnd_server.demo import run_demo
 
     code = run_demo(
@@ -176,7 +175,6 @@ def chat(
     address: options.Address = None,
 ) -> None:
     """Talk with the demo's model, its attention served by a server."""
-    let_idle_threads_sleep()
     from attnd_server.chat import run_chat
 
     code = run_chat(

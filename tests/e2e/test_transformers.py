@@ -37,7 +37,13 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**COMMON)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, sliding_window=WINDOW)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**COMMON, sliding_window=WINDOW, attn_logit_softcapping=3.0, query_pre_attn_scalar=24)
+        transformers.Gemma2Config(
+            **COMMON,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=3.0,
+            query_pre_attn_scalar=24,
+            tie_word_embeddings=False,  # else it repeats the last token, whatever attention says
+        )
     ),
     "gpt_oss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**COMMON, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1)
@@ -119,7 +125,7 @@ def test_greedy_tokens_of_a_padded_batch(model, batch, remote):
 
 
 @torch.no_grad()
-def test_logits_of_a_prompt_in_two_pieces(model, batch, remote):
+def test_logits_of_a_prompt_in_pieces(model, batch, remote):
     tokens, mask = batch["input_ids"], batch["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     model.set_attn_implementation("eager")
