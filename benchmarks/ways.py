@@ -21,7 +21,7 @@ from attnd_server.kernels.pages import stored_tokens
 from attnd_server.metadata import AttentionOptions
 from benchmarks import echo
 from benchmarks.servers import running
-from benchmarks.workload import HEAD_DIM, DecodeStep
+from benchmarks.workload import HEAD_DIM, NUM_HEADS, DecodeStep
 
 Call = Callable[[int], Any]
 """Computes a layer and returns its output, or the echo of one."""
@@ -154,7 +154,7 @@ class BackendAlone:
         config = AttentionConfig(**step.geometry)
         self._cache = Cache(config, epoch=0, principal="", ttl_s=0.0, name="", device=device)
         self._metadata = validation.step(step.metadata.to_message(1, cache_pb2.CacheRef()), config, ServerConfig())
-        self._options = AttentionOptions(scale=HEAD_DIM**-0.5)
+        self._options = AttentionOptions(num_heads=NUM_HEADS, scale=HEAD_DIM**-0.5)
         self._layers = [tuple(tensor.to(device) for tensor in layer) for layer in step.layers]
         assert self._metadata.slot_mapping is not None
         self._stored = stored_tokens(self._metadata.slot_mapping, device)

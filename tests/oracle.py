@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from attnd_server.backends.base import AttentionKernel
-from attnd_server.config import Layout
+from attnd_server.config import FP8, Layout
 from attnd_server.metadata import AttentionOptions
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, DTYPES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close
@@ -55,6 +55,8 @@ class Tensors:
     v_pages: torch.Tensor
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    k_scales: torch.Tensor | None  # float32 [num_kv_heads], as v_scales
+    v_scales: torch.Tensor | None
     # K and V of each slot that something sees: float64 [num_kv_heads, head_dim].
     slots: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -96,10 +98,12 @@ def tensors(case: Case) -> Tensors:
         q=normal(case.num_tokens, case.num_heads, case.head_dim),
         k=None if case.cache_only else normal(case.num_tokens, case.num_kv_heads, case.head_dim),
         v=None if case.cache_only else normal(case.num_tokens, case.num_kv_heads, case.head_dim_v),
-        k_pages=torch.full(config.k_shape, case.poison, dtype=case.dtype),
-        v_pages=torch.full(config.v_shape, case.poison, dtype=case.dtype),
+        k_pages=_poisoned(case, config.k_shape),
+        v_pages=_poisoned(case, config.v_shape),
         alibi_slopes=torch.rand(case.num_heads, generator=generator) if case.alibi else None,
         sinks=torch.randn(case.num_heads, generator=generator) * 3 if case.sinks else None,
+        k_scales=_scales(case, case.k_scales),
+        v_scales=_scales(case, case.v_scales),
     )
     if result.sinks is not None and case.num_heads > 1:
         result.sinks[1] = -torch.inf
@@ -118,7 +122,25 @@ def tensors(case: Case) -> Tensors:
     return result
 
 
+def _poisoned(case: Case, shape: tuple[int, ...]) -> torch.Tensor:
+    if case.kv_dtype is FP8:  # it has no infinities
+        return torch.full(shape, math.nan).to(FP8)
+    return torch.full(shape, case.poison, dtype=case.dtype)
+
+
+def _scales(case: Case, scales: tuple[float, ...]) -> torch.Tensor | None:
+    if case.kv_dtype is not FP8:
+        return None
+    return torch.tensor(scales if len(scales) > 1 else scales * case.num_kv_heads, dtype=torch.float32)
+
+
 def _write(case: Case, result: Tensors, slot: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Puts K and V of a slot into the pages, and what they are worth there into `result.slots`."""
+    worth = [_operand(case, k), _operand(case, v)]
+    if result.k_scales is not None and result.v_scales is not None:
+        k, v = ((x / s[:, None]).clamp(-448, 448).to(FP8) for x, s in ((k, result.k_scales), (v, result.v_scales)))
+        worth = [(x.double() * s[:, None]).numpy() for x, s in ((k, result.k_scales), (v, result.v_scales))]
+    result.slots[slot] = worth[0], worth[1]
     page, offset = divmod(slot, case.page_size)
     if case.layout is Layout.UNIFIED:
         result.k_pages[page, offset] = k
@@ -127,7 +149,6 @@ def _write(case: Case, result: Tensors, slot: int, k: torch.Tensor, v: torch.Ten
         for lane in range(8):
             result.k_pages[page, :, :, offset, lane] = k[:, lane::8]
         result.v_pages[page, :, :, offset] = v
-    result.slots[slot] = _operand(case, k), _operand(case, v)
 
 
 def _operand(case: Case, tensor: torch.Tensor) -> np.ndarray:
@@ -174,6 +195,7 @@ def attend(case: Case, given: Tensors) -> tuple[np.ndarray, np.ndarray]:
 def options(case: Case, given: Tensors) -> AttentionOptions:
     """The call's options."""
     return AttentionOptions(
+        num_heads=case.num_heads,
         scale=case.scale,
         softcap=case.softcap,
         window=case.window,
@@ -185,9 +207,10 @@ def options(case: Case, given: Tensors) -> AttentionOptions:
 
 def run(kernel: AttentionKernel, case: Case, given: Tensors, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and lse of a kernel, on the host."""
+    scales = () if case.kv_dtype is not FP8 else (given.k_scales, given.v_scales)
     moved = [
         None if tensor is None else tensor.to(device)
-        for tensor in (given.q, given.k, given.v, given.k_pages, given.v_pages)
+        for tensor in (given.q, given.k, given.v, given.k_pages, given.v_pages, *scales)
     ]
     plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
     output, lse = kernel.run(plan, *moved)

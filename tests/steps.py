@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from attnd_server.config import AttentionConfig, Layout, PrecisionMode
+from attnd_server.config import FP8, AttentionConfig, Layout, PrecisionMode
 from attnd_server.metadata import AttentionMetadata
 
 CAUSAL, BLOCK_CAUSAL, BIDIRECTIONAL, PREFIX_FULL = "causal", "block_causal", "bidirectional", "prefix_full"
@@ -53,6 +53,9 @@ class Case:
     return_lse: bool = False
     mask_prefix_hole: bool = False
     cache_only: bool = False
+    kv_dtype: torch.dtype | None = None
+    k_scales: tuple[float, ...] = (1.0,)
+    v_scales: tuple[float, ...] = (1.0,)
     poison: float = math.nan
     seed: int = 0
 
@@ -81,6 +84,9 @@ class Case:
             dtype=self.dtype,
             layout=self.layout,
             precision=self.precision,
+            kv_dtype=self.kv_dtype,
+            k_scales=self.k_scales,
+            v_scales=self.v_scales,
         )
 
     def metadata(self) -> AttentionMetadata:
@@ -149,10 +155,18 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
             )
         )
     head_dim = draw(st.sampled_from([8, 32, 40, 64]))
+    num_kv_heads = draw(st.integers(1, 3))
+    is_quantised = draw(st.sampled_from([False, False, True]))
+    scales = [(1.0,)] * 2
+    if is_quantised:  # one for all heads, or one for each; some so small that numbers are clamped
+        scales = [
+            tuple(random_.choice([0.004, 0.1, 0.73]) for _ in range(draw(st.sampled_from([1, num_kv_heads]))))
+            for _ in "kv"
+        ]
     flag = st.just(False) if plain else st.booleans()
     return Case(
         requests=requests,
-        num_kv_heads=draw(st.integers(1, 3)),
+        num_kv_heads=num_kv_heads,
         group=draw(st.sampled_from([1, 2, 3, 5, 7])),
         head_dim=head_dim,
         head_dim_v=draw(st.sampled_from([head_dim, head_dim, 16, 48])),
@@ -169,6 +183,9 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
         return_lse=draw(flag),
         mask_prefix_hole=hole,
         cache_only=draw(st.sampled_from([False, False, False, True])),
+        kv_dtype=FP8 if is_quantised else None,
+        k_scales=scales[0],
+        v_scales=scales[1],
         poison=draw(st.sampled_from([math.nan, math.inf, -math.inf])),
         seed=random_.randrange(2**16),
     )

@@ -34,6 +34,7 @@ from attnd.errors import (
     ServerFault,
     Unsupported,
 )
+from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
 from attnd.pages import PagedSequence, PagePool
@@ -58,6 +59,7 @@ __all__ = [
     "EpochMismatch",
     "Exhausted",
     "InvalidRequest",
+    "KVSplit",
     "PagePool",
     "PagedSequence",
     "PermissionDenied",

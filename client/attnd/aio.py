@@ -29,6 +29,7 @@ from attnd.errors import (
     ServerFault,
     from_message,
 )
+from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.transport import GRPC_OPTIONS, SERVICE, translate
@@ -81,6 +82,10 @@ class AsyncClient:
         layout: str = "unified",
         backend: str = "auto",
         precision: str = "auto",
+        kv_dtype: object = None,
+        k_scales: Any = None,
+        v_scales: Any = None,
+        kv_split: KVSplit | None = None,
         ttl_s: float = 60.0,
         name: str = "",
     ) -> AsyncCache:
@@ -96,6 +101,10 @@ class AsyncClient:
             layout=layout,
             backend=backend,
             precision=precision,
+            kv_dtype=kv_dtype,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            kv_split=kv_split,
             ttl_s=ttl_s,
             name=name,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnd import requests, wire
 from attnd.errors import AttndError, CacheLost
+from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.session import Session
@@ -73,6 +74,10 @@ class Client:
         layout: str = "unified",
         backend: str = "auto",
         precision: str = "auto",
+        kv_dtype: object = None,
+        k_scales: Any = None,
+        v_scales: Any = None,
+        kv_split: KVSplit | None = None,
         ttl_s: float = 60.0,
         name: str = "",
     ) -> Cache:
@@ -85,10 +90,16 @@ class Client:
             num_pages: pages of the cache; page ids are 0..num_pages-1.
             page_size: token slots per page.
             head_dim_v: elements per head of v and of the output; 0 means head_dim.
-            dtype: "float32", "float16", "bfloat16" or torch's own; of the pages and of q, k, v.
+            dtype: "float32", "float16", "bfloat16" or torch's own; of q, k, v.
             layout: "unified" or "distinct".
             backend: "auto", or the name of the backend that calls use.
             precision: "auto", "fp32", "fp16" or "bf16": the type in which backends multiply.
+            kv_dtype: "float8_e4m3fn" for pages of one byte per element, or None: pages have `dtype`.
+            k_scales: of "float8_e4m3fn" pages, one number or one for each KV head: K is stored as k / scale, clamped to
+                -448..448 and rounded, and read as the stored value times scale. None is 1.
+            v_scales: likewise for V.
+            kv_split: how the KV of a request is cut into chunks, and whether output bits may depend on the batch; None
+                is automatic.
             ttl_s: seconds after the client's last sign of life when the server frees the cache.
             name: a label for people.
 
@@ -107,6 +118,10 @@ class Client:
             layout=layout,
             backend=backend,
             precision=precision,
+            kv_dtype=kv_dtype,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            kv_split=kv_split,
             ttl_s=ttl_s,
             name=name,
         )

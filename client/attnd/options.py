@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from attnd.errors import InvalidRequest
-from attnd.packing import uint32
-from attnd.tensors import Array
-from attnd.v1 import backend_pb2, step_pb2, tensor_pb2
+from attnd.packing import float32_tensor, uint32
+from attnd.v1 import backend_pb2, step_pb2
 
 # "auto", "naive", "sdpa", ...: every backend of the contract by the name that people type.
 BACKENDS: dict[str, backend_pb2.Backend.ValueType] = {
@@ -68,8 +65,8 @@ class AttentionOptions:
             scale=None if self.scale is None else _float(self.scale, "scale"),
             softcap=_float(self.softcap, "softcap"),
             window=uint32(self.window, "window"),
-            alibi_slopes=_float_tensor(self.alibi_slopes, "alibi_slopes"),
-            sinks=_float_tensor(self.sinks, "sinks"),
+            alibi_slopes=float32_tensor(self.alibi_slopes, "alibi_slopes"),
+            sinks=float32_tensor(self.sinks, "sinks"),
             return_lse=bool(self.return_lse),
             backend=backend_of(self.backend),
         )
@@ -85,20 +82,3 @@ def _float(value: Any, field: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise InvalidRequest(f"{field} is {value!r}, but must be a number", field=field) from None
-
-
-def _float_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
-    """Float32 `[num_heads]`, or None."""
-    if values is None:
-        return None
-    if isinstance(values, Array):
-        return tensor_pb2.Tensor(
-            dtype=tensor_pb2.Dtype.ValueType(values.dtype), shape=values.shape, data=bytes(values.data)
-        )
-    # tolist is what torch and numpy have in common: any floating type, any device.
-    listed = values if isinstance(values, Sequence) or not hasattr(values, "tolist") else values.tolist()
-    try:
-        floats = array("f", listed)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{field} must hold one number for each query head: {error}", field=field) from None
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_FLOAT32, shape=(len(floats),), data=floats.tobytes())

@@ -1,4 +1,4 @@
-"""Python integers to the wire's tensors and back, without numpy."""
+"""Python numbers to the wire's tensors and back, without numpy."""
 
 from __future__ import annotations
 
@@ -93,6 +93,24 @@ def page_tables_tensor(tables: Any, field: str) -> tensor_pb2.Tensor:
                 field=field,
             )
     return tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_INT32, shape=(len(tables), num_pages), data=flat.tobytes())
+
+
+def float32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
+    """A 1-D float32 tensor of any sequence or array of numbers; None stays None, and an Array what it is.
+
+    Raises:
+        InvalidRequest: not numbers, or not 1-D.
+    """
+    if values is None:
+        return None
+    if isinstance(values, Array):
+        return _tensor(values)
+    # tolist is what torch and numpy have in common: any floating type, any device.
+    listed = values if isinstance(values, Sequence) or not hasattr(values, "tolist") else values.tolist()
+    try:
+        return _tensor(to_array(array("f", listed), field))
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{field} must hold one number for each head: {error}", field=field) from None
 
 
 def _is_sequence(values: Any) -> bool:

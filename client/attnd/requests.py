@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from attnd import wire
 from attnd.diffulex_steps import from_diffulex
 from attnd.errors import InvalidRequest, ServerFault, from_message
+from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
-from attnd.packing import int32_tensor, slots_tensor
-from attnd.tensors import Array, dtype_of, from_array, to_array
+from attnd.packing import float32_tensor, int32_tensor, slots_tensor
+from attnd.tensors import KV_DTYPES, Array, dtype_of, from_array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, step_pb2, tensor_pb2
 
 # Bytes of K and V in one chunk of StoreKv.
@@ -50,6 +51,10 @@ def create_cache(
     layout: str,
     backend: str,
     precision: str,
+    kv_dtype: object,
+    k_scales: Any,
+    v_scales: Any,
+    kv_split: KVSplit | None,
     ttl_s: float,
     name: str,
 ) -> bytes:
@@ -71,8 +76,16 @@ def create_cache(
         layout=cache_pb2.Layout.ValueType(enum_value(cache_pb2.Layout, "LAYOUT", layout, "layout")),
         backend=backend_pb2.Backend.ValueType(enum_value(backend_pb2.Backend, "BACKEND", backend, "backend")),
         precision=cache_pb2.Precision.ValueType(enum_value(cache_pb2.Precision, "PRECISION", precision, "precision")),
+        kv_dtype=tensor_pb2.DTYPE_UNSPECIFIED if kv_dtype is None else dtype_of(kv_dtype, "kv_dtype", KV_DTYPES),
+        k_scales=_scales(k_scales, "k_scales"),
+        v_scales=_scales(v_scales, "v_scales"),
+        kv_split=None if kv_split is None else kv_split.to_message(),
     )
     return cache_pb2.CreateCacheRequest(config=config, ttl_s=ttl_s, name=name).SerializeToString()
+
+
+def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:
+    return float32_tensor([values] if isinstance(values, int | float) else values, field)
 
 
 def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Sequence[int]) -> bytes:
@@ -158,7 +171,7 @@ def attend_reply(data: bytes) -> tuple[str, Any, Any]:
 
 
 def store_kv(cache: cache_pb2.CacheRef, layer: int, slots: Any, k: Any, v: Any) -> Iterator[bytes]:
-    """The chunks of StoreKv."""
+    """The chunks of StoreKv. Checks before the first: they are made on a thread of gRPC's, which would hide errors."""
     packed, k_array, v_array = slots_tensor(slots, "slot_mapping"), to_array(k, "k"), to_array(v, "v")
     if packed is None:
         raise InvalidRequest("slots is None, but must name the slot of each token", field="slot_mapping")
@@ -171,6 +184,13 @@ def store_kv(cache: cache_pb2.CacheRef, layer: int, slots: Any, k: Any, v: Any) 
                 "[num_tokens, num_kv_heads, head_dim]",
                 field=name,
             )
+    return _store_chunks(cache, layer, slot_mapping, k_array, v_array)
+
+
+def _store_chunks(
+    cache: cache_pb2.CacheRef, layer: int, slot_mapping: Array, k_array: Array, v_array: Array
+) -> Iterator[bytes]:
+    num_tokens = slot_mapping.shape[0]
     per_token = (k_array.num_bytes + v_array.num_bytes) // max(1, num_tokens)
     rows = max(1, STORE_CHUNK_BYTES // max(1, per_token))
     for first in range(0, num_tokens, rows):

@@ -26,6 +26,13 @@ DTYPES: dict[str, tensor_pb2.Dtype.ValueType] = {
     "int32": tensor_pb2.DTYPE_INT32,
     "int64": tensor_pb2.DTYPE_INT64,
 }
+# Types of pages; float8_e4m3fn never travels.
+KV_DTYPES: dict[str, tensor_pb2.Dtype.ValueType] = {
+    "float32": tensor_pb2.DTYPE_FLOAT32,
+    "float16": tensor_pb2.DTYPE_FLOAT16,
+    "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
+    "float8_e4m3fn": tensor_pb2.DTYPE_FLOAT8_E4M3FN,
+}
 DTYPE_NAMES: dict[int, str] = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_SIZES: dict[int, int] = {
     tensor_pb2.DTYPE_FLOAT32: 4,
@@ -63,18 +70,25 @@ class Array(NamedTuple):
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
-def dtype_of(name: object) -> tensor_pb2.Dtype.ValueType:
+def dtype_of(
+    name: object, field: str = "dtype", dtypes: dict[str, tensor_pb2.Dtype.ValueType] = DTYPES
+) -> tensor_pb2.Dtype.ValueType:
     """The wire's dtype of "float32", `torch.float32` or a wire dtype.
+
+    Args:
+        name: of the dtype.
+        field: the name to use in errors.
+        dtypes: what `field` takes, by name.
 
     Raises:
         InvalidRequest: no such dtype.
     """
-    if isinstance(name, int) and name in DTYPE_NAMES:
+    if isinstance(name, int) and name in dtypes.values():
         return tensor_pb2.Dtype.ValueType(name)
     try:
-        return DTYPES[str(name).removeprefix("torch.")]
+        return dtypes[str(name).removeprefix("torch.")]
     except KeyError:
-        raise InvalidRequest(f"dtype is {name}, but must be one of {', '.join(DTYPES)}", field="dtype") from None
+        raise InvalidRequest(f"{field} is {name}, but must be one of {', '.join(dtypes)}", field=field) from None
 
 
 def _torch() -> Any:

@@ -6,14 +6,21 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from attnd.errors import CacheLost, EpochMismatch, Exhausted
-from attnd.tensors import DTYPES
+from attnd.packing import float32_tensor
+from attnd.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
+from attnd_server.backends.triton import availability
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv
+
+# Oldest GPU for which Triton converts to FP8.
+MIN_FP8_CAPABILITY = (8, 9)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +34,8 @@ class Cache:
         config: its geometry.
         k_pages: `[num_layers, *config.k_shape]`.
         v_pages: `[num_layers, *config.v_shape]`.
+        k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
+        v_scales: likewise.
     """
 
     def __init__(
@@ -39,8 +48,11 @@ class Cache:
         self.config = config
         self.name = name
         self.ttl_s = ttl_s
-        self.k_pages = torch.zeros(config.num_layers, *config.k_shape, dtype=config.dtype, device=device)
-        self.v_pages = torch.zeros(config.num_layers, *config.v_shape, dtype=config.dtype, device=device)
+        self.k_pages = torch.zeros(config.num_layers, *config.k_shape, dtype=config.kv_dtype, device=device)
+        self.v_pages = torch.zeros(config.num_layers, *config.v_shape, dtype=config.kv_dtype, device=device)
+        self.k_scales = _scales(config, config.k_scales, device)
+        self.v_scales = _scales(config, config.v_scales, device)
+        self._triton_store = _triton_store(config, device)
         self.is_closed = False
         self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
         self.renew()
@@ -68,11 +80,16 @@ class Cache:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        store_kv(self.k_pages[layer], self.v_pages[layer], k, v, stored, self.config.layout)
+        k_pages, v_pages, layout = self.k_pages[layer], self.v_pages[layer], self.config.layout
+        if self._triton_store is None:
+            store_kv(k_pages, v_pages, k, v, stored, layout, self.k_scales, self.v_scales)
+        else:
+            self._triton_store(k_pages, v_pages, k, v, stored.slots, layout, self.k_scales, self.v_scales)
 
     def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V at the slots, `[num_tokens, num_kv_heads, head_dim]` each. All on the cache's device."""
-        return read_kv(self.k_pages[layer], self.v_pages[layer], slot_mapping, self.config.layout)
+        """K and V at the slots in `config.dtype`, `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
+        layout, scales = self.config.layout, (self.k_scales, self.v_scales)
+        return read_kv(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""
@@ -95,10 +112,14 @@ class Cache:
                 head_dim_v=config.head_dim_v,
                 page_size=config.page_size,
                 num_pages=config.num_pages,
-                dtype=DTYPES[str(config.dtype).removeprefix("torch.")],
+                dtype=KV_DTYPES[str(config.dtype).removeprefix("torch.")],
                 layout=cache_pb2.Layout.Value(f"LAYOUT_{config.layout.name}"),
                 backend=backend_pb2.Backend.Value(f"BACKEND_{config.backend.name}"),
                 precision=cache_pb2.Precision.Value(f"PRECISION_{config.precision.name}"),
+                kv_dtype=KV_DTYPES[str(config.kv_dtype).removeprefix("torch.")],
+                k_scales=float32_tensor(config.k_scales, "k_scales") if config.is_quantised else None,
+                v_scales=float32_tensor(config.v_scales, "v_scales") if config.is_quantised else None,
+                kv_split=cache_pb2.KvSplit(**asdict(config.kv_split)),
             ),
             ttl_s=self.ttl_s,
             expires_in_s=max(0.0, self.expires_at - time.monotonic()),
@@ -106,6 +127,23 @@ class Cache:
             num_pages_written=int(self._page_was_written.sum()),
             name=self.name,
         )
+
+
+def _triton_store(config: AttentionConfig, device: torch.device) -> Callable[..., None] | None:
+    """The store in Triton, if it runs on `device`."""
+    if device.type != "cuda" or availability(device) is not None:
+        return None
+    if config.is_quantised and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        return None
+    from attnd_server.kernels import store
+
+    return store.store_kv
+
+
+def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
+    if not config.is_quantised:
+        return None
+    return torch.tensor(scales, dtype=torch.float32).expand(config.num_kv_heads).to(device).contiguous()
 
 
 class CacheTable:

@@ -38,6 +38,7 @@ def capabilities(
             for backend, reason in executor.ops.states()
         ],
         dtypes=[tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16],
+        kv_dtypes=[tensor_pb2.DTYPE_FLOAT8_E4M3FN],
         layouts=[cache_pb2.LAYOUT_UNIFIED, cache_pb2.LAYOUT_DISTINCT],
         masks=[
             step_pb2.MASK_CAUSAL,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from attnd.errors import InvalidRequest
@@ -49,37 +50,55 @@ class Layout(enum.Enum):
 DISTINCT_LANES = 8
 """Innermost extent of K in the distinct layout, in elements."""
 
+FP8 = torch.float8_e4m3fn
+"""The type of quantised pages: a sign, 4 bits of exponent, 3 of mantissa, no infinities."""
+
 
 @dataclass(frozen=True)
 class KVSplitConfig:
-    """How decode splits the KV of a request over programs.
+    """How the KV of a request is cut into chunks, each of which gives a partial result that is merged afterwards.
 
     Attributes:
-        chunk_size: tokens of KV per program, a power of two from 16; 0 chooses by the request's own length.
-        max_splits: most programs for one request and KV head.
+        chunk_size: tokens of KV in a chunk, a power of two in 16..1048576; 0 is automatic.
+        max_splits: most chunks of a request, 1..1024; chunks are longer than `chunk_size` where there would be more.
+        batch_invariant: cut by the request's own length alone, so that output bits never depend on what shares the
+            batch; without it the cut follows the batch. None: with it for requests with one new token, without it for
+            others, where it costs more (see benchmarks/README.md).
     """
 
     chunk_size: int = 0
     max_splits: int = 128
+    batch_invariant: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size and (self.chunk_size < 16 or self.chunk_size & (self.chunk_size - 1)):
-            raise InvalidRequest(
-                f"chunk_size is {self.chunk_size}, but must be 0 or a power of two from 16", field="chunk_size"
-            )
-        if self.max_splits < 1:
-            raise InvalidRequest(f"max_splits is {self.max_splits}, but must be at least 1", field="max_splits")
+        in_range = 16 <= self.chunk_size <= _MAX_CHUNK_SIZE
+        if self.chunk_size and (not in_range or self.chunk_size & (self.chunk_size - 1)):
+            rule = f"0 or a power of two in 16..{_MAX_CHUNK_SIZE}"
+            raise InvalidRequest(f"chunk_size is {self.chunk_size}, but must be {rule}", field="chunk_size")
+        _in_range("max_splits", self.max_splits, 1, 1024)
 
-    def splits(self, num_tokens: int) -> tuple[int, int]:
-        """`(chunk_size, num_splits)` for a request with `num_tokens` of KV; depends on nothing else of the batch."""
-        chunk = self.chunk_size or min(max(256, _power_of_two(num_tokens // 16)), 4096)
-        while math.ceil(num_tokens / chunk) > self.max_splits:
-            chunk *= 2
-        return chunk, max(1, math.ceil(num_tokens / chunk))
+    def chunk_keys(self, num_keys: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Tokens of KV in a chunk of each request with `num_keys` of them; depends on nothing else of the batch."""
+        chunk = np.full_like(num_keys, self.chunk_size)
+        if not self.chunk_size:
+            chunk = _CHUNKS[np.searchsorted(_CHUNKED_LENGTHS, num_keys)]
+        return np.maximum(chunk, _power_of_two(-(-num_keys // self.max_splits)))
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
+# Tokens: far beyond use, and what is computed from it still fits int32.
+_MAX_CHUNK_SIZE = 1 << 20
+
+# Tokens of KV in a chunk of requests with at most so many tokens, and of longer ones. Short chunks fill a chip with one
+# request, long ones cost less with many; from runs of benchmarks/decode.py with 8, 16 and 32 chunks a request on an
+# H200.
+_CHUNKED_LENGTHS = np.array([2048, 4096, 16384, 32768])
+_CHUNKS = np.array([128, 512, 1024, 2048, 4096], dtype=np.int32)
+
+
+def _power_of_two(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The least power of two that is not less than each value."""
+    exponents = np.frexp(np.maximum(values - 1, 0).astype(np.float64))[1]
+    return (1 << exponents).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -93,11 +112,15 @@ class AttentionConfig:
         num_pages: pages of the cache.
         page_size: token slots per page.
         head_dim_v: elements per head of v and of the output; 0 means `head_dim`.
-        dtype: type of the pages and of a call's tensors.
+        dtype: type of a call's tensors.
         layout: how K and V lie in the pages.
         backend: backend of calls that name none.
         precision: type in which backends multiply.
         kv_split: how decode splits KV.
+        kv_dtype: type of the pages: `dtype`, or FP8; None means `dtype`.
+        k_scales: of FP8 pages, one for all KV heads or one for each: K is stored as k / scale and read as the stored
+            value times scale. 1.0 alone without FP8.
+        v_scales: likewise for V.
     """
 
     num_layers: int
@@ -111,9 +134,13 @@ class AttentionConfig:
     backend: AttentionBackend = AttentionBackend.AUTO
     precision: PrecisionMode = PrecisionMode.AUTO
     kv_split: KVSplitConfig = field(default_factory=KVSplitConfig)
+    kv_dtype: torch.dtype | None = None
+    k_scales: tuple[float, ...] = (1.0,)
+    v_scales: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_dim_v", self.head_dim_v or self.head_dim)
+        object.__setattr__(self, "kv_dtype", self.kv_dtype or self.dtype)
         _in_range("num_layers", self.num_layers, 1, 1024)
         _in_range("num_kv_heads", self.num_kv_heads, 1, 1024)
         _in_range("page_size", self.page_size, 1, 1024)
@@ -126,6 +153,29 @@ class AttentionConfig:
                 )
         if self.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise InvalidRequest(f"dtype is {self.dtype}, but must be float32, float16 or bfloat16", field="dtype")
+        if self.kv_dtype not in (self.dtype, FP8):
+            raise InvalidRequest(
+                f"kv_dtype is {self.kv_dtype}, but must be {self.dtype} as dtype, or {FP8}", field="kv_dtype"
+            )
+        for name in ("k_scales", "v_scales"):
+            self._check_scales(name, getattr(self, name))
+
+    def _check_scales(self, name: str, scales: tuple[float, ...]) -> None:
+        if not self.is_quantised and scales != (1.0,):
+            raise InvalidRequest(f"{name} is given, but must be absent unless kv_dtype is {FP8}", field=name)
+        if len(scales) not in (1, self.num_kv_heads):
+            rule = f"1, or one for each of the {self.num_kv_heads} KV heads"
+            raise InvalidRequest(f"{name} has {len(scales)} elements, but must have {rule}", field=name)
+        limits = torch.finfo(torch.float32)
+        for index, scale in enumerate(scales):
+            if not limits.tiny <= scale <= limits.max:  # subnormal numbers are zero to some devices
+                rule = "must be positive, finite and a normal float32"
+                raise InvalidRequest(f"{name}[{index}] is {scale:g}, but {rule}", field=name)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the pages hold FP8 and have scales."""
+        return self.kv_dtype is FP8
 
     @property
     def num_slots(self) -> int:
@@ -135,8 +185,8 @@ class AttentionConfig:
     @property
     def num_bytes(self) -> int:
         """Bytes of KV memory."""
-        per_slot = self.num_layers * self.num_kv_heads * (self.head_dim + self.head_dim_v) * self.dtype.itemsize
-        return self.num_slots * per_slot
+        itemsize = (self.kv_dtype or self.dtype).itemsize
+        return self.num_slots * self.num_layers * self.num_kv_heads * (self.head_dim + self.head_dim_v) * itemsize
 
     @property
     def k_shape(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnd.errors import Unsupported
+from attnd_server.auto_choice import kind_of, orders_for
 from attnd_server.backends.base import AttentionKernel
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
@@ -42,11 +43,27 @@ def _triton(backend: AttentionBackend) -> Callable[[torch.device], AttentionKern
     return load
 
 
-def _not_built(package: str) -> Callable[[torch.device], AttentionKernel]:
-    def load(device: torch.device) -> AttentionKernel:
-        raise _Off(f"this version of attnd has no backend over the package {package}")
+def _flash_attn(device: torch.device) -> AttentionKernel:
+    from attnd_server.backends import flash_attn, flash_libraries
 
-    return load
+    library = flash_libraries.find(device, _capability(device))
+    if isinstance(library, str):
+        raise _Off(library)
+    return flash_attn.FlashAttention(library)
+
+
+def _xformers(device: torch.device) -> AttentionKernel:
+    from attnd_server.backends import xformers
+
+    library = xformers.find(device, _capability(device))
+    if isinstance(library, str):
+        raise _Off(library)
+    return xformers.XformersAttention(library)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; (0, 0) on a processor."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 # Each backend and what makes its kernel or raises _Off. A new backend is one line here.
@@ -55,15 +72,8 @@ _LOADERS: dict[AttentionBackend, Callable[[torch.device], AttentionKernel]] = {
     AttentionBackend.SDPA: _sdpa,
     AttentionBackend.TRITON: _triton(AttentionBackend.TRITON),
     AttentionBackend.TRITON_GROUPED: _triton(AttentionBackend.TRITON_GROUPED),
-    AttentionBackend.FLASH_ATTN: _not_built("flash-attn"),
-    AttentionBackend.XFORMERS: _not_built("xformers"),
-}
-
-# What AUTO tries on a type of device, the fastest first. The last supports everything. Triton is not tried on a
-# processor even where its interpreter could run: that is for tests.
-_AUTO_ORDER = {
-    "cpu": (AttentionBackend.SDPA, AttentionBackend.NAIVE),
-    "cuda": (AttentionBackend.TRITON_GROUPED, AttentionBackend.SDPA, AttentionBackend.NAIVE),
+    AttentionBackend.FLASH_ATTN: _flash_attn,
+    AttentionBackend.XFORMERS: _xformers,
 }
 
 
@@ -91,9 +101,11 @@ class Plan:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer: output and lse; see `AttentionKernel.run`."""
-        return self.kernel.run(self.state, q, k, v, k_pages, v_pages)
+        return self.kernel.run(self.state, q, k, v, k_pages, v_pages, k_scales, v_scales)
 
 
 class TritonAttentionOps:
@@ -107,6 +119,7 @@ class TritonAttentionOps:
         self.device = torch.device(device)
         self._kernels: dict[AttentionBackend, AttentionKernel] = {}
         self._reasons: dict[AttentionBackend, str] = {}
+        self._orders = orders_for(self.device, _capability(self.device))
         for backend, load in _LOADERS.items():
             try:
                 self._kernels[backend] = load(self.device)
@@ -127,7 +140,7 @@ class TritonAttentionOps:
         """
         backend = config.backend if options.backend is None else options.backend
         refusals = []
-        candidates = (backend,) if backend is not AttentionBackend.AUTO else _AUTO_ORDER[self.device.type]
+        candidates = (backend,) if backend is not AttentionBackend.AUTO else self._orders[kind_of(metadata)]
         for candidate in candidates:
             reason = self._refusal(candidate, config, metadata, options)
             if reason is None:
@@ -157,6 +170,8 @@ class TritonAttentionOps:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionBackend]:
         """One layer at once: output, lse and the backend that computed them. Stores nothing.
 
@@ -164,7 +179,7 @@ class TritonAttentionOps:
             Unsupported: see `choose`.
         """
         plan = self.plan(config, metadata, options)
-        output, lse = plan.run(q, k, v, k_pages, v_pages)
+        output, lse = plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
         return output, lse, plan.backend
 
     def _refusal(

@@ -196,7 +196,8 @@ class Executor:
         if plan is None or call.q is None:
             return Result(None, None, None)
         q = call.q.to(self.device)
-        output, lse = plan.run(q, k, v, cache.k_pages[call.layer], cache.v_pages[call.layer])
+        k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
+        output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
         return Result(output.cpu(), None if lse is None else lse.cpu(), plan.kernel.backend)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:

@@ -69,6 +69,7 @@ def limit_table(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> Table
     table = _table("Steps and caches", "", "")
     for label, enum, values in (
         ("dtypes", tensor_pb2.Dtype, capabilities.dtypes),
+        ("more KV dtypes", tensor_pb2.Dtype, capabilities.kv_dtypes),
         ("layouts", cache_pb2.Layout, capabilities.layouts),
         ("masks", step_pb2.Mask, capabilities.masks),
     ):
@@ -84,7 +85,10 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
     for cache in caches:
         config = cache.config
         dims = {config.head_dim: "", config.head_dim_v: ""}  # one, or two that differ
-        kinds = f"{_name(tensor_pb2.Dtype, config.dtype)}, {_name(cache_pb2.Layout, config.layout)}"
+        dtype = _name(tensor_pb2.Dtype, config.dtype)
+        if config.kv_dtype not in (tensor_pb2.DTYPE_UNSPECIFIED, config.dtype):
+            dtype += f" in {_name(tensor_pb2.Dtype, config.kv_dtype)}"
+        kinds = f"{dtype}, {_name(cache_pb2.Layout, config.layout)}"
         table.add_row(
             escape(cache.name or "-"),
             f"{config.num_layers} layers x {config.num_kv_heads} heads x {'/'.join(map(str, dims))}, {kinds}",

@@ -70,6 +70,7 @@ class AttentionOptions:
     """What a layer computes besides softmax(scale * q k) v. Compared by identity, so that plans can be kept by it.
 
     Attributes:
+        num_heads: query heads of the call.
         scale: factor of q.k.
         softcap: score becomes softcap * tanh(score / softcap); 0 is off.
         window: a token at p sees no position j with p - j >= window; 0 is off.
@@ -79,6 +80,7 @@ class AttentionOptions:
         backend: backend of the call; None: the cache's.
     """
 
+    num_heads: int
     scale: float
     softcap: float = 0.0
     window: int = 0

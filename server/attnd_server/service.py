@@ -180,7 +180,7 @@ class AttentionService:
         def work() -> bytes:
             cache.refuse_if_closed()
             cache.mark_written(slots)
-            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(None, slots.to(cache.device)))
+            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
             return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
 
         return work
@@ -191,7 +191,7 @@ class AttentionService:
         cache = self.caches.get(request.cache, principal)
         layer, slots = validation.read_kv(request, cache.config)
         config = cache.config
-        per_slot = config.num_bytes // config.num_slots // config.num_layers
+        per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
         chunk = max(1, READ_CHUNK_BYTES // per_slot)
         return (partial(self._read_chunk, cache, layer, slots, first, chunk) for first in range(0, len(slots), chunk))
 

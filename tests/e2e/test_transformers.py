@@ -251,6 +251,15 @@ def test_half_precision(batch, remote, dtype):
     torch.testing.assert_close(actual / scale, expected / scale, atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
+def test_fp8_pages(llama, batch, remote):
+    cache, plain = remote(llama, kv_dtype="float8_e4m3fn"), remote(llama)
+    assert 4 * cache.cache.info().num_bytes == plain.cache.info().num_bytes
+    # The first new token sees nothing that was rounded.
+    first = batch["input_ids"].shape[1] + 1
+    assert torch.equal(remotely(llama, batch, cache, **GREEDY)[:, :first], locally(llama, batch, **GREEDY)[:, :first])
+    assert cache.timings().num_steps == 12
+
+
 def test_error_when_the_pages_do_not_suffice(llama, remote):
     cache = remote(llama, max_tokens=4 * 16)
     with pytest.raises(attnd.Exhausted, match="4 pages of 16 tokens, 0 of them free, but must leave 4 free for 4 rows"):
@@ -305,6 +314,12 @@ def test_error_for_models_with_other_layers(client):
         RemoteCache(client, transformers.DeepseekV3Config(), max_tokens=64, dtype=torch.float32)
     with pytest.raises(attnd.Unsupported, match="encoder-decoder"):
         RemoteCache(client, transformers.T5Config(), max_tokens=64, dtype=torch.float32)
+
+
+def test_the_cut_of_keys_reaches_the_server(remote, llama):
+    cache = remote(llama, kv_split=attnd.KVSplit(chunk_size=128, batch_invariant=True))
+    kv_split = cache.cache.info().config.kv_split
+    assert (kv_split.chunk_size, kv_split.batch_invariant) == (128, True)
 
 
 def test_close_frees_the_servers_memory(client, llama):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.config import AttentionBackend, Layout
+from attnd_server.config import FP8, AttentionBackend, KVSplitConfig, Layout
 from attnd_server.metadata import AttentionOptions
 from tests.oracle import check
 from tests.steps import BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
@@ -81,6 +81,7 @@ def arrays(case: Case) -> Arrays:
 
 def options(case: Case) -> AttentionOptions:
     return AttentionOptions(
+        num_heads=case.num_heads,
         scale=case.scale,
         softcap=case.softcap,
         window=case.window,
@@ -139,16 +140,20 @@ def test_every_head_dim_fits_the_chip(head_dim: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_bits_do_not_depend_on_the_batch(backend: str) -> None:
-    lens = [(int(2 ** (4 + index / 7)), 1) for index in range(60)] + [(5000, 32), (100, 400), (0, 300), (300, 5)]
+@pytest.mark.parametrize("batch_invariant", [True, None])
+def test_bits_do_not_depend_on_the_batch(backend: str, batch_invariant: bool | None) -> None:
+    lens = [(int(2 ** (4 + index / 7)), 1) for index in range(60)] + [(100, 400), (0, 300), (300, 1)]
+    if batch_invariant:  # without it, what is cut by the batch: few new tokens, but more than one
+        lens += [(5000, 32), (300, 5), (3000, 5)]
     case = step(lens, num_pages=16384)
+    config = replace(case.config(), kv_split=KVSplitConfig(batch_invariant=batch_invariant))
     q, k, v, *pages = arrays(case)
     kernel, opts, device = KERNELS[backend], options(case), torch.device("cuda")
-    output, lse = kernel.run(kernel.plan(case.config(), case.metadata(), opts, device), q, k, v, *pages)
+    output, lse = kernel.run(kernel.plan(config, case.metadata(), opts, device), q, k, v, *pages)
     start = 0
     for request in case.requests:
         rows = slice(start, start + request.query_len)
-        alone = kernel.plan(case.config(), replace(case, requests=[request]).metadata(), opts, device)
+        alone = kernel.plan(config, replace(case, requests=[request]).metadata(), opts, device)
         alone_output, alone_lse = kernel.run(alone, q[rows], k[rows], v[rows], *pages)
         assert torch.equal(alone_output, output[rows])
         assert torch.equal(alone_lse, lse[rows])
@@ -161,6 +166,20 @@ def test_a_cache_of_more_than_two_to_the_31_elements(layout: Layout) -> None:
     first_page = 2**31 // (16 * 8 * 128)
     case = step([(4097, 1), (300, 40), (77, 300)], first_page=first_page + 1, num_pages=first_page + 2048)
     check_as_plain(replace(case, layout=layout), KERNELS["triton_grouped"])
+
+
+@pytest.mark.parametrize("name", ["decode", "speculative", "blocks", "prefill"])
+def test_fp8_pages_as_exact_as_what_they_hold(name: str) -> None:
+    case = STEPS[name]
+    config, opts, device = replace(case.config(), kv_dtype=FP8, k_scales=(0.5,)), options(case), torch.device("cuda")
+    q, k, v, k_pages, v_pages = arrays(case)
+    scales = [torch.full([case.num_kv_heads], 0.5, device=device), torch.ones(case.num_kv_heads, device=device)]
+    stored = [(k_pages / 0.5).clamp(-448, 448).to(FP8), v_pages.to(FP8)]
+    kernel, naive = KERNELS["triton_grouped"], NaiveAttention(torch.float64)
+    output, _ = kernel.run(kernel.plan(config, case.metadata(), opts, device), q, k, v, *stored, *scales)
+    plan = naive.plan(config, case.metadata(), opts, device)
+    exact, _ = naive.run(plan, q.double(), k.double(), v.double(), *stored, *scales)
+    assert (output - exact).norm() / exact.norm() < 3e-3
 
 
 def test_run_can_be_captured_in_a_graph() -> None:

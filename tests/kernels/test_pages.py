@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from attnd_server.config import AttentionConfig, Layout
+from attnd_server.config import FP8, AttentionConfig, Layout
 from attnd_server.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
 from tests.oracle import DTYPES, devices
 
@@ -58,7 +60,7 @@ def test_slots_are_read_back_in_the_order_asked(device: str, layout: Layout) -> 
     k, v = torch.randn(17, HEADS, DIM, device=device), torch.randn(17, HEADS, DIM_V, device=device)
     store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
     order = torch.tensor([16, 3, 3, 0])
-    k_read, v_read = read_kv(k_pages, v_pages, slots[order].to(device), layout)
+    k_read, v_read = read_kv(k_pages, v_pages, slots[order].to(device), layout, torch.float32)
     assert torch.equal(k_read, k[order.to(device)])
     assert torch.equal(v_read, v[order.to(device)])
     assert k_read.is_contiguous()
@@ -73,11 +75,40 @@ def test_pages_are_gathered_in_token_order(device: str, layout: Layout) -> None:
     store_kv(k_pages, v_pages, k, v, stored_tokens(torch.arange(40), device), layout)
     ids = torch.tensor([7, 2, -1], device=device)
     for pages, tokens in ((k_pages, k), (v_pages, v)):
-        gathered = gather_pages(pages, ids, layout)
+        gathered = gather_pages(pages, ids, layout, torch.float32)
         assert gathered.shape == (3 * PAGE_SIZE, *tokens.shape[1:])
         assert gathered.is_contiguous()
         assert torch.equal(gathered[: 2 * PAGE_SIZE], torch.cat([tokens[28:32], tokens[8:12]]))
-        assert gather_pages(pages, ids[:0], layout).shape == (0, *tokens.shape[1:])
+        assert gather_pages(pages, ids[:0], layout, torch.float32).shape == (0, *tokens.shape[1:])
+
+
+@DEVICES
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_pages_hold_each_number_over_its_scale_clamped_and_rounded(
+    device: str, layout: Layout, dtype: torch.dtype
+) -> None:
+    shapes = empty_pages(layout, "cpu")[0]
+    k_pages, v_pages = (torch.zeros(shape, device=device).to(FP8) for shape in (shapes.k_shape, shapes.v_shape))
+    k_scales, v_scales = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.75, 0.75, 0.75])
+    k = torch.zeros(2, HEADS, DIM)
+    # Rounded to even at the middle, clamped, subnormal, rounded to zero, negative zero.
+    k[0, :, :10] = torch.tensor([1.0, 17.0, 18.1, 19.0, 1e4, math.inf, -math.inf, math.nan, 2**-10, -0.0])
+    v = torch.randn(2, HEADS, DIM_V)
+    tokens, slots = [x.to(device, dtype) for x in (k, v)], torch.tensor([-1, 7])
+    scales = k_scales.to(device), v_scales.to(device)
+    store_kv(k_pages, v_pages, *tokens, stored_tokens(slots.flip(0), device), layout, *scales)
+    k_read, v_read = read_kv(k_pages, v_pages, torch.tensor([7], device=device), layout, torch.float32, *scales)
+    expected = [
+        [1.0, 16.0, 18.0, 20.0, 448 * scale, 448 * scale, -448 * scale, math.nan, 2**-10 if scale < 1 else 0.0, -0.0]
+        for scale in k_scales.tolist()
+    ]
+    torch.testing.assert_close(k_read[0, :, :10].cpu(), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    # 3 bits of mantissa: half a unit in the last place is 2^-4 of the number.
+    torch.testing.assert_close(v_read[0].cpu(), v[0], rtol=2**-4, atol=2**-10)
+    gathered = gather_pages(v_pages, torch.tensor([1], device=device), layout, torch.float32, scales[1])
+    assert torch.equal(gathered[3], v_read[0])
+    assert not gathered[:3].any()
 
 
 @DEVICES
@@ -114,7 +145,7 @@ def test_offsets_beyond_two_to_the_31(layout: Layout) -> None:
     k, v = torch.full((1, 8, 512), 7, dtype=torch.uint8), torch.full((1, 8, 8), 9, dtype=torch.uint8)
     slots = torch.tensor([config.num_slots - 1])
     store_kv(k_pages, v_pages, k, v, stored_tokens(slots, "cpu"), layout)
-    k_read, v_read = read_kv(k_pages, v_pages, slots, layout)
+    k_read, v_read = read_kv(k_pages, v_pages, slots, layout, torch.uint8)
     assert torch.equal(k_read, k)
     assert torch.equal(v_read, v)
-    assert torch.equal(gather_pages(k_pages, torch.tensor([num_pages - 1]), layout)[-1:], k)
+    assert torch.equal(gather_pages(k_pages, torch.tensor([num_pages - 1]), layout, torch.uint8)[-1:], k)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 
 from attnd_server import NaiveAttention
+from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, split
 from attnd_server.backends.sdpa import SdpaAttention
-from attnd_server.config import Layout
+from attnd_server.config import Layout, PrecisionMode
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 from tests.tolerances import assert_close
@@ -88,6 +89,58 @@ def test_a_causal_prefill_without_context_has_no_mask() -> None:
     assert parts(Case([Request(0, num_tokens, num_tokens, [])])) == [(1, False, True)]
     assert parts(Case([Request(0, 9, 9, []), Request(0, 9, 7, [])])) == [(2, False, True)]
     assert parts(Case([Request(0, 9, 9, [])], window=8)) == [(1, True, False)]
+
+
+def dense(case: Case, device: str = "cpu") -> list[tuple[int, bool]] | None:
+    """Requests of each part of a prefill without masks and whether it is causal; None for other steps."""
+    given_options = oracle.options(case, oracle.tensors(case))
+    found = dense_prefill(case.config(), case.metadata(), given_options, torch.device(device))
+    return None if found is None else [(part.num_reqs, part.is_causal) for part in found]
+
+
+def prefill(*lens: int, mask: str = CAUSAL) -> list[Request]:
+    return [Request(0, length, length, [], mask) for length in lens]
+
+
+def test_prefill_of_equal_lengths_is_one_part() -> None:
+    many = BATCHED_ROWS + 3
+    assert dense(Case(prefill(many, many))) == [(2, True)]
+    assert dense(Case(prefill(many, 5, 0, many, 1, 5))) == [(2, True), (2, True), (1, False)]
+    assert dense(Case(prefill(5, 5, mask=BIDIRECTIONAL) + prefill(5))) == [(2, False), (1, True)]
+    assert dense(Case([Request(0, 32, 32, [], BLOCK_CAUSAL, 32)])) == [(1, False)]
+    assert dense(Case(prefill(9), window=9)) == [(1, True)]
+    assert dense(Case(prefill(0))) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([Request(0, 9, 9, [-1]), Request(1, 9, 9, [1])]),
+        Case([Request(0, 9, 8, [])]),
+        Case([Request(0, 33, 33, [], BLOCK_CAUSAL, 32)]),
+        Case(prefill(9), window=8),
+        Case(prefill(9), head_dim_v=16),
+        Case(prefill(9), cache_only=True),
+    ],
+)
+def test_what_is_no_prefill_without_masks(case: Case) -> None:
+    assert dense(case) is None
+
+
+def test_prefill_on_a_gpu_needs_what_its_kernels_take() -> None:
+    case = Case(prefill(9))
+    assert dense(case, "cuda") is None
+    assert dense(replace(case, precision=PrecisionMode.BF16), "cuda") == [(1, True)]
+    assert dense(replace(case, dtype=torch.float16), "cuda") == [(1, True)]
+    assert dense(replace(case, dtype=torch.float16, head_dim=264, head_dim_v=264), "cuda") is None
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mask", [CAUSAL, BIDIRECTIONAL])
+def test_prefill_without_context(device: str, mask: str, dtype: torch.dtype) -> None:
+    oracle.check(SdpaAttention(), Case(prefill(5, 17, 0, 5, 1, mask=mask), group=3, dtype=dtype), device)
+    compare_with_naive(Case(prefill(17, 100, 0, 17, 1, 100, mask=mask), group=3, dtype=dtype), device)
 
 
 def test_many_rows_are_not_batched() -> None:

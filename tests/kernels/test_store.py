@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from attnd_server.config import AttentionConfig, Layout
+from attnd_server.config import FP8, AttentionConfig, Layout
 from attnd_server.kernels import pages
 from tests import interpreter
 from tests.steps import DTYPES
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
+LAYOUTS = pytest.mark.parametrize("layout", Layout)
+GEOMETRIES = pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "head_dim_v"), [(1, 8, 8), (3, 40, 24), (7, 192, 128)]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,37 +27,73 @@ def device() -> Iterator[str]:
         yield device
 
 
-@pytest.mark.parametrize("layout", Layout)
+def config_of(layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int) -> AttentionConfig:
+    return AttentionConfig(
+        1, num_kv_heads, head_dim, num_pages=5, page_size=6, head_dim_v=head_dim_v, dtype=dtype, layout=layout
+    )
+
+
+def compare(config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor | None, ...]) -> None:
+    """Stores some of the tokens both ways, in pages full of NaN, and compares the pages' bytes."""
+    from attnd_server.kernels.store import store_kv
+
+    slots = torch.randperm(config.num_slots)[: len(k)]
+    slots[[0, 5]] = -1
+    shapes = (config.k_shape, config.v_shape)
+    filled, expected = (
+        [torch.full(shape, math.nan).to(k.device, config.kv_dtype) for shape in shapes] for _ in range(2)
+    )
+    store_kv(*filled, k, v, slots.to(k.device), config.layout, *scales)
+    pages.store_kv(*expected, k, v, pages.stored_tokens(slots, k.device), config.layout, *scales)
+    for actual, wanted in zip(filled, expected, strict=True):
+        assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_kv_heads", "head_dim", "head_dim_v"), [(1, 8, 8), (3, 40, 24), (7, 192, 128)])
+@GEOMETRIES
 def test_same_pages_as_torch(
     device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
 ) -> None:
-    from attnd_server.kernels.store import store_kv
-
-    config = AttentionConfig(
-        num_layers=1,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        num_pages=5,
-        page_size=6,
-        dtype=dtype,
-        layout=layout,
-    )
+    config = config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v)
     k = torch.randn(13, num_kv_heads, head_dim, device=device).to(dtype)
     v = torch.randn(13, num_kv_heads, head_dim_v, device=device).to(dtype)
-    slots = torch.randperm(config.num_slots)[:13]
-    slots[[0, 5]] = -1
-    expected, stored = (
-        tuple(torch.full(shape, math.nan, dtype=dtype, device=device) for shape in (config.k_shape, config.v_shape))
-        for _ in range(2)
-    )
-    pages.store_kv(*expected, k, v, pages.stored_tokens(slots, device), layout)
-    store_kv(*stored, k, v, slots.to(device), layout)
-    for actual, wanted in zip(stored, expected, strict=True):
-        assert torch.equal(actual.isnan(), wanted.isnan())
-        assert torch.equal(actual.nan_to_num(), wanted.nan_to_num())
+    compare(config, k, v, (None, None))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+@GEOMETRIES
+def test_fp8_numbers_find_their_place_and_scale(
+    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+) -> None:
+    """Numbers that need no rounding, which Triton's interpreter gets wrong: normal ones, some of them clamped."""
+    scales = 2.0 ** torch.randint(-2, 3, (2, num_kv_heads, 1))
+
+    def exact(size: int, scale: torch.Tensor) -> torch.Tensor:
+        shape = (13, num_kv_heads, size)
+        numbers = torch.randint(8, 127, shape, dtype=torch.uint8) | torch.randint(2, shape, dtype=torch.uint8) << 7
+        return (numbers.view(FP8).float() * scale * 32.0 ** (torch.rand(shape) < 0.1)).to(device, dtype)
+
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    k, v = exact(head_dim, scales[0]), exact(head_dim_v, scales[1])
+    compare(config, k, v, tuple(scales[:, :, 0].contiguous().to(device)))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+@GEOMETRIES
+def test_any_number_is_rounded_to_fp8_as_in_torch(
+    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+) -> None:
+    if device == "cpu":
+        pytest.skip("Triton's interpreter rounds FP8 down, and has neither its NaN nor its subnormal numbers")
+    k = (torch.randn(13, num_kv_heads, head_dim) * 2.0 ** torch.randint(-12, 13, (13, num_kv_heads, 1))).to(dtype)
+    v = torch.randn(13, num_kv_heads, head_dim_v).to(dtype)
+    v[1, :, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    scales = torch.rand(2, num_kv_heads, device=device) + 0.1
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    compare(config, k.to(device), v.to(device), tuple(scales))
 
 
 def test_no_tokens(device: str) -> None:

@@ -98,6 +98,13 @@ def test_groups_and_head_dims(device: str, page_size: int, group: int, head_dim:
     oracle.check(Kernel(), case, device)
 
 
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_chunks_shorter_than_a_tile_of_keys(device: str, query_len: int) -> None:
+    # Long enough for one program to take several chunks.
+    case = Case(requests(16, [1024], query_len), num_kv_heads=1, group=4, head_dim=64, head_dim_v=64, return_lse=True)
+    oracle.check(KERNELS["split"], case, device)
+
+
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("chunk_size", [0, 16, 32, 1024])
 def test_splits_change_nothing(device: str, layout: Layout, chunk_size: int) -> None:
@@ -207,7 +214,7 @@ def test_what_is_refused(device: str) -> None:
     assert not kernel.supports_context_length(MAX_CONTEXT_LEN + 1)
     too_long = replace(metadata, context_lens=metadata.context_lens + MAX_CONTEXT_LEN)
     assert "must have at most" in str(kernel.supports(config, too_long, options))
-    halves = kernel.supports(replace(config, dtype=torch.bfloat16), metadata, options)
+    halves = kernel.supports(replace(config, dtype=torch.bfloat16, kv_dtype=None), metadata, options)
     assert halves == (None if ON_GPU else "Triton's interpreter cannot multiply bfloat16")
     with pytest.raises(ValueError, match="must be TRITON or TRITON_GROUPED"):
         TritonPagedAttention(AttentionBackend.SDPA)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted
+from attnd.v1 import cache_pb2, tensor_pb2
+from attnd_server import validation
 from attnd_server.cache import CacheTable
-from attnd_server.config import AttentionConfig, Layout, ServerConfig
+from attnd_server.config import FP8, AttentionConfig, KVSplitConfig, Layout, ServerConfig
 from attnd_server.executor import Executor
+from attnd_server.kernels.pages import stored_tokens
 
 CPU = torch.device("cpu")
 CONFIG = AttentionConfig(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=4, page_size=4, dtype=torch.float32)
@@ -24,8 +29,8 @@ def table() -> CacheTable:
 
 
 def test_num_bytes_counts_what_is_allocated(table: CacheTable) -> None:
-    for layout in Layout:
-        config = AttentionConfig(**{**vars(CONFIG), "layout": layout, "head_dim_v": 8})
+    for layout, kv_dtype in ((Layout.UNIFIED, None), (Layout.DISTINCT, FP8)):
+        config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype)
         cache = table.create(config, principal="a", ttl_s=9, name="")
         assert cache.k_pages.nbytes + cache.v_pages.nbytes == config.num_bytes
 
@@ -34,6 +39,45 @@ def test_pages_start_as_zeros(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
     assert not cache.k_pages.any()
     assert not cache.v_pages.any()
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_fp8_pages_hold_what_their_scales_make_of_it(table: CacheTable, layout: Layout) -> None:
+    config = replace(CONFIG, layout=layout, kv_dtype=FP8, k_scales=(0.5,), v_scales=(0.1, 3.0))
+    cache = table.create(config, principal="a", ttl_s=9, name="")
+    assert cache.k_pages.dtype is cache.v_pages.dtype is FP8
+    k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    k[0, 0, :2] = torch.tensor([1e5, math.nan])
+    slots = torch.tensor([9, 2, 7])
+    cache.store(1, k, v, stored_tokens(slots, CPU))
+    read_k, read_v = cache.read(1, slots)
+    assert read_k.dtype is read_v.dtype is torch.float32
+    k[0, 0, 0] = 0.5 * 448
+    # Half a unit in the last of 4 binary places; near zero half of the smallest number, 2^-9 of a scale.
+    torch.testing.assert_close(read_k, k, rtol=2**-4, atol=0.5 * 2**-10, equal_nan=True)
+    torch.testing.assert_close(read_v, v, rtol=2**-4, atol=3.0 * 2**-10)
+    cache.copy_pages(torch.tensor([2]), torch.tensor([3]))
+    assert torch.equal(cache.read(1, slots[:1] + 4)[1], read_v[:1])
+    assert not cache.read(0, slots)[0].any()
+
+
+def test_info_gives_back_what_was_created(table: CacheTable) -> None:
+    plain = table.create(CONFIG, principal="a", ttl_s=9, name="").info().config
+    assert plain.kv_dtype == plain.dtype == tensor_pb2.DTYPE_FLOAT32
+    assert not plain.HasField("k_scales")
+    assert plain.kv_split == cache_pb2.KvSplit(max_splits=128)
+    config = replace(CONFIG, kv_dtype=FP8, v_scales=(0.125, 3.0), layout=Layout.DISTINCT)
+    info = table.create(config, principal="a", ttl_s=9, name="").info()
+    assert info.num_bytes == CONFIG.num_bytes // 4
+    assert validation.cache_config(info.config) == config
+
+
+@pytest.mark.parametrize("batch_invariant", [None, False, True])
+def test_info_gives_back_how_kv_is_cut(table: CacheTable, batch_invariant: bool | None) -> None:
+    config = replace(CONFIG, kv_split=KVSplitConfig(256, 7, batch_invariant))
+    info = table.create(config, principal="a", ttl_s=9, name="").info()
+    assert info.config.kv_split.HasField("batch_invariant") == (batch_invariant is not None)
+    assert validation.cache_config(info.config) == config
 
 
 def test_limits_name_what_is_free(table: CacheTable) -> None:

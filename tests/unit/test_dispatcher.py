@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import attnd_server
 from attnd.errors import Unsupported
-from attnd_server.backends import triton
+from attnd_server import dispatcher
+from attnd_server.auto_choice import CHOICES, Choice, StepKind, kind_of, orders_for
+from attnd_server.backends import flash_libraries, triton, xformers
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
@@ -20,7 +23,7 @@ from tests.oracle import Case, Request
 from tests.tolerances import assert_close
 
 CASE = Case([Request(20, 1, 1, [4, 2])])
-PLAIN = AttentionOptions(scale=CASE.scale)
+PLAIN = AttentionOptions(num_heads=CASE.num_heads, scale=CASE.scale)
 SOFTCAP = replace(PLAIN, softcap=3.0)
 
 
@@ -60,6 +63,74 @@ def test_auto_takes_the_fastest_that_supports_the_step(ops: TritonAttentionOps) 
     assert chosen(ops, SOFTCAP) == "naive"
 
 
+@pytest.mark.parametrize(
+    ("module", "backend"),
+    [(flash_libraries, AttentionBackend.FLASH_ATTN), (xformers, AttentionBackend.XFORMERS)],
+)
+def test_an_optional_backend_is_on_if_its_package_is_found(
+    module: ModuleType, backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "find", lambda device, capability: SimpleNamespace(package="some"))
+    ops = TritonAttentionOps("cpu")
+    assert dict(ops.states())[backend] is None
+    with pytest.raises(Unsupported, match=f"{backend.value} cannot serve it: .*dtype is torch.float32"):
+        chosen(ops, replace(PLAIN, backend=backend))
+    monkeypatch.setattr(module, "find", lambda device, capability: f"nothing for {device} {capability}")
+    assert dict(TritonAttentionOps("cpu").states())[backend] == "nothing for cpu (0, 0)"
+
+
+@pytest.mark.parametrize(
+    ("lens", "kind"),
+    [
+        ([(20, 1), (0, 1)], StepKind.DECODE),
+        ([], StepKind.PREFILL),
+        ([(20, 5), (0, 1)], StepKind.BLOCKS),
+        ([(20, 256), (20, 256)], StepKind.BLOCKS),
+        ([(0, 32), (0, 32)], StepKind.BLOCKS),
+        ([(0, 32), (0, 31)], StepKind.PREFILL),
+        ([(0, 257), (0, 257)], StepKind.PREFILL),
+        ([(20, 257), (0, 1)], StepKind.CHUNKED),
+        ([(20, 257), (20, 257)], StepKind.CHUNKED),
+    ],
+)
+def test_kinds_of_steps(lens: list[tuple[int, int]], kind: StepKind) -> None:
+    case = Case([Request(context_len, query_len, query_len, [1, 2]) for context_len, query_len in lens])
+    assert kind_of(case.metadata()) is kind
+
+
+def test_the_first_row_of_the_table_that_fits_the_device_holds() -> None:
+    naive, sdpa, flash = (AttentionBackend.NAIVE,), (AttentionBackend.SDPA,), (AttentionBackend.FLASH_ATTN,)
+    choices = (
+        Choice("cuda", (9, 0), StepKind.DECODE, flash),
+        Choice("cuda", (0, 0), StepKind.DECODE, sdpa),
+        Choice("cuda", (0, 0), StepKind.PREFILL, sdpa),
+        Choice("cpu", (0, 0), StepKind.DECODE, naive),
+    )
+    cuda = torch.device("cuda")
+    assert orders_for(cuda, (8, 9), choices) == {StepKind.DECODE: sdpa, StepKind.PREFILL: sdpa}
+    assert orders_for(cuda, (10, 0), choices) == {StepKind.DECODE: flash, StepKind.PREFILL: sdpa}
+    assert orders_for(torch.device("cpu"), (0, 0), choices) == {StepKind.DECODE: naive}
+    with pytest.raises(ValueError, match="device is meta, but must be of type cpu or cuda"):
+        orders_for(torch.device("meta"), (0, 0), choices)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_has_every_kind_and_ends_with_what_serves_everything(device: str) -> None:
+    orders = orders_for(torch.device(device), (0, 0))
+    assert set(orders) == set(StepKind)
+    assert {order[-1] for order in orders.values()} == {AttentionBackend.NAIVE}
+
+
+def test_auto_looks_the_kind_of_the_step_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    naive_decode = Choice("cpu", (0, 0), StepKind.DECODE, (AttentionBackend.NAIVE,))
+    orders = orders_for(torch.device("cpu"), (0, 0), (naive_decode, *CHOICES))
+    monkeypatch.setattr(dispatcher, "orders_for", lambda device, capability: orders)
+    ops = TritonAttentionOps("cpu")
+    assert chosen(ops, PLAIN) == "naive"
+    blocks = Case([Request(20, 4, 4, [4, 2])])
+    assert ops.choose(CASE.config(), blocks.metadata(), PLAIN).backend is AttentionBackend.SDPA
+
+
 def test_the_call_names_a_backend_before_the_cache(ops: TritonAttentionOps) -> None:
     config = replace(CASE.config(), backend=AttentionBackend.NAIVE)
     assert chosen(ops, PLAIN, config) == "naive"
@@ -71,6 +142,7 @@ def test_the_call_names_a_backend_before_the_cache(ops: TritonAttentionOps) -> N
     [
         (AttentionBackend.SDPA, "sdpa cannot serve it: .*softcap"),
         (AttentionBackend.XFORMERS, "xformers is off: .*package xformers"),
+        (AttentionBackend.FLASH_ATTN, "flash_attn is off: .*packages flash-attn-4, flash-attn-3, flash-attn"),
     ],
 )
 def test_a_named_backend_that_cannot_is_an_error_with_the_reason(

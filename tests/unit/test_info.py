@@ -22,6 +22,7 @@ CAPABILITIES = capabilities_pb2.GetCapabilitiesResponse(
     ],
     planes=[capabilities_pb2.PlaneState(plane=plane_pb2.PLANE_INLINE, available=True)],
     dtypes=[tensor_pb2.DTYPE_BFLOAT16],
+    kv_dtypes=[tensor_pb2.DTYPE_FLOAT8_E4M3FN],
     layouts=[cache_pb2.LAYOUT_UNIFIED],
     masks=[step_pb2.MASK_BLOCK_CAUSAL],
     limits=capabilities_pb2.Limits(max_message_bytes=1 << 28, max_step_tokens=65_536),
@@ -35,6 +36,7 @@ CACHE = cache_pb2.CacheInfo(
         page_size=16,
         num_pages=2048,
         dtype=tensor_pb2.DTYPE_BFLOAT16,
+        kv_dtype=tensor_pb2.DTYPE_FLOAT8_E4M3FN,
         layout=cache_pb2.LAYOUT_DISTINCT,
     ),
     ttl_s=60,
@@ -86,11 +88,20 @@ def test_prints_capabilities_and_caches(monkeypatch):
         "256.0 MiB",
         "65,536",
         "[red]mine",
-        "30 layers x 3 heads x 192/128, bfloat16, distinct",
+        "30 layers x 3 heads x 192/128, bfloat16 in float8_e4m3fn, distinct",
         "1,234 of 2,048, 16 tokens each",
         "42 of 60 s",
     ):
         assert text in out
+
+
+def test_pages_of_the_type_of_calls_are_not_told_twice():
+    plain = cache_pb2.CacheInfo()
+    plain.CopyFrom(CACHE)
+    plain.config.kv_dtype = plain.config.dtype
+    out = io.StringIO()
+    Console(file=out, width=160).print(info.cache_table([plain]))
+    assert "192/128, bfloat16, distinct" in out.getvalue()
 
 
 def test_says_that_there_are_no_caches(monkeypatch):

@@ -79,9 +79,9 @@ def test_names_of_backends_are_those_of_the_contract() -> None:
         ("window", 1 << 32, "window is 4294967296"),
         ("scale", "big", "scale is 'big', but must be a number"),
         ("softcap", None, "softcap is None, but must be a number"),
-        ("sinks", "abc", "sinks must hold one number for each query head"),
-        ("alibi_slopes", 0.5, "alibi_slopes must hold one number for each query head"),
-        ("alibi_slopes", torch.zeros(2, 2), "alibi_slopes must hold one number for each query head"),
+        ("sinks", "abc", "sinks must hold one number for each head"),
+        ("alibi_slopes", 0.5, "alibi_slopes must hold one number for each head"),
+        ("alibi_slopes", torch.zeros(2, 2), "alibi_slopes must hold one number for each head"),
     ],
 )
 def test_refuses_what_the_wire_cannot_carry(field: str, value: object, message: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
 from attnd_server import validation
-from attnd_server.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode, ServerConfig
+from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode, ServerConfig
+from tests.unit.wire_messages import tensor
 
 GEOMETRY = {
     "num_layers": 30,
@@ -55,6 +56,41 @@ def test_every_choice_is_taken():
     assert config.backend is AttentionBackend.SDPA
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, KVSplitConfig(chunk_size=0, max_splits=128, batch_invariant=None)),
+        ({"chunk_size": 16, "max_splits": 1}, KVSplitConfig(16, 1)),
+        ({"chunk_size": 1 << 20, "max_splits": 1024}, KVSplitConfig(1 << 20, 1024)),
+        ({"batch_invariant": True}, KVSplitConfig(batch_invariant=True)),
+        ({"batch_invariant": False}, KVSplitConfig(batch_invariant=False)),
+    ],
+)
+def test_the_cut_of_kv_is_automatic_unless_given(fields, expected):
+    assert validation.cache_config(cache_config(kv_split=cache_pb2.KvSplit(**fields))).kv_split == expected
+
+
+CHUNK_SIZES = "must be 0 or a power of two in 16..1048576"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("chunk_size", 8, CHUNK_SIZES),
+        ("chunk_size", 48, CHUNK_SIZES),
+        ("chunk_size", 1 << 21, CHUNK_SIZES),
+        ("chunk_size", 2**32 - 1, CHUNK_SIZES),
+        ("max_splits", 1025, "must be 1..1024"),
+        ("max_splits", 2**32 - 1, "must be 1..1024"),
+    ],
+)
+def test_cuts_of_kv_are_refused(name, value, rule):
+    with pytest.raises(InvalidRequest) as caught:
+        validation.cache_config(cache_config(kv_split=cache_pb2.KvSplit(**{name: value})))
+    assert str(caught.value) == f"kv_split.{name} is {value}, but {rule}"
+    assert caught.value.field == f"kv_split.{name}"
+
+
 def test_every_value_of_the_wire_is_known():
     for value in backend_pb2.Backend.values():
         validation.cache_config(cache_config(backend=value))
@@ -64,8 +100,13 @@ def test_every_value_of_the_wire_is_known():
         validation.cache_config(cache_config(layout=value))
 
 
+def scales(*values, dtype="float32"):
+    return tensor(values, dtype)
+
+
 BACKENDS = "auto, naive, sdpa, triton, triton_grouped, flash_attn, xformers"
 DTYPES = "DTYPE_FLOAT32, DTYPE_FLOAT16 or DTYPE_BFLOAT16"
+FP8 = "DTYPE_FLOAT8_E4M3FN"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +125,9 @@ DTYPES = "DTYPE_FLOAT32, DTYPE_FLOAT16 or DTYPE_BFLOAT16"
         ({"head_dim_v": 4}, "head_dim_v", "head_dim_v is 4, but must be 8..512"),
         ({"page_size": 0}, "page_size", "page_size is 0, but must be 1..1024"),
         ({"num_pages": 0}, "num_pages", "num_pages is 0, but must be 1..2147483647"),
+        ({"kv_dtype": 3}, "kv_dtype", f"kv_dtype is DTYPE_BFLOAT16, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
+        ({"kv_dtype": 99}, "kv_dtype", f"kv_dtype is 99, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
+        ({"k_scales": scales(1.0)}, "k_scales", f"k_scales is given, but must be absent unless kv_dtype is {FP8}"),
         ({"num_pages": 2**32 - 1}, "num_pages", "num_pages is 4294967295, but must be 1..2147483647"),
     ],
 )
@@ -92,6 +136,50 @@ def test_configurations_are_refused(changes, field, text):
         validation.cache_config(cache_config(**changes))
     assert str(caught.value) == text
     assert caught.value.field == field
+
+
+def test_pages_have_the_type_of_calls_or_fp8_with_scales():
+    for kv_dtype in (tensor_pb2.DTYPE_UNSPECIFIED, tensor_pb2.DTYPE_FLOAT16):
+        assert validation.cache_config(cache_config(kv_dtype=kv_dtype)).kv_dtype is torch.float16
+    message = cache_config(kv_dtype=tensor_pb2.DTYPE_FLOAT8_E4M3FN)
+    config = validation.cache_config(message)
+    assert config.kv_dtype is torch.float8_e4m3fn
+    assert (config.k_scales, config.v_scales) == ((1.0,), (1.0,))
+    message.k_scales.CopyFrom(scales(0.5))
+    message.v_scales.CopyFrom(scales(0.25, 2.0, 3.0))
+    config = validation.cache_config(message)
+    assert (config.k_scales, config.v_scales) == ((0.5,), (0.25, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("refused", "text"),
+    [
+        (scales(), "v_scales has 0 elements, but must have 1, or one for each of the 3 KV heads"),
+        (scales(1, 1), "v_scales has 2 elements, but must have 1, or one for each of the 3 KV heads"),
+        (scales(1, 0, 1), "v_scales[1] is 0, but must be positive, finite and a normal float32"),
+        (scales(-2), "v_scales[0] is -2, but must be positive, finite and a normal float32"),
+        (scales(math.nan), "v_scales[0] is nan, but must be positive, finite and a normal float32"),
+        (scales(math.inf), "v_scales[0] is inf, but must be positive, finite and a normal float32"),
+        (scales(2**-127), "v_scales[0] is 5.87747e-39, but must be positive, finite and a normal float32"),
+        (tensor([[1.0]], "float32"), "v_scales has shape [1, 1], but must be [num_scales]"),
+        (scales(1, dtype="int32"), "v_scales has dtype int32, but must be float32"),
+    ],
+)
+def test_scales_are_refused(refused, text):
+    with pytest.raises(InvalidRequest) as caught:
+        validation.cache_config(cache_config(kv_dtype=tensor_pb2.DTYPE_FLOAT8_E4M3FN, v_scales=refused))
+    assert str(caught.value) == text
+    assert caught.value.field == "v_scales"
+
+
+def test_the_server_checks_its_own_configurations_too():
+    geometry = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 8, "num_pages": 1}
+    with pytest.raises(InvalidRequest, match=r"^kv_dtype is torch\.float32, but must be torch\.bfloat16 as dtype"):
+        AttentionConfig(**geometry, kv_dtype=torch.float32)
+    with pytest.raises(InvalidRequest, match=r"^k_scales is given, but must be absent unless kv_dtype is"):
+        AttentionConfig(**geometry, k_scales=(2.0,))
+    with pytest.raises(InvalidRequest, match=r"^max_splits is 0, but must be 1\.\.1024$"):
+        KVSplitConfig(max_splits=0)
 
 
 SERVER = ServerConfig(default_ttl_s=30.0, max_ttl_s=3600.0)

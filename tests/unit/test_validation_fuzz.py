@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import struct
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -357,6 +358,12 @@ def test_no_options_raise_anything_else(message):
                 field: mostly(st.integers(0, 2), st.sampled_from([9, -1]))
                 for field in ("layout", "backend", "precision")
             },
+            kv_split=st.builds(
+                cache_pb2.KvSplit,
+                chunk_size=mostly(st.sampled_from([0, 16, 1024]), st.integers(0, 2**32 - 1)),
+                max_splits=mostly(st.integers(0, 1024), st.integers(0, 2**32 - 1)),
+                batch_invariant=st.sampled_from([None, False, True]),
+            ),
         ),
         ttl_s=mostly(st.floats(1, 60), st.floats()),
         name=st.text(max_size=200),
@@ -368,5 +375,7 @@ def test_no_cache_raises_anything_else(message):
         return
     config, ttl_s, name = accepted
     assert config.num_slots >= 1
+    lengths = np.array([0, 1, LIMITS.max_context_len], np.int32)
+    assert (-(-lengths // config.kv_split.chunk_keys(lengths)) <= config.kv_split.max_splits).all()
     assert 1 <= ttl_s <= LIMITS.max_ttl_s
     assert len(name) <= 128

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from attnd.client import Client
+    from attnd.kv_split import KVSplit
     from attnd.options import AttentionOptions
     from attnd.session import Session, Step, Timings
 
@@ -40,8 +41,10 @@ class RemoteCache(Cache):
         *,
         max_tokens: int,
         dtype: torch.dtype,
+        kv_dtype: object = None,
         page_size: int = 16,
         backend: str = "auto",
+        kv_split: KVSplit | None = None,
         name: str = "transformers",
     ) -> None:
         """Leases pages. Close it, or use it as a context manager.
@@ -51,8 +54,10 @@ class RemoteCache(Cache):
             config: the model's.
             max_tokens: tokens of all rows (and beams) together, without padding; each row takes whole pages.
             dtype: the model's: `model.dtype`.
+            kv_dtype: "float8_e4m3fn" for pages of one byte per element, or None: pages have `dtype`.
             page_size: tokens per page.
             backend: the server's backend; "auto" is its choice.
+            kv_split: how the server cuts the keys of a row into chunks; None is automatic.
             name: a label for people.
 
         Raises:
@@ -63,7 +68,14 @@ class RemoteCache(Cache):
         super().__init__(layers=[_Layer(self, index) for index in range(geometry.num_layers)])
         num_pages = -(-max_tokens // page_size)
         self.cache = client.create_cache(
-            **geometry._asdict(), num_pages=num_pages, page_size=page_size, dtype=dtype, backend=backend, name=name
+            **geometry._asdict(),
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            backend=backend,
+            kv_split=kv_split,
+            name=name,
         )
         self.session: Session = self.cache.session()
         self._batch = PaddedBatch(num_pages, page_size)

@@ -100,6 +100,42 @@ class CacheRef(google.protobuf.message.Message):
 global___CacheRef = CacheRef
 
 @typing.final
+class KvSplit(google.protobuf.message.Message):
+    """How the Triton backends cut the KV of a request into chunks, so that several programs of the GPU share its work. The
+    partial results are merged in the order of the chunks, so the cut decides the last bits of an output. All of it is
+    automatic by default; other backends ignore it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNK_SIZE_FIELD_NUMBER: builtins.int
+    MAX_SPLITS_FIELD_NUMBER: builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: builtins.int
+    chunk_size: builtins.int
+    """Tokens of KV in a chunk: a power of two in 16..1048576. 0: automatic. Chunks are longer where a request would have
+    more than max_splits. If given, it cuts every request by its own length alone, whatever batch_invariant says.
+    """
+    max_splits: builtins.int
+    """Most chunks of a request; 1..1024. 0: the default, 128."""
+    batch_invariant: builtins.bool
+    """True: cut by the request's own length alone, so that output bits never depend on what shares the batch. False: the
+    cut may follow the batch, which uses the GPU better. Absent: true for requests with one new token in the step
+    (decode), false for those with more (diffusion blocks, chunks of a prompt), where it costs more.
+    """
+    def __init__(
+        self,
+        *,
+        chunk_size: builtins.int = ...,
+        max_splits: builtins.int = ...,
+        batch_invariant: builtins.bool | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "chunk_size", b"chunk_size", "max_splits", b"max_splits"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_batch_invariant", b"_batch_invariant"]) -> typing.Literal["batch_invariant"] | None: ...
+
+global___KvSplit = KvSplit
+
+@typing.final
 class CacheConfig(google.protobuf.message.Message):
     """Geometry and choices of a cache; they never change during its life."""
 
@@ -115,6 +151,10 @@ class CacheConfig(google.protobuf.message.Message):
     LAYOUT_FIELD_NUMBER: builtins.int
     BACKEND_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
+    K_SCALES_FIELD_NUMBER: builtins.int
+    V_SCALES_FIELD_NUMBER: builtins.int
+    KV_SPLIT_FIELD_NUMBER: builtins.int
     num_layers: builtins.int
     """Layers of the model that share each page; 1..1024."""
     num_kv_heads: builtins.int
@@ -128,13 +168,31 @@ class CacheConfig(google.protobuf.message.Message):
     num_pages: builtins.int
     """Pages of the cache; at least 1. What does not fit the server's memory limit is RESOURCE_EXHAUSTED."""
     dtype: attnd.v1.tensor_pb2.Dtype.ValueType
-    """Type of K and V in the pages, and of q, k, v in calls: FLOAT32, FLOAT16 or BFLOAT16."""
+    """Type of q, k, v in calls, and of K and V in StoreKv and ReadKv: FLOAT32, FLOAT16 or BFLOAT16."""
     layout: global___Layout.ValueType
     """How K and V lie in the pages."""
     backend: attnd.v1.backend_pb2.Backend.ValueType
     """Backend of every call that does not name one itself."""
     precision: global___Precision.ValueType
     """Type in which backends multiply."""
+    kv_dtype: attnd.v1.tensor_pb2.Dtype.ValueType
+    """Type of K and V in the pages: dtype, or FLOAT8_E4M3FN. Not set: dtype. In FLOAT8_E4M3FN x is stored as x / scale,
+    clamped to -448..448 and rounded to the nearest, and read as the stored value times scale.
+    """
+    @property
+    def k_scales(self) -> attnd.v1.tensor_pb2.Tensor:
+        """float32 [1] or [num_kv_heads]: scale of K, one for all or one per KV head, positive and finite. Absent: 1. Refused
+        with INVALID_ARGUMENT unless kv_dtype is FLOAT8_E4M3FN.
+        """
+
+    @property
+    def v_scales(self) -> attnd.v1.tensor_pb2.Tensor:
+        """Likewise for V."""
+
+    @property
+    def kv_split(self) -> global___KvSplit:
+        """How the KV of a request is cut into chunks. Absent: automatic."""
+
     def __init__(
         self,
         *,
@@ -148,8 +206,13 @@ class CacheConfig(google.protobuf.message.Message):
         layout: global___Layout.ValueType = ...,
         backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
         precision: global___Precision.ValueType = ...,
+        kv_dtype: attnd.v1.tensor_pb2.Dtype.ValueType = ...,
+        k_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
+        v_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
+        kv_split: global___KvSplit | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dtype", b"dtype", "head_dim", b"head_dim", "head_dim_v", b"head_dim_v", "layout", b"layout", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_pages", b"num_pages", "page_size", b"page_size", "precision", b"precision"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["k_scales", b"k_scales", "kv_split", b"kv_split", "v_scales", b"v_scales"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dtype", b"dtype", "head_dim", b"head_dim", "head_dim_v", b"head_dim_v", "k_scales", b"k_scales", "kv_dtype", b"kv_dtype", "kv_split", b"kv_split", "layout", b"layout", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_pages", b"num_pages", "page_size", b"page_size", "precision", b"precision", "v_scales", b"v_scales"]) -> None: ...
 
 global___CacheConfig = CacheConfig
 

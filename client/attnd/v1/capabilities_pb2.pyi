@@ -178,6 +178,7 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
     MASKS_FIELD_NUMBER: builtins.int
     PLANES_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
+    KV_DTYPES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The server's version."""
     epoch: builtins.int
@@ -192,7 +193,7 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
 
     @property
     def dtypes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[attnd.v1.tensor_pb2.Dtype.ValueType]:
-        """Types of KV and of calls."""
+        """Types of calls; pages have them too, unless a cache asks for one of kv_dtypes."""
 
     @property
     def layouts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[attnd.v1.cache_pb2.Layout.ValueType]:
@@ -210,6 +211,10 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
     def limits(self) -> global___Limits:
         """What one request may take."""
 
+    @property
+    def kv_dtypes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[attnd.v1.tensor_pb2.Dtype.ValueType]:
+        """Types that pages may have besides that of calls."""
+
     def __init__(
         self,
         *,
@@ -222,8 +227,9 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
         masks: collections.abc.Iterable[attnd.v1.step_pb2.Mask.ValueType] | None = ...,
         planes: collections.abc.Iterable[global___PlaneState] | None = ...,
         limits: global___Limits | None = ...,
+        kv_dtypes: collections.abc.Iterable[attnd.v1.tensor_pb2.Dtype.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backends", b"backends", "devices", b"devices", "dtypes", b"dtypes", "epoch", b"epoch", "layouts", b"layouts", "limits", b"limits", "masks", b"masks", "planes", b"planes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backends", b"backends", "devices", b"devices", "dtypes", b"dtypes", "epoch", b"epoch", "kv_dtypes", b"kv_dtypes", "layouts", b"layouts", "limits", b"limits", "masks", b"masks", "planes", b"planes", "version", b"version"]) -> None: ...
 
 global___GetCapabilitiesResponse = GetCapabilitiesResponse

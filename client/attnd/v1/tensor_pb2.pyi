@@ -37,6 +37,8 @@ class _DtypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Two's complement, 32 bits."""
     DTYPE_INT64: _Dtype.ValueType  # 5
     """Two's complement, 64 bits."""
+    DTYPE_FLOAT8_E4M3FN: _Dtype.ValueType  # 6
+    """8 bits: 4 of exponent, 3 of mantissa, no infinities, largest 448. Only in pages; no tensor on the wire has it."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """The element type of a Tensor."""
@@ -53,6 +55,8 @@ DTYPE_INT32: Dtype.ValueType  # 4
 """Two's complement, 32 bits."""
 DTYPE_INT64: Dtype.ValueType  # 5
 """Two's complement, 64 bits."""
+DTYPE_FLOAT8_E4M3FN: Dtype.ValueType  # 6
+"""8 bits: 4 of exponent, 3 of mantissa, no infinities, largest 448. Only in pages; no tensor on the wire has it."""
 global___Dtype = Dtype
 
 @typing.final

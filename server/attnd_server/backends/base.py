@@ -22,7 +22,7 @@ class AttentionKernel(Protocol):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a request's output bits never depend on what shares its batch."""
+        """Whether a request's output bits never depend on what shares its batch, if `KVSplitConfig` asks for that."""
 
     def supports(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> str | None:
         """None, or the reason why this step cannot be served, for people."""
@@ -43,6 +43,8 @@ class AttentionKernel(Protocol):
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer. Reads the pages as they were before the call; writes nothing but its results.
 
@@ -53,6 +55,9 @@ class AttentionKernel(Protocol):
             v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
             k_pages: the layer's K, of shape `config.k_shape`.
             v_pages: the layer's V, of shape `config.v_shape`.
+            k_scales: float32 `[num_kv_heads]` on the pages' device, by which what K's pages hold is multiplied; None:
+                pages are not scaled.
+            v_scales: likewise for V.
 
         Returns:
             output `[num_tokens, num_heads, head_dim_v]` in q's dtype, and lse float32 `[num_tokens, num_heads]` if

@@ -185,8 +185,8 @@ def _part(
     blind = ~mask.any(2)
     return Part(
         num_reqs=len(requests),
-        rows=_rows(metadata, requests, tokens, device),
-        new_rows=_rows(metadata, requests, new, device),
+        rows=rows_of(metadata, requests, tokens, device),
+        new_rows=rows_of(metadata, requests, new, device),
         num_cached=num_cached,
         slots=slots.flatten().to(device) if num_cached else None,
         unused=unused.to(device) if len(unused) else None,
@@ -215,7 +215,7 @@ def _pages(page_tables: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return page_tables.gather(1, columns.clamp(max=last)).masked_fill(columns > last, -1)
 
 
-def _rows(metadata: AttentionMetadata, requests: list[int], tokens: torch.Tensor, device: torch.device) -> Rows:
+def rows_of(metadata: AttentionMetadata, requests: list[int], tokens: torch.Tensor, device: torch.device) -> Rows:
     """Where the tokens `tokens`, consecutive ones, of each request lie among all new tokens of the step."""
     if not len(tokens):
         return slice(0, 0)

@@ -128,27 +128,42 @@ class NaiveAttention:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         output = q.new_empty(*q.shape[:2], plan.config.head_dim_v)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         bounds = plan.metadata.cu_seqlens_q.tolist()
+        dtype = plan.config.precision.dtype(q.dtype)
         for request, (start, end) in enumerate(pairwise(bounds)):
-            keys, values = self._keys_and_values(plan, request, k_pages, v_pages)
+            keys, values = self._keys_and_values(plan, request, k_pages, v_pages, k_scales, v_scales)
             if k is not None and v is not None:
-                keys, values = torch.cat([keys, k[start:end]]), torch.cat([values, v[start:end]])
+                keys, values = torch.cat([keys, k[start:end].to(dtype)]), torch.cat([values, v[start:end].to(dtype)])
             for tile in range(start, end, TILE):
                 rows = slice(tile, min(tile + TILE, end))
                 output[rows], lse[rows] = self._tile(plan, request, rows, start, q, keys, values)
         return output, lse if plan.options.return_lse else None
 
     def _keys_and_values(
-        self, plan: _Plan, request: int, k_pages: torch.Tensor, v_pages: torch.Tensor
+        self,
+        plan: _Plan,
+        request: int,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None,
+        v_scales: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The request's cached tokens from its first visible page on."""
+        """The request's cached tokens from its first visible page on, in the type to multiply in.
+
+        Scaled ones are float32 instead: the type to multiply in holds what is stored, but not always its product with
+        the scale, which is the factor of a whole head and may as well be that of the score or the output.
+        """
         num_tokens = int(plan.metadata.context_lens[request]) - plan.first_positions[request]
-        layout = plan.config.layout
-        keys, values = (gather_pages(pages, plan.page_ids[request], layout) for pages in (k_pages, v_pages))
+        page_ids, layout = plan.page_ids[request], plan.config.layout
+        dtype = plan.config.precision.dtype(plan.config.dtype)
+        keys = gather_pages(k_pages, page_ids, layout, dtype if k_scales is None else torch.float32, k_scales)
+        values = gather_pages(v_pages, page_ids, layout, dtype if v_scales is None else torch.float32, v_scales)
         return keys[:num_tokens], values[:num_tokens]
 
     def _tile(
@@ -168,8 +183,8 @@ class NaiveAttention:
         dtype = plan.config.precision.dtype(q.dtype)
         return reference_torch_attention(
             q[rows].to(dtype).clone(),  # a fresh tensor is aligned alike in every batch; sums may depend on that
-            keys.to(dtype),
-            values.to(dtype),
+            keys,
+            values,
             seen.to(plan.device),
             torch.arange(rows.start, rows.stop, device=plan.device) + (context_len - start),
             torch.arange(first_position, first_position + len(keys), device=plan.device),

@@ -1,12 +1,18 @@
-"""Backend `sdpa`: torch's scaled_dot_product_attention over gathered pages. Fast on a processor."""
+"""Backend `sdpa`: torch's scaled_dot_product_attention over gathered pages. Fast on a processor.
+
+Prefill without context gathers nothing and has no masks: on a GPU, cuDNN's kernel serves it, or FlashAttention.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import Part, mask_elements, split
 from attnd_server.config import AttentionBackend, AttentionConfig, Layout
 from attnd_server.kernels.pages import read_kv
@@ -14,6 +20,9 @@ from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 MAX_MASK_ELEMENTS = 2**30
 """Most elements of all masks of a step, a byte each."""
+
+# What serves dense prefill on a GPU, the fastest first: each takes grouped heads and a causal flag, but no mask.
+_DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +35,7 @@ class _Plan:
     scale: float
     head_dim_v: int
     enable_gqa: bool
+    is_dense_on_gpu: bool
 
 
 class SdpaAttention:
@@ -60,7 +70,8 @@ class SdpaAttention:
         self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
     ) -> _Plan:
         """The parts of the step with their slots and masks."""
-        parts = split(config, metadata, options, device)
+        dense = dense_prefill(config, metadata, options, device)
+        parts = split(config, metadata, options, device) if dense is None else dense
         return _Plan(
             parts=parts,
             is_one_part=len(parts) == 1 and isinstance(parts[0].rows, slice),
@@ -70,7 +81,8 @@ class SdpaAttention:
             scale=options.scale,
             head_dim_v=config.head_dim_v,
             # On a GPU only the kernels that take no mask know grouped heads; with a mask torch would hold all scores.
-            enable_gqa=device.type == "cpu",
+            enable_gqa=device.type == "cpu" or dense is not None,
+            is_dense_on_gpu=device.type != "cpu" and dense is not None,
         )
 
     def run(
@@ -81,13 +93,15 @@ class SdpaAttention:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         if plan.is_one_part:
-            return _run_part(plan, plan.parts[0], q, k, v, k_pages, v_pages), None
+            return _run_part(plan, plan.parts[0], q, k, v, k_pages, v_pages, k_scales, v_scales), None
         output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
         for part in plan.parts:
-            output[part.rows] = _run_part(plan, part, q, k, v, k_pages, v_pages)
+            output[part.rows] = _run_part(plan, part, q, k, v, k_pages, v_pages, k_scales, v_scales)
         return output, None
 
 
@@ -99,10 +113,12 @@ def _run_part(
     v: torch.Tensor | None,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
     if part.slots is not None:
-        keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout)
+        keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout, plan.dtype, k_scales, v_scales)
         keys, values = _by_request(keys, part), _by_request(values, part)
         if k is not None and v is not None:
             keys[:, part.num_cached :] = _by_request(k[part.new_rows], part)
@@ -146,13 +162,17 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
         return output.reshape(num_reqs, 1, num_heads, plan.head_dim_v)
     if not plan.enable_gqa:
         keys, values = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (keys, values))
-    output = scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys,
-        values,
-        attn_mask=part.mask,
-        is_causal=part.is_causal,
-        scale=plan.scale,
-        enable_gqa=plan.enable_gqa,
-    )
+    kernels: AbstractContextManager[None] = nullcontext()
+    if plan.is_dense_on_gpu:
+        kernels = sdpa_kernel(_DENSE_KERNELS, set_priority=True)
+    with kernels:
+        output = scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=part.mask,
+            is_causal=part.is_causal,
+            scale=plan.scale,
+            enable_gqa=plan.enable_gqa,
+        )
     return output.transpose(1, 2)

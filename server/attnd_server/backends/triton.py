@@ -82,9 +82,11 @@ class TritonPagedAttention:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`. Only launches."""
-        return plan.run(q, k, v, k_pages, v_pages)
+        return plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
 
 
 def triton_attention(

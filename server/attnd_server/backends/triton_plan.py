@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from attnd_server.backends.triton import MAX_CONTEXT_LEN
-from attnd_server.backends.triton_schedule import Launch, request_table, schedule
+from attnd_server.backends.triton_launches import HOPPER_ROWS, fits_hopper, launches_of, multiprocessors
+from attnd_server.backends.triton_schedule import (
+    HOPPER_KEYS,
+    Ints,
+    Rows,
+    Work,
+    hopper_schedule,
+    request_table,
+    split_schedule,
+)
 from attnd_server.config import AttentionConfig
-from attnd_server.kernels.merge import MERGE_FIELDS, merge
-from attnd_server.kernels.paged_attention import ITEM_FIELDS, LOG2E, paged_attention
+from attnd_server.kernels.items import NUM_NEW
+from attnd_server.kernels.launch_shapes import Tile
+from attnd_server.kernels.merge import merge
+from attnd_server.kernels.paged_attention import LOG2E, paged_attention
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch of an attention kernel.
+
+    Attributes:
+        tile: its launch shape; None: Hopper's kernel.
+        rows: of a program.
+        is_few: no request has more than FEW_NEW_TOKENS new tokens.
+        work: what the host laid out.
+        items: int32 `[num_items, ITEM_FIELDS]` on the device.
+        merges: int32 `[num_merges, MERGE_FIELDS]` on the device, for a launch of `merge`; None without.
+        counters: int32 on the device, zero between launches; None where no program counts chunks.
+        max_tokens: most new tokens of a request.
+    """
+
+    tile: Tile | None
+    rows: int
+    is_few: bool
+    work: Work
+    items: torch.Tensor
+    merges: torch.Tensor | None
+    counters: torch.Tensor | None
+    max_tokens: int
+
+
+class _Results(NamedTuple):
+    """Where a launch writes; see `paged_attention`."""
+
+    output: torch.Tensor
+    lse: torch.Tensor | None
+    partial_output: torch.Tensor | None
+    partial_lse: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,28 +69,21 @@ class TritonPlan:
     Attributes:
         config: the cache's.
         options: the layers'.
-        is_grouped: the query heads of a KV head share a program.
-        launches: of the attention kernel, each with its items, int32 `[num_items, ITEM_FIELDS]` on the device.
-        requests: int32 `[num_reqs, REQUEST_FIELDS]` on the device.
+        group: query heads that share a program.
+        launches: of the attention kernels.
         page_tables: int32 `[num_reqs, pages of the longest context]` on the device.
-        merges: int32 `[num_merges, MERGE_FIELDS]` on the device; empty if no request's keys are split.
-        merge_tokens: most new tokens of a merge.
-        num_partial_rows: rows of the partial results.
         alibi_slopes: float32 `[num_heads]` times LOG2E on the device, or None.
         sinks: likewise.
     """
 
     config: AttentionConfig
     options: AttentionOptions
-    is_grouped: bool
-    launches: list[tuple[Launch, torch.Tensor]]
-    requests: torch.Tensor
+    group: int
+    launches: list[Launch]
     page_tables: torch.Tensor
-    merges: torch.Tensor
-    merge_tokens: int
-    num_partial_rows: int
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def run(
         self,
@@ -52,43 +92,120 @@ class TritonPlan:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launches the kernels of one layer; see `AttentionKernel.run`."""
         num_tokens, num_heads, _ = q.shape
-        head_dim_v, options = self.config.head_dim_v, self.options
-        output = q.new_empty(num_tokens, num_heads, head_dim_v)
-        lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if options.return_lse else None
-        partial_output = q.new_empty(self.num_partial_rows, num_heads, head_dim_v, dtype=torch.float32)
-        partial_lse = q.new_empty(self.num_partial_rows, num_heads, dtype=torch.float32)
+        output = q.new_empty(num_tokens, num_heads, self.config.head_dim_v)
+        lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if self.options.return_lse else None
         q, k, v = q.contiguous(), k if k is None else k.contiguous(), v if v is None else v.contiguous()
         with torch.cuda.device_of(q):
-            for launch, items in self.launches:
-                paged_attention(
-                    output,
-                    lse,
-                    partial_output,
-                    partial_lse,
-                    q,
-                    k,
-                    v,
-                    k_pages,
-                    v_pages,
-                    self.page_tables,
-                    items,
-                    self.requests,
-                    self.alibi_slopes,
-                    self.sinks,
-                    item_tokens=launch.item_tokens,
-                    tile_class=launch.tile_class,
-                    heads=num_heads // self.config.num_kv_heads if self.is_grouped else 1,
-                    compute=self.config.precision.dtype(q.dtype),
-                    scale=options.scale,
-                    softcap=options.softcap,
-                    window=min(options.window, MAX_CONTEXT_LEN),
-                )
-            if self.num_partial_rows:
-                merge(output, lse, partial_output, partial_lse, self.merges, self.merge_tokens, self.sinks)
+            for index, launch in enumerate(self.launches):
+                results = _Results(output, lse, *self._partials(index, launch, q))
+                if launch.tile is None:
+                    self._run_on_hopper(launch, results, q, k, v, k_pages, v_pages)
+                else:
+                    self._run(launch, launch.tile, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
         return output, lse
+
+    def _run(
+        self,
+        launch: Launch,
+        tile: Tile,
+        results: _Results,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None,
+        v_scales: torch.Tensor | None,
+    ) -> None:
+        paged_attention(
+            results.output,
+            results.lse,
+            results.partial_output,
+            results.partial_lse,
+            launch.counters,
+            q,
+            k,
+            v,
+            k_pages,
+            v_pages,
+            k_scales,
+            v_scales,
+            self.page_tables,
+            launch.items,
+            self.alibi_slopes,
+            self.sinks,
+            tile=tile,
+            heads=self.group,
+            is_few=launch.is_few,
+            compute=self.config.precision.dtype(q.dtype),
+            scale=self.options.scale,
+            softcap=self.options.softcap,
+            window=min(self.options.window, MAX_CONTEXT_LEN),
+        )
+
+    def _run_on_hopper(
+        self,
+        launch: Launch,
+        results: _Results,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+    ) -> None:
+        # Only here: elsewhere these modules need not even load.
+        from attnd_server.kernels.hopper_attention import hopper_attention
+        from attnd_server.kernels.hopper_decode import hopper_decode
+
+        output, lse, partial_output, partial_lse = results
+        (hopper_attention if launch.rows == HOPPER_ROWS else hopper_decode)(
+            output,
+            lse,
+            partial_output,
+            partial_lse,
+            q,
+            k,
+            v,
+            k_pages,
+            v_pages,
+            self.page_tables,
+            launch.items,
+            self.alibi_slopes,
+            self.sinks,
+            rows=launch.rows,
+            num_programs=multiprocessors(q.device),
+            scale=self.options.scale,
+            softcap=self.options.softcap,
+            window=min(self.options.window, MAX_CONTEXT_LEN),
+        )
+        if partial_output is not None and partial_lse is not None and launch.merges is not None:
+            merge(
+                output,
+                lse,
+                partial_output,
+                partial_lse,
+                launch.merges,
+                self.sinks,
+                heads=self.group,
+                max_tokens=launch.max_tokens,
+            )
+
+    def _partials(self, index: int, launch: Launch, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Room for a launch's partial results: the same for all layers of the step."""
+        num_rows = launch.work.num_partial_rows
+        if not num_rows:
+            return None, None
+        if index not in self.partials:
+            self.partials[index] = (
+                q.new_empty(num_rows, q.shape[1], self.config.head_dim_v, dtype=torch.float32),
+                q.new_empty(num_rows, q.shape[1], dtype=torch.float32),
+            )
+        return self.partials[index]
 
 
 def make_plan(
@@ -99,49 +216,60 @@ def make_plan(
     device: torch.device,
 ) -> TritonPlan:
     """Lays out the work of a step and copies it to the device."""
-    work = schedule(metadata, config.kv_split, options.window)
-    num_pages = -(-metadata.max_context_len // config.page_size)
-    # Absent ones are empty on the device.
-    per_head = [torch.empty(0) if x is None else x * LOG2E for x in (options.alibi_slopes, options.sinks)]
-    requests, page_tables, merges, slopes, sinks, *items = _upload(
-        [
-            request_table(metadata),
-            metadata.page_tables[:, :num_pages],
-            _table(work.merges, MERGE_FIELDS),
-            *per_head,
-            *(_table(launch.items, ITEM_FIELDS) for launch in work.launches),
-        ],
-        device,
-    )
+    query_group = options.num_heads // config.num_kv_heads
+    group = query_group if is_grouped else 1
+    dtype = config.precision.dtype(config.dtype)
+    hopper = is_grouped and fits_hopper(config, dtype, device)
+    num_pages = max(1, -(-metadata.max_context_len // config.page_size))
+    tables = metadata.page_tables[:, :num_pages].numpy()
+    table = request_table(metadata, tables, config.page_size)
+    chosen = list(launches_of(table, config, group, dtype, hopper))
+    works = []
+    for tile, num_rows, _, requests in chosen:
+        keys = HOPPER_KEYS if tile is None else tile.keys
+        rows = Rows(group, options.num_heads // group, num_rows, keys, multiprocessors(device))
+        works.append(
+            (hopper_schedule if tile is None else split_schedule)(requests, config.kv_split, options.window, rows)
+        )
+    host: list[Ints | None] = [tables, _bits(options.alibi_slopes), _bits(options.sinks)]
+    for work in works:
+        counters = np.zeros(work.num_counters * (options.num_heads // group), np.int32) if work.num_counters else None
+        host += [work.items, work.merges if len(work.merges) else None, counters]
+    page_tables, slopes, sinks, *arrays = _upload(host, device)
+    assert page_tables is not None
     return TritonPlan(
         config=config,
         options=options,
-        is_grouped=is_grouped,
-        launches=list(zip(work.launches, items, strict=True)),
-        requests=requests,
+        group=group,
+        launches=[
+            Launch(tile, num_rows, is_few, work, items, merges, counters, int(requests[:, NUM_NEW.value].max()))
+            for (tile, num_rows, is_few, requests), work, items, merges, counters in zip(
+                chosen, works, arrays[0::3], arrays[1::3], arrays[2::3], strict=True
+            )
+        ],
         page_tables=page_tables,
-        merges=merges,
-        merge_tokens=work.merge_tokens,
-        num_partial_rows=work.num_partial_rows,
-        alibi_slopes=None if options.alibi_slopes is None else slopes,
-        sinks=None if options.sinks is None else sinks,
+        alibi_slopes=None if slopes is None else slopes.view(torch.float32),
+        sinks=None if sinks is None else sinks.view(torch.float32),
     )
 
 
-def _table(rows: list[tuple[int, ...]], num_fields: int) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, num_fields)
+def _bits(per_head: torch.Tensor | None) -> Ints | None:
+    """A float32 tensor in units of log2, as integers."""
+    return None if per_head is None else (per_head.float() * LOG2E).numpy().view(np.int32)
 
 
-def _upload(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Host tensors on the device, by one copy that does not wait: integers as int32, floats as float32."""
+def _upload(parts: Sequence[Ints | None], device: torch.device) -> list[Any]:
+    """Host arrays on the device as int32, by one copy that does not wait."""
     # Aligned to 16 bytes, because Triton compiles anew for a pointer that is not.
-    sizes = [-(-part.numel() // 4) * 4 for part in parts]
+    sizes = [0 if part is None else -(-part.size // 4) * 4 for part in parts]
     host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    for part, space in zip(parts, torch.split(host, sizes), strict=True):
-        typed = space.view(torch.float32) if part.is_floating_point() else space
-        typed[: part.numel()].view(part.shape).copy_(part)
+    array, start = host.numpy(), 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            array[start : start + part.size].reshape(part.shape)[...] = part
+        start += size
     uploaded = torch.split(host.to(device, non_blocking=True), sizes)
     return [
-        (space.view(torch.float32) if part.is_floating_point() else space)[: part.numel()].view(part.shape)
+        None if part is None else space[: part.size].view(part.shape)
         for part, space in zip(parts, uploaded, strict=True)
     ]

@@ -1,113 +1,262 @@
-"""What the Triton kernels do in a step, laid out on the host: a work list, and what is merged afterwards.
+"""What the Triton kernels do in a step, laid out on the host as work lists.
 
-Every choice depends on the request's own lengths alone, never on the batch: that is what makes outputs batch-invariant.
+How the keys of a request are cut into chunks depends on the request alone, so that its bits do not depend on the batch;
+how many chunks one program takes depends on the batch, so that the chip is full. Vectorised: a decode step of 64
+requests has tens of microseconds.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from attnd_server.backends.window import first_visible_positions
 from attnd_server.config import KVSplitConfig
-from attnd_server.kernels.launch_shapes import CLASSES, class_of
+from attnd_server.kernels import items as columns
+from attnd_server.kernels.items import ITEM_FIELDS
+from attnd_server.kernels.launch_shapes import MAX_SPLIT_TOKENS
 from attnd_server.metadata import AttentionMetadata
 
-# New tokens of an item of a request whose keys are not split.
-ITEM_TOKENS = 64
-# A split of a request with n new tokens is at least that many times n keys long. Each split writes and reads n rows of
-# partial results; this keeps them at a few per cent of the KV that it reads.
-_KEYS_PER_NEW_TOKEN = 64
+Ints = npt.NDArray[np.int32]
+
 # Greater than any position (see MAX_CONTEXT_LEN of `triton`), and the sum with one fits int32.
-_EVERYTHING = 1 << 30
+EVERYTHING = 1 << 30
+# Programs of a decode launch for each multiprocessor, if there is that much to do: enough for the last ones to be
+# short, few enough for their start not to count.
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+# What starting and merging one more part of a request costs on Hopper's kernel, in tiles of keys.
+_PART_COST = 5
+HOPPER_KEYS = 128
+# Rows of a program of Hopper's kernel for many rows; its decode kernel has fewer.
+_HOPPER_ROWS = 128
+# Where the parts of a diffusion block's keys follow its own length alone: how many, and tiles of the shortest.
+_OWN_PARTS, _MIN_OWN_TILES = 4, 4
 
 
-@dataclass
-class Launch:
-    """One launch of the attention kernel.
-
-    Attributes:
-        tile_class: index in CLASSES of its requests.
-        item_tokens: most new tokens of an item.
-        items: rows of `ITEM_FIELDS` numbers.
-    """
-
-    tile_class: int
-    item_tokens: int = 0
-    items: list[tuple[int, ...]] = field(default_factory=list)
-
-
-@dataclass
-class Schedule:
-    """The launches of a step.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """How new tokens become rows of a launch.
 
     Attributes:
-        launches: of the attention kernel, at most one for each launch shape.
-        merges: rows of `MERGE_FIELDS` numbers, one for each request whose keys are split.
-        merge_tokens: most new tokens of a merge.
-        num_partial_rows: rows of the partial results.
+        group: query heads that share a program.
+        num_groups: programs for the heads of one tile of rows.
+        rows: of a program.
+        keys: that a program takes at once.
+        num_multiprocessors: of the device.
     """
 
-    launches: list[Launch]
-    merges: list[tuple[int, ...]] = field(default_factory=list)
-    merge_tokens: int = 0
-    num_partial_rows: int = 0
+    group: int
+    num_groups: int
+    rows: int
+    keys: int
+    num_multiprocessors: int
 
 
-def schedule(metadata: AttentionMetadata, kv_split: KVSplitConfig, window: int) -> Schedule:
-    """Cuts the step into items: by new tokens where a request has many, else by keys."""
-    launches = [Launch(index) for index in range(len(CLASSES))]
-    result = Schedule(launches)
-    first_keys = first_visible_positions(metadata.context_lens, window).tolist()
-    num_keys = metadata.context_lens if metadata.cache_only else metadata.context_lens + metadata.valid_lens
-    columns = (metadata.cu_seqlens_q.tolist(), metadata.query_lens, first_keys, num_keys.tolist())
-    for request, (row, num_new, first_key, end_key) in enumerate(zip(*columns, strict=False)):
-        if not num_new:
-            continue
-        launch = launches[class_of(num_new)]
-        if launch.tile_class == len(CLASSES) - 1:
-            launch.item_tokens = ITEM_TOKENS
-            launch.items += [(request, token, first_key, end_key, -1) for token in range(0, num_new, ITEM_TOKENS)]
-            continue
-        launch.item_tokens = max(launch.item_tokens, num_new)
-        chunk_size, num_splits = split(kv_split, end_key - first_key, num_new)
-        partial = result.num_partial_rows
-        for index in range(num_splits):
-            start = first_key + index * chunk_size
-            partial_row = partial + index * num_new if num_splits > 1 else -1
-            launch.items.append((request, 0, start, min(start + chunk_size, end_key), partial_row))
-        if num_splits > 1:
-            result.merges.append((row, num_new, partial, num_splits))
-            result.merge_tokens = max(result.merge_tokens, num_new)
-            result.num_partial_rows += num_splits * num_new
-    result.launches = [launch for launch in launches if launch.items]
-    return result
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The items of one launch.
+
+    Attributes:
+        items: int32 `[num_items, ITEM_FIELDS]`.
+        num_partial_rows: rows of partial results; 0 if every request has one chunk.
+        num_counters: counters of unfinished chunks, for each group of heads.
+        merges: int32 `[num_merges, 4]`: what `merge` takes, if partial results are merged by a launch of their own.
+    """
+
+    items: Ints
+    num_partial_rows: int
+    num_counters: int
+    merges: Ints
 
 
-def split(kv_split: KVSplitConfig, num_keys: int, num_new: int) -> tuple[int, int]:
-    """`(chunk_size, num_splits)` of a request with `num_new` new tokens that see up to `num_keys` keys."""
-    chunk_size, num_splits = kv_split.splits(num_keys)
-    if not kv_split.chunk_size:
-        while chunk_size < _KEYS_PER_NEW_TOKEN * num_new:
-            chunk_size *= 2
-        num_splits = max(1, math.ceil(num_keys / chunk_size))
-    return chunk_size, num_splits
+def request_table(metadata: AttentionMetadata, page_tables: npt.NDArray[np.int64], page_size: int) -> Ints:
+    """The columns of an item that belong to its request: int32 `[num_reqs, ITEM_FIELDS]`."""
+    table = np.zeros((metadata.num_reqs, ITEM_FIELDS), dtype=np.int32)
+    starts = metadata.cu_seqlens_q.numpy()
+    block_sizes = metadata.block_sizes.numpy()
+    table[:, columns.REQUEST.value] = np.arange(metadata.num_reqs)
+    table[:, columns.Q_ROW.value] = starts[:-1]
+    table[:, columns.NUM_NEW.value] = np.diff(starts)
+    table[:, columns.NUM_VALID.value] = metadata.valid_lens.numpy()
+    table[:, columns.CONTEXT_LEN.value] = metadata.context_lens.numpy()
+    table[:, columns.BLOCK_SIZE.value] = np.where(block_sizes, block_sizes, EVERYTHING)
+    table[:, columns.PREFIX_LEN.value] = metadata.prefix_lens.numpy()
+    table[:, columns.PADDED_PREFIX_LEN.value] = metadata.padded_prefix_lens.numpy()
+    table[:, columns.HOLE_START.value] = metadata.hole_starts.numpy()
+    table[:, columns.HOLE_END.value] = metadata.hole_ends.numpy()
+    if page_tables.size and page_tables.min() < 0:
+        num_pages = -(-table[:, columns.CONTEXT_LEN.value, None] // page_size)
+        absent = (page_tables < 0) & (np.arange(page_tables.shape[1]) < num_pages)
+        table[:, columns.HAS_ABSENT_PAGES.value] = absent.any(axis=1)
+    return table
 
 
-def request_table(metadata: AttentionMetadata) -> torch.Tensor:
-    """The kernel's `requests`: int64 `[num_reqs, REQUEST_FIELDS]` on the host, every number within int32."""
-    bidirectional = metadata.block_sizes == 0
-    columns = (
-        metadata.cu_seqlens_q[:-1],
-        torch.diff(metadata.cu_seqlens_q),
-        metadata.valid_lens,
-        metadata.context_lens,
-        metadata.block_sizes.masked_fill(bidirectional, _EVERYTHING),
-        metadata.prefix_lens.masked_fill(bidirectional, 0),
-        metadata.padded_prefix_lens.masked_fill(bidirectional, 0),
-        metadata.hole_starts,
-        metadata.hole_ends,
+def split_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows) -> Work:
+    """Items whose programs count the chunks that they finish: decode, and everything on other GPUs than Hopper."""
+    context_lens = table[:, columns.CONTEXT_LEN.value]
+    first_keys = _first_keys(context_lens, window)
+    # Whose new tokens all do not count sees nothing.
+    num_keys = np.where(table[:, columns.NUM_VALID.value] > 0, context_lens - first_keys, 0)
+    # No chunk is shorter than a tile, and long prefills, which fill a chip anyway, have but one.
+    chunk_keys = np.maximum(kv_split.chunk_keys(num_keys), rows.keys)
+    chunk_keys = np.where(table[:, columns.NUM_NEW.value] > MAX_SPLIT_TOKENS, EVERYTHING, chunk_keys)
+    num_chunks = np.maximum(1, -(-num_keys // chunk_keys))
+    num_tiles = -(-table[:, columns.NUM_NEW.value] * rows.group // rows.rows)
+    most_keys = (
+        int((num_keys * num_tiles).sum()) * rows.num_groups // (rows.num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR)
     )
-    return torch.stack(columns, dim=1).clamp(max=_EVERYTHING)
+    num_parts = -(-num_chunks // np.maximum(1, most_keys // chunk_keys))
+    chunks_per_part = -(-num_chunks // num_parts)
+    num_parts = -(-num_chunks // chunks_per_part)
+    request, tile, part = _spread(num_tiles, num_parts)
+    items = table[request]
+    chunk = part * chunks_per_part[request]
+    first_key = first_keys[request] + chunk * chunk_keys[request]
+    # int64: with EVERYTHING for a chunk the sum does not fit int32.
+    end_key = first_key + (chunks_per_part * chunk_keys)[request].astype(np.int64)
+    end_key = np.minimum(end_key, context_lens[request])
+    partial_rows, num_partial_rows = _partial_rows(table[:, columns.NUM_NEW.value], num_chunks)
+    counters = np.cumsum(num_tiles) - num_tiles
+    items[:, columns.FIRST_ROW.value] = tile * rows.rows
+    items[:, columns.FIRST_KEY.value] = first_key
+    items[:, columns.END_KEY.value] = np.where(num_keys[request] > 0, end_key, first_key)
+    items[:, columns.CHUNK_KEYS.value] = chunk_keys[request]
+    items[:, columns.FIRST_CHUNK.value] = chunk
+    items[:, columns.NUM_CHUNKS.value] = num_chunks[request]
+    items[:, columns.PARTIAL_ROW.value] = partial_rows[request]
+    items[:, columns.COUNTER.value] = counters[request] + tile
+    length = end_key - first_key
+    if len(length) and length.min() != length.max():
+        items = items[np.argsort(-length, kind="stable")]
+    return Work(items, num_partial_rows, int(num_tiles.sum()) if num_partial_rows else 0, np.zeros((0, 4), np.int32))
+
+
+def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows) -> Work:
+    """Items of Hopper's kernels, whose keys are tiles of the cached and the new ones; merged by a launch of its own."""
+    num_new = table[:, columns.NUM_NEW.value]
+    context_lens = table[:, columns.CONTEXT_LEN.value]
+    num_tiles = -(-num_new * rows.group // rows.rows)
+    # Tiles are counted from the start of the context, which a window may hide. New tokens go with the last part.
+    first_keys = _first_keys(context_lens, window)
+    first_tile = first_keys // HOPPER_KEYS
+    key_tiles = np.maximum(1, -(-context_lens // HOPPER_KEYS) - first_tile)
+    if num_new.max() > MAX_SPLIT_TOKENS:
+        part_tiles = np.where(num_new > MAX_SPLIT_TOKENS, key_tiles, 0)
+        few = part_tiles == 0
+        if few.any():
+            part_tiles[few] = _part_tiles(
+                key_tiles[few], (context_lens - first_keys)[few], num_new[few], num_tiles[few], kv_split, rows
+            )
+        order = context_lens
+    else:
+        part_tiles = _part_tiles(key_tiles, context_lens - first_keys, num_new, num_tiles, kv_split, rows)
+        order = np.zeros_like(context_lens)  # of little use, and would make each step another one
+    num_parts = -(-key_tiles // part_tiles)
+    numbers = np.array([first_tile, part_tiles, num_parts, num_tiles, num_new, order], dtype=np.int32)
+    layout = _lay_out(numbers.tobytes(), rows.rows, rows.group)
+    items = table.take(layout.request, axis=0)
+    items[:, columns.FIRST_ROW.value :] = layout.columns
+    merges = layout.merges.copy()
+    merges[:, 0] = table[layout.merge_request, columns.Q_ROW.value]
+    return Work(items, layout.num_partial_rows, 0, merges)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """The items of a step but for the columns of their requests, which change with every step.
+
+    Attributes:
+        request: of each item.
+        columns: int32, of each item from FIRST_ROW on.
+        num_partial_rows: rows of partial results.
+        merge_request: of each merge.
+        merges: int32 `[num_merges, 4]`, without the first column.
+    """
+
+    request: Any
+    columns: Ints
+    num_partial_rows: int
+    merge_request: Any
+    merges: Ints
+
+
+@lru_cache(maxsize=64)
+def _lay_out(numbers: bytes, rows: int, group: int) -> _Layout:
+    """Lays out the parts of each request. Kept: decode steps in a row differ only in what `table` holds.
+
+    Args:
+        numbers: int32 `[6, num_reqs]`: first tile of keys, tiles of a part, parts, tiles of rows, new tokens, context.
+        rows: of a program.
+        group: query heads that share a program.
+    """
+    first_tile, part_tiles, num_parts, num_tiles, num_new, context = np.frombuffer(numbers, np.int32).reshape(6, -1)
+    request, tile, part = _spread(num_tiles, num_parts)
+    partial_rows, num_partial_rows = _partial_rows(num_new, num_parts)
+    result = np.zeros((len(request), ITEM_FIELDS), dtype=np.int32)
+    result[:, columns.FIRST_ROW.value] = tile * rows
+    result[:, columns.FIRST_KEY.value] = (first_tile[request] + part * part_tiles[request]) * HOPPER_KEYS
+    end_key = (first_tile[request] + (part + 1) * part_tiles[request]) * HOPPER_KEYS
+    result[:, columns.END_KEY.value] = np.where(part == num_parts[request] - 1, EVERYTHING, end_key)
+    result[:, columns.FIRST_CHUNK.value] = part
+    result[:, columns.NUM_CHUNKS.value] = num_parts[request]
+    result[:, columns.PARTIAL_ROW.value] = partial_rows[request] + part * num_new[request]
+    # Long ones first, so that the last to end are short.
+    last_token = np.minimum((tile + 1) * rows // group, num_new[request])
+    length = np.where(num_parts[request] > 1, part_tiles[request] * HOPPER_KEYS, context[request] + last_token)
+    order = np.argsort(-length, kind="stable")
+    merged = np.flatnonzero(num_parts > 1)
+    merges = np.stack([merged * 0, num_new[merged], partial_rows[merged], num_parts[merged]], axis=1).astype(np.int32)
+    return _Layout(request[order], result[order, columns.FIRST_ROW.value :], num_partial_rows, merged, merges)
+
+
+def _first_keys(context_lens: Ints, window: int) -> Ints:
+    """First cached position that a window leaves to each request."""
+    if not window:
+        return np.zeros_like(context_lens)
+    return np.minimum(np.maximum(context_lens - window + 1, 0), context_lens)
+
+
+def _spread(num_tiles: Ints, num_parts: Ints) -> tuple[Any, Any, Any]:
+    """Request, tile of rows and part of the keys of each item, the parts of a tile one after the other."""
+    counts = num_tiles * num_parts
+    request = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    parts = num_parts[request]
+    return request, index // parts, index % parts
+
+
+def _partial_rows(num_new: Ints, num_chunks: Ints) -> tuple[Ints, int]:
+    """First row of each request's partial results, and their number."""
+    counts = np.where(num_chunks > 1, num_chunks * num_new, 0)
+    return np.cumsum(counts) - counts, int(counts.sum())
+
+
+def _part_tiles(
+    key_tiles: Ints, num_keys: Ints, num_new: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows
+) -> Ints:
+    """Tiles of keys of a part of each request: what its own length says, or what makes the longest program short."""
+    is_decode = rows.rows < _HOPPER_ROWS
+    if kv_split.chunk_size or is_decode:
+        own = np.maximum(1, kv_split.chunk_keys(num_keys) // HOPPER_KEYS)
+    else:
+        own = np.maximum(_MIN_OWN_TILES, -(-key_tiles // _OWN_PARTS))
+    own = np.maximum(own, -(-key_tiles // kv_split.max_splits))
+    if kv_split.chunk_size or kv_split.batch_invariant:
+        return own
+    by_own_length = (num_new == 1) & (kv_split.batch_invariant is None)
+    if by_own_length.all():
+        return own
+    return np.where(by_own_length, own, _even_parts(key_tiles, num_tiles, kv_split, rows))
+
+
+def _even_parts(key_tiles: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows) -> int:
+    """Tiles of keys of every part, so that the last program ends soon."""
+    longest = int(key_tiles.max())
+    candidates = np.unique(-(-longest // np.arange(1, min(kv_split.max_splits, longest) + 1)))
+    num_programs = (num_tiles * -(-key_tiles // candidates[:, None])).sum(axis=1) * rows.num_groups
+    waves = -(-num_programs // rows.num_multiprocessors)
+    cost = waves * (candidates + _PART_COST * (candidates < longest))
+    return int(candidates[cost.argmin()])

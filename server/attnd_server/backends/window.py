@@ -77,9 +77,11 @@ class SlidingWindowAttention:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
-        return self.kernel.run(plan, q, k, v, k_pages, v_pages)
+        return self.kernel.run(plan, q, k, v, k_pages, v_pages, k_scales, v_scales)
 
     def _narrow(self, options: AttentionOptions) -> AttentionOptions:
         return replace(options, window=min(options.window or self.window, self.window))

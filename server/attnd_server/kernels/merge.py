@@ -1,8 +1,9 @@
-"""Puts together what programs computed over different keys of the same rows, by log-sum-exp.
+"""Puts together what was computed over different keys of the same rows, by log-sum-exp.
 
-With partial outputs `o_s` and `l_s`, each the attention over its own keys alone: `lse = log(sum_s exp(l_s))` and
-`output = sum_s exp(l_s - lse) o_s` (arXiv 2311.01282). float32. The order of the sum depends on the request's number
-of splits alone, so its bits do not depend on the batch.
+With partial outputs `o_c` and `l_c`, each the attention over the keys of chunk c alone: `lse = log(sum_c exp(l_c))` and
+`output = sum_c exp(l_c - lse) o_c` (arXiv 2311.01282). float32. The order of the sum depends on the request's number
+of chunks alone, so its bits do not depend on the batch, nor on who does it: the program that finishes the last chunk,
+or a launch of its own.
 """
 
 from __future__ import annotations
@@ -11,60 +12,87 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.kernels.softmax import finish, rebase
+from attnd_server.kernels.softmax import rebase
 
-# Columns of `merges`: first row of q, new tokens, first row of the partial results, splits.
+# Columns of `merges`: first row of q, new tokens, first row of the partial results, chunks.
 MERGE_FIELDS = 4
-# Splits that a program loads at once.
-_SPLITS = 16
+# Chunks that a program loads at once.
+CHUNKS = 16
+# Rows that it merges at once.
+ROWS = 4
+_CHUNKS = tl.constexpr(CHUNKS)
+_ROWS = tl.constexpr(ROWS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def merge_rows(
+    output, lse, partial_output, partial_lse, sinks,
+    q_row, num_new, partial_row, num_chunks, first_row, first_head,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Merges `_ROWS` rows of a request, from `first_row` on, and stores them."""
+    rows = first_row + tl.arange(0, _ROWS)
+    tokens = rows // HEADS
+    heads = first_head + rows % HEADS
+    exists = tokens < num_new
+    dims = tl.arange(0, DIMS_V)
+    in_v = dims < HEAD_DIM_V
+    accumulator = tl.zeros([_ROWS, DIMS_V], dtype=tl.float32)
+    row_max = tl.full([_ROWS], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([_ROWS], dtype=tl.float32)
+    for start in tl.range(0, num_chunks, _CHUNKS):
+        chunks = start + tl.arange(0, _CHUNKS)
+        there = (chunks < num_chunks)[:, None] & exists[None, :]
+        places = ((partial_row + chunks * num_new)[:, None] + tokens[None, :]).to(tl.int64) * NUM_HEADS + heads[None, :]
+        # Past the first cache, which does not know what other multiprocessors have written.
+        partial = tl.load(partial_lse + places, mask=there, other=float("-inf"), cache_modifier=".cg")
+        values = tl.load(
+            partial_output + ((places * HEAD_DIM_V)[:, :, None] + dims[None, None, :]),
+            mask=there[:, :, None] & in_v[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        row_max, base, decay = rebase(row_max, tl.max(partial, 0))
+        weights = tl.exp2(partial - base[None, :])
+        row_sum = row_sum * decay + tl.sum(weights, 0)
+        accumulator = accumulator * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
+
+    saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
+    if SINKS:
+        sink = tl.load(sinks + heads)
+        row_max, base, decay = rebase(row_max, sink)
+        row_sum = row_sum * decay + tl.exp2(sink - base)
+        accumulator = accumulator * decay[:, None]
+    denominator = tl.where(saw, row_sum, 1.0)
+    result = tl.where(saw[:, None], accumulator / denominator[:, None], 0.0)
+    places = (q_row + tokens).to(tl.int64) * NUM_HEADS + heads
+    tl.store(output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]), result, mask=exists[:, None] & in_v[None, :])
+    if LSE:
+        row_lse = tl.where(saw, row_max + tl.log2(denominator), float("-inf"))
+        tl.store(lse + places, row_lse * _LN2, mask=exists)
 
 
 @triton.jit
 def _merge_kernel(
     output, lse,
     partial_output, partial_lse, merges, sinks,
-    NUM_HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr, SPLITS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (merges * NUM_HEADS, most new tokens of a merge)."""
-    head = tl.program_id(0) % NUM_HEADS
-    token = tl.program_id(1)
-    fields = merges + tl.program_id(0) // NUM_HEADS * _MERGE_FIELDS
-    first_row = tl.load(fields)
+    """Grid: (merges * NUM_HEADS / HEADS, most rows of a merge / _ROWS)."""
+    fields = merges + tl.program_id(0) // (NUM_HEADS // HEADS) * _MERGE_FIELDS
+    first_head = tl.program_id(0) % (NUM_HEADS // HEADS) * HEADS
     num_new = tl.load(fields + 1)
-    first_partial = tl.load(fields + 2)
-    num_splits = tl.load(fields + 3)
-    if token >= num_new:
-        return
-
-    dims_v = tl.arange(0, DIMS_V)
-    in_v = dims_v < HEAD_DIM_V
-    accumulator = tl.zeros([1, DIMS_V], dtype=tl.float32)
-    row_max = tl.full([1], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([1], dtype=tl.float32)
-    for start in tl.range(0, num_splits, SPLITS):
-        splits = start + tl.arange(0, SPLITS)
-        exists = splits < num_splits
-        rows = (first_partial + splits * num_new + token).to(tl.int64) * NUM_HEADS + head
-        partial = tl.load(partial_lse + rows, mask=exists, other=float("-inf"))
-        values = tl.load(
-            partial_output + (rows * HEAD_DIM_V)[:, None] + dims_v[None, :],
-            mask=exists[:, None] & in_v[None, :],
-            other=0.0,
-        )
-        row_max, base, decay = rebase(row_max, tl.max(partial, 0))
-        weights = tl.exp2(partial - base)
-        row_sum = row_sum * decay + tl.sum(weights, 0)
-        accumulator = accumulator * decay[:, None] + tl.sum(weights[:, None] * values, 0)[None, :]
-
-    sink = tl.load(sinks + head) if SINKS else 0.0
-    result, row_lse = finish(accumulator, row_max, row_sum, sink, SINKS)
-    row = (first_row + token).to(tl.int64) * NUM_HEADS + head
-    tl.store(output + row * HEAD_DIM_V + dims_v[None, :], result, mask=in_v[None, :])
-    if LSE:
-        tl.store(lse + row + tl.arange(0, 1), row_lse * _LN2)
+    first_row = tl.program_id(1) * _ROWS
+    if first_row < num_new * HEADS:
+        merge_rows(
+            output, lse, partial_output, partial_lse, sinks,
+            tl.load(fields), num_new, tl.load(fields + 2), tl.load(fields + 3), first_row, first_head,
+            NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
+        )  # fmt: skip
 
 
 def merge(
@@ -73,8 +101,10 @@ def merge(
     partial_output: torch.Tensor,
     partial_lse: torch.Tensor,
     merges: torch.Tensor,
-    max_tokens: int,
     sinks: torch.Tensor | None,
+    *,
+    heads: int,
+    max_tokens: int,
 ) -> None:
     """Merges the partial results of the requests in `merges`.
 
@@ -83,12 +113,13 @@ def merge(
         lse: float32 `[num_tokens, num_heads]`, likewise, natural logarithm; or None.
         partial_output: float32 `[num_partial_rows, num_heads, head_dim_v]`.
         partial_lse: float32 `[num_partial_rows, num_heads]`, in units of log2; -inf for a row that saw nothing.
-        merges: int32 `[num_merges, MERGE_FIELDS]`. Split s of new token t lies at row `first + s * new tokens + t`.
-        max_tokens: most new tokens of a merge.
+        merges: int32 `[num_merges, MERGE_FIELDS]`. Chunk c of new token t lies at row `first + c * new tokens + t`.
         sinks: float32 `[num_heads]` in units of log2, or None.
+        heads: query heads that share a program.
+        max_tokens: most new tokens of a merge.
     """
     num_heads, head_dim_v = output.shape[1:]
-    _merge_kernel[(len(merges) * num_heads, max_tokens)](
+    _merge_kernel[(len(merges) * (num_heads // heads), triton.cdiv(max_tokens * heads, ROWS))](
         output,
         lse,
         partial_output,
@@ -96,9 +127,9 @@ def merge(
         merges,
         sinks,
         NUM_HEADS=num_heads,
+        HEADS=heads,
         HEAD_DIM_V=head_dim_v,
         DIMS_V=triton.next_power_of_2(head_dim_v),
-        SPLITS=_SPLITS,
         SINKS=sinks is not None,
         LSE=lse is not None,
         num_warps=4,

@@ -3,6 +3,8 @@
 Token order is `[num_tokens, num_kv_heads, head_dim]`. Pages lie in one of two layouts (see `Layout`): in the unified
 one a slot is one row of memory; in the distinct one K is cut into groups of `DISTINCT_LANES` elements and V is
 transposed within a page, so that a slot is scattered. Offsets are int64: a cache may hold more than 2**31 elements.
+
+FP8 pages have scales, float32 `[num_kv_heads]` on their device: see `quantised` and `dequantised`.
 """
 
 from __future__ import annotations
@@ -11,33 +13,48 @@ from typing import NamedTuple
 
 import torch
 
-from attnd_server.config import DISTINCT_LANES, Layout
+from attnd_server.config import DISTINCT_LANES, FP8, Layout
+
+FP8_MAX = torch.finfo(FP8).max
 
 
 class StoredTokens(NamedTuple):
     """Which tokens of a step are stored, and where: the same for all its layers.
 
     Attributes:
-        tokens: int64 `[num_stored]` on the pages' device, rows of k and v; None if every token is stored.
-        slots: int64 `[num_stored]` on the pages' device.
+        slots: int64 `[num_tokens]` on the pages' device; -1 for tokens that are not stored.
+        tokens: int64 `[num_stored]` on the pages' device, the tokens with a slot; None if every token has one.
     """
 
-    tokens: torch.Tensor | None
     slots: torch.Tensor
+    tokens: torch.Tensor | None = None
 
 
 def stored_tokens(slot_mapping: torch.Tensor, device: torch.device | str) -> StoredTokens:
-    """The tokens whose slot is not -1.
+    """Copies slots to the device: once per step.
 
     Args:
-        slot_mapping: int64 `[num_tokens]` on the host; no slot twice.
+        slot_mapping: int64 `[num_tokens]` on the host; no slot twice, -1 for tokens that are not stored.
         device: of the pages.
     """
     kept = slot_mapping >= 0
-    if kept.all():
-        return StoredTokens(None, slot_mapping.to(device))
-    tokens = kept.nonzero().squeeze(1)
-    return StoredTokens(tokens.to(device), slot_mapping[tokens].to(device))
+    return StoredTokens(slot_mapping.to(device), None if kept.all() else kept.nonzero().squeeze(1).to(device))
+
+
+def quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What FP8 pages store: `tokens / scales`, clamped to what FP8 holds and rounded to the nearest.
+
+    Args:
+        tokens: `[num_tokens, num_kv_heads, head_dim]`. NaN stays NaN; an infinity becomes the largest number.
+        scales: float32 `[num_kv_heads]`.
+    """
+    # Clamped because torch and the GPUs do not agree on what the cast does beyond the largest number.
+    return (tokens.float() / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `quantised` tokens are read as: times `scales` in float32, then rounded to `dtype`."""
+    return (tokens.float() * scales[:, None]).to(dtype)
 
 
 def store_kv(
@@ -47,6 +64,8 @@ def store_kv(
     v: torch.Tensor,
     stored: StoredTokens,
     layout: Layout,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
     """Writes each stored token's K and V into its slot.
 
@@ -57,10 +76,15 @@ def store_kv(
         v: `[num_tokens, num_kv_heads, head_dim_v]` on the pages' device.
         stored: which tokens, and where.
         layout: of the pages.
+        k_scales: float32 `[num_kv_heads]` on the pages' device for FP8 pages, else None: the pages have k's type.
+        v_scales: likewise for V.
     """
-    tokens, slots = stored
+    slots, tokens = stored
     if tokens is not None:
-        k, v = k[tokens], v[tokens]
+        k, v, slots = k[tokens], v[tokens], slots[tokens]
+    if k_scales is not None and v_scales is not None:
+        k, v = _bytes(quantised(k, k_scales)), _bytes(quantised(v, v_scales))
+        k_pages, v_pages = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
         _rows(k_pages).index_copy_(0, slots, k)
         _rows(v_pages).index_copy_(0, slots, v)
@@ -71,7 +95,13 @@ def store_kv(
 
 
 def read_kv(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor, layout: Layout
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies the K and V of slots out of one layer's pages.
 
@@ -80,34 +110,48 @@ def read_kv(
         v_pages: one layer's V, contiguous.
         slots: int64 `[num]` on the pages' device, each of them in the cache.
         layout: of the pages.
+        dtype: of the results.
+        k_scales: float32 `[num_kv_heads]` on the pages' device, or None: the pages are not scaled.
+        v_scales: likewise for V.
 
     Returns:
         New contiguous tensors `[num, num_kv_heads, head_dim]` and `[num, num_kv_heads, head_dim_v]`.
     """
+    k, v = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
-        return _rows(k_pages).index_select(0, slots), _rows(v_pages).index_select(0, slots)
-    page, offset = _split(slots, v_pages.shape[3])
-    return k_pages[page, :, :, offset].flatten(2).contiguous(), v_pages[page, :, :, offset].contiguous()
+        k, v = _rows(k).index_select(0, slots), _rows(v).index_select(0, slots)
+    else:
+        page, offset = _split(slots, v.shape[3])
+        k, v = k[page, :, :, offset].flatten(2).contiguous(), v[page, :, :, offset].contiguous()
+    return _read(k.view(k_pages.dtype), dtype, k_scales), _read(v.view(v_pages.dtype), dtype, v_scales)
 
 
-def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+def gather_pages(
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Copies whole pages of one layer into token order.
 
     Args:
         pages: one layer's K or V.
         page_ids: int64 `[num]` on the pages' device. -1 gives some page's tokens, which the caller masks.
         layout: of the pages.
+        dtype: of the result.
+        scales: float32 `[num_kv_heads]` on the pages' device, or None: the pages are not scaled.
 
     Returns:
         A new contiguous tensor `[num * page_size, num_kv_heads, head_dim]`.
     """
-    gathered = pages.index_select(0, page_ids.clamp(min=0))
+    gathered = _bytes(pages).index_select(0, page_ids.clamp(min=0))
     if layout is Layout.DISTINCT:
         if gathered.dim() == 5:  # K: [num, num_kv_heads, head_dim // lanes, page_size, lanes]
             gathered = gathered.permute(0, 3, 1, 2, 4).flatten(3)
         else:  # V: [num, num_kv_heads, head_dim_v, page_size]
             gathered = gathered.permute(0, 3, 1, 2)
-    return gathered.flatten(0, 1).contiguous()
+    return _read(gathered.flatten(0, 1).contiguous().view(pages.dtype), dtype, scales)
 
 
 def copy_pages(
@@ -121,9 +165,18 @@ def copy_pages(
         source_pages: int64 `[num_copies]`, pages to read.
         target_pages: int64 `[num_copies]`, pages to write; none twice and none that is also read.
     """
-    for pages in (k_pages, v_pages):
+    for pages in (_bytes(k_pages), _bytes(v_pages)):
         source, target = source_pages.to(pages.device), target_pages.to(pages.device)
         pages.index_copy_(1, target, pages.index_select(1, source))
+
+
+def _read(tokens: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None) -> torch.Tensor:
+    return tokens.to(dtype) if scales is None else dequantised(tokens, scales, dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Shares memory."""
+    return tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
 
 
 def _rows(pages: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def rebase(row_max, tile_max):
 
 
 @triton.jit
-def attend(accumulator, row_max, row_sum, scores, visible, v):
+def attend(accumulator, row_max, row_sum, scores, visible, v, v_scale, MASK: tl.constexpr, SCALED: tl.constexpr):
     """Takes one tile of keys into the state of each row.
 
     Args:
@@ -41,11 +41,17 @@ def attend(accumulator, row_max, row_sum, scores, visible, v):
         scores: float32 `[rows, keys]`, in units of log2; finite.
         visible: bool `[rows, keys]`.
         v: `[keys, head_dim_v]`, zero where no row sees the key: 0 * NaN would be NaN.
+        v_scale: what v is to be multiplied with; not read without SCALED.
+        MASK: whether anything may be hidden; without it, all is taken as visible.
+        SCALED: whether v has a scale.
     """
-    scores = tl.where(visible, scores, float("-inf"))
+    if MASK:
+        scores = tl.where(visible, scores, float("-inf"))
     row_max, base, decay = rebase(row_max, tl.max(scores, 1))
     weights = tl.exp2(scores - base[:, None])
     row_sum = row_sum * decay + tl.sum(weights, 1)
+    if SCALED:
+        weights = weights * v_scale
     accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
     return accumulator, row_max, row_sum
 

@@ -12,12 +12,24 @@ _LANES = tl.constexpr(DISTINCT_LANES)
 
 
 @triton.jit
+def _load(pointers, keys_mask, dims_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
+    """A tile with no more of a mask than it needs: a load without one is wider."""
+    if MASK_KEYS and MASK_DIMS:
+        return tl.load(pointers, mask=keys_mask & dims_mask, other=0.0)
+    if MASK_KEYS:
+        return tl.load(pointers, mask=keys_mask, other=0.0)
+    if MASK_DIMS:
+        return tl.load(pointers, mask=dims_mask, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
 def load_cached(
     k_pages, v_pages, pages, slots, kv_head, seen, dims, dims_v,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
+    DIMS: tl.constexpr, DIMS_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """K `[dims, keys]` and V `[keys, dims_v]` of cached keys; zeros where not seen."""
+    """K `[dims, keys]` and V `[keys, dims_v]` of cached keys; zeros where not seen. Without MASK all are seen."""
     # int64: a layer's pages may hold more than 2^31 elements.
     pages = pages.to(tl.int64)
     if DISTINCT:
@@ -32,10 +44,10 @@ def load_cached(
         k_dims = dims
         v_slots = heads * HEAD_DIM_V
         v_dims = dims_v
-    k_mask = (dims < HEAD_DIM)[:, None] & seen[None, :]
-    v_mask = seen[:, None] & (dims_v < HEAD_DIM_V)[None, :]
-    k = tl.load(k_pages + k_slots[None, :] + k_dims[:, None], mask=k_mask, other=0.0)
-    v = tl.load(v_pages + v_slots[:, None] + v_dims[None, :], mask=v_mask, other=0.0)
+    k_pointers = k_pages + (k_slots[None, :] + k_dims[:, None])
+    v_pointers = v_pages + (v_slots[:, None] + v_dims[None, :])
+    k = _load(k_pointers, seen[None, :], (dims < HEAD_DIM)[:, None], MASK, HEAD_DIM != DIMS)
+    v = _load(v_pointers, seen[:, None], (dims_v < HEAD_DIM_V)[None, :], MASK, HEAD_DIM_V != DIMS_V)
     return k, v
 
 
@@ -43,11 +55,12 @@ def load_cached(
 def load_new(
     k, v, rows, kv_head, seen, dims, dims_v,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    DIMS: tl.constexpr, DIMS_V: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """K `[dims, keys]` and V `[keys, dims_v]` of new tokens at int64 `rows`; zeros where not seen."""
     heads = rows * KV_HEADS + kv_head
-    k_mask = (dims < HEAD_DIM)[:, None] & seen[None, :]
-    v_mask = seen[:, None] & (dims_v < HEAD_DIM_V)[None, :]
-    k_tile = tl.load(k + (heads * HEAD_DIM)[None, :] + dims[:, None], mask=k_mask, other=0.0)
-    v_tile = tl.load(v + (heads * HEAD_DIM_V)[:, None] + dims_v[None, :], mask=v_mask, other=0.0)
+    k_pointers = k + ((heads * HEAD_DIM)[None, :] + dims[:, None])
+    v_pointers = v + ((heads * HEAD_DIM_V)[:, None] + dims_v[None, :])
+    k_tile = _load(k_pointers, seen[None, :], (dims < HEAD_DIM)[:, None], MASK, HEAD_DIM != DIMS)
+    v_tile = _load(v_pointers, seen[:, None], (dims_v < HEAD_DIM_V)[None, :], MASK, HEAD_DIM_V != DIMS_V)
     return k_tile, v_tile

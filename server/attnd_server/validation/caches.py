@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
+from google.protobuf.message import Message
 
+from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
-from attnd_server.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode, ServerConfig
-from attnd_server.validation.arrays import refuse, required
+from attnd_server.config import (
+    FP8,
+    AttentionBackend,
+    AttentionConfig,
+    KVSplitConfig,
+    Layout,
+    PrecisionMode,
+    ServerConfig,
+)
+from attnd_server.validation.arrays import refuse, required, view
 
 MAX_NAME_CHARACTERS = 128
 
@@ -18,6 +28,8 @@ DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.DTYPE_BFLOAT16: torch.bfloat16,
 }
 WIRE_DTYPES = {dtype: wire for wire, dtype in DTYPES.items()}
+# Besides a cache's own dtype.
+KV_DTYPES: dict[int, torch.dtype] = {tensor_pb2.DTYPE_FLOAT8_E4M3FN: FP8}
 
 _LAYOUTS: dict[int, Layout] = {
     cache_pb2.LAYOUT_UNSPECIFIED: Layout.UNIFIED,
@@ -59,11 +71,14 @@ def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
     """Geometry and choices of a cache, with every default filled in.
 
     Raises:
-        InvalidRequest: a number is out of its range, or the dtype is not set.
+        InvalidRequest: a number is out of its range, the dtype is not set, or the scales do not belong to the cache.
     """
     if message.dtype not in DTYPES:
-        name = tensor_pb2.Dtype.Name(message.dtype) if message.dtype in tensor_pb2.Dtype.values() else message.dtype
+        name = _dtype_name(message.dtype)
         refuse("dtype", f"dtype is {name}, but must be DTYPE_FLOAT32, DTYPE_FLOAT16 or DTYPE_BFLOAT16")
+    if message.kv_dtype not in (tensor_pb2.DTYPE_UNSPECIFIED, message.dtype, *KV_DTYPES):
+        rule = f"{_dtype_name(message.dtype)} as dtype, or {' or '.join(map(_dtype_name, KV_DTYPES))}"
+        refuse("kv_dtype", f"kv_dtype is {_dtype_name(message.kv_dtype)}, but must be {rule}")
     if message.layout not in _LAYOUTS:
         refuse("layout", f"layout is {message.layout}, but must be LAYOUT_UNIFIED or LAYOUT_DISTINCT")
     if message.precision not in _PRECISIONS:
@@ -79,7 +94,37 @@ def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
         layout=_LAYOUTS[message.layout],
         backend=backend(message.backend, AttentionBackend.AUTO),
         precision=_PRECISIONS[message.precision],
+        kv_split=_kv_split(message.kv_split),
+        kv_dtype=KV_DTYPES.get(message.kv_dtype),
+        k_scales=_scales(message, "k_scales", message.kv_dtype in KV_DTYPES),
+        v_scales=_scales(message, "v_scales", message.kv_dtype in KV_DTYPES),
     )
+
+
+def _kv_split(message: cache_pb2.KvSplit) -> KVSplitConfig:
+    try:
+        return KVSplitConfig(
+            chunk_size=message.chunk_size,
+            max_splits=message.max_splits or KVSplitConfig.max_splits,
+            batch_invariant=message.batch_invariant if message.HasField("batch_invariant") else None,
+        )
+    except InvalidRequest as error:
+        raise InvalidRequest(f"kv_split.{error}", field=f"kv_split.{error.field}") from None
+
+
+def _scales(message: Message, field: str, is_quantised: bool) -> tuple[float, ...]:
+    if not message.HasField(field):
+        return (1.0,)
+    if not is_quantised:
+        rule = f"must be absent unless kv_dtype is {' or '.join(map(_dtype_name, KV_DTYPES))}"
+        refuse(field, f"{field} is given, but {rule}")
+    return tuple(view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",)).tolist())
+
+
+def _dtype_name(value: int) -> str:
+    if value not in tensor_pb2.Dtype.values():
+        return str(value)
+    return tensor_pb2.Dtype.Name(tensor_pb2.Dtype.ValueType(value))
 
 
 def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) -> tuple[AttentionConfig, float, str]:

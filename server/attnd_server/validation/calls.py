@@ -171,6 +171,7 @@ def options(message: step_pb2.AttentionOptions, config: AttentionConfig, num_hea
     if not (math.isfinite(message.softcap) and message.softcap >= 0):
         refuse("softcap", f"softcap is {message.softcap:g}, but must be finite and at least 0")
     return AttentionOptions(
+        num_heads=num_heads,
         scale=scale,
         softcap=message.softcap,
         window=message.window,

@@ -1,0 +1,90 @@
+"""What AUTO tries for each kind of step on each device, the fastest first: one table.
+
+Each row is for the kind of step that one benchmark times, as in `python -m benchmarks.decode`: decode, blocks, prefill
+or chunked. Not measured so far: on a GPU the kernels written for paged steps come first.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+
+from attnd_server.config import AttentionBackend
+from attnd_server.metadata import AttentionMetadata
+
+BLOCK_TOKENS = 256
+"""Most new tokens of a request in a step of kind BLOCKS."""
+
+
+class StepKind(enum.Enum):
+    """What decides which backend is fastest."""
+
+    DECODE = "decode"
+    """One new token for each request."""
+    BLOCKS = "blocks"
+    """At most BLOCK_TOKENS new tokens for each request, on some context or equally many for all."""
+    PREFILL = "prefill"
+    """No context."""
+    CHUNKED = "chunked"
+    """Anything else: more new tokens, on some context."""
+
+
+class Choice(NamedTuple):
+    """A row of the table: it holds from compute capability `capability` on (0.0 on a processor)."""
+
+    device_type: str
+    capability: tuple[int, int]
+    kind: StepKind
+    order: tuple[AttentionBackend, ...]
+
+
+_NAIVE, _SDPA, _FLASH = AttentionBackend.NAIVE, AttentionBackend.SDPA, AttentionBackend.FLASH_ATTN
+_GROUPED = AttentionBackend.TRITON_GROUPED
+
+# The first row of a device and kind holds, so newer devices come first. The last backend of an order supports every
+# step. Triton is not tried on a processor even where its interpreter could run: that is for tests.
+CHOICES = (
+    Choice("cuda", (0, 0), StepKind.DECODE, (_GROUPED, _FLASH, _SDPA, _NAIVE)),
+    Choice("cuda", (0, 0), StepKind.BLOCKS, (_GROUPED, _FLASH, _SDPA, _NAIVE)),
+    Choice("cuda", (0, 0), StepKind.PREFILL, (_GROUPED, _FLASH, _SDPA, _NAIVE)),
+    Choice("cuda", (0, 0), StepKind.CHUNKED, (_GROUPED, _FLASH, _SDPA, _NAIVE)),
+    Choice("cpu", (0, 0), StepKind.DECODE, (_SDPA, _NAIVE)),
+    Choice("cpu", (0, 0), StepKind.BLOCKS, (_SDPA, _NAIVE)),
+    Choice("cpu", (0, 0), StepKind.PREFILL, (_SDPA, _NAIVE)),
+    Choice("cpu", (0, 0), StepKind.CHUNKED, (_SDPA, _NAIVE)),
+)
+
+
+def kind_of(metadata: AttentionMetadata) -> StepKind:
+    """The kind of a step."""
+    if metadata.is_decode and metadata.num_tokens == metadata.num_reqs:
+        return StepKind.DECODE
+    has_context = metadata.max_context_len > 0
+    if (has_context or metadata.is_decode) and max(metadata.query_lens, default=0) <= BLOCK_TOKENS:
+        return StepKind.BLOCKS
+    return StepKind.CHUNKED if has_context else StepKind.PREFILL
+
+
+def orders_for(
+    device: torch.device, capability: tuple[int, int], choices: tuple[Choice, ...] = CHOICES
+) -> dict[StepKind, tuple[AttentionBackend, ...]]:
+    """The backends to try for each kind of step on a device.
+
+    Args:
+        device: where pages and tensors lie.
+        capability: its compute capability; (0, 0) on a processor.
+        choices: the table.
+
+    Raises:
+        ValueError: the table has no row for the device's type.
+    """
+    orders: dict[StepKind, tuple[AttentionBackend, ...]] = {}
+    for choice in choices:
+        if choice.device_type == device.type and choice.capability <= capability:
+            orders.setdefault(choice.kind, choice.order)
+    if not orders:
+        types = " or ".join(sorted({choice.device_type for choice in choices}))
+        raise ValueError(f"device is {device}, but must be of type {types}")
+    return orders

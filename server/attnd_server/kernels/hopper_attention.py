@@ -1,0 +1,172 @@
+"""Attention of new tokens over a paged context and over each other on Hopper's own units: prefill and block decode.
+
+The same mathematics as `paged_attention.py`, for whom it is the fast way where it fits: float16 or bfloat16, head dims
+64, 128 and 256, unified pages of a multiple of 16 tokens. A program has three roles ("FlashAttention-3", arXiv
+2407.08608): one warp brings tiles of K, another those of V into a ring in shared memory with the tensor memory
+accelerator, page by page; two groups of four warps multiply 64 rows each, and while a group's tensor cores work on one
+tile, its other units take the softmax of the next. Programs stay on their multiprocessor and take every
+`num_programs`-th item.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attnd_server.kernels.hopper_consumer import GROUP_ROWS, consumer
+from attnd_server.kernels.hopper_items import COLUMNS
+from attnd_server.kernels.hopper_producer import producer
+
+# Rows of an item: two groups.
+ROWS = 2 * GROUP_ROWS
+LOG2E = 1.4426950408889634
+_GROUP_ROWS = gl.constexpr(GROUP_ROWS)
+_COLUMNS = gl.constexpr(COLUMNS)
+
+
+@gluon.jit(do_not_specialize=["num_work", "max_pages", "window"])
+def _hopper_attention_kernel(
+    output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
+    k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
+    page_tables, items, alibi_slopes, sinks, num_work, max_pages, scale, softcap, window,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as there are multiprocessors, or fewer."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    PIECES: gl.constexpr = KEYS // PIECE
+    dtype: gl.constexpr = q.dtype.element_ty
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM_V // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    MOST: gl.constexpr = DIM if DIM > DIM_V else DIM_V
+    q_tiles = gl.allocate_shared_memory(dtype, [ROWS // _GROUP_ROWS, _GROUP_ROWS, MOST], LAYOUT)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=PIECES)
+        mbarrier.init(v_ready.index(stage), count=PIECES)
+        mbarrier.init(k_free.index(stage), count=ROWS // _GROUP_ROWS)
+        mbarrier.init(v_free.index(stage), count=ROWS // _GROUP_ROWS)
+    fence_async_shared()
+    # The last numbers: warps and registers of the roles after the first.
+    gl.warp_specialize(
+        [
+            (consumer, (
+                k_ring, v_ring, q_tiles.index(0), k_ready, v_ready, k_free, v_free,
+                output, lse, partial_output, partial_lse, q,
+                items, alibi_slopes, sinks, num_work, scale, softcap, window,
+                0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                ALIBI, SINKS, LSE,
+            )),
+            (consumer, (
+                k_ring, v_ring, q_tiles.index(1), k_ready, v_ready, k_free, v_free,
+                output, lse, partial_output, partial_lse, q,
+                items, alibi_slopes, sinks, num_work, scale, softcap, window,
+                1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                ALIBI, SINKS, LSE,
+            )),
+            (producer, (
+                k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
+                page_tables, items, num_work, max_pages, window,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
+            )),
+            (producer, (
+                v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
+                page_tables, items, num_work, max_pages, window,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
+
+
+def hopper_attention(
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial_output: torch.Tensor | None,
+    partial_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    items: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *,
+    rows: int,
+    num_programs: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """Attention of the items of a work list; all tensors are contiguous and on one Hopper GPU.
+
+    Args:
+        output: `[num_tokens, num_heads, head_dim_v]`, written at the rows of items of one part.
+        lse: float32 `[num_tokens, num_heads]`, likewise, natural logarithm; or None.
+        partial_output: float32 `[num_partial_rows, num_heads, head_dim_v]`, written by the other items; see `merge`.
+        partial_lse: float32 `[num_partial_rows, num_heads]`, likewise, in units of log2.
+        q: `[num_tokens, num_heads, head_dim]`, float16 or bfloat16.
+        k: `[num_tokens, num_kv_heads, head_dim]`, or None: new tokens are not seen.
+        v: `[num_tokens, num_kv_heads, head_dim_v]`, or None.
+        k_pages: one layer's K, `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a multiple of 16.
+        v_pages: one layer's V.
+        page_tables: int32 `[num_reqs, max_pages]`; only columns of the context are read.
+        items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
+        alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
+        sinks: float32 `[num_heads]` times LOG2E, or None.
+        rows: of an item, as its schedule has them: ROWS.
+        num_programs: multiprocessors of the GPU.
+        scale: factor of q.k.
+        softcap: 0 is off.
+        window: 0 is off.
+    """
+    if rows != ROWS:
+        raise ValueError(f"rows is {rows}, but must be {ROWS}")
+    num_heads, head_dim = q.shape[1:]
+    page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
+    keys = 64 if max(head_dim, head_dim_v) > 128 else 128
+    piece = 32 if page_size % 32 == 0 else 16
+    q, scale = plain_scale(q, scale)
+    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
+    num_work = len(items) * num_kv_heads
+    _hopper_attention_kernel[(min(num_programs, num_work),)](
+        output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
+        *descriptors(k, v, k_pages, v_pages, piece),
+        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], factor, LOG2E * softcap, window,
+        ROWS=ROWS, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
+        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=2, NEW_TOKENS=k is not None, WINDOW=window > 0,
+        SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def plain_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Queries and a positive scale with the same scores: kernels take the greatest product for the greatest score."""
+    if scale < 0:
+        return -q, -scale
+    # 0 * -inf is NaN; with this every score of finite q and k is 0 all the same.
+    return q, scale or 1e-30
+
+
+def descriptors(
+    k: torch.Tensor | None, v: torch.Tensor | None, k_pages: torch.Tensor, v_pages: torch.Tensor, piece: int
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """What the copy engine must know of k, v and the pages, of which it copies `piece` tokens at once."""
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+
+    def descriptor(tensor: torch.Tensor) -> TensorDescriptor:
+        rows = tensor.view(-1, tensor.shape[-2] * tensor.shape[-1])
+        return TensorDescriptor.from_tensor(rows, [piece, COLUMNS], layout)
+
+    pages = descriptor(k_pages), descriptor(v_pages)
+    return (*(pages if k is None or v is None else (descriptor(k), descriptor(v))), *pages)

@@ -1,0 +1,273 @@
+"""Decode on Hopper's own units: attention of a few rows over a paged context, at the speed of the memory.
+
+As `hopper_attention.py`, with the products turned round: keys and the dims of V are the long side of each product, the
+few rows the short one, of which the tensor cores take as little as 16 ("swap AB"). So a tile of keys costs four warps
+less time than its bytes cost the memory, which two more warps keep busy across items.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+
+from attnd_server.kernels.hopper_attention import LOG2E, descriptors, plain_scale
+from attnd_server.kernels.hopper_items import COLUMNS, limit, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_producer import producer
+from attnd_server.kernels.items import (
+    BLOCK_SIZE,
+    CONTEXT_LEN,
+    FIRST_ROW,
+    HOLE_END,
+    HOLE_START,
+    ITEM_FIELDS,
+    NUM_CHUNKS,
+    NUM_NEW,
+    NUM_VALID,
+    PADDED_PREFIX_LEN,
+    PARTIAL_ROW,
+    PREFIX_LEN,
+    Q_ROW,
+)
+
+# Rows of an item: a power of two between the least that a product takes and the most for which this kernel is faster.
+MIN_ROWS, MAX_ROWS = 16, 64
+_COLUMNS = gl.constexpr(COLUMNS)
+_ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _consumer(
+    k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
+    output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, num_work, scale, softcap, window,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """Four warps: all rows of each item. Scores and weights are `[KEYS, ROWS]`, the sum of products `[DIM_V, ROWS]`."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    HEADS: gl.constexpr = KV_HEADS * GROUP
+    count = 0
+    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
+            items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
+        )
+        prefetch(items + (index + gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
+        kv_head = index % KV_HEADS
+        item = items + index // KV_HEADS * _ITEM_FIELDS
+        q_row = gl.load(item + Q_ROW).to(gl.int64)
+        num_new = gl.load(item + NUM_NEW)
+        num_valid = gl.load(item + NUM_VALID)
+        context_len = gl.load(item + CONTEXT_LEN)
+        hole_start = gl.load(item + HOLE_START)
+        hole_end = gl.load(item + HOLE_END)
+        first_row = gl.load(item + FIRST_ROW)
+        partial_row = gl.load(item + PARTIAL_ROW)
+        is_split = gl.load(item + NUM_CHUNKS) > 1
+        cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
+
+        q_rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
+        places = (q_row + q_rows // GROUP) * HEADS + kv_head * GROUP + q_rows % GROUP
+        dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
+        pointers = q + ((places * DIM)[:, None] + dims[None, :])
+        q_tile.store(gl.load(pointers, mask=(q_rows < num_valid * GROUP)[:, None], other=0.0))
+        fence_async_shared()
+
+        rows = first_row + gl.arange(0, ROWS, layout=ROW)
+        heads = kv_head * GROUP + rows % GROUP
+        positions = context_len + rows // GROUP
+        limits = limit(
+            positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
+        )
+        limits = gl.minimum(limits, end_new)
+        if ALIBI:
+            slopes = gl.load(alibi_slopes + heads)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+        zeros = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
+        sums = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
+        accumulator = gl.full([DIM_V, ROWS], 0.0, gl.float32, LAYOUT)
+        for order in range(num_tiles):
+            stage = count % STAGES
+            phase = count // STAGES & 1
+            key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
+            mbarrier.wait(k_ready.index(stage), phase)
+            scores = warpgroup_mma(tile_of(k_ring, stage, KEYS, DIM), q_tile.permute([1, 0]), zeros, use_acc=False)
+            sync()
+            mbarrier.arrive(k_free.index(stage), count=1)
+            scores = scores * scale
+            if SOFTCAP:
+                # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
+                scores = softcap * (1.0 - 2.0 / (gl.exp2(scores) + 1.0))
+            keys = key + gl.arange(0, KEYS, layout=COLUMN)
+            key_positions = gl.where(keys < cached_keys, keys, keys - cached_keys + context_len)
+            if ALIBI:
+                scores += slopes[None, :] * (key_positions[:, None] - positions[None, :]).to(gl.float32)
+            if order >= num_full:
+                in_context = (keys < context_len) & ((keys < hole_start) | (keys >= hole_end)) & (end_new > 0)
+                visible = in_context[:, None]
+                if NEW_TOKENS:
+                    is_new = keys >= cached_keys
+                    visible = visible | (is_new[:, None] & (key_positions[:, None] < limits[None, :]))
+                else:
+                    visible = visible & (rows >= 0)[None, :]
+                if WINDOW:
+                    visible = visible & (positions[None, :] - key_positions[:, None] < window)
+                scores = gl.where(visible, scores, float("-inf"))
+            new_max = gl.maximum(row_max, gl.max(scores, 0))
+            # A row that has seen nothing has -inf, and -inf - -inf is NaN: subtract 0 instead, and exp2(-inf) is 0.
+            base = gl.where(new_max == float("-inf"), 0.0, new_max)
+            decay = gl.exp2(row_max - base)
+            weights = gl.exp2(scores - base[None, :])
+            row_max = new_max
+            sums = sums * decay[None, :] + weights
+            weights_tile.store(weights.to(q.dtype.element_ty))
+            fence_async_shared()
+            sync()
+            mbarrier.wait(v_ready.index(stage), phase)
+            v_tile = tile_of(v_ring, stage, KEYS, DIM_V).permute([1, 0])
+            accumulator = warpgroup_mma(v_tile, weights_tile, accumulator * decay[None, :])
+            sync()
+            mbarrier.arrive(v_free.index(stage), count=1)
+            count += 1
+
+        # Those past the request's valid tokens see nothing.
+        row_sum = gl.where(rows < num_valid * GROUP, gl.sum(sums, 0), 0.0)
+        saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
+        row_max = gl.where(row_max == float("-inf"), 0.0, row_max)
+        factor = gl.where(saw, 1.0, 0.0)
+        if SINKS:
+            sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
+            base = gl.maximum(row_max, sink)
+            factor = factor * gl.exp2(row_max - base)
+            row_sum = row_sum * factor + gl.exp2(sink - base)
+            row_max = base
+        denominator = gl.where(saw, row_sum, 1.0)
+        row_lse = gl.where(saw, row_max + gl.log2(denominator), float("-inf"))
+        factor = (factor / denominator)[None, :]
+        # A row that saw nothing may share a tile with NaN, and 0 * NaN is NaN.
+        result = gl.where(factor != 0.0, accumulator * factor, 0.0)
+        exists = rows < num_new * GROUP
+        places = (rows // GROUP * HEADS + heads).to(gl.int64)
+        if partial_output is None:
+            _store(output, lse, result, row_lse * _LN2, q_row * HEADS + places, exists, DIM_V, LSE, LAYOUT)
+        elif is_split:
+            places = partial_row.to(gl.int64) * HEADS + places
+            _store(partial_output, partial_lse, result, row_lse, places, exists, DIM_V, True, LAYOUT)
+        else:
+            _store(output, lse, result, row_lse * _LN2, q_row * HEADS + places, exists, DIM_V, LSE, LAYOUT)
+
+
+@gluon.jit
+def _store(output, lse, result, row_lse, places, exists, DIM_V: gl.constexpr, LSE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Stores the output `[DIM_V, ROWS]` and lse of an item's rows."""
+    dims = gl.arange(0, DIM_V, layout=gl.SliceLayout(1, LAYOUT))
+    pointers = output + ((places * DIM_V)[None, :] + dims[:, None])
+    gl.store(pointers, result.to(output.dtype.element_ty), mask=exists[None, :])
+    if LSE:
+        gl.store(lse + places, row_lse, mask=exists)
+
+
+@gluon.jit(do_not_specialize=["num_work", "max_pages", "window"])
+def _hopper_decode_kernel(
+    output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
+    k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
+    page_tables, items, alibi_slopes, sinks, num_work, max_pages, scale, softcap, window,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as there are multiprocessors, or fewer."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype.element_ty)
+    PIECES: gl.constexpr = KEYS // PIECE
+    dtype: gl.constexpr = q.dtype.element_ty
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM_V // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    q_tile = gl.allocate_shared_memory(dtype, [ROWS, DIM], LAYOUT)
+    weights_tile = gl.allocate_shared_memory(dtype, [KEYS, ROWS], WEIGHTS_LAYOUT)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=PIECES)
+        mbarrier.init(v_ready.index(stage), count=PIECES)
+        mbarrier.init(k_free.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=1)
+    fence_async_shared()
+    # The last numbers: warps and registers of the roles after the first.
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
+                output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, num_work, scale, softcap,
+                window, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
+                SINKS, LSE,
+            )),
+            (producer, (
+                k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
+                page_tables, items, num_work, max_pages, window,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
+            )),
+            (producer, (
+                v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
+                page_tables, items, num_work, max_pages, window,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
+            )),
+        ],
+        [1, 1],
+        [96, 96],
+    )  # fmt: skip
+
+
+def hopper_decode(
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    partial_output: torch.Tensor | None,
+    partial_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_tables: torch.Tensor,
+    items: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    *,
+    rows: int,
+    num_programs: int,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None:
+    """Attention of the items of a work list of few rows.
+
+    The arguments are those of `hopper_attention`; rows is a power of two from MIN_ROWS to MAX_ROWS, head dims are 64 or
+    128.
+    """
+    num_heads, head_dim = q.shape[1:]
+    page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
+    keys, piece = 128, 32 if page_size % 32 == 0 else 16
+    q, scale = plain_scale(q, scale)
+    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
+    num_work = len(items) * num_kv_heads
+    _hopper_decode_kernel[(min(num_programs, num_work),)](
+        output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
+        *descriptors(k, v, k_pages, v_pages, piece),
+        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], factor, LOG2E * softcap, window,
+        ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
+        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=_stages(head_dim, head_dim_v), NEW_TOKENS=k is not None,
+        WINDOW=window > 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None,
+        LSE=lse is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def _stages(head_dim: int, head_dim_v: int) -> int:
+    """Tiles of 128 keys of which K and V fit the shared memory together with the rest."""
+    return min(6, 196_608 // (256 * (head_dim + head_dim_v)))

@@ -1,0 +1,145 @@
+"""Hopper's kernels against the specification in float64: masks, holes, lengths around tiles and pages, and poison."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attnd_server import NaiveAttention, TritonPagedAttention
+from attnd_server.config import KVSplitConfig
+from attnd_server.metadata import AttentionOptions
+from tests.gpu.test_triton import KERNELS, arrays, options, step
+from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_HOPPER, reason="no Hopper GPU")]
+
+NUM_PAGES = 512
+KERNEL = KERNELS["triton_grouped"]
+DEVICE = torch.device("cuda")
+# Query heads of a KV head, head dims, and whether all options are on: one compilation each.
+GEOMETRIES = [(4, 128, 128, False), (3, 64, 128, True), (8, 128, 64, False), (1, 256, 256, False), (6, 64, 64, True)]
+
+
+@st.composite
+def requests(draw: st.DrawFn, page_size: int) -> list[Request]:
+    pages = list(range(NUM_PAGES))
+    shuffler = random.Random(draw(st.integers(0, 2**16)))
+    shuffler.shuffle(pages)
+    lens = st.sampled_from([0, 1, 15, 16, 17, 33, 100, 127, 128, 129, 255, 300, 513, 700])
+    same = draw(st.sampled_from([0, 0, 1, 5, 16, 32]))
+    result = []
+    for _ in range(draw(st.integers(1, 4))):
+        context_len = draw(lens)
+        query_len = same or draw(st.sampled_from([1, 2, 7, 16, 33, 64, 130, 300]))
+        prefix_len = draw(st.integers(0, context_len + query_len))
+        request = Request(
+            context_len=context_len,
+            query_len=query_len,
+            valid_len=draw(st.sampled_from([query_len, query_len, query_len // 2, 0])),
+            pages=[pages.pop() for _ in range(-(-context_len // page_size))],
+            mask=draw(st.sampled_from([CAUSAL, BLOCK_CAUSAL, BIDIRECTIONAL, PREFIX_FULL])),
+            block_size=draw(st.sampled_from([1, 4, 32])),
+            prefix_len=prefix_len,
+            padded_prefix_len=prefix_len + draw(st.integers(0, 150)),
+        )
+        if draw(st.integers(0, 9)) == 0:  # a page that is not there
+            request = replace(request, pages=[-1 if shuffler.random() < 0.2 else page for page in request.pages])
+        result.append(request)
+    columns = max(len(request.pages) for request in result)
+    return [replace(r, pages=r.pages + [-1] * (columns - len(r.pages))) for r in result]
+
+
+def check(case: Case, kernel: TritonPagedAttention, opts: AttentionOptions) -> None:
+    """At most twice the error of the plain computation, zeros and -inf where a row sees nothing, and never NaN."""
+    given_arrays = arrays(case)
+    if case.cache_only:
+        given_arrays[1] = given_arrays[2] = None
+    start = 0
+    for request in case.requests:  # what does not count must not matter
+        for tensor in given_arrays[1:3]:
+            if tensor is not None:
+                tensor[start + request.valid_len : start + request.query_len] = math.nan
+        start += request.query_len
+    config, metadata = case.config(), case.metadata()
+    output, lse = kernel.run(kernel.plan(config, metadata, opts, DEVICE), *given_arrays)
+    specification = NaiveAttention(torch.float64)
+    doubled = [None if tensor is None else tensor.double() for tensor in given_arrays[:3]]
+    exact, exact_lse = specification.run(
+        specification.plan(config, metadata, opts, DEVICE), *doubled, *given_arrays[3:]
+    )
+    plain = NaiveAttention(case.dtype)
+    rough, _ = plain.run(plain.plan(config, metadata, opts, DEVICE), *given_arrays)
+    blind = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, blind)
+    assert not output[blind].any()
+    assert output.isfinite().all()
+    rounding = (exact.to(case.dtype) + 0.3 - 0.3 - exact).abs().max()
+    assert (output - exact).abs().max() <= 2 * (rough - exact).abs().max() + 2 * rounding
+    assert (lse - exact_lse)[~blind].abs().sum() <= 1e-3 * max(1, int((~blind).sum()))
+
+
+@pytest.mark.parametrize(("group", "head_dim", "head_dim_v", "with_options"), GEOMETRIES)
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_any_step(page_size: int, group: int, head_dim: int, head_dim_v: int, with_options: bool) -> None:
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        drawn=requests(page_size),
+        dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+        scale=st.sampled_from([head_dim**-0.5, 0.3, -0.1, 0.0]),
+        chunk_size=st.sampled_from([0, 0, 128]),
+        hole=st.booleans(),
+        cache_only=st.sampled_from([False, False, False, True]),
+        window=st.sampled_from([1, 100, 129, 5000]),
+    )
+    def any_step(
+        drawn: list[Request],
+        dtype: torch.dtype,
+        scale: float,
+        chunk_size: int,
+        hole: bool,
+        cache_only: bool,
+        window: int,
+    ) -> None:
+        case = Case(
+            drawn,
+            num_kv_heads=2,
+            group=group,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            num_pages=NUM_PAGES,
+            page_size=page_size,
+            dtype=dtype,
+            scale=scale,
+            softcap=20.0 if with_options else 0.0,
+            window=window if with_options else 0,
+            alibi=with_options,
+            sinks=with_options,
+            mask_prefix_hole=hole,
+            cache_only=cache_only,
+        )
+        opts = options(case)
+        split = KVSplitConfig(chunk_size)
+
+        class Split(TritonPagedAttention):
+            def plan(self, config, *args):
+                return super().plan(replace(config, kv_split=split), *args)
+
+        check(case, Split(), opts)
+
+    any_step()
+
+
+def test_hopper_takes_what_it_should() -> None:
+    case = step([(4097, 1), (300, 32)])
+    opts = options(case)
+    launches = KERNEL.plan(case.config(), case.metadata(), opts, DEVICE).launches
+    assert [(launch.tile, launch.rows) for launch in launches] == [(None, 16), (None, 128)]
+    single = KERNEL.plan(replace(case, dtype=torch.float32).config(), case.metadata(), opts, DEVICE).launches
+    assert all(launch.tile is not None for launch in single)
