@@ -82,7 +82,7 @@ class KVSplitConfig:
         chunk = np.full_like(num_keys, self.chunk_size)
         if not self.chunk_size:
             chunk = _CHUNKS[np.searchsorted(_CHUNKED_LENGTHS, num_keys)]
-        return np.maximum(chunk, _power_of_two(-(-num_keys // self.max_splits)))
+        return np.maximum(chunk, power_of_two(-(-num_keys // self.max_splits)))
 
 
 # Tokens: far beyond use, and what is computed from it still fits int32.
@@ -95,7 +95,7 @@ _CHUNKED_LENGTHS = np.array([2048, 4096, 16384, 32768])
 _CHUNKS = np.array([128, 512, 1024, 2048, 4096], dtype=np.int32)
 
 
-def _power_of_two(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def power_of_two(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """The least power of two that is not less than each value."""
     exponents = np.frexp(np.maximum(values - 1, 0).astype(np.float64))[1]
     return (1 << exponents).astype(np.int32)

@@ -318,6 +318,15 @@ def test_no_request_has_more_parts_than_allowed(step: Step) -> None:
         assert num_parts.max() <= step.kv_split.max_splits
 
 
+@pytest.mark.parametrize("num_new", [1, 5, 32, 200])
+@pytest.mark.parametrize(("chunk_size", "keys_per_token"), [(0, 64), (16, 1)])
+def test_partial_results_stay_few(num_new: int, chunk_size: int, keys_per_token: int) -> None:
+    step = Step((Request(30_000, num_new, num_new),), KVSplitConfig(chunk_size, max_splits=1024))
+    items = step.scheduled(split_schedule).items
+    assert all(value(item, columns.CHUNK_KEYS) >= keys_per_token * num_new for item in items)
+    assert value(items[0], columns.NUM_CHUNKS) > 1
+
+
 def test_programs_of_a_full_chip_take_several_chunks() -> None:
     items = LONG_BATCH.scheduled(split_schedule).items
     length = items[:, columns.END_KEY.value] - items[:, columns.FIRST_KEY.value]

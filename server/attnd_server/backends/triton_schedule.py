@@ -1,8 +1,8 @@
 """What the Triton kernels do in a step, laid out on the host as work lists.
 
 How the keys of a request are cut into chunks depends on the request alone, so that its bits do not depend on the batch;
-how many chunks one program takes depends on the batch, so that the chip is full. Vectorised: a decode step of 64
-requests has tens of microseconds.
+how many chunks one program takes depends on the batch, so that the chip is full. Vectorised with numpy; what decode
+steps in a row share is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attnd_server.config import KVSplitConfig
+from attnd_server.config import KVSplitConfig, power_of_two
 from attnd_server.kernels import items as columns
 from attnd_server.kernels.items import ITEM_FIELDS
 from attnd_server.kernels.launch_shapes import MAX_SPLIT_TOKENS
@@ -32,6 +32,9 @@ _PART_COST = 5
 HOPPER_KEYS = 128
 # Rows of a program of Hopper's kernel for many rows; its decode kernel has fewer.
 _HOPPER_ROWS = 128
+# Keys of a chunk for each new token at least: its partial results are written and read once more, and must stay few
+# beside the KV that it reads. One where the length of a chunk is given.
+_KEYS_PER_NEW_TOKEN = 64
 # Where the parts of a diffusion block's keys follow its own length alone: how many, and tiles of the shortest.
 _OWN_PARTS, _MIN_OWN_TILES = 4, 4
 
@@ -101,12 +104,15 @@ def split_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows
     # Whose new tokens all do not count sees nothing.
     num_keys = np.where(table[:, columns.NUM_VALID.value] > 0, context_lens - first_keys, 0)
     # No chunk is shorter than a tile, and long prefills, which fill a chip anyway, have but one.
-    chunk_keys = np.maximum(kv_split.chunk_keys(num_keys), rows.keys)
-    chunk_keys = np.where(table[:, columns.NUM_NEW.value] > MAX_SPLIT_TOKENS, EVERYTHING, chunk_keys)
+    num_new = table[:, columns.NUM_NEW.value]
+    chunk_keys = np.maximum(_chunk_keys(num_keys, num_new, kv_split), rows.keys)
+    chunk_keys = np.where(num_new > MAX_SPLIT_TOKENS, EVERYTHING, chunk_keys)
     num_chunks = np.maximum(1, -(-num_keys // chunk_keys))
     num_tiles = -(-table[:, columns.NUM_NEW.value] * rows.group // rows.rows)
     most_keys = (
-        int((num_keys * num_tiles).sum()) * rows.num_groups // (rows.num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR)
+        int((num_keys.astype(np.int64) * num_tiles).sum())
+        * rows.num_groups
+        // (rows.num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR)
     )
     num_parts = -(-num_chunks // np.maximum(1, most_keys // chunk_keys))
     chunks_per_part = -(-num_chunks // num_parts)
@@ -234,13 +240,19 @@ def _partial_rows(num_new: Ints, num_chunks: Ints) -> tuple[Ints, int]:
     return np.cumsum(counts) - counts, int(counts.sum())
 
 
+def _chunk_keys(num_keys: Ints, num_new: Ints, kv_split: KVSplitConfig) -> Ints:
+    """Keys of a chunk of each request, a power of two; depends on nothing else of the batch."""
+    least = num_new * (1 if kv_split.chunk_size else _KEYS_PER_NEW_TOKEN)
+    return np.maximum(kv_split.chunk_keys(num_keys), power_of_two(np.minimum(least, 1 << 20)))
+
+
 def _part_tiles(
     key_tiles: Ints, num_keys: Ints, num_new: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows
 ) -> Ints:
     """Tiles of keys of a part of each request: what its own length says, or what makes the longest program short."""
     is_decode = rows.rows < _HOPPER_ROWS
     if kv_split.chunk_size or is_decode:
-        own = np.maximum(1, kv_split.chunk_keys(num_keys) // HOPPER_KEYS)
+        own = np.maximum(1, _chunk_keys(num_keys, num_new, kv_split) // HOPPER_KEYS)
     else:
         own = np.maximum(_MIN_OWN_TILES, -(-key_tiles // _OWN_PARTS))
     own = np.maximum(own, -(-key_tiles // kv_split.max_splits))
