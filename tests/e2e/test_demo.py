@@ -43,7 +43,10 @@ def start(*options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "attnd_server", "demo", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "100"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, text=True, env=environment, **pipes)
+    # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+    return subprocess.Popen(
+        command, text=True, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
+    )
 
 
 @pytest.fixture
