@@ -79,10 +79,13 @@ class KVSplitConfig:
 
     def chunk_keys(self, num_keys: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Tokens of KV in a chunk of each request with `num_keys` of them; depends on nothing else of the batch."""
-        chunk = np.full_like(num_keys, self.chunk_size)
-        if not self.chunk_size:
+        if self.chunk_size:
+            chunk = np.full_like(num_keys, self.chunk_size)
+        else:
             chunk = _CHUNKS[np.searchsorted(_CHUNKED_LENGTHS, num_keys)]
-        return np.maximum(chunk, power_of_two(-(-num_keys // self.max_splits)))
+        if (num_keys > chunk * self.max_splits).any():
+            return np.maximum(chunk, power_of_two(-(-num_keys // self.max_splits)))
+        return chunk
 
 
 # Tokens: far beyond use, and what is computed from it still fits int32.

@@ -268,8 +268,9 @@ def _upload(parts: Sequence[Ints | None], device: torch.device) -> list[Any]:
         if part is not None:
             array[start : start + part.size].reshape(part.shape)[...] = part
         start += size
-    uploaded = torch.split(host.to(device, non_blocking=True), sizes)
-    return [
-        None if part is None else space[: part.size].view(part.shape)
-        for part, space in zip(parts, uploaded, strict=True)
-    ]
+    uploaded = host.to(device, non_blocking=True)
+    result, start = [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        result.append(None if part is None else uploaded[start : start + part.size].view(part.shape))
+        start += size
+    return result

@@ -80,16 +80,20 @@ def request_table(metadata: AttentionMetadata, page_tables: npt.NDArray[np.int64
     table = np.zeros((metadata.num_reqs, ITEM_FIELDS), dtype=np.int32)
     starts = metadata.cu_seqlens_q.numpy()
     block_sizes = metadata.block_sizes.numpy()
-    table[:, columns.REQUEST.value] = np.arange(metadata.num_reqs)
-    table[:, columns.Q_ROW.value] = starts[:-1]
-    table[:, columns.NUM_NEW.value] = np.diff(starts)
-    table[:, columns.NUM_VALID.value] = metadata.valid_lens.numpy()
-    table[:, columns.CONTEXT_LEN.value] = metadata.context_lens.numpy()
-    table[:, columns.BLOCK_SIZE.value] = np.where(block_sizes, block_sizes, EVERYTHING)
-    table[:, columns.PREFIX_LEN.value] = metadata.prefix_lens.numpy()
-    table[:, columns.PADDED_PREFIX_LEN.value] = metadata.padded_prefix_lens.numpy()
-    table[:, columns.HOLE_START.value] = metadata.hole_starts.numpy()
-    table[:, columns.HOLE_END.value] = metadata.hole_ends.numpy()
+    # In the order of the columns, so that one assignment fills them all.
+    numbers = (
+        np.arange(metadata.num_reqs),
+        starts[:-1],
+        starts[1:] - starts[:-1],
+        metadata.valid_lens.numpy(),
+        metadata.context_lens.numpy(),
+        np.where(block_sizes, block_sizes, EVERYTHING),
+        metadata.prefix_lens.numpy(),
+        metadata.padded_prefix_lens.numpy(),
+        metadata.hole_starts.numpy(),
+        metadata.hole_ends.numpy(),
+    )
+    table[:, : columns.HAS_ABSENT_PAGES.value] = np.concatenate(numbers).reshape(len(numbers), -1).T
     if page_tables.size and page_tables.min() < 0:
         num_pages = -(-table[:, columns.CONTEXT_LEN.value, None] // page_size)
         absent = (page_tables < 0) & (np.arange(page_tables.shape[1]) < num_pages)
@@ -242,8 +246,11 @@ def _partial_rows(num_new: Ints, num_chunks: Ints) -> tuple[Ints, int]:
 
 def _chunk_keys(num_keys: Ints, num_new: Ints, kv_split: KVSplitConfig) -> Ints:
     """Keys of a chunk of each request, a power of two; depends on nothing else of the batch."""
+    chunk_keys = kv_split.chunk_keys(num_keys)
     least = num_new * (1 if kv_split.chunk_size else _KEYS_PER_NEW_TOKEN)
-    return np.maximum(kv_split.chunk_keys(num_keys), power_of_two(np.minimum(least, 1 << 20)))
+    if (chunk_keys < least).any():
+        return np.maximum(chunk_keys, power_of_two(np.minimum(least, 1 << 20)))
+    return chunk_keys
 
 
 def _part_tiles(
