@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from attnd_server.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.kernels.items import ITEM_FIELDS
-from attnd_server.kernels.launch_shapes import launch_shape
+from attnd_server.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_ROWS, launch_shape
 from attnd_server.kernels.merge import MERGE_FIELDS, merge
 from attnd_server.kernels.paged_attention import paged_attention
 from attnd_server.kernels.store import store_kv
@@ -148,20 +148,17 @@ def launch_paged(case: Case) -> None:
 
 def launch_hopper(case: Case) -> None:
     """Decode if there are few rows, else prefill."""
-    # Only for Hopper: these modules need not load for others.
-    from attnd_server.kernels.hopper_attention import ROWS, hopper_attention
-    from attnd_server.kernels.hopper_decode import hopper_decode
+    # Only for Hopper: this module need not load for others.
+    from attnd_server.kernels.hopper_attention import hopper_attention
 
     heads = case.group * NUM_KV_HEADS
     given = (
         *case.outputs(), case.query(), *case.new(not case.cached_only), *case.pages(), *tables(),
         case.per_head(heads), case.per_head(heads),
     )  # fmt: skip
-    if case.tokens * case.group <= 64:
-        rows = max(16, triton.next_power_of_2(case.tokens * case.group))
-        hopper_decode(*given, rows=rows, num_programs=132, **case.numbers())
-    else:
-        hopper_attention(*given, rows=ROWS, num_programs=132, **case.numbers())
+    rows = max(16, triton.next_power_of_2(case.tokens * case.group))
+    rows = rows if rows <= HOPPER_DECODE_ROWS else HOPPER_ROWS
+    hopper_attention(*given, rows=rows, num_programs=132, **case.numbers())
 
 
 def launch_merge(case: Case) -> None:

@@ -11,12 +11,16 @@ import torch
 from attnd_server.backends.triton_schedule import EVERYTHING, Ints
 from attnd_server.config import AttentionConfig, Layout
 from attnd_server.kernels.items import HAS_ABSENT_PAGES, NUM_NEW
-from attnd_server.kernels.launch_shapes import FEW_NEW_TOKENS, Tile, launch_shape
+from attnd_server.kernels.launch_shapes import (
+    FEW_NEW_TOKENS,
+    HOPPER_DECODE_ROWS,
+    HOPPER_ROWS,
+    Tile,
+    launch_shape,
+)
 
 log = logging.getLogger(__name__)
 
-# Most rows of a program of Hopper's decode kernel, and rows of one of its other kernel.
-HOPPER_DECODE_ROWS, HOPPER_ROWS = 64, 128
 HOPPER_DIMS = (64, 128, 256)
 
 
@@ -32,8 +36,7 @@ def _hopper_kernels_load(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        import attnd_server.kernels.hopper_attention
-        import attnd_server.kernels.hopper_decode  # noqa: F401
+        import attnd_server.kernels.hopper_attention  # noqa: F401
     except (AttributeError, ImportError) as error:
         log.warning("triton has no kernels for Hopper: %s", error)
         return False

@@ -10,21 +10,20 @@ import numpy as np
 import torch
 
 from attnd_server.backends.triton import MAX_CONTEXT_LEN
-from attnd_server.backends.triton_launches import HOPPER_ROWS, fits_hopper, launches_of, multiprocessors
+from attnd_server.backends.triton_launches import fits_hopper, launches_of, multiprocessors
 from attnd_server.backends.triton_schedule import (
-    HOPPER_KEYS,
     Ints,
     Rows,
-    Work,
     hopper_schedule,
     request_table,
     split_schedule,
 )
 from attnd_server.config import AttentionConfig
 from attnd_server.kernels.items import NUM_NEW
-from attnd_server.kernels.launch_shapes import Tile
+from attnd_server.kernels.launch_shapes import HOPPER_KEYS, Tile
 from attnd_server.kernels.merge import merge
-from attnd_server.kernels.paged_attention import LOG2E, paged_attention
+from attnd_server.kernels.paged_attention import paged_attention
+from attnd_server.kernels.softmax import LOG2E
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 
@@ -36,7 +35,7 @@ class Launch:
         tile: its launch shape; None: Hopper's kernel.
         rows: of a program.
         is_few: no request has more than FEW_NEW_TOKENS new tokens.
-        work: what the host laid out.
+        num_partial_rows: rows of partial results; 0: none.
         items: int32 `[num_items, ITEM_FIELDS]` on the device.
         merges: int32 `[num_merges, MERGE_FIELDS]` on the device, for a launch of `merge`; None without.
         counters: int32 on the device, zero between launches; None where no program counts chunks.
@@ -46,7 +45,7 @@ class Launch:
     tile: Tile | None
     rows: int
     is_few: bool
-    work: Work
+    num_partial_rows: int
     items: torch.Tensor
     merges: torch.Tensor | None
     counters: torch.Tensor | None
@@ -158,12 +157,11 @@ class TritonPlan:
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
     ) -> None:
-        # Only here: elsewhere these modules need not even load.
+        # Only here: elsewhere this module need not even load.
         from attnd_server.kernels.hopper_attention import hopper_attention
-        from attnd_server.kernels.hopper_decode import hopper_decode
 
         output, lse, partial_output, partial_lse = results
-        (hopper_attention if launch.rows == HOPPER_ROWS else hopper_decode)(
+        hopper_attention(
             output,
             lse,
             partial_output,
@@ -197,7 +195,7 @@ class TritonPlan:
 
     def _partials(self, index: int, launch: Launch, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Room for a launch's partial results: the same for all layers of the step."""
-        num_rows = launch.work.num_partial_rows
+        num_rows = launch.num_partial_rows
         if not num_rows:
             return None, None
         if index not in self.partials:
@@ -242,7 +240,16 @@ def make_plan(
         options=options,
         group=group,
         launches=[
-            Launch(tile, num_rows, is_few, work, items, merges, counters, int(requests[:, NUM_NEW.value].max()))
+            Launch(
+                tile,
+                num_rows,
+                is_few,
+                work.num_partial_rows,
+                items,
+                merges,
+                counters,
+                int(requests[:, NUM_NEW.value].max()),
+            )
             for (tile, num_rows, is_few, requests), work, items, merges, counters in zip(
                 chosen, works, arrays[0::3], arrays[1::3], arrays[2::3], strict=True
             )

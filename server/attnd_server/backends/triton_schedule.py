@@ -17,7 +17,7 @@ import numpy.typing as npt
 from attnd_server.config import KVSplitConfig, power_of_two
 from attnd_server.kernels import items as columns
 from attnd_server.kernels.items import ITEM_FIELDS
-from attnd_server.kernels.launch_shapes import MAX_SPLIT_TOKENS
+from attnd_server.kernels.launch_shapes import HOPPER_KEYS, HOPPER_ROWS, MAX_SPLIT_TOKENS
 from attnd_server.metadata import AttentionMetadata
 
 Ints = npt.NDArray[np.int32]
@@ -29,9 +29,6 @@ EVERYTHING = 1 << 30
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 # What starting and merging one more part of a request costs on Hopper's kernel, in tiles of keys.
 _PART_COST = 5
-HOPPER_KEYS = 128
-# Rows of a program of Hopper's kernel for many rows; its decode kernel has fewer.
-_HOPPER_ROWS = 128
 # Keys of a chunk for each new token at least: its partial results are written and read once more, and must stay few
 # beside the KV that it reads. One where the length of a chunk is given.
 _KEYS_PER_NEW_TOKEN = 64
@@ -257,7 +254,7 @@ def _part_tiles(
     key_tiles: Ints, num_keys: Ints, num_new: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows
 ) -> Ints:
     """Tiles of keys of a part of each request: what its own length says, or what makes the longest program short."""
-    is_decode = rows.rows < _HOPPER_ROWS
+    is_decode = rows.rows < HOPPER_ROWS
     if kv_split.chunk_size or is_decode:
         own = np.maximum(1, _chunk_keys(num_keys, num_new, kv_split) // HOPPER_KEYS)
     else:

@@ -17,12 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnd_server.kernels.hopper_consumer import GROUP_ROWS, consumer
+from attnd_server.kernels.hopper_decode import hopper_decode_kernel
 from attnd_server.kernels.hopper_items import COLUMNS
 from attnd_server.kernels.hopper_producer import producer
+from attnd_server.kernels.launch_shapes import HOPPER_ROWS
+from attnd_server.kernels.softmax import LOG2E, log2_scale
 
-# Rows of an item: two groups.
-ROWS = 2 * GROUP_ROWS
-LOG2E = 1.4426950408889634
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
 
@@ -124,27 +124,29 @@ def hopper_attention(
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
-        rows: of an item, as its schedule has them: ROWS.
+        rows: of an item: HOPPER_ROWS, or for decode a power of two from 16 to HOPPER_DECODE_ROWS, with head dims up
+            to 128.
         num_programs: multiprocessors of the GPU.
         scale: factor of q.k.
         softcap: 0 is off.
         window: 0 is off.
     """
-    if rows != ROWS:
-        raise ValueError(f"rows is {rows}, but must be {ROWS}")
     num_heads, head_dim = q.shape[1:]
     page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
     keys = 64 if max(head_dim, head_dim_v) > 128 else 128
     piece = 32 if page_size % 32 == 0 else 16
+    # Tiles of K and V under way: in decode as many as fit the shared memory together with the rest.
+    decode_stages = min(6, 196_608 // (2 * keys * (head_dim + head_dim_v)))
+    kernel, stages = (_hopper_attention_kernel, 2) if rows == HOPPER_ROWS else (hopper_decode_kernel, decode_stages)
     q, scale = plain_scale(q, scale)
-    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
     num_work = len(items) * num_kv_heads
-    _hopper_attention_kernel[(min(num_programs, num_work),)](
+    kernel[(min(num_programs, num_work),)](
         output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
         *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], factor, LOG2E * softcap, window,
-        ROWS=ROWS, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
-        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=2, NEW_TOKENS=k is not None, WINDOW=window > 0,
+        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], log2_scale(scale, softcap),
+        LOG2E * softcap, window,
+        ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
+        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=stages, NEW_TOKENS=k is not None, WINDOW=window > 0,
         SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
         num_warps=4,
     )  # fmt: skip

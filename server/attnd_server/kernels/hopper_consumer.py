@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.kernels.hopper_items import limit, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_items import finish_rows, limit, prefetch, sync, tile_at, tile_of, work
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
@@ -31,9 +31,10 @@ from attnd_server.kernels.items import (
     PREFIX_LEN,
     Q_ROW,
 )
+from attnd_server.kernels.launch_shapes import HOPPER_ROWS
 
-# Rows of a group, the least that the tensor cores take.
-GROUP_ROWS = 64
+# Rows of a group: 64, the least that the tensor cores take.
+GROUP_ROWS = HOPPER_ROWS // 2
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -268,19 +269,9 @@ def consumer(
         rows = first_row + HALF * _GROUP_ROWS + gl.arange(0, _GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
         heads = kv_head * GROUP + rows % GROUP
         # Those past the request's valid tokens see nothing.
-        row_sum = gl.where(rows < num_valid * GROUP, row_sum, 0.0)
-        saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
-        row_max = gl.where(row_max == float("-inf"), 0.0, row_max * exponent)
-        factor = gl.where(saw, 1.0, 0.0)
-        if SINKS:
-            sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
-            base = gl.maximum(row_max, sink)
-            factor = factor * gl.exp2(row_max - base)
-            row_sum = row_sum * factor + gl.exp2(sink - base)
-            row_max = base
-        denominator = gl.where(saw, row_sum, 1.0)
-        row_lse = gl.where(saw, row_max + gl.log2(denominator), float("-inf"))
-        factor = gl.convert_layout(factor / denominator, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        is_live = rows < num_valid * GROUP
+        factor, row_lse = finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, SINKS)
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
         # A row that saw nothing may share a tile with NaN, and 0 * NaN is NaN.
         result = gl.where(factor != 0.0, accumulator * factor, 0.0)
         is_new = rows < num_new * GROUP

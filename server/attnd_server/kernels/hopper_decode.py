@@ -7,13 +7,11 @@ less time than its bytes cost the memory, which two more warps keep busy across 
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from attnd_server.kernels.hopper_attention import LOG2E, descriptors, plain_scale
-from attnd_server.kernels.hopper_items import COLUMNS, limit, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_items import COLUMNS, finish_rows, limit, prefetch, sync, tile_at, tile_of, work
 from attnd_server.kernels.hopper_producer import producer
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
@@ -31,8 +29,6 @@ from attnd_server.kernels.items import (
     Q_ROW,
 )
 
-# Rows of an item: a power of two between the least that a product takes and the most for which this kernel is faster.
-MIN_ROWS, MAX_ROWS = 16, 64
 _COLUMNS = gl.constexpr(COLUMNS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -136,19 +132,9 @@ def _consumer(
             count += 1
 
         # Those past the request's valid tokens see nothing.
-        row_sum = gl.where(rows < num_valid * GROUP, gl.sum(sums, 0), 0.0)
-        saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
-        row_max = gl.where(row_max == float("-inf"), 0.0, row_max)
-        factor = gl.where(saw, 1.0, 0.0)
-        if SINKS:
-            sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
-            base = gl.maximum(row_max, sink)
-            factor = factor * gl.exp2(row_max - base)
-            row_sum = row_sum * factor + gl.exp2(sink - base)
-            row_max = base
-        denominator = gl.where(saw, row_sum, 1.0)
-        row_lse = gl.where(saw, row_max + gl.log2(denominator), float("-inf"))
-        factor = (factor / denominator)[None, :]
+        is_live = rows < num_valid * GROUP
+        factor, row_lse = finish_rows(row_max, gl.sum(sums, 0), is_live, is_split, 1.0, sinks, heads, SINKS)
+        factor = factor[None, :]
         # A row that saw nothing may share a tile with NaN, and 0 * NaN is NaN.
         result = gl.where(factor != 0.0, accumulator * factor, 0.0)
         exists = rows < num_new * GROUP
@@ -173,7 +159,7 @@ def _store(output, lse, result, row_lse, places, exists, DIM_V: gl.constexpr, LS
 
 
 @gluon.jit(do_not_specialize=["num_work", "max_pages", "window"])
-def _hopper_decode_kernel(
+def hopper_decode_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
     page_tables, items, alibi_slopes, sinks, num_work, max_pages, scale, softcap, window,
@@ -181,7 +167,7 @@ def _hopper_decode_kernel(
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as there are multiprocessors, or fewer."""
+    """Grid: as many programs as there are multiprocessors, or fewer. ROWS: of an item, a power of two from 16."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype.element_ty)
     PIECES: gl.constexpr = KEYS // PIECE
@@ -223,51 +209,3 @@ def _hopper_decode_kernel(
         [1, 1],
         [96, 96],
     )  # fmt: skip
-
-
-def hopper_decode(
-    output: torch.Tensor,
-    lse: torch.Tensor | None,
-    partial_output: torch.Tensor | None,
-    partial_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_tables: torch.Tensor,
-    items: torch.Tensor,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    *,
-    rows: int,
-    num_programs: int,
-    scale: float,
-    softcap: float,
-    window: int,
-) -> None:
-    """Attention of the items of a work list of few rows.
-
-    The arguments are those of `hopper_attention`; rows is a power of two from MIN_ROWS to MAX_ROWS, head dims are 64 or
-    128.
-    """
-    num_heads, head_dim = q.shape[1:]
-    page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
-    keys, piece = 128, 32 if page_size % 32 == 0 else 16
-    q, scale = plain_scale(q, scale)
-    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
-    num_work = len(items) * num_kv_heads
-    _hopper_decode_kernel[(min(num_programs, num_work),)](
-        output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
-        *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], factor, LOG2E * softcap, window,
-        ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
-        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=_stages(head_dim, head_dim_v), NEW_TOKENS=k is not None,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None,
-        LSE=lse is not None, num_warps=4,
-    )  # fmt: skip
-
-
-def _stages(head_dim: int, head_dim_v: int) -> int:
-    """Tiles of 128 keys of which K and V fit the shared memory together with the rest."""
-    return min(6, 196_608 // (256 * (head_dim + head_dim_v)))

@@ -124,3 +124,23 @@ def tile_of(ring, stage, KEYS: gl.constexpr, DIM: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     STAGES: gl.constexpr = ring.numel // (KEYS * DIM)
     return ring._reinterpret(ring.dtype, [STAGES, KEYS, DIM], LAYOUT).index(stage)
+
+
+@gluon.jit
+def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, SINKS: gl.constexpr):
+    """The factor of each row's sum of products and its lse, in units of log2; 0 and -inf for a row that saw nothing.
+
+    Sinks join where a request's parts are merged, if it has several. See `finish` in `softmax.py`.
+    """
+    row_sum = gl.where(is_live, row_sum, 0.0)
+    saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
+    row_max = gl.where(row_max == float("-inf"), 0.0, row_max * exponent)
+    factor = gl.where(saw, 1.0, 0.0)
+    if SINKS:
+        sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
+        base = gl.maximum(row_max, sink)
+        factor = factor * gl.exp2(row_max - base)
+        row_sum = row_sum * factor + gl.exp2(sink - base)
+        row_max = base
+    denominator = gl.where(saw, row_sum, 1.0)
+    return factor / denominator, gl.where(saw, row_max + gl.log2(denominator), float("-inf"))

@@ -27,6 +27,8 @@ class Tile(NamedTuple):
 
 # Requests with at most so many new tokens are decode; those with more than the other number are never cut into chunks.
 FEW_NEW_TOKENS, MAX_SPLIT_TOKENS = 16, 256
+# Hopper's kernels: most rows of a decode program, rows of one of the other kernel, and keys in which parts are counted.
+HOPPER_DECODE_ROWS, HOPPER_ROWS, HOPPER_KEYS = 64, 128, 128
 # By (bytes of an element, head dim padded to a power of two from 64): for decode, where reading KV is the work; for
 # more tokens, whose chunks' partial results need room as well; and for tokens that are not cut. float32 has no tensor
 # cores.

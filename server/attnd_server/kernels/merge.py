@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.kernels.softmax import rebase
+from attnd_server.kernels.softmax import finish, rebase
 
 # Columns of `merges`: first row of q, new tokens, first row of the partial results, chunks.
 MERGE_FIELDS = 4
@@ -60,18 +60,11 @@ def merge_rows(
         row_sum = row_sum * decay + tl.sum(weights, 0)
         accumulator = accumulator * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
 
-    saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
-    if SINKS:
-        sink = tl.load(sinks + heads)
-        row_max, base, decay = rebase(row_max, sink)
-        row_sum = row_sum * decay + tl.exp2(sink - base)
-        accumulator = accumulator * decay[:, None]
-    denominator = tl.where(saw, row_sum, 1.0)
-    result = tl.where(saw[:, None], accumulator / denominator[:, None], 0.0)
+    sink = tl.load(sinks + heads) if SINKS else 0.0
+    result, row_lse = finish(accumulator, row_max, row_sum, sink, SINKS)
     places = (q_row + tokens).to(tl.int64) * NUM_HEADS + heads
     tl.store(output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]), result, mask=exists[:, None] & in_v[None, :])
     if LSE:
-        row_lse = tl.where(saw, row_max + tl.log2(denominator), float("-inf"))
         tl.store(lse + places, row_lse * _LN2, mask=exists)
 
 

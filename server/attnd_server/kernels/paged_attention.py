@@ -38,10 +38,9 @@ from attnd_server.kernels.items import (
 from attnd_server.kernels.launch_shapes import FEW_NEW_TOKENS, Tile
 from attnd_server.kernels.merge import ROWS as MERGE_ROWS
 from attnd_server.kernels.merge import merge_rows
-from attnd_server.kernels.softmax import attend, finish, score
+from attnd_server.kernels.softmax import LOG2E, attend, finish, log2_scale, score
 from attnd_server.kernels.tiles import load_cached, load_new
 
-LOG2E = 1.4426950408889634
 # New tokens that a decode program loads before the cached ones: no fewer than the keys that tl.dot takes.
 _FEW = tl.constexpr(FEW_NEW_TOKENS)
 _ITEM_FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -341,13 +340,11 @@ def paged_attention(
     distinct = k_pages.dim() == 5
     num_kv_heads, page_size = v_pages.shape[1::2] if distinct else v_pages.shape[2:0:-1]
     dims, dims_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
-    # Softcap's tanh(x) is made of exp2(2 x log2(e)).
-    factor = 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
     _paged_attention_kernel[(len(items) * (num_heads // heads),)](
         output, lse, partial_output, partial_lse, counters,
         q, k, v,
         k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, page_tables.shape[1],
-        factor, LOG2E * softcap, window,
+        log2_scale(scale, softcap), LOG2E * softcap, window,
         NUM_HEADS=num_heads, KV_HEADS=num_kv_heads, HEADS=heads,
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
         ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],

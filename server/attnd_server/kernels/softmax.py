@@ -8,6 +8,13 @@ Algorithm: "Online normalizer calculation for softmax" (arXiv 1805.02867), as in
 import triton
 import triton.language as tl
 
+LOG2E = 1.4426950408889634
+
+
+def log2_scale(scale: float, softcap: float) -> float:
+    """What q.k is multiplied with. Softcap's tanh(x) is made of exp2(2 x log2(e))."""
+    return 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
+
 
 @triton.jit
 def score(q, k, positions, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
