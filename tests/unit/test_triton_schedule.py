@@ -28,6 +28,8 @@ from attnd_server.kernels.items import ITEM_FIELDS
 from attnd_server.metadata import AttentionMetadata
 
 PAGE_SIZE = 16
+# Pages of each request in the page tables.
+NUM_COLUMNS = 3
 # Hopper's kernels count keys in tiles of 128, cached ones rounded up to pieces of one of these.
 TILE, PIECES = 128, (16, 32)
 
@@ -55,7 +57,9 @@ class Step:
     num_multiprocessors: int = 4
 
     def table(self) -> Any:
-        return request_table(metadata_of(self.requests), np.zeros((len(self.requests), 1), np.int64), PAGE_SIZE)
+        return request_table(
+            metadata_of(self.requests), np.zeros((len(self.requests), NUM_COLUMNS), np.int64), PAGE_SIZE
+        )
 
     def scheduled(self, schedule: Any) -> Work:
         rows = Rows(self.group, self.num_groups, self.rows, self.keys, self.num_multiprocessors)
@@ -86,7 +90,7 @@ def items_of(work: Work, request: int) -> dict[int, list[Any]]:
     """Items of a request by their first row, in order of their keys."""
     tiles: dict[int, list[Any]] = {}
     for item in work.items:
-        if value(item, columns.REQUEST) == request:
+        if value(item, columns.TABLE) == request * NUM_COLUMNS:
             tiles.setdefault(value(item, columns.FIRST_ROW), []).append(item)
     return {first: sorted(items, key=lambda item: value(item, columns.FIRST_CHUNK)) for first, items in tiles.items()}
 
@@ -111,7 +115,8 @@ def check_requests(step: Step, work: Work) -> None:
     table = step.table()
     shared = columns.HAS_ABSENT_PAGES.value + 1
     for item in work.items:
-        assert item[:shared].tolist() == table[value(item, columns.REQUEST), :shared].tolist()
+        assert item[:shared].tolist() == table[value(item, columns.TABLE) // NUM_COLUMNS, :shared].tolist()
+        assert value(item, columns.NUM_ITEMS) == len(work.items)
     for index, request in enumerate(step.requests):
         rows = [row for first_row in items_of(work, index) for row in rows_of(step, request, first_row)]
         assert sorted(rows) == list(range(request.num_new * step.group))
@@ -354,7 +359,7 @@ def test_each_request_of_a_table_keeps_its_columns() -> None:
     assert table.shape == (3, ITEM_FIELDS)
     assert table.dtype == np.int32
     expected = {
-        columns.REQUEST: [0, 1, 2], columns.Q_ROW: [0, 3, 8], columns.NUM_NEW: num_new, columns.NUM_VALID: num_valid,
+        columns.TABLE: [0, 3, 6], columns.Q_ROW: [0, 3, 8], columns.NUM_NEW: num_new, columns.NUM_VALID: num_valid,
         columns.CONTEXT_LEN: context_lens, columns.BLOCK_SIZE: [1, EVERYTHING, 4], columns.PREFIX_LEN: [0, 2, 0],
         columns.PADDED_PREFIX_LEN: [0, 4, 0], columns.HOLE_START: [5, 0, 0], columns.HOLE_END: [9, 0, 0],
         columns.HAS_ABSENT_PAGES: [1, 0, 0],

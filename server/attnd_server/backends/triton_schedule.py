@@ -79,7 +79,7 @@ def request_table(metadata: AttentionMetadata, page_tables: npt.NDArray[np.int64
     block_sizes = metadata.block_sizes.numpy()
     # In the order of the columns, so that one assignment fills them all.
     numbers = (
-        np.arange(metadata.num_reqs),
+        np.arange(metadata.num_reqs) * page_tables.shape[1],
         starts[:-1],
         starts[1:] - starts[:-1],
         metadata.valid_lens.numpy(),
@@ -135,6 +135,7 @@ def split_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows
     items[:, columns.NUM_CHUNKS.value] = num_chunks[request]
     items[:, columns.PARTIAL_ROW.value] = partial_rows[request]
     items[:, columns.COUNTER.value] = counters[request] + tile
+    items[:, columns.NUM_ITEMS.value] = len(items)
     length = end_key - first_key
     if len(length) and length.min() != length.max():
         items = items[np.argsort(-length, kind="stable")]
@@ -210,6 +211,7 @@ def _lay_out(numbers: bytes, rows: int, group: int) -> _Layout:
     result[:, columns.FIRST_CHUNK.value] = part
     result[:, columns.NUM_CHUNKS.value] = num_parts[request]
     result[:, columns.PARTIAL_ROW.value] = partial_rows[request] + part * num_new[request]
+    result[:, columns.NUM_ITEMS.value] = len(request)
     # Long ones first, so that the last to end are short.
     last_token = np.minimum((tile + 1) * rows // group, num_new[request])
     length = np.where(num_parts[request] > 1, part_tiles[request] * HOPPER_KEYS, context[request] + last_token)

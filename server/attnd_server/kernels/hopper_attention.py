@@ -27,11 +27,11 @@ _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
 
 
-@gluon.jit(do_not_specialize=["num_work", "max_pages", "window"])
+@gluon.jit(do_not_specialize=["window"])
 def _hopper_attention_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
-    page_tables, items, alibi_slopes, sinks, num_work, max_pages, scale, softcap, window,
+    page_tables, items, alibi_slopes, sinks, scale, softcap, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
@@ -60,25 +60,25 @@ def _hopper_attention_kernel(
             (consumer, (
                 k_ring, v_ring, q_tiles.index(0), k_ready, v_ready, k_free, v_free,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, num_work, scale, softcap, window,
+                items, alibi_slopes, sinks, scale, softcap, window,
                 0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (consumer, (
                 k_ring, v_ring, q_tiles.index(1), k_ready, v_ready, k_free, v_free,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, num_work, scale, softcap, window,
+                items, alibi_slopes, sinks, scale, softcap, window,
                 1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (producer, (
                 k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
-                page_tables, items, num_work, max_pages, window,
+                page_tables, items, window,
                 ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
             )),
             (producer, (
                 v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
-                page_tables, items, num_work, max_pages, window,
+                page_tables, items, window,
                 ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
             )),
         ],
@@ -120,7 +120,7 @@ def hopper_attention(
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None.
         k_pages: one layer's K, `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a multiple of 16.
         v_pages: one layer's V.
-        page_tables: int32 `[num_reqs, max_pages]`; only columns of the context are read.
+        page_tables: int32; the items say where each request's begins. Only pages of the context are read.
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
@@ -139,12 +139,10 @@ def hopper_attention(
     decode_stages = min(6, 196_608 // (2 * keys * (head_dim + head_dim_v)))
     kernel, stages = (_hopper_attention_kernel, 2) if rows == HOPPER_ROWS else (hopper_decode_kernel, decode_stages)
     q, scale = plain_scale(q, scale)
-    num_work = len(items) * num_kv_heads
-    kernel[(min(num_programs, num_work),)](
+    kernel[(min(num_programs, len(items) * num_kv_heads),)](
         output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
         *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, alibi_slopes, sinks, num_work, page_tables.shape[1], log2_scale(scale, softcap),
-        LOG2E * softcap, window,
+        page_tables, items, alibi_slopes, sinks, log2_scale(scale, softcap), LOG2E * softcap, window,
         ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
         DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=stages, NEW_TOKENS=k is not None, WINDOW=window > 0,
         SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,

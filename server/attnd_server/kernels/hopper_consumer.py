@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.kernels.hopper_items import finish_rows, limit, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_items import finish_rows, limit, num_work, prefetch, sync, tile_at, tile_of, work
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
@@ -119,12 +119,11 @@ def _places(
 
 @gluon.jit
 def _queries(
-    q, items, index, num_work,
+    q, items, index, exists,
     HALF: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A group's queries of an item; zeros for tokens that do not count, and past the last item."""
+    """A group's queries of an item, if it exists; zeros for tokens that do not count."""
     item = items + index // KV_HEADS * _ITEM_FIELDS
-    exists = index < num_work
     q_row = gl.load(item + Q_ROW, mask=exists, other=0)
     first_row = gl.load(item + FIRST_ROW, mask=exists, other=0)
     num_valid = gl.load(item + NUM_VALID, mask=exists, other=0)
@@ -159,7 +158,7 @@ def _store_partial(partial_output, result, places, exists, DIM_V: gl.constexpr, 
 def consumer(
     k_ring, v_ring, q_tile, k_ready, v_ready, k_free, v_free,
     output, lse, partial_output, partial_lse, q,
-    items, alibi_slopes, sinks, num_work, scale, softcap, window,
+    items, alibi_slopes, sinks, scale, softcap, window,
     HALF: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
@@ -175,10 +174,11 @@ def consumer(
     io_tile = q_tile
     q_tile = io_tile._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], gl.NVMMASharedLayout(128, 16, 2))
     first = gl.program_id(0)
-    q_tile.store(_queries(q, items, first, num_work, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT))
+    q_tile.store(_queries(q, items, first, True, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT))
     fence_async_shared()
+    end = num_work(items, KV_HEADS)
     count = 0
-    for index in range(first, num_work, gl.num_programs(0)):
+    for index in range(first, end, gl.num_programs(0)):
         prefetch(items + (index + gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
@@ -253,7 +253,8 @@ def consumer(
         mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
         accumulator = warpgroup_mma(weights, tile_of(v_ring, stage, KEYS, DIM_V), accumulator, is_async=True)
         # The next item's queries, on their way while this one ends.
-        queries = _queries(q, items, index + gl.num_programs(0), num_work, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
+        following = index + gl.num_programs(0)
+        queries = _queries(q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
         accumulator, weights = warpgroup_mma_wait(0, [accumulator, weights])
         sync()
         mbarrier.arrive(v_free.index(stage), count=1)

@@ -11,7 +11,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from attnd_server.kernels.hopper_items import COLUMNS, finish_rows, limit, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_items import (
+    COLUMNS,
+    finish_rows,
+    limit,
+    num_work,
+    prefetch,
+    sync,
+    tile_at,
+    tile_of,
+    work,
+)
 from attnd_server.kernels.hopper_producer import producer
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
@@ -37,7 +47,7 @@ _LN2 = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def _consumer(
     k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
-    output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, num_work, scale, softcap, window,
+    output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
     KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
@@ -49,7 +59,7 @@ def _consumer(
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     HEADS: gl.constexpr = KV_HEADS * GROUP
     count = 0
-    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for index in range(gl.program_id(0), num_work(items, KV_HEADS), gl.num_programs(0)):
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
         )
@@ -158,11 +168,11 @@ def _store(output, lse, result, row_lse, places, exists, DIM_V: gl.constexpr, LS
         gl.store(lse + places, row_lse, mask=exists)
 
 
-@gluon.jit(do_not_specialize=["num_work", "max_pages", "window"])
+@gluon.jit(do_not_specialize=["window"])
 def hopper_decode_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
-    page_tables, items, alibi_slopes, sinks, num_work, max_pages, scale, softcap, window,
+    page_tables, items, alibi_slopes, sinks, scale, softcap, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
@@ -191,18 +201,18 @@ def hopper_decode_kernel(
         [
             (_consumer, (
                 k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
-                output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, num_work, scale, softcap,
+                output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap,
                 window, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
                 SINKS, LSE,
             )),
             (producer, (
                 k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
-                page_tables, items, num_work, max_pages, window,
+                page_tables, items, window,
                 ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
             )),
             (producer, (
                 v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
-                page_tables, items, num_work, max_pages, window,
+                page_tables, items, window,
                 ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
             )),
         ],

@@ -18,6 +18,7 @@ from attnd_server.kernels.items import (
     HOLE_END,
     HOLE_START,
     ITEM_FIELDS,
+    NUM_ITEMS,
     NUM_VALID,
     PADDED_PREFIX_LEN,
     PREFIX_LEN,
@@ -45,6 +46,12 @@ def prefetch(pointer):
     gl.inline_asm_elementwise(
         "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def num_work(items, KV_HEADS: gl.constexpr):
+    """Items times KV heads of the launch. Read beside the program's own first item, so that nobody waits for it."""
+    return gl.load(items + gl.program_id(0) // KV_HEADS * _ITEM_FIELDS + NUM_ITEMS) * KV_HEADS
 
 
 @gluon.jit

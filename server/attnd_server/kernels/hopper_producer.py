@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attnd_server.kernels.hopper_items import COLUMNS, prefetch, sync, tile_at, work
+from attnd_server.kernels.hopper_items import COLUMNS, num_work, prefetch, sync, tile_at, work
 from attnd_server.kernels.items import (
     CONTEXT_LEN,
     FIRST_KEY,
@@ -14,7 +14,7 @@ from attnd_server.kernels.items import (
     HOLE_START,
     ITEM_FIELDS,
     Q_ROW,
-    REQUEST,
+    TABLE,
 )
 
 _COLUMNS = gl.constexpr(COLUMNS)
@@ -126,14 +126,15 @@ def _bring_tile(
 
 @gluon.jit
 def producer(
-    ring, ready, free, tokens, pages, descriptor, pages_descriptor, page_tables, items, num_work, max_pages, window,
+    ring, ready, free, tokens, pages, descriptor, pages_descriptor, page_tables, items, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
     IS_V: gl.constexpr,
 ):  # fmt: skip
     """One warp: brings K or V of each tile of each item, in the order in which the consumers take them."""
+    end = num_work(items, KV_HEADS)
     count = 0
-    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for index in range(gl.program_id(0), end, gl.num_programs(0)):
         prefetch(items + (index + 2 * gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, first_position, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
@@ -144,7 +145,7 @@ def producer(
         hole_start = gl.load(item + HOLE_START)
         hole_end = gl.load(item + HOLE_END)
         cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
-        table = page_tables + gl.load(item + REQUEST).to(gl.int64) * max_pages
+        table = page_tables + gl.load(item + TABLE)
         for order in range(num_tiles):
             stage = count % STAGES
             key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
@@ -157,6 +158,6 @@ def producer(
             count += 1
             if order == 0:
                 # The next item's first page ids, now that this one's first copies are under way.
-                following = gl.minimum(index + gl.num_programs(0), num_work - 1) // KV_HEADS * _ITEM_FIELDS
-                next_table = page_tables + gl.load(items + following + REQUEST).to(gl.int64) * max_pages
+                following = gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS
+                next_table = page_tables + gl.load(items + following + TABLE)
                 prefetch(next_table + gl.load(items + following + FIRST_KEY) // PAGE_SIZE)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 ITEM_FIELDS = 20
 (
-    REQUEST,  # row of the page tables
+    TABLE,  # first element of its page table among the page tables
     Q_ROW,  # first row of q
     NUM_NEW,  # new tokens
     NUM_VALID,  # of which the first so many count
@@ -32,5 +32,5 @@ ITEM_FIELDS = 20
     NUM_CHUNKS,  # of the request; new tokens are seen with the last
     PARTIAL_ROW,  # first row of the request's partial results
     COUNTER,  # where programs count the chunks that are done
-    _UNUSED,
+    NUM_ITEMS,  # of the launch; the same in every row
 ) = (tl.constexpr(column) for column in range(ITEM_FIELDS))

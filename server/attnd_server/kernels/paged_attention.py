@@ -33,7 +33,7 @@ from attnd_server.kernels.items import (
     PARTIAL_ROW,
     PREFIX_LEN,
     Q_ROW,
-    REQUEST,
+    TABLE,
 )
 from attnd_server.kernels.launch_shapes import FEW_NEW_TOKENS, Tile
 from attnd_server.kernels.merge import ROWS as MERGE_ROWS
@@ -85,11 +85,11 @@ def _store_output(
         tl.store(lse + places, row_lse * _LN2, mask=exists)
 
 
-@triton.jit(do_not_specialize=["max_pages", "window"])
+@triton.jit(do_not_specialize=["window"])
 def _paged_attention_kernel(
     output, lse, partial_output, partial_lse, counters,
     q, k, v,
-    k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, max_pages,
+    k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
     scale, softcap, window,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
@@ -107,7 +107,7 @@ def _paged_attention_kernel(
     first_head = group * HEADS
     kv_head = first_head // (NUM_HEADS // KV_HEADS)
     item = items + tl.program_id(0) // GROUPS * _ITEM_FIELDS
-    request = tl.load(item + REQUEST)
+    table = page_tables + tl.load(item + TABLE)
     q_row = tl.load(item + Q_ROW).to(tl.int64)
     num_new = tl.load(item + NUM_NEW)
     num_valid = tl.load(item + NUM_VALID)
@@ -179,7 +179,6 @@ def _paged_attention_kernel(
     row_sum = tl.zeros([ROWS], dtype=tl.float32)
 
     # Cached keys, through the page table; with many rows first those tiles that are seen whole.
-    table = page_tables + request.to(tl.int64) * max_pages
     PHASES: tl.constexpr = 1 if ROWS <= 32 or SPLIT else 2
     full_key = first_key + tl.maximum(full_key - first_key, 0) // KEYS * KEYS
     for phase in tl.static_range(PHASES):
@@ -323,7 +322,7 @@ def paged_attention(
         v_pages: one layer's V.
         k_scales: float32 `[num_kv_heads]` that k_pages are to be multiplied with, or None.
         v_scales: likewise.
-        page_tables: int32 `[num_reqs, max_pages]`; only columns of the context are read.
+        page_tables: int32; the items say where each request's begins. Only pages of the context are read.
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
@@ -343,7 +342,7 @@ def paged_attention(
     _paged_attention_kernel[(len(items) * (num_heads // heads),)](
         output, lse, partial_output, partial_lse, counters,
         q, k, v,
-        k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, page_tables.shape[1],
+        k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
         log2_scale(scale, softcap), LOG2E * softcap, window,
         NUM_HEADS=num_heads, KV_HEADS=num_kv_heads, HEADS=heads,
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
