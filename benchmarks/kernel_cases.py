@@ -132,7 +132,7 @@ class Case:
             num_tokens=self.num_tokens,
             cu_seqlens_q=self.cu_seqlens_q,
             context_lens=torch.tensor(self.context_lens),
-            page_tables=self.page_tables,
+            page_tables=self.page_tables.int(),  # as validation gives them
             slot_mapping=None,
             valid_lens=query_lens,
             block_sizes=torch.full_like(zeros, self.block_size),

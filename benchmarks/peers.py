@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from attnd_server.config import AttentionBackend
+from attnd_server.backends.base import AttentionKernel, DecodeShape, FixedPlan
+from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.dispatcher import TritonAttentionOps
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from benchmarks.exactness import FP8_LIMIT
 from benchmarks.graph_timing import host_us
 from benchmarks.kernel_cases import FP8, Case
@@ -71,25 +73,49 @@ class Ours:
 
     def prepare(self, case: Case, tensors: Tensors) -> Prepared:
         """Plans the step, and measures how long that takes. Raises attnd.Unsupported."""
-        config, options = tensors.config(case), case.options(self._backend)
-        kernel = self._ops.choose(config, case.metadata(), options)
-
-        def plan() -> Any:
-            return kernel.plan(config, case.metadata(), options, self._device)
-
-        state = plan()
+        config, options, metadata = tensors.config(case), case.options(self._backend), case.metadata()
+        kernel = self._ops.choose(config, metadata, options)
+        limit = None if tensors.k_scales is None else FP8_LIMIT
         scales = () if tensors.k_scales is None else (tensors.k_scales, tensors.v_scales)
+        fixed = self._fixed_plan(kernel, config, metadata, options)
+        if fixed is not None:
+            # The last layer must not write over the first layer's output, which is checked too.
+            outputs = [torch.empty_like(tensors.q) for _ in range(2)]
 
-        def call(layer: int) -> torch.Tensor:
-            output: torch.Tensor = kernel.run(state, tensors.q, tensors.k, tensors.v, *tensors.layers[layer], *scales)[
-                0
-            ]
-            return output
+            def run_fixed(layer: int) -> torch.Tensor:
+                output = outputs[min(layer, 1)]
+                fixed.run(output, None, tensors.q, tensors.k, tensors.v, *tensors.layers[layer], *scales)
+                return output
 
-        # Metadata outside of the clock: a step has it before it is planned. Anew each time: it keeps what it computes.
-        metadata = [case.metadata() for _ in range(31)]
-        plan_us = host_us(lambda: kernel.plan(config, metadata.pop(), options, self._device), self._device, 31)
-        return Prepared(call, limit=FP8_LIMIT if scales else None, plan_us=plan_us)
+            return Prepared(run_fixed, limit=limit, plan_us=self._plan_us(case, fixed.update))
+
+        state = kernel.plan(config, metadata, options, self._device)
+
+        def run(layer: int) -> torch.Tensor:
+            return kernel.run(state, tensors.q, tensors.k, tensors.v, *tensors.layers[layer], *scales)[0]
+
+        plan_us = self._plan_us(case, lambda step: kernel.plan(config, step, options, self._device))
+        return Prepared(run, limit=limit, plan_us=plan_us)
+
+    def _fixed_plan(
+        self, kernel: AttentionKernel, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions
+    ) -> FixedPlan | None:
+        """A fixed plan that holds the step, if it is a decode step and the kernel has one: what serves decode."""
+        if not metadata.is_decode:
+            return None
+        shape = DecodeShape(metadata.num_reqs, metadata.query_lens[0], metadata.max_context_len)
+        plan = kernel.fixed_plan(config, shape, options, self._device)
+        if isinstance(plan, str):
+            return None
+        plan.update(metadata)
+        return plan
+
+    def _plan_us(self, case: Case, plan: Callable[[AttentionMetadata], object]) -> float:
+        """Host time of a plan. Metadata is made before: a step has it by then. Each has its own: it keeps results."""
+        steps = [case.metadata() for _ in range(31)]
+        for step in steps:
+            _ = step.columns, step.max_context_len  # as validation does
+        return host_us(lambda: plan(steps.pop()), self._device, 31)
 
 
 class FlashAttention3:

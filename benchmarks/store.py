@@ -1,4 +1,4 @@
-"""Stores K and V of new tokens in slots in random order: ours, and torch's index_copy_.
+"""Moves K and V of tokens into slots in random order, and out of them: ours, and torch's index_copy_ and index_select.
 
 `python -m benchmarks.store --help`; README.md beside this file says how to read the result.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -30,7 +30,7 @@ from benchmarks.kernel_runs import (
     run_parameters,
     show,
 )
-from benchmarks.kernel_tensors import normal
+from benchmarks.kernel_tensors import as_slots, normal
 
 NUM_TOKENS = (1, 64, 256, 2048, 16384)
 QUICK = (64, 2048, 16384)
@@ -38,117 +38,153 @@ NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_LAYERS = 8, 128, 16, 8
 NUM_SLOTS = 32768
 """Of a layer."""
 COLUMNS = {
+    "operation": "operation",
     "tokens": "tokens",
     "ours_us": "ours us",
-    "index_copy_us": "index_copy_ us",
+    "torch_us": "torch us",
     "ratio": "ratio",
     "gb_per_s": "GB/s",
     "share": "share",
 }
 CAPTION = "us: microseconds of a layer, median. GB/s: bytes read and written. share: of a copy's bandwidth."
-Store = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+KV = tuple[torch.Tensor, torch.Tensor]
+Way = Callable[[KV, KV, torch.Tensor], KV]
+"""From pages, new tokens and slots, what is written: pages for `store`, tokens for `gather`."""
 
 
-def ours(k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    reason = availability(k.device)
-    if reason is not None:
-        raise NotThere(reason)
+def ours_store(pages: KV, new: KV, slots: torch.Tensor) -> KV:
+    refuse_without_triton(slots.device)
     from attnd_server.kernels.store import store_kv
 
-    store_kv(k_pages, v_pages, k, v, slots, Layout.UNIFIED)
+    store_kv(*pages, *new, slots, Layout.UNIFIED)
+    return pages
 
 
-def index_copy(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
-) -> None:
-    for pages, tokens in ((k_pages, k), (v_pages, v)):
-        pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, tokens)
+def index_copy(pages: KV, new: KV, slots: torch.Tensor) -> KV:
+    for each, tokens in zip(pages, new, strict=True):
+        as_slots(each).index_copy_(0, slots, tokens)
+    return pages
 
 
-WAYS: dict[str, Store] = {"ours": ours, "index_copy": index_copy}
+def ours_gather(pages: KV, new: KV, slots: torch.Tensor) -> KV:
+    refuse_without_triton(slots.device)
+    from attnd_server.kernels.gather import read_kv
+
+    return read_kv(*pages, slots, Layout.UNIFIED, pages[0].dtype)
+
+
+def index_select(pages: KV, new: KV, slots: torch.Tensor) -> KV:
+    k, v = (as_slots(each).index_select(0, slots) for each in pages)
+    return k, v
+
+
+def refuse_without_triton(device: torch.device) -> None:
+    """Raises NotThere if Triton's kernels do not run on the device."""
+    reason = availability(device)
+    if reason is not None:
+        raise NotThere(reason)
+
+
+WAYS: dict[str, dict[str, Way]] = {
+    "store": {"ours": ours_store, "index_copy": index_copy},
+    "gather": {"ours": ours_gather, "index_select": index_select},
+}
+"""Ours and torch's way of each operation."""
+
+
+class Cell(NamedTuple):
+    """What a row times."""
+
+    operation: str
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.num_tokens} tokens"
 
 
 class Data:
     """K, V and pages of each layer, and the slots of all.
 
     Args:
-        num_tokens: to store.
+        num_tokens: to move.
         dtype: of everything.
         device: where they lie.
     """
 
     def __init__(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = torch.randperm(NUM_SLOTS)[:num_tokens].to(device)
-        pages, tokens = (NUM_SLOTS // PAGE_SIZE, PAGE_SIZE), (num_tokens,)
-        self.layers = [
-            [normal((*shape, NUM_KV_HEADS, HEAD_DIM), dtype, device) for shape in (pages, pages, tokens, tokens)]
-            for _ in range(NUM_LAYERS)
-        ]
 
-    def layers_of(self, store: Store, device: torch.device) -> Layers:
-        """A way's layers, ready to be replayed."""
+        def pair(*shape: int) -> KV:
+            k, v = (normal((*shape, NUM_KV_HEADS, HEAD_DIM), dtype, device) for _ in "kv")
+            return k, v
+
+        self.layers = [(pair(NUM_SLOTS // PAGE_SIZE, PAGE_SIZE), pair(num_tokens)) for _ in range(NUM_LAYERS)]
+
+    def layers_of(self, way: Way, device: torch.device) -> tuple[Layers, dict[int, KV]]:
+        """A way's layers, ready to be replayed, and what each writes then."""
+        written: dict[int, KV] = {}
 
         def call(layer: int) -> torch.Tensor:
-            store(*self.layers[layer], self.slots)
-            return self.layers[layer][0]
+            written[layer] = way(*self.layers[layer], self.slots)
+            return written[layer][0]
 
-        return Layers(call, NUM_LAYERS, device)
+        return Layers(call, NUM_LAYERS, device), written
 
-    def check(self, what: str, layers: Layers) -> None:
-        """Replays over slots full of NaN. Raises WrongResult unless exactly these slots become the tokens."""
+    def check(self, what: str, operation: str, layers: Layers, written: dict[int, KV]) -> None:
+        """Replays over NaN. Raises WrongResult unless exactly these slots become the tokens, or the tokens they."""
         expected = []
-        for *pages, k, v in self.layers:
-            for each, tokens in zip(pages, (k, v), strict=True):
-                as_slots = each.view(-1, *each.shape[2:])
-                expected.append(as_slots.index_copy(0, self.slots, tokens).view_as(each))
-                as_slots.index_fill_(0, self.slots, torch.nan)
+        for index, (pages, new) in enumerate(self.layers):
+            for each, tokens, target in zip(pages, new, written[index], strict=True):
+                if operation == "store":
+                    expected.append(as_slots(each).index_copy(0, self.slots, tokens).view_as(each))
+                    as_slots(each).index_fill_(0, self.slots, torch.nan)
+                else:
+                    expected.append(as_slots(each)[self.slots])
+                    target.fill_(torch.nan)
         layers.replay()
-        stored = [each for *pages, _, _ in self.layers for each in pages]
-        for index, (have, want) in enumerate(zip(stored, expected, strict=True)):
+        found = [each for layer in range(NUM_LAYERS) for each in written[layer]]
+        for index, (have, want) in enumerate(zip(found, expected, strict=True)):
             if not torch.equal(have, want):
-                raise report.WrongResult(f"{what}: {'kv'[index % 2]} pages of layer {index // 2} hold something else")
+                kind = "pages" if operation == "store" else "tokens"
+                raise report.WrongResult(f"{what}: {'kv'[index % 2]} {kind} of layer {index // 2} hold something else")
 
 
-def measure(
-    num_tokens: int, roof: ceilings.Ceilings, seconds: float, notes: Notes, device: torch.device
-) -> dict[str, Any]:
+def measure(cell: Cell, roof: ceilings.Ceilings, seconds: float, notes: Notes, device: torch.device) -> dict[str, Any]:
     """Checks and times a cell."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    data, ready = Data(num_tokens, dtype, device), {}
-    for name, store in WAYS.items():
+    data, ready = Data(cell.num_tokens, dtype, device), {}
+    for name, way in WAYS[cell.operation].items():
         try:
-            layers = data.layers_of(store, device)
-            data.check(name, layers)
+            layers, written = data.layers_of(way, device)
+            data.check(name, cell.operation, layers, written)
             ready[name] = layers
         except Exception as reason:  # the other cells are worth having all the same
-            notes.add(name, reason, _name(num_tokens))
+            notes.add(name, reason, str(cell))
     synchronize(device)
     times_us = time_together(ready, seconds, device)
-    ours_us, peer_us = times_us.get("ours"), times_us.get("index_copy")
-    num_bytes = 4 * num_tokens * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize  # K and V, read and written
+    ours_us, torch_us = (times_us.get(name) for name in WAYS[cell.operation])
+    num_bytes = 4 * cell.num_tokens * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize  # K and V, read and written
     rate = num_bytes / ours_us / 1e3 if ours_us else None
     return {
-        "tokens": num_tokens,
+        "operation": cell.operation,
+        "tokens": cell.num_tokens,
         "ours_us": ours_us,
-        "index_copy_us": peer_us,
-        "ratio": ours_us / peer_us if ours_us and peer_us else None,
+        "torch_us": torch_us,
+        "ratio": ours_us / torch_us if ours_us and torch_us else None,
         "gb_per_s": rate,
         "share": rate and rate / roof.copy_gbs,
     }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = base_parser("store", "Stores of K and V: ours and index_copy_, by tokens.")
+    parser = base_parser("store", "K and V into slots and out of them: ours and torch's, by tokens.")
     for name in ("--peers", "--plot"):
         parser.add_argument(name, metavar="PATH", help="of the other kernels' benchmarks; nothing here")
     options = parse_base(parser, arguments)
     sizes = QUICK if options.quick else NUM_TOKENS
-    options.cells = chosen(parser, {_name(num_tokens): num_tokens for num_tokens in sizes}, options.only)
+    cells = [Cell(operation, num_tokens) for operation in WAYS for num_tokens in sizes]
+    options.cells = chosen(parser, {str(cell): cell for cell in cells}, options.only)
     return options
-
-
-def _name(num_tokens: int) -> str:
-    return f"{num_tokens} tokens"
 
 
 @torch.inference_mode()
@@ -158,7 +194,7 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
     roof = ceilings.measure(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     release(device)
     rows, stopped = measure_all(
-        options.cells, _name, lambda cell: measure(cell, roof, options.seconds, notes, device), device, err
+        options.cells, str, lambda cell: measure(cell, roof, options.seconds, notes, device), device, err
     )
     title = f"store: {NUM_KV_HEADS} heads x {HEAD_DIM}, pages of {PAGE_SIZE}, {device.type}"
     show(out, report.table(title, f"{CAPTION}\n{roof}", rows, COLUMNS), notes)

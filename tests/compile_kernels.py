@@ -23,7 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attnd_server.config import DISTINCT_LANES, FP8, Layout
+from attnd_server.config import DISTINCT_LANES, FP8, KVSplitConfig, Layout
+from attnd_server.kernels.decode_items import decode_items
+from attnd_server.kernels.gather import read_kv
 from attnd_server.kernels.items import ITEM_FIELDS
 from attnd_server.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_ROWS, launch_shape
 from attnd_server.kernels.merge import MERGE_FIELDS, merge
@@ -158,7 +160,20 @@ def launch_hopper(case: Case) -> None:
     )  # fmt: skip
     rows = max(16, triton.next_power_of_2(case.tokens * case.group))
     rows = rows if rows <= HOPPER_DECODE_ROWS else HOPPER_ROWS
-    hopper_attention(*given, rows=rows, num_programs=132, **case.numbers())
+    hopper_attention(*given, rows=rows, num_multiprocessors=132, **case.numbers())
+
+
+def launch_hopper_fp8(case: Case) -> None:
+    """Decode over FP8."""
+    from attnd_server.kernels.hopper_decode_fp8 import hopper_decode_fp8
+
+    heads = case.group * NUM_KV_HEADS
+    given = (
+        *case.outputs(), case.query(), *case.new(not case.cached_only), *case.pages(), *case.scales(), *tables(),
+        case.per_head(heads), case.per_head(heads),
+    )  # fmt: skip
+    rows = max(16, triton.next_power_of_2(case.tokens * case.group))
+    hopper_decode_fp8(*given, rows=rows, num_multiprocessors=132, **case.numbers())
 
 
 def launch_merge(case: Case) -> None:
@@ -168,10 +183,25 @@ def launch_merge(case: Case) -> None:
     merge(*case.outputs(), merges, sinks, heads=case.group, max_tokens=case.tokens)
 
 
+def launch_items(case: Case) -> None:
+    """The launch that lays out a decode step for Hopper's kernels."""
+    shapes = (64, ITEM_FIELDS), (300, MERGE_FIELDS), (4096,)
+    decode_items(
+        *(empty(*shape, dtype=torch.int32) for shape in shapes), query_len=case.tokens, group=case.group,
+        num_groups=NUM_KV_HEADS, rows=16, num_multiprocessors=132, num_looked_at=17, kv_split=KVSplitConfig(),
+        is_chunked=case.tokens == 1, is_even=case.tokens > 1, window=0,
+    )  # fmt: skip
+
+
 def launch_store(case: Case) -> None:
     """The store of new tokens."""
     slots = empty(case.tokens, dtype=torch.int64)
     store_kv(*case.pages(), *case.new(True), slots, case.layout, *case.scales())
+
+
+def launch_gather(case: Case) -> None:
+    """The read of slots."""
+    read_kv(*case.pages(), empty(case.tokens, dtype=torch.int64), case.layout, case.dtype, *case.scales())
 
 
 def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:
@@ -179,10 +209,10 @@ def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:
     few, some, many, distinct = 4, 200, 512, Layout.DISTINCT
     paged = [Case(BF16, 128, many, split=False), Case(BF16, 128, some), Case(BF16, 128, few, group=8, options=True)]
     paged += [Case(BF16, 80, many, layout=distinct, cached_only=True, split=False)]
-    stores = [Case(BF16, 128), Case(FP32, 80, layout=distinct)]
+    moves = [Case(BF16, 128), Case(FP32, 80, layout=distinct)]
     if capability >= 89:
         paged += [Case(BF16, 64, kv_dtype=FP8)]
-        stores += [Case(BF16, 128, kv_dtype=FP8)]
+        moves += [Case(BF16, 128, kv_dtype=FP8)]
     if capability <= 89:
         paged += [Case(BF16, 256), Case(FP32, 128)]
     if capability == 89:
@@ -190,12 +220,17 @@ def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:
         paged += [Case(BF16, 128, some, FP8, options=True), Case(BF16, 256, some, FP8)]
         paged += [Case(BF16, 128, some, layout=distinct, options=True)]
         paged += [Case(BF16, 80, few, FP8, layout=distinct)]
-    chosen = [(launch_paged, case) for case in paged] + [(launch_store, case) for case in stores]
+    chosen = [(launch_paged, case) for case in paged]
+    chosen += [(launch, case) for launch in (launch_store, launch_gather) for case in moves]
     chosen += [(launch_merge, Case(BF16, 128)), (launch_merge, Case(BF16, 80, few, options=True))]
     if capability == 90:
         hopper = [Case(BF16, 64), Case(BF16, 128, 16, options=True)]
         hopper += [Case(BF16, 64, many, split=False), Case(BF16, 128, 32, group=8, options=True), Case(BF16, 256, many)]
+        hopper_fp8 = [Case(BF16, 128, kv_dtype=FP8), Case(BF16, 128, 5, FP8, options=True), Case(BF16, 256, 1, FP8)]
+        hopper_fp8 += [Case(BF16, 128, 16, FP8, options=True), Case(BF16, 256, 5, FP8, cached_only=True, split=False)]
         chosen += [(launch_hopper, case) for case in hopper]
+        chosen += [(launch_items, Case(BF16, 128)), (launch_items, Case(BF16, 128, few))]
+        chosen += [(launch_hopper_fp8, case) for case in hopper_fp8]
     return chosen
 
 

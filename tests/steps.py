@@ -101,7 +101,9 @@ class Case:
             num_tokens=sum(lens),
             cu_seqlens_q=column([sum(lens[:end]) for end in range(len(lens) + 1)]),
             context_lens=column([request.context_len for request in requests]),
-            page_tables=column([request.pages for request in requests]).reshape(len(requests), -1 if requests else 0),
+            page_tables=column([request.pages for request in requests])
+            .int()
+            .reshape(len(requests), -1 if requests else 0),
             slot_mapping=None,
             valid_lens=column([request.valid_len for request in requests]),
             block_sizes=column([{CAUSAL: 1, BIDIRECTIONAL: 0}.get(r.mask, r.block_size) for r in requests]),

@@ -41,6 +41,7 @@ from attnd.pages import PagedSequence, PagePool
 from attnd.session import Session, Step, Timings
 from attnd.tensors import Array
 from attnd.tuning import tune_process
+from attnd.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from attnd.attention import Attention, attach
@@ -69,6 +70,7 @@ __all__ = [
     "StepMetadata",
     "Timings",
     "Unsupported",
+    "WarmUp",
     "__version__",
     "aio",
     "attach",

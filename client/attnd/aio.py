@@ -34,6 +34,7 @@ from attnd.options import AttentionOptions
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.transport import GRPC_OPTIONS, SERVICE, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
+from attnd.warm_up import WarmUp
 
 
 async def connect(
@@ -211,6 +212,27 @@ class AsyncCache:
     async def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
         await self.client.unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+
+    async def warm_up(
+        self,
+        *,
+        num_heads: int,
+        max_reqs: int,
+        query_len: int = 1,
+        max_context_len: int = 0,
+        options: AttentionOptions = DEFAULT_OPTIONS,
+        timeout_s: float = 120.0,
+    ) -> WarmUp:
+        """Has the server compile and capture decode steps. Arguments, result and errors as `attnd.Cache.warm_up`."""
+        request = requests.warm_up(
+            self.ref,
+            num_heads=num_heads,
+            query_len=query_len,
+            max_reqs=max_reqs,
+            max_context_len=max_context_len,
+            options=options,
+        )
+        return requests.warmed_up(await self.client.unary("WarmUp", request, timeout_s))
 
     async def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
         """Stores K and V of one layer. Arguments and result as `attnd.Cache.store_kv`."""

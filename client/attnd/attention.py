@@ -12,6 +12,7 @@ from attnd.diffulex_steps import check_geometry, from_diffulex
 from attnd.errors import InvalidRequest
 from attnd.metadata import StepMetadata
 from attnd.options import BACKENDS, AttentionOptions
+from attnd.packing import ints
 
 if TYPE_CHECKING:
     from attnd.session import Session, Step
@@ -148,11 +149,14 @@ class _Steps:
         self._step: Step | None = None
         self._kv = True
         self._layers: set[int] = set()
+        self._warm: set[tuple[bytes, int, int, int]] = set()  # what the server warmed up for
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
         step = self._current(layer)
+        if diffulex.is_warming_up():
+            self._warm_up(q.shape[1], options)
         new_k, new_v = (k, v) if self._kv else (None, None)
         try:
             output: torch.Tensor = step.attend(layer, q, new_k, new_v, options)
@@ -182,7 +186,18 @@ class _Steps:
         if metadata.store_only:
             raise InvalidRequest("store_only is True, but must be False: a layer has an output", field="store_only")
         self._kv = not metadata.cache_only
+        self._opened = metadata
         return self._session.step(metadata)
+
+    def _warm_up(self, num_heads: int, options: AttentionOptions) -> None:
+        """Has the server warm up for the open step, if it is a decode step of a shape that is new."""
+        if self._opened.kind != "decode" or self._opened.cache_only:
+            return
+        lens = ints(self._opened.query_lens, "query_lens")
+        shape = (options.encoded, num_heads, lens[0], len(lens))
+        if shape not in self._warm:
+            self._session.cache.warm_up(num_heads=num_heads, query_len=lens[0], max_reqs=len(lens), options=options)
+            self._warm.add(shape)
 
 
 def _in_heads(tensor: torch.Tensor, num_heads: int, head_dim: int, field: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from attnd.requests import DEFAULT_OPTIONS
 from attnd.session import Session
 from attnd.transport import Transport, open_transport
 from attnd.v1 import cache_pb2, capabilities_pb2
+from attnd.warm_up import WarmUp
 
 
 def connect(address: str = "localhost:7411", *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0) -> Client:
@@ -227,6 +228,46 @@ class Cache:
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
         self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+
+    def warm_up(
+        self,
+        *,
+        num_heads: int,
+        max_reqs: int,
+        query_len: int = 1,
+        max_context_len: int = 0,
+        options: AttentionOptions = DEFAULT_OPTIONS,
+        timeout_s: float = 120.0,
+    ) -> WarmUp:
+        """Has the server compile and capture decode steps of one shape, so that their first call is as fast as any.
+
+        Optional: a step that was not warmed up gives the same, only later. Call it once the cache is there, for each
+        query_len and each kind of layer; the same again is free. Others are served while kernels compile, and wait for
+        no more than one layer while graphs are captured. Where there is nothing to capture, on a processor for one,
+        `num_graphs` is 0 and `reason` says why.
+
+        Args:
+            num_heads: query heads of the calls.
+            max_reqs: most requests of a step; smaller batches are served too.
+            query_len: new tokens of each request: 1, or those of a diffusion block.
+            max_context_len: most cached tokens of a request; 0 is as many as the cache's pages hold.
+            options: as in the calls.
+            timeout_s: seconds to wait for it. The server finishes it all the same.
+
+        Raises:
+            InvalidRequest: a value is out of its range.
+            Exhausted: the server has no memory for the buffers.
+            Unsupported: the backend cannot serve such steps at all.
+        """
+        request = requests.warm_up(
+            self.ref,
+            num_heads=num_heads,
+            query_len=query_len,
+            max_reqs=max_reqs,
+            max_context_len=max_context_len,
+            options=options,
+        )
+        return requests.warmed_up(self.transport.unary("WarmUp", request, timeout_s))
 
     def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
         """Stores K and V of one layer, in chunks of a few MiB.

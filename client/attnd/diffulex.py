@@ -170,7 +170,11 @@ def set_fetch_fn_for_attn_metadata(fn: Callable[[], Any]) -> None:
 
 
 def set_warming_up(is_warming_up: bool) -> None:
-    """Says whether the model runner is warming up: layers that are not attached to a server then return zeros."""
+    """Says whether the model runner is warming up.
+
+    Layers that are not attached to a server return zeros then. Attached ones run as ever, and before the first decode
+    step of a shape (query heads, options, new tokens and number of requests) they have the server warm up for it.
+    """
     global _warming_up
     _warming_up = is_warming_up
 

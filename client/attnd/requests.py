@@ -11,9 +11,10 @@ from attnd.errors import InvalidRequest, ServerFault, from_message
 from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
-from attnd.packing import float32_tensor, int32_tensor, slots_tensor
+from attnd.packing import float32_tensor, int32_tensor, slots_tensor, uint32
 from attnd.tensors import KV_DTYPES, Array, dtype_of, from_array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, step_pb2, tensor_pb2
+from attnd.warm_up import WarmUp
 
 # Bytes of K and V in one chunk of StoreKv.
 STORE_CHUNK_BYTES = 4 << 20
@@ -95,6 +96,33 @@ def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Seque
         source_pages=int32_tensor(sources, "source_pages"),
         target_pages=int32_tensor(targets, "target_pages"),
     ).SerializeToString()
+
+
+def warm_up(
+    cache: cache_pb2.CacheRef,
+    *,
+    num_heads: int,
+    query_len: int,
+    max_reqs: int,
+    max_context_len: int,
+    options: AttentionOptions,
+) -> bytes:
+    """The request of WarmUp. Raises InvalidRequest for what the message cannot carry."""
+    return attention_pb2.WarmUpRequest(
+        cache=cache,
+        num_heads=uint32(num_heads, "num_heads"),
+        options=options.message,
+        query_len=uint32(query_len, "query_len"),
+        max_reqs=uint32(max_reqs, "max_reqs"),
+        max_context_len=uint32(max_context_len, "max_context_len"),
+    ).SerializeToString()
+
+
+def warmed_up(data: bytes) -> WarmUp:
+    """What WarmUp answered."""
+    message = wire.parse(attention_pb2.WarmUpResponse, data)
+    backend = _BACKEND_NAMES.get(message.backend, "")
+    return WarmUp(message.num_graphs, message.num_bytes, message.seconds, backend, message.reason)
 
 
 def tensor_message(array: Array) -> tensor_pb2.Tensor:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attnd_server.backends.window import SlidingWindowAttention
     from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
     from attnd_server.dispatcher import TritonAttentionOps
-    from attnd_server.metadata import AttentionMetadata
+    from attnd_server.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
 
 __all__ = [
     "AttentionBackend",
@@ -30,6 +30,9 @@ __all__ = [
     "TritonAttentionOps",
     "TritonPagedAttention",
     "__version__",
+    "is_warming_up",
+    "reset_warming_up",
+    "set_warming_up",
     "triton_attention",
     "triton_grouped_attention",
 ]
@@ -46,6 +49,9 @@ _MODULES = {
     "TritonAttentionOps": "attnd_server.dispatcher",
     "TritonPagedAttention": "attnd_server.backends.triton",
     "__version__": "attnd._version",
+    "is_warming_up": "attnd_server.metadata",
+    "reset_warming_up": "attnd_server.metadata",
+    "set_warming_up": "attnd_server.metadata",
     "triton_attention": "attnd_server.backends.triton",
     "triton_grouped_attention": "attnd_server.backends.triton",
 }

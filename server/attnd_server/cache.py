@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,9 +18,12 @@ from attnd.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.backends.triton import availability
 from attnd_server.config import AttentionConfig, ServerConfig
-from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv
+from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
 
-# Oldest GPU for which Triton converts to FP8.
+if TYPE_CHECKING:
+    from attnd_server.decode_graphs import DecodeGraphs
+
+# Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,8 @@ class Cache:
         v_pages: `[num_layers, *config.v_shape]`.
         k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
         v_scales: likewise.
+        graphs: what warm-ups captured, by what `find_graphs` looks for.
+        num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
     """
 
     def __init__(
@@ -52,9 +58,11 @@ class Cache:
         self.v_pages = torch.zeros(config.num_layers, *config.v_shape, dtype=config.kv_dtype, device=device)
         self.k_scales = _scales(config, config.k_scales, device)
         self.v_scales = _scales(config, config.v_scales, device)
-        self._triton_store = _triton_store(config, device)
+        self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
         self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
+        self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
+        self.num_graph_bytes = 0
         self.renew()
 
     @property
@@ -62,13 +70,22 @@ class Cache:
         """Where the pages are."""
         return self.k_pages.device
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the device's memory, those of graphs' buffers included."""
+        return self.config.num_bytes + self.num_graph_bytes
+
     def renew(self) -> None:
         """Starts the lease again."""
         self.expires_at = time.monotonic() + self.ttl_s
 
     def close(self) -> None:
-        """Frees the pages, whoever still holds the object. On the executor's thread, so that no call is running."""
+        """Frees pages and graphs, whoever still holds them. On the executor's thread, so that no call is running."""
         self.is_closed = True
+        for captured in self.graphs.values():
+            for graphs in captured:
+                graphs.close()
+        self.graphs.clear()
         self.k_pages = self.v_pages = torch.empty(0)
 
     def refuse_if_closed(self) -> None:
@@ -86,10 +103,15 @@ class Cache:
         else:
             self._triton_store(k_pages, v_pages, k, v, stored.slots, layout, self.k_scales, self.v_scales)
 
+    def store_at(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """As `store`, at int64 slots `[num_tokens]` that are looked at when it runs: to be captured. -1 is skipped."""
+        skips = self._triton_store is not None
+        self.store(layer, k, v, StoredTokens(slots) if skips else stored_tokens(slots, self.device))
+
     def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V at the slots in `config.dtype`, `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        layout, scales = self.config.layout, (self.k_scales, self.v_scales)
-        return read_kv(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
+        read, layout, scales = self._triton_read or read_kv, self.config.layout, (self.k_scales, self.v_scales)
+        return read(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""
@@ -129,15 +151,22 @@ class Cache:
         )
 
 
-def _triton_store(config: AttentionConfig, device: torch.device) -> Callable[..., None] | None:
-    """The store in Triton, if it runs on `device`."""
-    if device.type != "cuda" or availability(device) is not None:
-        return None
-    if config.is_quantised and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
-        return None
-    from attnd_server.kernels import store
+class _TritonKernels(NamedTuple):
+    """What replaces `store_kv` and `read_kv` on a GPU; None: nothing does."""
 
-    return store.store_kv
+    store: Callable[..., None] | None = None
+    read: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+def _triton_kernels(config: AttentionConfig, device: torch.device) -> _TritonKernels:
+    """Store and read in Triton, if they run on `device`."""
+    if device.type != "cuda" or availability(device) is not None:
+        return _TritonKernels()
+    if config.is_quantised and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        return _TritonKernels()
+    from attnd_server.kernels import gather, store
+
+    return _TritonKernels(store.store_kv, gather.read_kv)
 
 
 def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
@@ -168,7 +197,7 @@ class CacheTable:
     @property
     def num_bytes(self) -> int:
         """Bytes that caches take now."""
-        return sum(cache.config.num_bytes for cache in list(self._caches.values()))
+        return sum(cache.num_bytes for cache in list(self._caches.values()))
 
     def create(self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str) -> Cache:
         """Leases a new cache.
@@ -203,6 +232,26 @@ class CacheTable:
         with self._lock:
             self._caches[cache.id] = cache
         return cache
+
+    def reserve(self, cache: Cache, num_bytes: int, purpose: str) -> None:
+        """Counts bytes that the graphs of a cache are about to take.
+
+        Raises:
+            Exhausted: they are not free; `purpose` says what takes them.
+        """
+        with self._lock:
+            used = self.num_bytes + sum(self._reserved.values())
+            if used + num_bytes > self.kv_bytes:
+                raise Exhausted(
+                    f"{purpose} takes {num_bytes} bytes, but of the server's {self.kv_bytes} bytes of KV memory {used} "
+                    f"are in use and {self.kv_bytes - used} are free"
+                )
+            cache.num_graph_bytes += num_bytes
+
+    def release(self, cache: Cache, num_bytes: int) -> None:
+        """Gives back bytes of `reserve`."""
+        with self._lock:
+            cache.num_graph_bytes -= num_bytes
 
     def get(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
         """The cache that `ref` names; its lease starts again.

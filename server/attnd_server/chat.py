@@ -51,6 +51,8 @@ def run_chat(
             cache = stack.enter_context(
                 RemoteCache(client, network.config, max_tokens=MAX_TOKENS, dtype=network.dtype, name="chat")
             )
+            if client.capabilities().devices[0].name.startswith("cuda"):
+                cache.cache.warm_up(num_heads=network.config.num_attention_heads, max_reqs=1)
             console.print(f"{model.name} on {network.device}, attention at {address}. {HELP}", highlight=False)
             _talk(console, Conversation(model, cache, max_new_tokens, temperature))
             return 0

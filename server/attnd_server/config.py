@@ -92,10 +92,11 @@ class KVSplitConfig:
 _MAX_CHUNK_SIZE = 1 << 20
 
 # Tokens of KV in a chunk of requests with at most so many tokens, and of longer ones. Short chunks fill a chip with one
-# request, long ones cost less with many; from runs of benchmarks/decode.py with 8, 16 and 32 chunks a request on an
-# H200.
-_CHUNKED_LENGTHS = np.array([2048, 4096, 16384, 32768])
-_CHUNKS = np.array([128, 512, 1024, 2048, 4096], dtype=np.int32)
+# request, long ones cost less with many; from decode of 1, 8 and 64 requests with chunks of each size on an H200.
+CHUNKED_LENGTHS = (2048, 4096, 16384, 32768, 65536)
+CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
+_CHUNKED_LENGTHS = np.array(CHUNKED_LENGTHS)
+_CHUNKS = np.array(CHUNKS, dtype=np.int32)
 
 
 def power_of_two(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -104,6 +104,8 @@ def _remotely(console: Console, model: Model, client: Client, address: str, max_
         device = client.capabilities().devices[0].name
         console.print(f"{model.name} on {network.device}, attention on {device} at {address}", highlight=False)
         generate(model, prompts[0], max_new_tokens=2, cache=cache)  # warm up
+        if device.startswith("cuda"):
+            cache.cache.warm_up(num_heads=network.config.num_attention_heads, max_reqs=1)
         cache.session.reset_timings()
         answers, num_pages_used = [], 0
         for prompt, tokens in zip(PROMPTS, prompts, strict=True):

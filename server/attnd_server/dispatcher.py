@@ -10,9 +10,9 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd_server.auto_choice import kind_of, orders_for
-from attnd_server.backends.base import AttentionKernel
+from attnd_server.backends.base import AttentionKernel, DecodeShape
 from attnd_server.config import AttentionBackend, AttentionConfig
-from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.metadata import AttentionMetadata, AttentionOptions, decode_step
 
 
 class _Off(Exception):
@@ -159,6 +159,15 @@ class TritonAttentionOps:
         """
         kernel = self.choose(config, metadata, options)
         return Plan(kernel, kernel.plan(config, metadata, options, self.device))
+
+    def kernel_for(self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions) -> AttentionKernel:
+        """The kernel that a decode step of a shape gets.
+
+        Raises:
+            Unsupported: see `choose`.
+        """
+        step = decode_step(shape.num_reqs, shape.query_len, shape.max_context_len, config.page_size)
+        return self.choose(config, step, options)
 
     def attend(
         self,

@@ -6,58 +6,34 @@ import os
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
-from attnd_server.cache import Cache, CacheTable
-from attnd_server.config import AttentionBackend, ServerConfig
-from attnd_server.dispatcher import Plan, TritonAttentionOps
-from attnd_server.kernels.pages import StoredTokens, stored_tokens
-from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.cache import CacheTable
+from attnd_server.config import ServerConfig
+from attnd_server.decode_graphs import Capture, cuda_capture
+from attnd_server.dispatcher import TritonAttentionOps
+from attnd_server.metadata import AttentionOptions
+from attnd_server.steps import Call, Result, Step, attend
 
 Work = Callable[[], bytes]
 Done = Callable[[bytes | None, BaseException | None], None]
 
 
-@dataclass(eq=False)
-class Step:
-    """A validated step of one cache, with what its layers share.
+class LongWork(ABC):
+    """Work that takes seconds, for which others need not wait: it runs on a thread beside the executor's.
 
-    Attributes:
-        id: the client's number for it.
-        cache: the cache that it reads and writes.
-        metadata: lengths, page tables, slots, masks.
-        plans: by the options of a layer; filled by the executor at the first call with these options.
+    One at a time. What needs the device to itself, it does by `Executor.take_turn`, in short pieces.
     """
 
-    id: int
-    cache: Cache
-    metadata: AttentionMetadata
-    plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
-    stored: StoredTokens | None = None  # on the device, from the first call on
-
-
-class Call(NamedTuple):
-    """One layer of one step, tensors on the host."""
-
-    step: Step
-    layer: int
-    options: AttentionOptions
-    q: torch.Tensor | None
-    k: torch.Tensor | None
-    v: torch.Tensor | None
-
-
-class Result(NamedTuple):
-    """What a call gives, tensors on the host."""
-
-    output: torch.Tensor | None
-    lse: torch.Tensor | None
-    backend: AttentionBackend | None
+    @abstractmethod
+    def __call__(self) -> bytes:
+        """The work."""
 
 
 class _Job(NamedTuple):
@@ -76,11 +52,23 @@ class Executor:
 
     # How often leases that have ended are looked for, in seconds.
     EXPIRY_PERIOD_S = 1.0
+    # LongWork that runs or waits.
+    MAX_LONG_WORK = 64
 
-    def __init__(self, device: torch.device, caches: CacheTable, config: ServerConfig) -> None:
-        """Starts the thread."""
+    def __init__(
+        self, device: torch.device, caches: CacheTable, config: ServerConfig, capture: Capture | None = None
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            device: that it owns.
+            caches: on the device.
+            config: the limits.
+            capture: how decode steps are captured; None: as CUDA graphs, where there are any.
+        """
         self._caches = caches
         self.device = device
+        self.capture = capture or cuda_capture(device)
         self.ops = TritonAttentionOps(device)
         self.queue_us = 0  # how long the running work waited; read by the work itself
         self._max_queue_depth = config.max_queue_depth
@@ -88,6 +76,8 @@ class Executor:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self._device_lock = threading.Lock()
+        self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
+        self._long_places = threading.Semaphore(self.MAX_LONG_WORK)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
 
@@ -97,7 +87,7 @@ class Executor:
         return self._queue.qsize()
 
     def submit(self, work: Work, done: Done, timeout_s: float | None = None) -> None:
-        """Queues `work`; `done` gets its result or its exception, on the executor's thread.
+        """Queues `work`; `done` gets its result or its exception, on a thread of the executor's.
 
         Args:
             work: called once, unless `timeout_s` has passed before its turn.
@@ -114,7 +104,13 @@ class Executor:
         if depth >= self._max_queue_depth:
             raise Exhausted(f"{depth} calls wait, but the queue's limit is {self._max_queue_depth}; retry in a moment")
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        self._queue.put(_Job(work, done, deadline, time.perf_counter()))
+        job = _Job(work, done, deadline, time.perf_counter())
+        if isinstance(work, LongWork):
+            if not self._long_places.acquire(blocking=False):
+                raise Exhausted(f"{self.MAX_LONG_WORK} warm-ups wait, which is the limit; retry in a moment")
+            self._side.submit(self._settle_long, job)
+        else:
+            self._queue.put(job)
 
     def run_now(self, work: Work) -> bytes | None:
         """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
@@ -132,6 +128,30 @@ class Executor:
         finally:
             self._device_lock.release()
 
+    def take_turn(self, work: Callable[[], None]) -> None:
+        """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
+
+        Raises:
+            Disconnected: the executor was closed.
+        """
+        answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def piece() -> bytes:
+            work()
+            return b""
+
+        self._queue.put(_Job(piece, lambda result, error: answers.put(error), float("inf"), time.perf_counter()))
+        while True:
+            try:
+                error = answers.get(timeout=self.EXPIRY_PERIOD_S)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise Disconnected("the server is shutting down") from None
+                continue
+            if error is not None:
+                raise error
+            return
+
     def prepare_thread(self) -> None:
         """Makes torch's settings of the calling thread what calls need."""
         torch.set_grad_enabled(False)
@@ -143,6 +163,7 @@ class Executor:
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
         self._closed = True
+        self._side.shutdown(wait=False, cancel_futures=True)
         self._queue.put(None)
         self._thread.join(timeout_s)
 
@@ -165,59 +186,43 @@ class Executor:
             del job  # holds the call's tensors
 
     def _settle(self, job: _Job) -> None:
-        try:
-            if time.monotonic() > job.deadline:
-                raise DeadlineExceeded("the deadline passed while the call waited for the executor")
+        def work() -> bytes:
             with self._device_lock:
                 self.queue_us = int((time.perf_counter() - job.submitted_at) * 1e6)
-                result: bytes | None = job.work()
-            error: BaseException | None = None
-        except AttndError as refused:
-            result, error = None, refused
+                return job.work()
+
+        job.done(*self._outcome(work, job.deadline))
+
+    def _settle_long(self, job: _Job) -> None:
+        outcome = self._outcome(job.work, job.deadline)
+        self._long_places.release()
+        job.done(*outcome)
+
+    def _outcome(self, work: Work, deadline: float) -> tuple[bytes | None, BaseException | None]:
+        try:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded("the deadline passed while the call waited for the executor")
+            return work(), None
         except (torch.OutOfMemoryError, MemoryError) as full:
-            result, error = None, self._exhausted(full)
+            return None, self._exhausted(full)
         except Exception as fault:
-            result, error = None, fault
-        job.done(result, error)
+            return None, fault
 
     def attend(self, call: Call) -> Result:
-        """One layer: plan if it is the step's first with these options, store, attend. On the executor's thread."""
-        step, cache = call.step, call.step.cache
-        cache.refuse_if_closed()
-        metadata = step.metadata
-        k = None if call.k is None else call.k.to(self.device)
-        v = None if call.v is None else call.v.to(self.device)
-        plan = None if metadata.store_only else self._plan(step, call.options)
-        if metadata.slot_mapping is not None and k is not None and v is not None:
-            if step.stored is None:
-                step.stored = stored_tokens(metadata.slot_mapping, self.device)
-                cache.mark_written(metadata.slot_mapping)
-            cache.store(call.layer, k, v, step.stored)
-        if plan is None or call.q is None:
-            return Result(None, None, None)
-        q = call.q.to(self.device)
-        k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
-        output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
-        return Result(output.cpu(), None if lse is None else lse.cpu(), plan.kernel.backend)
+        """One layer; see `steps.attend`. On the executor's thread."""
+        return attend(call, self.ops)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
-        """Plans a step before its first call, while the worker is still computing that call's q, k and v.
+        """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
 
         A guess: if it cannot be queued, or the step cannot be served so, nothing is lost and the call itself will tell.
         """
 
         def work() -> bytes:
-            if not step.cache.is_closed and not step.metadata.store_only:
-                self._plan(step, options)
+            step.make_ready(options, self.ops)
             return b""
 
         try:
             self.submit(work, lambda result, error: None)
         except AttndError:
             pass  # busy or closing
-
-    def _plan(self, step: Step, options: AttentionOptions) -> Plan:
-        plan = step.plans.get(options)
-        if plan is None:
-            plan = step.plans[options] = self.ops.plan(step.cache.config, step.metadata, options)
-        return plan

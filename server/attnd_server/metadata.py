@@ -1,13 +1,29 @@
-"""A step and the options of a layer, after validation: shapes and ranges are facts from here on."""
+"""A step and the options of a layer, after validation: shapes and ranges are facts from here on.
+
+And whether this thread is warming up: preparing for steps that are yet to come, instead of serving one.
+"""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from attnd_server.config import AttentionBackend
+
+REQUEST_COLUMNS = (
+    "valid_lens",
+    "context_lens",
+    "block_sizes",
+    "prefix_lens",
+    "padded_prefix_lens",
+    "hole_starts",
+    "hole_ends",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +38,8 @@ class AttentionMetadata:
         num_tokens: rows of q, k and v.
         cu_seqlens_q: int64 `[num_reqs + 1]`; request r has the new tokens `[cu_seqlens_q[r], cu_seqlens_q[r + 1])`.
         context_lens: int64 `[num_reqs]`, cached tokens.
-        page_tables: int64 `[num_reqs, max_pages]`; -1 is no page. Pages past the context may hold any id or -1.
+        page_tables: int32 or int64 `[num_reqs, max_pages]`; -1 is no page. Pages past the context may hold any id or
+            -1.
         slot_mapping: int64 `[num_tokens]` with -1 for tokens that are not stored, or None: nothing is stored.
         valid_lens: int64 `[num_reqs]`, new tokens that count.
         block_sizes: int64 `[num_reqs]`; 1 is causal, 0 is bidirectional.
@@ -55,6 +72,12 @@ class AttentionMetadata:
         return self.context_lens.shape[0]
 
     @cached_property
+    def columns(self) -> npt.NDArray[np.int32]:
+        """The numbers of each request that kernels go by: `[len(REQUEST_COLUMNS), num_reqs]`."""
+        arrays = [getattr(self, name).numpy() for name in REQUEST_COLUMNS]
+        return np.concatenate(arrays, dtype=np.int32, casting="same_kind").reshape(len(arrays), -1)
+
+    @cached_property
     def query_lens(self) -> list[int]:
         """New tokens of each request."""
         return torch.diff(self.cu_seqlens_q).tolist()
@@ -63,6 +86,22 @@ class AttentionMetadata:
     def max_context_len(self) -> int:
         """The longest context, in tokens; 0 if there is no request."""
         return int(self.context_lens.max()) if self.num_reqs else 0
+
+    @cached_property
+    def first_absent_pages(self) -> torch.Tensor | None:
+        """The first column of each request's page table without a page: int64 `[num_reqs]`; None if none has any."""
+        tables = self.page_tables.numpy()
+        if not tables.size or tables.min() >= 0:
+            return None
+        is_absent = tables < 0
+        first = is_absent.argmax(axis=1)  # 0 where there is none
+        first[~is_absent[np.arange(len(first)), first]] = tables.shape[1]
+        return torch.from_numpy(first)
+
+    def has_absent_pages(self, page_size: int) -> bool:
+        """Whether a page of `page_size` tokens that holds context is absent from the page tables."""
+        first = self.first_absent_pages
+        return first is not None and bool((first * page_size < self.context_lens).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +127,54 @@ class AttentionOptions:
     sinks: torch.Tensor | None = None
     return_lse: bool = False
     backend: AttentionBackend | None = None
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for options that compute the same, and to be kept by where an object does not live long enough."""
+        arrays = [None if array is None else array.numpy().tobytes() for array in (self.alibi_slopes, self.sinks)]
+        scale = torch.tensor(self.scale, dtype=torch.float32).item()  # as it travels; a default did not
+        return (self.num_heads, scale, self.softcap, self.window, *arrays, self.return_lse, self.backend)
+
+
+def decode_step(num_reqs: int, query_len: int, context_len: int = 0, page_size: int = 1) -> AttentionMetadata:
+    """A causal decode step that stores nothing, all requests alike and every page id 0: to plan and compile with.
+
+    Its page tables take no memory, however long the context.
+    """
+    lens = torch.full((num_reqs,), query_len)
+    zeros = torch.zeros(num_reqs, dtype=torch.int64)
+    return AttentionMetadata(
+        is_decode=True,
+        num_tokens=num_reqs * query_len,
+        cu_seqlens_q=torch.arange(num_reqs + 1) * query_len,
+        context_lens=zeros + context_len,
+        page_tables=torch.zeros(1, 1, dtype=torch.int64).expand(num_reqs, max(1, -(-context_len // page_size))),
+        slot_mapping=None,
+        valid_lens=lens,
+        block_sizes=torch.ones_like(lens),
+        prefix_lens=zeros,
+        padded_prefix_lens=zeros,
+        hole_starts=zeros,
+        hole_ends=zeros,
+    )
+
+
+_warm_up = threading.local()
+
+
+def set_warming_up(is_warming_up: bool) -> None:
+    """Says whether this thread is warming up. Others serve callers meanwhile, so that it is each thread's own."""
+    _warm_up.is_on = is_warming_up
+
+
+def is_warming_up() -> bool:
+    """Whether this thread is warming up: what it launches now serves no caller, it compiles or is captured."""
+    return getattr(_warm_up, "is_on", False)
+
+
+def reset_warming_up() -> None:
+    """Ends this thread's warm-up."""
+    set_warming_up(False)
 
 
 def new_token_limits(

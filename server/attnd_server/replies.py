@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnd.tensors import Array, to_array
 from attnd.v1 import backend_pb2, step_pb2
-from attnd_server.executor import Call, Result
+from attnd_server.steps import Call, Result
 
 
 def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> step_pb2.CallReply:

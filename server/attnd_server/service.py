@@ -23,10 +23,12 @@ from attnd_server import validation
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.capabilities import PLANE_REASONS, capabilities
 from attnd_server.config import AttentionConfig, ServerConfig
-from attnd_server.executor import Call, Executor, Step, Work
+from attnd_server.executor import Executor, Work
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionOptions
 from attnd_server.replies import call_reply, reply_arrays
+from attnd_server.steps import Call, Step
+from attnd_server.warm_up import WarmUp
 
 # Steps that a stream keeps, so that calls of several steps may be under way.
 MAX_OPEN_STEPS = 8
@@ -55,6 +57,7 @@ class AttentionService:
             "DeleteCache": self.delete_cache,
             "ListCaches": self.list_caches,
             "CopyPages": self.copy_pages,
+            "WarmUp": self.warm_up,
             "Prefill": self.prefill,
             "Decode": self.decode,
             "OpenPlane": self.open_plane,
@@ -109,6 +112,14 @@ class AttentionService:
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
         return work
+
+    def warm_up(self, data: bytes, principal: str) -> Work:
+        """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
+        self.refuse_if_draining()
+        request = wire.parse(attention_pb2.WarmUpRequest, data)
+        cache = self.caches.get(request.cache, principal)
+        steps = validation.warm_up(request, cache.config, self.config)
+        return WarmUp(self.executor, self.caches, cache, steps, self.config)
 
     def prefill(self, data: bytes, principal: str) -> Work:
         """Prefill: a step and one call of it."""

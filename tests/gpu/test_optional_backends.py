@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -75,17 +75,23 @@ def step(seed: int, page_size: int, kind: str, has_full_pages: bool = False) -> 
     )
 
 
-def check_supported_of(
-    ops: TritonAttentionOps, backend: AttentionBackend, cases: list[Case], options: AttentionOptions
-) -> None:
-    """Compares each case that the backend serves, at least one; skips if its package is absent."""
+def check_supported_of(ops: TritonAttentionOps, backend: AttentionBackend, cases: list[Case], **changes: Any) -> None:
+    """Compares each case that the backend serves, at least one; skips if its package is absent.
+
+    Args:
+        ops: holds the backend.
+        backend: named in the options of each call.
+        cases: may differ in heads.
+        changes: further fields of the options.
+    """
     reason = dict(ops.states())[backend]
     if reason is not None:
         pytest.skip(reason)
     refusals = []
     for case in cases:
+        options = AttentionOptions(num_heads=case.num_heads, scale=case.scale, backend=backend, **changes)
         try:
-            kernel = ops.choose(case.config(), case.metadata(), replace(options, backend=backend))
+            kernel = ops.choose(case.config(), case.metadata(), options)
         except Unsupported as refused:
             refusals.append(str(refused))
         else:
@@ -97,25 +103,25 @@ def check_supported_of(
 @pytest.mark.parametrize("seed", range(6))
 def test_flash_attn(ops: TritonAttentionOps, kind: str, seed: int) -> None:
     cases = [step(seed, 16, kind), step(seed, 256, kind), step(seed, 256, kind, has_full_pages=True)]
-    options = AttentionOptions(scale=0.1, return_lse=True, softcap=20.0 if seed % 2 else 0.0)
-    check_supported_of(ops, AttentionBackend.FLASH_ATTN, cases, options)
+    softcap = 20.0 if seed % 2 else 0.0
+    check_supported_of(ops, AttentionBackend.FLASH_ATTN, cases, return_lse=True, softcap=softcap)
 
 
 @pytest.mark.parametrize("kind", ["decode", "blocks"])
 @pytest.mark.parametrize("window", [40, 300])
 def test_flash_attn_with_a_window(ops: TritonAttentionOps, window: int, kind: str) -> None:
     cases = [step(7, 16, kind), step(7, 256, kind, has_full_pages=True)]
-    options = AttentionOptions(scale=0.1, return_lse=True, window=window)
-    check_supported_of(ops, AttentionBackend.FLASH_ATTN, cases, options)
+    check_supported_of(ops, AttentionBackend.FLASH_ATTN, cases, return_lse=True, window=window)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
 def test_xformers(ops: TritonAttentionOps, kind: str, seed: int) -> None:
-    options = AttentionOptions(scale=0.1, return_lse=True, sinks=torch.full((step(seed, 64, kind).num_heads,), 0.5))
-    check_supported_of(ops, AttentionBackend.XFORMERS, [step(seed, 64, kind)], options)
+    case = step(seed, 64, kind)
+    sinks = torch.full([case.num_heads], 0.5)
+    check_supported_of(ops, AttentionBackend.XFORMERS, [case], return_lse=True, sinks=sinks)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_dense_prefill_of_sdpa(ops: TritonAttentionOps, seed: int) -> None:
-    check_supported_of(ops, AttentionBackend.SDPA, [step(seed, 16, "prefill")], AttentionOptions(scale=0.1))
+    check_supported_of(ops, AttentionBackend.SDPA, [step(seed, 16, "prefill")])

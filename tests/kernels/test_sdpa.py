@@ -13,6 +13,7 @@ from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, split
 from attnd_server.backends.sdpa import SdpaAttention
 from attnd_server.config import Layout, PrecisionMode
+from attnd_server.metadata import AttentionOptions
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 from tests.tolerances import assert_close
@@ -82,6 +83,14 @@ def test_one_token_that_sees_everything_has_no_mask() -> None:
     assert parts(Case([Request(30, 1, 1, [1, 2])])) == [(1, False, False)]
     assert parts(Case([Request(30, 1, 1, [1, 2]), Request(30, 1, 1, [3, 4])])) == [(2, False, False)]
     assert parts(Case([Request(30, 1, 1, [1, 2]), Request(29, 1, 1, [3, 4])])) == [(2, True, False)]
+
+
+@pytest.mark.parametrize("num_reqs", [1, 2])
+def test_slots_past_the_32_bits_of_page_ids(num_reqs: int) -> None:
+    case = Case([Request(10, 1, 1, [5 << 20])] * num_reqs, page_size=1024)
+    (part,) = split(case.config(), case.metadata(), AttentionOptions(case.num_heads, 1.0), torch.device("cpu"))
+    assert part.slots is not None
+    assert part.slots.max() == 5368709129
 
 
 def test_a_causal_prefill_without_context_has_no_mask() -> None:

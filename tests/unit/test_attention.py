@@ -28,7 +28,9 @@ class FakeSession:
 
     def __init__(self, num_layers: int = 3, **config: int) -> None:
         fields = {"num_kv_heads": KV_HEADS, "head_dim": DIM, "page_size": PAGE_SIZE, **config}
-        self.cache = SimpleNamespace(config=cache_pb2.CacheConfig(num_layers=num_layers, **fields))
+        config = cache_pb2.CacheConfig(num_layers=num_layers, **fields)
+        self.warm_ups: list[dict] = []
+        self.cache = SimpleNamespace(config=config, warm_up=lambda **shape: self.warm_ups.append(shape))
         self.layers = [PlainCache(64, PAGE_SIZE, KV_HEADS, DIM) for _ in range(num_layers)]
         self.steps: list[FakeStep] = []
         self.calls: list[SimpleNamespace] = []
@@ -255,6 +257,30 @@ def test_an_attached_layer_runs_while_warming_up() -> None:
     _install(_metadata(2))
     layer(*_tensors(2))
     assert len(session.calls) == 1
+
+
+def test_the_server_warms_up_once_for_each_shape_of_decode_step() -> None:
+    model, session = nn.ModuleList([_attention(), _attention(), _attention(sliding_window=4)]), FakeSession()
+    attach(model, session)
+
+    def forward(num_reqs: int, query_len: int, kind: str) -> None:
+        context_lens, pages = [0] * num_reqs, [[]] * num_reqs
+        _install(StepMetadata([query_len] * num_reqs, context_lens, pages, kind=kind))
+        for layer in model:
+            layer(*_tensors(num_reqs * query_len))
+
+    forward(2, 1, "decode")
+    assert session.warm_ups == []
+    attnd.set_warming_up(True)
+    for num_reqs, query_len, kind in ((2, 1, "decode"), (3, 4, "decode"), (3, 4, "prefill"), (2, 1, "decode")):
+        forward(num_reqs, query_len, kind)
+    shapes = [(warm["num_heads"], warm["query_len"], warm["max_reqs"]) for warm in session.warm_ups]
+    assert shapes == [(HEADS, 1, 2)] * 2 + [(HEADS, 4, 3)] * 2
+    assert [warm["options"].window for warm in session.warm_ups] == [0, 4, 0, 4]
+    assert len(session.calls) == 15
+    attnd.reset_warming_up()
+    forward(1, 1, "decode")
+    assert len(session.warm_ups) == 4
 
 
 def test_options_travel_with_each_call() -> None:

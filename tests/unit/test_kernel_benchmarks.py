@@ -331,17 +331,33 @@ def test_ctrl_c_keeps_what_is_there() -> None:
 
 
 @pytest.mark.skipif(interpreter.reason_against() is not None, reason="triton cannot run here")
-def test_stores_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("operation", "peer", "what"), [("store", "index_copy", "pages"), ("gather", "index_select", "tokens")]
+)
+def test_stores_and_gathers_are_checked(monkeypatch: pytest.MonkeyPatch, operation: str, peer: str, what: str) -> None:
     monkeypatch.setattr(store, "NUM_SLOTS", 64)
     monkeypatch.setattr(store, "NUM_LAYERS", 2)
+    right = store.WAYS[operation][peer]
 
-    def forgetful(k_pages, v_pages, k, v, slots) -> None:
-        store.index_copy(k_pages, v_pages, k[:-1], v[:-1], slots[:-1])
+    def displaced(pages: store.KV, new: store.KV, slots: torch.Tensor) -> store.KV:
+        return right(pages, new, slots.roll(1))
 
-    monkeypatch.setitem(store.WAYS, "index_copy", forgetful)
+    monkeypatch.setitem(store.WAYS[operation], peer, displaced)
     notes = Notes()
     with interpreter.interpreter() as device:
-        row = store.measure(5, ROOF, 0.001, notes, torch.device(device))
+        row = store.measure(store.Cell(operation, 5), ROOF, 0.001, notes, torch.device(device))
     assert row["ours_us"] > 0
-    assert row["index_copy_us"] is row["ratio"] is None
-    assert notes.lines() == ["index_copy: wrong result: index_copy: k pages of layer 0 hold something else (5 tokens)"]
+    assert row["torch_us"] is row["ratio"] is None
+    reason = f"wrong result: {peer}: k {what} of layer 0 hold something else"
+    assert notes.lines() == [f"{peer}: {reason} ({operation} 5 tokens)"]
+
+
+def test_a_wrong_gather_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "NUM_SLOTS", 64)
+    monkeypatch.setattr(store, "NUM_LAYERS", 2)
+    monkeypatch.setitem(store.WAYS["gather"], "ours", lambda pages, new, slots: new)
+    notes = Notes()
+    row = store.measure(store.Cell("gather", 5), ROOF, 0.001, notes, CPU)
+    assert row["ours_us"] is row["ratio"] is None
+    assert row["torch_us"] > 0
+    assert notes.ours_failed

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
 from attnd_server.backends.triton_schedule import (
-    EVERYTHING,
     Rows,
     Work,
+    _to_and_fro,
     hopper_schedule,
     request_table,
     split_schedule,
 )
 from attnd_server.config import KVSplitConfig
 from attnd_server.kernels import items as columns
+from attnd_server.kernels.cuts import EVERYTHING
 from attnd_server.kernels.items import ITEM_FIELDS
 from attnd_server.metadata import AttentionMetadata
 
@@ -392,3 +393,15 @@ def test_chunks_are_powers_of_two_and_no_more_than_allowed(kv_split: KVSplitConf
         if kv_split.chunk_size and -(-length // kv_split.chunk_size) <= kv_split.max_splits:
             assert chunk == kv_split.chunk_size
         assert [chunk] == kv_split.chunk_keys(np.array([length], np.int32)).tolist()
+
+
+@pytest.mark.parametrize("at_once", [1.0, 2.5, 4.0, 16.5, 200.0])
+@pytest.mark.parametrize("num_items", [0, 1, 7, 100])
+def test_rounds_go_to_and_fro(num_items: int, at_once: float) -> None:
+    order = _to_and_fro(np.arange(num_items), at_once).tolist()
+    assert sorted(order) == list(range(num_items))
+    rounds = [item // at_once for item in order]
+    assert rounds == sorted(rounds)
+    for one in set(rounds):
+        taken = [item for item in order if item // at_once == one]
+        assert taken == sorted(taken, reverse=one % 2 == 1)

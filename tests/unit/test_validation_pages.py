@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,20 @@ def refuse_step(text, **changes):
         validation.step(step(**changes), CONFIG, LIMITS)
     assert str(caught.value) == text
     assert caught.value.field == "slot_mapping"
+
+
+def test_slots_past_the_32_bits_of_page_ids():
+    page = 5 << 20
+    config = replace(CONFIG, num_pages=page + 1, page_size=1024)
+    one = step(
+        cu_seqlens_q=tensor([0, 1]),
+        context_lens=tensor([10]),
+        page_tables=tensor([[page]]),
+        slot_mapping=tensor([page * 1024 + 9], "int64"),
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        validation.step(one, config, LIMITS)
+    assert "is 5368709129, but must not be a slot that request 0 of the step reads" in str(caught.value)
 
 
 @pytest.mark.parametrize("context_len", [1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE - 1])

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+import attnd.v1.backend_pb2
 import attnd.v1.cache_pb2
 import attnd.v1.error_pb2
 import attnd.v1.step_pb2
@@ -13,6 +14,89 @@ import google.protobuf.message
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+@typing.final
+class WarmUpRequest(google.protobuf.message.Message):
+    """Request of WarmUp. Every decode step that fits what is said here, of calls with these options, is served by what was
+    captured; any other is served as if there had been no warm-up.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CACHE_FIELD_NUMBER: builtins.int
+    NUM_HEADS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    QUERY_LEN_FIELD_NUMBER: builtins.int
+    MAX_REQS_FIELD_NUMBER: builtins.int
+    MAX_CONTEXT_LEN_FIELD_NUMBER: builtins.int
+    num_heads: builtins.int
+    """Query heads of the calls; a multiple of num_kv_heads."""
+    query_len: builtins.int
+    """New tokens of each request: 1, or those of a diffusion block; at least 1."""
+    max_reqs: builtins.int
+    """Most requests of a step; at least 1. Smaller batches are served too."""
+    max_context_len: builtins.int
+    """Most cached tokens of a request; at most Limits.max_context_len. 0: what the cache's pages hold, at most what a step
+    may have.
+    """
+    @property
+    def cache(self) -> attnd.v1.cache_pb2.CacheRef:
+        """The cache whose steps are meant. Its lease starts again. What was captured ends with the cache."""
+
+    @property
+    def options(self) -> attnd.v1.step_pb2.AttentionOptions:
+        """As in the calls. Options that differ in anything, return_lse too, need a warm-up of their own. Absent: every default."""
+
+    def __init__(
+        self,
+        *,
+        cache: attnd.v1.cache_pb2.CacheRef | None = ...,
+        num_heads: builtins.int = ...,
+        options: attnd.v1.step_pb2.AttentionOptions | None = ...,
+        query_len: builtins.int = ...,
+        max_reqs: builtins.int = ...,
+        max_context_len: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "options", b"options"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "max_context_len", b"max_context_len", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
+
+global___WarmUpRequest = WarmUpRequest
+
+@typing.final
+class WarmUpResponse(google.protobuf.message.Message):
+    """Response of WarmUp. Where there is nothing to capture, on a processor for one, num_graphs is 0, and that is no error.
+    Buffers that the server has no memory for are RESOURCE_EXHAUSTED.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_GRAPHS_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    BACKEND_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    num_graphs: builtins.int
+    """Graphs that stand ready for these steps, those of an earlier warm-up included: one for each layer and size of batch."""
+    num_bytes: builtins.int
+    """Bytes of the device's memory that their buffers hold, and that count against what caches may take."""
+    seconds: builtins.float
+    """How long it took."""
+    backend: attnd.v1.backend_pb2.Backend.ValueType
+    """The backend of these steps."""
+    reason: builtins.str
+    """Why fewer graphs were captured than the steps have; empty if none is missing."""
+    def __init__(
+        self,
+        *,
+        num_graphs: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+        seconds: builtins.float = ...,
+        backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "num_bytes", b"num_bytes", "num_graphs", b"num_graphs", "reason", b"reason", "seconds", b"seconds"]) -> None: ...
+
+global___WarmUpResponse = WarmUpResponse
 
 @typing.final
 class PrefillRequest(google.protobuf.message.Message):

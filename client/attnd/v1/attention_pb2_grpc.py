@@ -69,6 +69,11 @@ class AttentionServiceStub(object):
                 request_serializer=attnd_dot_v1_dot_cache__pb2.CopyPagesRequest.SerializeToString,
                 response_deserializer=attnd_dot_v1_dot_cache__pb2.CopyPagesResponse.FromString,
                 _registered_method=True)
+        self.WarmUp = channel.unary_unary(
+                '/attnd.v1.AttentionService/WarmUp',
+                request_serializer=attnd_dot_v1_dot_attention__pb2.WarmUpRequest.SerializeToString,
+                response_deserializer=attnd_dot_v1_dot_attention__pb2.WarmUpResponse.FromString,
+                _registered_method=True)
         self.Prefill = channel.unary_unary(
                 '/attnd.v1.AttentionService/Prefill',
                 request_serializer=attnd_dot_v1_dot_attention__pb2.PrefillRequest.SerializeToString,
@@ -148,6 +153,15 @@ class AttentionServiceServicer(object):
 
     def CopyPages(self, request, context):
         """Copies whole pages in every layer: what a fork of a sequence needs for its last, partly filled page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WarmUp(self, request, context):
+        """Makes decode steps of one shape fast from their first call on: compiles, and captures CUDA graphs. Optional, and the
+        same again is free. Others are served meanwhile: they wait for the capture of one layer at most, and never for a
+        kernel to compile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -234,6 +248,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.CopyPages,
                     request_deserializer=attnd_dot_v1_dot_cache__pb2.CopyPagesRequest.FromString,
                     response_serializer=attnd_dot_v1_dot_cache__pb2.CopyPagesResponse.SerializeToString,
+            ),
+            'WarmUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmUp,
+                    request_deserializer=attnd_dot_v1_dot_attention__pb2.WarmUpRequest.FromString,
+                    response_serializer=attnd_dot_v1_dot_attention__pb2.WarmUpResponse.SerializeToString,
             ),
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
@@ -435,6 +454,33 @@ class AttentionService(object):
             '/attnd.v1.AttentionService/CopyPages',
             attnd_dot_v1_dot_cache__pb2.CopyPagesRequest.SerializeToString,
             attnd_dot_v1_dot_cache__pb2.CopyPagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnd.v1.AttentionService/WarmUp',
+            attnd_dot_v1_dot_attention__pb2.WarmUpRequest.SerializeToString,
+            attnd_dot_v1_dot_attention__pb2.WarmUpResponse.FromString,
             options,
             channel_credentials,
             insecure,

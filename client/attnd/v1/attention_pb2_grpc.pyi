@@ -62,6 +62,15 @@ class AttentionServiceStub:
     ]
     """Copies whole pages in every layer: what a fork of a sequence needs for its last, partly filled page."""
 
+    WarmUp: grpc.UnaryUnaryMultiCallable[
+        attnd.v1.attention_pb2.WarmUpRequest,
+        attnd.v1.attention_pb2.WarmUpResponse,
+    ]
+    """Makes decode steps of one shape fast from their first call on: compiles, and captures CUDA graphs. Optional, and the
+    same again is free. Others are served meanwhile: they wait for the capture of one layer at most, and never for a
+    kernel to compile.
+    """
+
     Prefill: grpc.UnaryUnaryMultiCallable[
         attnd.v1.attention_pb2.PrefillRequest,
         attnd.v1.attention_pb2.PrefillResponse,
@@ -144,6 +153,15 @@ class AttentionServiceAsyncStub:
         attnd.v1.cache_pb2.CopyPagesResponse,
     ]
     """Copies whole pages in every layer: what a fork of a sequence needs for its last, partly filled page."""
+
+    WarmUp: grpc.aio.UnaryUnaryMultiCallable[
+        attnd.v1.attention_pb2.WarmUpRequest,
+        attnd.v1.attention_pb2.WarmUpResponse,
+    ]
+    """Makes decode steps of one shape fast from their first call on: compiles, and captures CUDA graphs. Optional, and the
+    same again is free. Others are served meanwhile: they wait for the capture of one layer at most, and never for a
+    kernel to compile.
+    """
 
     Prefill: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.attention_pb2.PrefillRequest,
@@ -239,6 +257,17 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.cache_pb2.CopyPagesResponse, collections.abc.Awaitable[attnd.v1.cache_pb2.CopyPagesResponse]]:
         """Copies whole pages in every layer: what a fork of a sequence needs for its last, partly filled page."""
+
+    @abc.abstractmethod
+    def WarmUp(
+        self,
+        request: attnd.v1.attention_pb2.WarmUpRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[attnd.v1.attention_pb2.WarmUpResponse, collections.abc.Awaitable[attnd.v1.attention_pb2.WarmUpResponse]]:
+        """Makes decode steps of one shape fast from their first call on: compiles, and captures CUDA graphs. Optional, and the
+        same again is free. Others are served meanwhile: they wait for the capture of one layer at most, and never for a
+        kernel to compile.
+        """
 
     @abc.abstractmethod
     def Prefill(

@@ -49,7 +49,7 @@ class Device(google.protobuf.message.Message):
     num_bytes_limit: builtins.int
     """Bytes that caches may take in all."""
     num_bytes_used: builtins.int
-    """Bytes that caches take now, everybody's."""
+    """Bytes that caches take now, everybody's, with the buffers of their warm-ups."""
     def __init__(
         self,
         *,

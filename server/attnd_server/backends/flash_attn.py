@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnd_server.backends import two_parts
+from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.flash_libraries import FlashCall, FlashLibrary
 from attnd_server.backends.two_parts import Partial, TwoParts
 from attnd_server.config import AttentionBackend, AttentionConfig
@@ -58,6 +59,12 @@ class FlashAttention:
     ) -> TwoParts:
         """The step's parts, their lengths and page tables on the device."""
         return two_parts.make_parts(config, metadata, options, device)
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> str:
+        """None: the reason."""
+        return "the library splits keys by the batch"
 
     def run(
         self,

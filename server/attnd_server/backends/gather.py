@@ -84,7 +84,7 @@ def _slots_of_one_token(
     if metadata.num_tokens != 1 or metadata.num_reqs != 1 or options.window or metadata.cache_only:
         return None
     context_len = int(metadata.context_lens[0])
-    pages = metadata.page_tables[0, : -(-context_len // config.page_size)]
+    pages = metadata.page_tables[0, : -(-context_len // config.page_size)].long()
     in_hole = metadata.hole_starts[0] < metadata.hole_ends[0]
     if not context_len or in_hole or not metadata.valid_lens[0] or (pages < 0).any():
         return None
@@ -208,11 +208,11 @@ def _new_tokens(
 
 
 def _pages(page_tables: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Page ids at `columns` of each request's table, both `[num_reqs, ...]`; -1 past the table's end."""
+    """Page ids at `columns` of each request's table, both `[num_reqs, ...]`; int64, -1 past the table's end."""
     last = page_tables.shape[1] - 1
     if last < 0:
         return torch.full_like(columns, -1)
-    return page_tables.gather(1, columns.clamp(max=last)).masked_fill(columns > last, -1)
+    return page_tables.gather(1, columns.clamp(max=last)).long().masked_fill(columns > last, -1)
 
 
 def rows_of(metadata: AttentionMetadata, requests: list[int], tokens: torch.Tensor, device: torch.device) -> Rows:

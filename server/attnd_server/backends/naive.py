@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.window import first_visible_pages
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.kernels.pages import gather_pages
@@ -119,6 +120,12 @@ class NaiveAttention:
             alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes.to(device),
             sinks=None if options.sinks is None else options.sinks.to(device),
         )
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> str:
+        """None: the reason."""
+        return "it looks at each request on the host"
 
     def run(
         self,

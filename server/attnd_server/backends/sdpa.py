@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import Part, mask_elements, split
 from attnd_server.config import AttentionBackend, AttentionConfig, Layout
@@ -84,6 +85,12 @@ class SdpaAttention:
             enable_gqa=device.type == "cpu" or dense is not None,
             is_dense_on_gpu=device.type != "cpu" and dense is not None,
         )
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> str:
+        """None: the reason."""
+        return "it gathers the pages of each step anew"
 
     def run(
         self,

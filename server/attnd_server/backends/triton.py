@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnd_server.backends.base import DecodeShape
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 if TYPE_CHECKING:
+    from attnd_server.backends.triton_decode import FixedTritonPlan
     from attnd_server.backends.triton_plan import TritonPlan
 
 # Oldest GPU with bfloat16 tensor cores.
@@ -73,6 +75,14 @@ class TritonPagedAttention:
         from attnd_server.backends.triton_plan import make_plan
 
         return make_plan(config, metadata, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> FixedTritonPlan | str:
+        """One where Hopper's kernels serve the shape; see `AttentionKernel.fixed_plan`."""
+        from attnd_server.backends.triton_decode import make_fixed_plan
+
+        return make_fixed_plan(config, shape, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 
     def run(
         self,

@@ -8,20 +8,22 @@ from functools import lru_cache
 
 import torch
 
-from attnd_server.backends.triton_schedule import EVERYTHING, Ints
-from attnd_server.config import AttentionConfig, Layout
+from attnd_server.backends.triton_schedule import Ints
+from attnd_server.config import FP8, AttentionConfig, Layout
+from attnd_server.kernels.cuts import EVERYTHING
 from attnd_server.kernels.items import HAS_ABSENT_PAGES, NUM_NEW
 from attnd_server.kernels.launch_shapes import (
     FEW_NEW_TOKENS,
     HOPPER_DECODE_ROWS,
     HOPPER_ROWS,
     Tile,
+    fits_hopper_fp8,
     launch_shape,
 )
 
 log = logging.getLogger(__name__)
 
-HOPPER_DIMS = (64, 128, 256)
+HOPPER_DIMS, HOPPER_FP8_DIMS = (64, 128, 256), (128, 256)
 
 
 @lru_cache
@@ -44,15 +46,16 @@ def _hopper_kernels_load(device: torch.device) -> bool:
 
 
 def fits_hopper(config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether Hopper's kernel serves a cache: what its units take, on a device that has them."""
+    """Whether Hopper's kernels serve a cache: what its units take, on a device that has them. Of FP8, decode alone."""
     return (
         device.type == "cuda"
         and _hopper_kernels_load(device)
         and dtype in (torch.float16, torch.bfloat16)
-        and dtype == config.dtype == config.kv_dtype
+        and dtype == config.dtype
+        and config.kv_dtype in (dtype, FP8)
         and config.layout is Layout.UNIFIED
         and config.page_size % 16 == 0
-        and config.head_dim in HOPPER_DIMS
+        and config.head_dim in (HOPPER_FP8_DIMS if config.is_quantised else HOPPER_DIMS)
         and config.head_dim_v == config.head_dim  # others compile, but did not run on a device yet
     )
 
@@ -87,10 +90,12 @@ def _launch(
     Hopper's kernels take every page id for one of a page.
     """
     few = num_new <= FEW_NEW_TOKENS
-    if hopper and not has_absent_pages:
-        rows = min(max(16, 1 << (num_new * group - 1).bit_length()), HOPPER_ROWS)
+    rows = min(max(16, 1 << (num_new * group - 1).bit_length()), HOPPER_ROWS)
+    if hopper and not has_absent_pages and not config.is_quantised:
         fits_decode = rows <= HOPPER_DECODE_ROWS and max(config.head_dim, config.head_dim_v) <= 128
         return None, rows if fits_decode else HOPPER_ROWS, few
+    if hopper and not has_absent_pages and few and fits_hopper_fp8(rows, config.head_dim):
+        return None, rows, few
     dims = max(16, 1 << (max(config.head_dim, config.head_dim_v) - 1).bit_length())
     tile = launch_shape(num_new, group, dims, 1 if config.is_quantised else dtype.itemsize)
     return tile, tile.rows, few

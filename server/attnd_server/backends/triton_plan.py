@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -61,6 +61,16 @@ class _Results(NamedTuple):
     partial_lse: torch.Tensor | None
 
 
+class _Numbers(TypedDict):
+    """What Hopper's kernels take by name; see `hopper_attention`."""
+
+    rows: int
+    num_multiprocessors: int
+    scale: float
+    softcap: float
+    window: int
+
+
 @dataclass(frozen=True, eq=False)
 class TritonPlan:
     """What the layers of a step with the same options share.
@@ -70,9 +80,10 @@ class TritonPlan:
         options: the layers'.
         group: query heads that share a program.
         launches: of the attention kernels.
-        page_tables: int32 `[num_reqs, pages of the longest context]` on the device.
+        page_tables: int32 on the device; the items say where each request's begins.
         alibi_slopes: float32 `[num_heads]` times LOG2E on the device, or None.
         sinks: likewise.
+        partials: by the index of the launch; made when they are first needed.
     """
 
     config: AttentionConfig
@@ -99,14 +110,29 @@ class TritonPlan:
         output = q.new_empty(num_tokens, num_heads, self.config.head_dim_v)
         lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if self.options.return_lse else None
         q, k, v = q.contiguous(), k if k is None else k.contiguous(), v if v is None else v.contiguous()
+        self.launch(output, lse, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return output, lse
+
+    def launch(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None,
+        v_scales: torch.Tensor | None,
+    ) -> None:
+        """As `run`, into `output` and `lse`. All tensors are contiguous."""
         with torch.cuda.device_of(q):
             for index, launch in enumerate(self.launches):
                 results = _Results(output, lse, *self._partials(index, launch, q))
                 if launch.tile is None:
-                    self._run_on_hopper(launch, results, q, k, v, k_pages, v_pages)
+                    self._run_on_hopper(launch, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
                 else:
                     self._run(launch, launch.tile, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
-        return output, lse
 
     def _run(
         self,
@@ -156,31 +182,28 @@ class TritonPlan:
         v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None,
+        v_scales: torch.Tensor | None,
     ) -> None:
-        # Only here: elsewhere this module need not even load.
-        from attnd_server.kernels.hopper_attention import hopper_attention
-
         output, lse, partial_output, partial_lse = results
-        hopper_attention(
-            output,
-            lse,
-            partial_output,
-            partial_lse,
-            q,
-            k,
-            v,
-            k_pages,
-            v_pages,
-            self.page_tables,
-            launch.items,
-            self.alibi_slopes,
-            self.sinks,
-            rows=launch.rows,
-            num_programs=multiprocessors(q.device),
-            scale=self.options.scale,
-            softcap=self.options.softcap,
-            window=min(self.options.window, MAX_CONTEXT_LEN),
-        )
+        call = (output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages)
+        step = (self.page_tables, launch.items, self.alibi_slopes, self.sinks)
+        numbers: _Numbers = {
+            "rows": launch.rows,
+            "num_multiprocessors": multiprocessors(q.device),
+            "scale": self.options.scale,
+            "softcap": self.options.softcap,
+            "window": min(self.options.window, MAX_CONTEXT_LEN),
+        }
+        # Only here: elsewhere these modules need not even load.
+        if self.config.is_quantised:
+            from attnd_server.kernels.hopper_decode_fp8 import hopper_decode_fp8
+
+            hopper_decode_fp8(*call, k_scales, v_scales, *step, **numbers)
+        else:
+            from attnd_server.kernels.hopper_attention import hopper_attention
+
+            hopper_attention(*call, *step, **numbers)
         if partial_output is not None and partial_lse is not None and launch.merges is not None:
             merge(
                 output,

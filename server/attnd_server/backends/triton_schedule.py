@@ -16,24 +16,24 @@ import numpy.typing as npt
 
 from attnd_server.config import KVSplitConfig, power_of_two
 from attnd_server.kernels import items as columns
+from attnd_server.kernels.cuts import (
+    EVERYTHING,
+    KEYS_PER_NEW_TOKEN,
+    MAX_LEAST_CHUNK,
+    MIN_OWN_TILES,
+    MOST_WAVES,
+    OWN_PARTS,
+    PART_COST,
+)
 from attnd_server.kernels.items import ITEM_FIELDS
 from attnd_server.kernels.launch_shapes import HOPPER_KEYS, HOPPER_ROWS, MAX_SPLIT_TOKENS
 from attnd_server.metadata import AttentionMetadata
 
 Ints = npt.NDArray[np.int32]
 
-# Greater than any position (see MAX_CONTEXT_LEN of `triton`), and the sum with one fits int32.
-EVERYTHING = 1 << 30
 # Programs of a decode launch for each multiprocessor, if there is that much to do: enough for the last ones to be
 # short, few enough for their start not to count.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
-# What starting and merging one more part of a request costs on Hopper's kernel, in tiles of keys.
-_PART_COST = 5
-# Keys of a chunk for each new token at least: its partial results are written and read once more, and must stay few
-# beside the KV that it reads. One where the length of a chunk is given.
-_KEYS_PER_NEW_TOKEN = 64
-# Where the parts of a diffusion block's keys follow its own length alone: how many, and tiles of the shortest.
-_OWN_PARTS, _MIN_OWN_TILES = 4, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +72,17 @@ class Work:
     merges: Ints
 
 
-def request_table(metadata: AttentionMetadata, page_tables: npt.NDArray[np.int64], page_size: int) -> Ints:
+def request_table(metadata: AttentionMetadata, page_tables: npt.NDArray[np.integer[Any]], page_size: int) -> Ints:
     """The columns of an item that belong to its request: int32 `[num_reqs, ITEM_FIELDS]`."""
     table = np.zeros((metadata.num_reqs, ITEM_FIELDS), dtype=np.int32)
     starts = metadata.cu_seqlens_q.numpy()
-    block_sizes = metadata.block_sizes.numpy()
-    # In the order of the columns, so that one assignment fills them all.
-    numbers = (
-        np.arange(metadata.num_reqs) * page_tables.shape[1],
-        starts[:-1],
-        starts[1:] - starts[:-1],
-        metadata.valid_lens.numpy(),
-        metadata.context_lens.numpy(),
-        np.where(block_sizes, block_sizes, EVERYTHING),
-        metadata.prefix_lens.numpy(),
-        metadata.padded_prefix_lens.numpy(),
-        metadata.hole_starts.numpy(),
-        metadata.hole_ends.numpy(),
-    )
-    table[:, : columns.HAS_ABSENT_PAGES.value] = np.concatenate(numbers).reshape(len(numbers), -1).T
+    table[:, columns.TABLE.value] = np.arange(metadata.num_reqs) * page_tables.shape[1]
+    table[:, columns.Q_ROW.value] = starts[:-1]
+    table[:, columns.NUM_NEW.value] = starts[1:] - starts[:-1]
+    # In the order of the columns of an item, so that one assignment fills them all.
+    table[:, columns.NUM_VALID.value : columns.HAS_ABSENT_PAGES.value] = metadata.columns.T
+    block_sizes = table[:, columns.BLOCK_SIZE.value]
+    block_sizes[block_sizes == 0] = EVERYTHING
     if page_tables.size and page_tables.min() < 0:
         num_pages = -(-table[:, columns.CONTEXT_LEN.value, None] // page_size)
         absent = (page_tables < 0) & (np.arange(page_tables.shape[1]) < num_pages)
@@ -150,7 +142,7 @@ def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Row
     # Tiles are counted from the start of the context, which a window may hide. New tokens go with the last part.
     first_keys = _first_keys(context_lens, window)
     first_tile = first_keys // HOPPER_KEYS
-    key_tiles = np.maximum(1, -(-context_lens // HOPPER_KEYS) - first_tile)
+    key_tiles = _key_tiles(context_lens, first_keys)
     if num_new.max() > MAX_SPLIT_TOKENS:
         part_tiles = np.where(num_new > MAX_SPLIT_TOKENS, key_tiles, 0)
         few = part_tiles == 0
@@ -164,7 +156,7 @@ def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Row
         order = np.zeros_like(context_lens)  # of little use, and would make each step another one
     num_parts = -(-key_tiles // part_tiles)
     numbers = np.array([first_tile, part_tiles, num_parts, num_tiles, num_new, order], dtype=np.int32)
-    layout = _lay_out(numbers.tobytes(), rows.rows, rows.group)
+    layout = _lay_out(numbers.tobytes(), rows.rows, rows.group, rows.num_multiprocessors / rows.num_groups)
     items = table.take(layout.request, axis=0)
     items[:, columns.FIRST_ROW.value :] = layout.columns
     merges = layout.merges.copy()
@@ -192,13 +184,14 @@ class _Layout:
 
 
 @lru_cache(maxsize=64)
-def _lay_out(numbers: bytes, rows: int, group: int) -> _Layout:
+def _lay_out(numbers: bytes, rows: int, group: int, items_at_once: float) -> _Layout:
     """Lays out the parts of each request. Kept: decode steps in a row differ only in what `table` holds.
 
     Args:
         numbers: int32 `[6, num_reqs]`: first tile of keys, tiles of a part, parts, tiles of rows, new tokens, context.
         rows: of a program.
         group: query heads that share a program.
+        items_at_once: that the programs of a GPU take.
     """
     first_tile, part_tiles, num_parts, num_tiles, num_new, context = np.frombuffer(numbers, np.int32).reshape(6, -1)
     request, tile, part = _spread(num_tiles, num_parts)
@@ -215,10 +208,19 @@ def _lay_out(numbers: bytes, rows: int, group: int) -> _Layout:
     # Long ones first, so that the last to end are short.
     last_token = np.minimum((tile + 1) * rows // group, num_new[request])
     length = np.where(num_parts[request] > 1, part_tiles[request] * HOPPER_KEYS, context[request] + last_token)
-    order = np.argsort(-length, kind="stable")
+    order = _to_and_fro(np.argsort(-length, kind="stable"), items_at_once)
     merged = np.flatnonzero(num_parts > 1)
     merges = np.stack([merged * 0, num_new[merged], partial_rows[merged], num_parts[merged]], axis=1).astype(np.int32)
     return _Layout(request[order], result[order, columns.FIRST_ROW.value :], num_partial_rows, merged, merges)
+
+
+def _to_and_fro(order: npt.NDArray[np.signedinteger], at_once: float) -> Any:
+    """Turns every second round round: programs take an item of each, and none shall get the longest of all."""
+    position = np.arange(len(order))
+    turn = position // at_once
+    first = np.ceil(turn * at_once)
+    end = np.minimum(np.ceil((turn + 1) * at_once), len(order))
+    return order[np.where(turn % 2 == 1, first + end - 1 - position, position).astype(np.int64)]
 
 
 def _first_keys(context_lens: Ints, window: int) -> Ints:
@@ -226,6 +228,12 @@ def _first_keys(context_lens: Ints, window: int) -> Ints:
     if not window:
         return np.zeros_like(context_lens)
     return np.minimum(np.maximum(context_lens - window + 1, 0), context_lens)
+
+
+def _key_tiles(context_lens: Ints, first_keys: Ints) -> Ints:
+    """Tiles of the cached keys of each request from `first_keys` on, at least one."""
+    key_tiles: Ints = np.maximum(1, -(-context_lens // HOPPER_KEYS) - first_keys // HOPPER_KEYS)
+    return key_tiles
 
 
 def _spread(num_tiles: Ints, num_parts: Ints) -> tuple[Any, Any, Any]:
@@ -246,9 +254,9 @@ def _partial_rows(num_new: Ints, num_chunks: Ints) -> tuple[Ints, int]:
 def _chunk_keys(num_keys: Ints, num_new: Ints, kv_split: KVSplitConfig) -> Ints:
     """Keys of a chunk of each request, a power of two; depends on nothing else of the batch."""
     chunk_keys = kv_split.chunk_keys(num_keys)
-    least = num_new * (1 if kv_split.chunk_size else _KEYS_PER_NEW_TOKEN)
+    least = num_new * (1 if kv_split.chunk_size else KEYS_PER_NEW_TOKEN)
     if (chunk_keys < least).any():
-        return np.maximum(chunk_keys, power_of_two(np.minimum(least, 1 << 20)))
+        return np.maximum(chunk_keys, power_of_two(np.minimum(least, MAX_LEAST_CHUNK)))
     return chunk_keys
 
 
@@ -256,11 +264,10 @@ def _part_tiles(
     key_tiles: Ints, num_keys: Ints, num_new: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows
 ) -> Ints:
     """Tiles of keys of a part of each request: what its own length says, or what makes the longest program short."""
-    is_decode = rows.rows < HOPPER_ROWS
-    if kv_split.chunk_size or is_decode:
+    if is_chunked(kv_split, rows):
         own = np.maximum(1, _chunk_keys(num_keys, num_new, kv_split) // HOPPER_KEYS)
     else:
-        own = np.maximum(_MIN_OWN_TILES, -(-key_tiles // _OWN_PARTS))
+        own = np.maximum(MIN_OWN_TILES, -(-key_tiles // OWN_PARTS))
     own = np.maximum(own, -(-key_tiles // kv_split.max_splits))
     if kv_split.chunk_size or kv_split.batch_invariant:
         return own
@@ -271,10 +278,50 @@ def _part_tiles(
 
 
 def _even_parts(key_tiles: Ints, num_tiles: Ints, kv_split: KVSplitConfig, rows: Rows) -> int:
-    """Tiles of keys of every part, so that the last program ends soon."""
+    """Tiles of keys of every part, so that the last program ends soon. See MOST_WAVES."""
     longest = int(key_tiles.max())
     candidates = np.unique(-(-longest // np.arange(1, min(kv_split.max_splits, longest) + 1)))
     num_programs = (num_tiles * -(-key_tiles // candidates[:, None])).sum(axis=1) * rows.num_groups
+    most_programs = num_tiles.sum() * rows.num_groups + MOST_WAVES * rows.num_multiprocessors
     waves = -(-num_programs // rows.num_multiprocessors)
-    cost = waves * (candidates + _PART_COST * (candidates < longest))
-    return int(candidates[cost.argmin()])
+    cost = waves * (candidates + PART_COST * (candidates < longest))
+    return int(candidates[np.where(num_programs <= most_programs, cost, np.inf).argmin()])
+
+
+def is_chunked(kv_split: KVSplitConfig, rows: Rows) -> bool:
+    """Whether a request's own length cuts it for Hopper's kernels as `kv_split` says, and not just into a few parts."""
+    return kv_split.chunk_size > 0 or rows.rows < HOPPER_ROWS
+
+
+def is_even(kv_split: KVSplitConfig, query_len: int) -> bool:
+    """Whether requests of `query_len` new tokens are cut alike for the chip to be full, by Hopper's schedule."""
+    by_own_length = query_len == 1 and kv_split.batch_invariant is None
+    return not (kv_split.chunk_size or kv_split.batch_invariant or by_own_length)
+
+
+def most_parts(
+    num_reqs: int, query_len: int, max_context_len: int, kv_split: KVSplitConfig, window: int, rows: Rows
+) -> int:
+    """Most parts that `hopper_schedule` makes of a step in which all requests have as many new tokens.
+
+    Args:
+        num_reqs: most requests of the step.
+        query_len: new tokens of each, up to MAX_SPLIT_TOKENS.
+        max_context_len: most cached tokens of a request.
+        kv_split: of the cache.
+        window: 0 is off.
+        rows: of the launch.
+    """
+    # A request has most parts where its tiles are just begun; what a window leaves looks the same again a tile later.
+    longest = min(max_context_len, window + 2 * HOPPER_KEYS) if window else max_context_len
+    last = np.arange(max(0, longest - 2 * HOPPER_KEYS), longest + 1, dtype=np.int32)
+    context_lens = np.concatenate([np.arange(1, longest + 1, HOPPER_KEYS, dtype=np.int32), last])
+    first_keys = _first_keys(context_lens, window)
+    key_tiles = _key_tiles(context_lens, first_keys)
+    num_tiles = -(-query_len * rows.group // rows.rows)
+    if is_even(kv_split, query_len):
+        added = MOST_WAVES * rows.num_multiprocessors // (rows.num_groups * num_tiles)
+        return min(num_reqs * min(kv_split.max_splits, int(key_tiles.max())), num_reqs + added)
+    num_new, all_tiles = np.full_like(context_lens, query_len), np.full_like(context_lens, num_tiles)
+    part_tiles = _part_tiles(key_tiles, context_lens - first_keys, num_new, all_tiles, kv_split, rows)
+    return num_reqs * int((-(-key_tiles // part_tiles)).max())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnd_server.backends.base import AttentionKernel
+from attnd_server.backends.base import AttentionKernel, DecodeShape, FixedPlan
 from attnd_server.config import AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
@@ -68,6 +68,12 @@ class SlidingWindowAttention:
         columns = torch.arange(metadata.page_tables.shape[1])
         page_tables = metadata.page_tables.masked_fill(columns < first_pages[:, None], -1)
         return self.kernel.plan(config, replace(metadata, page_tables=page_tables), options, device)
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> FixedPlan | str:
+        """The inner kernel's, with the window."""
+        return self.kernel.fixed_plan(config, shape, self._narrow(options), device)
 
     def run(
         self,

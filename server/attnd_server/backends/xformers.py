@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from attnd_server.backends import two_parts
+from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.two_parts import Partial, TwoParts
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
@@ -123,6 +124,12 @@ class XformersAttention:
                 device=device,
             )
         return _Plan(parts, new_mask, context_mask)
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> str:
+        """None: the reason."""
+        return "the library splits keys by the batch"
 
     def run(
         self,

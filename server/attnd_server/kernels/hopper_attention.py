@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnd_server.kernels.hopper_consumer import GROUP_ROWS, consumer
 from attnd_server.kernels.hopper_decode import hopper_decode_kernel
 from attnd_server.kernels.hopper_items import COLUMNS
-from attnd_server.kernels.hopper_producer import producer
-from attnd_server.kernels.launch_shapes import HOPPER_ROWS
+from attnd_server.kernels.hopper_producer import make_ring, producer
+from attnd_server.kernels.launch_shapes import HOPPER_ROWS, hopper_launch
 from attnd_server.kernels.softmax import LOG2E, log2_scale
 
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
@@ -36,23 +36,14 @@ def _hopper_attention_kernel(
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as there are multiprocessors, or fewer."""
+    """Grid: as many programs as run at once, or fewer."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    PIECES: gl.constexpr = KEYS // PIECE
-    dtype: gl.constexpr = q.dtype.element_ty
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM_V // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
     MOST: gl.constexpr = DIM if DIM > DIM_V else DIM_V
-    q_tiles = gl.allocate_shared_memory(dtype, [ROWS // _GROUP_ROWS, _GROUP_ROWS, MOST], LAYOUT)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=PIECES)
-        mbarrier.init(v_ready.index(stage), count=PIECES)
-        mbarrier.init(k_free.index(stage), count=ROWS // _GROUP_ROWS)
-        mbarrier.init(v_free.index(stage), count=ROWS // _GROUP_ROWS)
+    GROUPS: gl.constexpr = ROWS // _GROUP_ROWS
+    dtype: gl.constexpr = q.dtype.element_ty
+    k_ring, k_ready, k_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM, GROUPS)
+    v_ring, v_ready, v_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V, GROUPS)
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _GROUP_ROWS, MOST], LAYOUT)
     fence_async_shared()
     # The last numbers: warps and registers of the roles after the first.
     gl.warp_specialize(
@@ -103,7 +94,7 @@ def hopper_attention(
     sinks: torch.Tensor | None,
     *,
     rows: int,
-    num_programs: int,
+    num_multiprocessors: int,
     scale: float,
     softcap: float,
     window: int,
@@ -126,27 +117,25 @@ def hopper_attention(
         sinks: float32 `[num_heads]` times LOG2E, or None.
         rows: of an item: HOPPER_ROWS, or for decode a power of two from 16 to HOPPER_DECODE_ROWS, with head dims up
             to 128.
-        num_programs: multiprocessors of the GPU.
+        num_multiprocessors: of the GPU.
         scale: factor of q.k.
         softcap: 0 is off.
         window: 0 is off.
     """
     num_heads, head_dim = q.shape[1:]
     page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
-    keys = 64 if max(head_dim, head_dim_v) > 128 else 128
     piece = 32 if page_size % 32 == 0 else 16
-    # Tiles of K and V under way: in decode as many as fit the shared memory together with the rest.
-    decode_stages = min(6, 196_608 // (2 * keys * (head_dim + head_dim_v)))
-    kernel, stages = (_hopper_attention_kernel, 2) if rows == HOPPER_ROWS else (hopper_decode_kernel, decode_stages)
+    kernel = _hopper_attention_kernel if rows == HOPPER_ROWS else hopper_decode_kernel
+    launch = hopper_launch(rows, head_dim, head_dim_v)
     q, scale = plain_scale(q, scale)
-    kernel[(min(num_programs, len(items) * num_kv_heads),)](
+    kernel[(min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)](
         output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
         *descriptors(k, v, k_pages, v_pages, piece),
         page_tables, items, alibi_slopes, sinks, log2_scale(scale, softcap), LOG2E * softcap, window,
         ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
-        DIM_V=head_dim_v, KEYS=keys, PIECE=piece, STAGES=stages, NEW_TOKENS=k is not None, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
-        num_warps=4,
+        DIM_V=head_dim_v, KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages, NEW_TOKENS=k is not None,
+        WINDOW=window > 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None,
+        LSE=lse is not None, num_warps=4, maxnreg=launch.max_registers,
     )  # fmt: skip
 
 

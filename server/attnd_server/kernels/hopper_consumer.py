@@ -15,7 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.kernels.hopper_items import finish_rows, limit, num_work, prefetch, sync, tile_at, tile_of, work
+from attnd_server.kernels.hopper_items import (
+    finish_rows,
+    limit,
+    num_work,
+    prefetch,
+    sync,
+    tile_at,
+    tile_of,
+    work,
+)
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
@@ -179,7 +188,7 @@ def consumer(
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(first, end, gl.num_programs(0)):
-        prefetch(items + (index + gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
+        prefetch(items + gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
         )

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from attnd_server.kernels.hopper_items import (
     COLUMNS,
-    finish_rows,
     limit,
     num_work,
     prefetch,
@@ -22,7 +21,8 @@ from attnd_server.kernels.hopper_items import (
     tile_of,
     work,
 )
-from attnd_server.kernels.hopper_producer import producer
+from attnd_server.kernels.hopper_producer import make_ring, producer
+from attnd_server.kernels.hopper_rows import mask_scores, rebase, store_item
 from attnd_server.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
@@ -41,7 +41,6 @@ from attnd_server.kernels.items import (
 
 _COLUMNS = gl.constexpr(COLUMNS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
-_LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -58,12 +57,13 @@ def _consumer(
     COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     HEADS: gl.constexpr = KV_HEADS * GROUP
+    end = num_work(items, KV_HEADS)
     count = 0
-    for index in range(gl.program_id(0), num_work(items, KV_HEADS), gl.num_programs(0)):
+    for index in range(gl.program_id(0), end, gl.num_programs(0)):
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
         )
-        prefetch(items + (index + gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
+        prefetch(items + gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         kv_head = index % KV_HEADS
         item = items + index // KV_HEADS * _ITEM_FIELDS
         q_row = gl.load(item + Q_ROW).to(gl.int64)
@@ -91,8 +91,7 @@ def _consumer(
             positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
         )
         limits = gl.minimum(limits, end_new)
-        if ALIBI:
-            slopes = gl.load(alibi_slopes + heads)
+        slopes = gl.load(alibi_slopes + heads) if ALIBI else 0.0
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         zeros = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
         sums = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
@@ -105,31 +104,13 @@ def _consumer(
             scores = warpgroup_mma(tile_of(k_ring, stage, KEYS, DIM), q_tile.permute([1, 0]), zeros, use_acc=False)
             sync()
             mbarrier.arrive(k_free.index(stage), count=1)
-            scores = scores * scale
-            if SOFTCAP:
-                # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
-                scores = softcap * (1.0 - 2.0 / (gl.exp2(scores) + 1.0))
             keys = key + gl.arange(0, KEYS, layout=COLUMN)
-            key_positions = gl.where(keys < cached_keys, keys, keys - cached_keys + context_len)
-            if ALIBI:
-                scores += slopes[None, :] * (key_positions[:, None] - positions[None, :]).to(gl.float32)
-            if order >= num_full:
-                in_context = (keys < context_len) & ((keys < hole_start) | (keys >= hole_end)) & (end_new > 0)
-                visible = in_context[:, None]
-                if NEW_TOKENS:
-                    is_new = keys >= cached_keys
-                    visible = visible | (is_new[:, None] & (key_positions[:, None] < limits[None, :]))
-                else:
-                    visible = visible & (rows >= 0)[None, :]
-                if WINDOW:
-                    visible = visible & (positions[None, :] - key_positions[:, None] < window)
-                scores = gl.where(visible, scores, float("-inf"))
-            new_max = gl.maximum(row_max, gl.max(scores, 0))
-            # A row that has seen nothing has -inf, and -inf - -inf is NaN: subtract 0 instead, and exp2(-inf) is 0.
-            base = gl.where(new_max == float("-inf"), 0.0, new_max)
-            decay = gl.exp2(row_max - base)
+            scores = mask_scores(
+                scores * scale, keys, order >= num_full, positions, limits, slopes, context_len, cached_keys,
+                hole_start, hole_end, end_new, softcap, window, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
+            )  # fmt: skip
+            row_max, base, decay = rebase(row_max, gl.max(scores, 0))
             weights = gl.exp2(scores - base[None, :])
-            row_max = new_max
             sums = sums * decay[None, :] + weights
             weights_tile.store(weights.to(q.dtype.element_ty))
             fence_async_shared()
@@ -141,31 +122,10 @@ def _consumer(
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
 
-        # Those past the request's valid tokens see nothing.
-        is_live = rows < num_valid * GROUP
-        factor, row_lse = finish_rows(row_max, gl.sum(sums, 0), is_live, is_split, 1.0, sinks, heads, SINKS)
-        factor = factor[None, :]
-        # A row that saw nothing may share a tile with NaN, and 0 * NaN is NaN.
-        result = gl.where(factor != 0.0, accumulator * factor, 0.0)
-        exists = rows < num_new * GROUP
-        places = (rows // GROUP * HEADS + heads).to(gl.int64)
-        if partial_output is None:
-            _store(output, lse, result, row_lse * _LN2, q_row * HEADS + places, exists, DIM_V, LSE, LAYOUT)
-        elif is_split:
-            places = partial_row.to(gl.int64) * HEADS + places
-            _store(partial_output, partial_lse, result, row_lse, places, exists, DIM_V, True, LAYOUT)
-        else:
-            _store(output, lse, result, row_lse * _LN2, q_row * HEADS + places, exists, DIM_V, LSE, LAYOUT)
-
-
-@gluon.jit
-def _store(output, lse, result, row_lse, places, exists, DIM_V: gl.constexpr, LSE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Stores the output `[DIM_V, ROWS]` and lse of an item's rows."""
-    dims = gl.arange(0, DIM_V, layout=gl.SliceLayout(1, LAYOUT))
-    pointers = output + ((places * DIM_V)[None, :] + dims[:, None])
-    gl.store(pointers, result.to(output.dtype.element_ty), mask=exists[None, :])
-    if LSE:
-        gl.store(lse + places, row_lse, mask=exists)
+        store_item(
+            output, lse, partial_output, partial_lse, (accumulator,), 1.0, row_max, gl.sum(sums, 0), rows, heads, sinks,
+            q_row, num_new, num_valid, partial_row, is_split, GROUP, HEADS, DIM_V, SINKS, LSE, LAYOUT,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["window"])
@@ -179,22 +139,12 @@ def hopper_decode_kernel(
 ):  # fmt: skip
     """Grid: as many programs as there are multiprocessors, or fewer. ROWS: of an item, a power of two from 16."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype.element_ty)
-    PIECES: gl.constexpr = KEYS // PIECE
     dtype: gl.constexpr = q.dtype.element_ty
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM_V // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype)
+    k_ring, k_ready, k_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM, 1)
+    v_ring, v_ready, v_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V, 1)
     q_tile = gl.allocate_shared_memory(dtype, [ROWS, DIM], LAYOUT)
     weights_tile = gl.allocate_shared_memory(dtype, [KEYS, ROWS], WEIGHTS_LAYOUT)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(stage), count=PIECES)
-        mbarrier.init(v_ready.index(stage), count=PIECES)
-        mbarrier.init(k_free.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=1)
     fence_async_shared()
     # The last numbers: warps and registers of the roles after the first.
     gl.warp_specialize(
@@ -217,5 +167,5 @@ def hopper_decode_kernel(
             )),
         ],
         [1, 1],
-        [96, 96],
+        [56, 56],
     )  # fmt: skip

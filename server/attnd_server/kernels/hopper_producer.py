@@ -22,6 +22,23 @@ _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 
 
 @gluon.jit
+def make_ring(
+    dtype: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, DIM: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """Room in shared memory for tiles of K or V, in pieces, and when each stage is ready, and free again."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    PIECES: gl.constexpr = KEYS // PIECE
+    ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=PIECES)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
+    return ring, ready, free
+
+
+@gluon.jit
 def _copy_piece(ring, slot, ready, descriptor, row, kv_head, DIM: gl.constexpr, PIECES: gl.constexpr):
     """Starts the copies of a piece, from `row` on, to the ring's piece `slot`."""
     for column in gl.static_range(DIM // _COLUMNS):
@@ -85,7 +102,7 @@ def _bring_tile(
             start = key + piece * PIECE
             row = gl.load(table + start // PAGE_SIZE) * PAGE_SIZE + start % PAGE_SIZE
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
-        prefetch(table + (key + 2 * KEYS) // PAGE_SIZE)
+        prefetch(table + gl.minimum(key + 2 * KEYS, context_len - 1) // PAGE_SIZE)
         mbarrier.wait(free, phase)
         _expect_tile(ready, pages_descriptor, DIM, PIECES)
         for piece in gl.static_range(PIECES):
@@ -135,7 +152,7 @@ def producer(
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
-        prefetch(items + (index + 2 * gl.num_programs(0)) // KV_HEADS * _ITEM_FIELDS)
+        prefetch(items + gl.minimum(index + 2 * gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, first_position, end_new = work(
             items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
         )

@@ -29,6 +29,9 @@ class Tile(NamedTuple):
 FEW_NEW_TOKENS, MAX_SPLIT_TOKENS = 16, 256
 # Hopper's kernels: most rows of a decode program, rows of one of the other kernel, and keys in which parts are counted.
 HOPPER_DECODE_ROWS, HOPPER_ROWS, HOPPER_KEYS = 64, 128, 128
+# Shared memory of a multiprocessor for tiles of K and V under way in decode, in bytes: more would fit beside queries
+# and weights, and measured worse.
+_RING_BYTES = 131_072
 # By (bytes of an element, head dim padded to a power of two from 64): for decode, where reading KV is the work; for
 # more tokens, whose chunks' partial results need room as well; and for tokens that are not cut. float32 has no tensor
 # cores.
@@ -46,6 +49,51 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile, Tile]] = {
     (4, 256): (Tile(16, 16, 4, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
     (4, 512): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
+
+
+class HopperLaunch(NamedTuple):
+    """A launch shape of Hopper's kernels.
+
+    Attributes:
+        keys: that a program takes at once.
+        num_stages: tiles of keys under way.
+        num_programs: of a multiprocessor.
+        max_registers: of a thread at the start; None: as many as one program can have.
+    """
+
+    keys: int
+    num_stages: int
+    num_programs: int
+    max_registers: int | None
+
+
+def hopper_launch(rows: int, head_dim: int, head_dim_v: int) -> HopperLaunch:
+    """The launch shape for items of so many rows.
+
+    Where they fit, two decode programs share a multiprocessor: while one begins or ends an item, the other multiplies.
+    """
+    is_wide = max(head_dim, head_dim_v) > 128
+    if rows == HOPPER_ROWS:
+        return HopperLaunch(64 if is_wide else 128, 2, 1, None)
+    num_programs, max_registers = (2, 128) if rows <= 32 and not is_wide else (1, None)
+    tile_bytes = 2 * 64 * (head_dim + head_dim_v)
+    return HopperLaunch(64, _RING_BYTES // num_programs // tile_bytes, num_programs, max_registers)
+
+
+def fits_hopper_fp8(rows: int, head_dim: int) -> bool:
+    """Whether Hopper's kernel for FP8 has registers for items of so many rows."""
+    return rows * head_dim <= HOPPER_DECODE_ROWS * 128
+
+
+def hopper_fp8_launch(rows: int, head_dim: int) -> HopperLaunch:
+    """The launch shape for items of so many rows over pages of FP8, with `fits_hopper_fp8`.
+
+    Where their registers allow it, two programs share a multiprocessor: one's conversions and softmax take longer than
+    the memory takes for the bytes.
+    """
+    keys = 128 if (rows, head_dim) == (16, 128) else 64
+    num_programs, max_registers = (2, 128) if rows * head_dim <= 32 * 128 else (1, None)
+    return HopperLaunch(keys, _RING_BYTES // num_programs // (2 * keys * head_dim), num_programs, max_registers)
 
 
 def launch_shape(num_new: int, heads: int, dims: int, item_size: int) -> Tile:

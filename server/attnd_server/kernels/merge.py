@@ -12,15 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.kernels.softmax import finish, rebase
+from attnd_server.kernels.softmax import finish
 
 # Columns of `merges`: first row of q, new tokens, first row of the partial results, chunks.
 MERGE_FIELDS = 4
-# Chunks that a program loads at once.
-CHUNKS = 16
+# Chunks whose lse a program loads at once, and whose output.
+CHUNKS, TOGETHER = 32, 8
 # Rows that it merges at once.
 ROWS = 4
 _CHUNKS = tl.constexpr(CHUNKS)
+_TOGETHER = tl.constexpr(TOGETHER)
 _ROWS = tl.constexpr(ROWS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -40,25 +41,33 @@ def merge_rows(
     exists = tokens < num_new
     dims = tl.arange(0, DIMS_V)
     in_v = dims < HEAD_DIM_V
-    accumulator = tl.zeros([_ROWS, DIMS_V], dtype=tl.float32)
+    # Past the first cache, which does not know what other multiprocessors have written.
     row_max = tl.full([_ROWS], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([_ROWS], dtype=tl.float32)
     for start in tl.range(0, num_chunks, _CHUNKS):
         chunks = start + tl.arange(0, _CHUNKS)
         there = (chunks < num_chunks)[:, None] & exists[None, :]
         places = ((partial_row + chunks * num_new)[:, None] + tokens[None, :]).to(tl.int64) * NUM_HEADS + heads[None, :]
-        # Past the first cache, which does not know what other multiprocessors have written.
         partial = tl.load(partial_lse + places, mask=there, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            partial_output + ((places * HEAD_DIM_V)[:, :, None] + dims[None, None, :]),
-            mask=there[:, :, None] & in_v[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        row_max, base, decay = rebase(row_max, tl.max(partial, 0))
-        weights = tl.exp2(partial - base[None, :])
-        row_sum = row_sum * decay + tl.sum(weights, 0)
-        accumulator = accumulator * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
+        row_max = tl.maximum(row_max, tl.max(partial, 0))
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.zeros([_ROWS], dtype=tl.float32)
+    accumulator = tl.zeros([_ROWS, DIMS_V], dtype=tl.float32)
+    for start in tl.range(0, num_chunks, _TOGETHER):
+        # One after the other, in the order of the chunks; unrolled, so that their loads are under way together.
+        for offset in tl.static_range(_TOGETHER):
+            chunk = start + offset
+            there = exists & (chunk < num_chunks)
+            places = (partial_row + chunk * num_new + tokens).to(tl.int64) * NUM_HEADS + heads
+            partial = tl.load(partial_lse + places, mask=there, other=float("-inf"), cache_modifier=".cg")
+            values = tl.load(
+                partial_output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]),
+                mask=there[:, None] & in_v[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            weights = tl.exp2(partial - base)
+            row_sum += weights
+            accumulator += weights[:, None] * values
 
     sink = tl.load(sinks + heads) if SINKS else 0.0
     result, row_lse = finish(accumulator, row_max, row_sum, sink, SINKS)
@@ -78,12 +87,16 @@ def _merge_kernel(
     """Grid: (merges * NUM_HEADS / HEADS, most rows of a merge / _ROWS)."""
     fields = merges + tl.program_id(0) // (NUM_HEADS // HEADS) * _MERGE_FIELDS
     first_head = tl.program_id(0) % (NUM_HEADS // HEADS) * HEADS
+    q_row = tl.load(fields)
     num_new = tl.load(fields + 1)
+    partial_row = tl.load(fields + 2)
+    num_chunks = tl.load(fields + 3)
     first_row = tl.program_id(1) * _ROWS
-    if first_row < num_new * HEADS:
+    # A request of one chunk has nothing to merge.
+    if (first_row < num_new * HEADS) & (num_chunks > 1):
         merge_rows(
             output, lse, partial_output, partial_lse, sinks,
-            tl.load(fields), num_new, tl.load(fields + 2), tl.load(fields + 3), first_row, first_head,
+            q_row, num_new, partial_row, num_chunks, first_row, first_head,
             NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ def _load_piece(
 
 
 @triton.jit
-def _targets(
+def slot_offsets(
     slots, elements, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LANES: tl.constexpr
 ):
     """Where elements `elements` of int64 slots `slots` lie in the pages. LANES: of the distinct layout; 0: unified."""
@@ -71,8 +71,8 @@ def _store_kernel(
     # Both loads first, so that they wait for memory together.
     new_k = _load_piece(k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, QUANTISED)
     new_v = _load_piece(v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, QUANTISED)
-    k_targets = _targets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
-    v_targets = _targets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    k_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
+    v_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
     tl.store(k_pages + k_targets, new_k, mask=k_exists)
     tl.store(v_pages + v_targets, new_v, mask=v_exists)
 
@@ -103,7 +103,7 @@ def store_kv(
     if not num_tokens:
         return
     row = num_kv_heads * max(head_dim, v.shape[2])
-    tokens, piece = _tile(layout, row, k.element_size())
+    tokens, piece = slot_tile(layout, row, k.element_size())
     with torch.cuda.device_of(k):
         _store_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
             k_pages,
@@ -126,7 +126,7 @@ def store_kv(
         )
 
 
-def _tile(layout: Layout, row: int, itemsize: int) -> tuple[int, int]:
+def slot_tile(layout: Layout, row: int, itemsize: int) -> tuple[int, int]:
     """Tokens and elements of a token that a program moves, for tokens of `row` elements; powers of two."""
     if layout is Layout.DISTINCT:
         return _DISTINCT_TILE

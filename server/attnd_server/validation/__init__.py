@@ -9,6 +9,7 @@ from attnd_server.validation.caches import cache_config, create_cache
 from attnd_server.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
 from attnd_server.validation.pages import copy_pages, slots
 from attnd_server.validation.steps import step
+from attnd_server.validation.warm_ups import warm_up
 
 __all__ = [
     "CallTensors",
@@ -23,4 +24,5 @@ __all__ = [
     "slots",
     "step",
     "store_kv",
+    "warm_up",
 ]

@@ -22,7 +22,7 @@ from attnd_server.validation.pages import slots
 
 _FLOAT32 = (tensor_pb2.DTYPE_FLOAT32,)
 # More than all of a reply but its elements.
-_REPLY_HEADER_BYTES = 1024
+REPLY_HEADER_BYTES = 1024
 
 
 class CallTensors(NamedTuple):
@@ -116,7 +116,7 @@ def _q(payloads: Mapping[str, Array], config: AttentionConfig, num_tokens: int) 
 def _check_reply_bytes(num_rows: int, config: AttentionConfig, return_lse: bool) -> None:
     """A small head_dim and a large head_dim_v make an output of many times q's size."""
     num_bytes = num_rows * (config.head_dim_v * config.dtype.itemsize + 4 * return_lse)
-    limit = wire.MAX_MESSAGE_BYTES - _REPLY_HEADER_BYTES
+    limit = wire.MAX_MESSAGE_BYTES - REPLY_HEADER_BYTES
     if num_bytes > limit:
         raise Exhausted(f"q asks for {num_bytes} bytes of output, but a reply has room for {limit}", field="q")
 

@@ -21,6 +21,7 @@ from attnd_server.validation.arrays import (
     view,
 )
 
+Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 # Table entries looked at together: bounds the memory of a step whose every entry names a page that it stores into.
@@ -77,7 +78,7 @@ def copy_pages(message: cache_pb2.CopyPagesRequest, config: AttentionConfig) -> 
 
 def check_stores(
     slot_mapping: Int64s,
-    page_tables: Int64s | None,
+    page_tables: Int32s | None,
     context_lens: Int64s,
     hole_starts: Int64s,
     hole_ends: Int64s,
@@ -119,7 +120,7 @@ def check_stores(
 
 def _read_intervals(
     stored_pages: Int64s,
-    page_tables: Int64s,
+    page_tables: Int32s,
     context_lens: Int64s,
     hole_starts: Int64s,
     hole_ends: Int64s,
@@ -140,7 +141,7 @@ def _read_intervals(
         # starts: empty.
         starts = columns * page_size
         ends = np.minimum(starts + page_size, context_lens[requests])
-        slots_from_positions = page_tables[requests, columns] * page_size - starts
+        slots_from_positions = page_tables[requests, columns].astype(np.int64) * page_size - starts
         before_hole = np.minimum(ends, hole_starts[requests])
         after_hole = np.maximum(starts, hole_ends[requests])
         yield requests, starts + slots_from_positions, before_hole + slots_from_positions

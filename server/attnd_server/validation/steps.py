@@ -18,14 +18,14 @@ from attnd_server.validation.arrays import (
     required,
     view,
 )
-from attnd_server.validation.pages import Int64s, check_stores
+from attnd_server.validation.pages import Int32s, Int64s, check_stores
 
 _INT32_MAX = 2**31 - 1
 _MASKS = "MASK_CAUSAL, MASK_BLOCK_CAUSAL, MASK_BIDIRECTIONAL or MASK_PREFIX_FULL"
 
 
 def step(message: step_pb2.Step, config: AttentionConfig, limits: ServerConfig) -> AttentionMetadata:
-    """A step's metadata, every tensor int64 in memory of its own.
+    """A step's metadata, every tensor in memory of its own.
 
     Args:
         message: the step; its id and cache are the caller's business.
@@ -57,7 +57,7 @@ def step(message: step_pb2.Step, config: AttentionConfig, limits: ServerConfig) 
         read_tables = None if message.store_only else page_tables  # nothing is attended: nothing is read
         check_stores(slot_mapping, read_tables, context_lens, hole_starts, hole_ends, config)
     is_prefix_full = masks == step_pb2.MASK_PREFIX_FULL
-    return AttentionMetadata(
+    metadata = AttentionMetadata(
         is_decode=message.kind == step_pb2.STEP_KIND_DECODE,
         num_tokens=int(cu_seqlens_q[-1]),
         cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
@@ -73,6 +73,9 @@ def step(message: step_pb2.Step, config: AttentionConfig, limits: ServerConfig) 
         cache_only=message.cache_only,
         store_only=message.store_only,
     )
+    # Made here, where steps are checked side by side, and not where they wait for each other.
+    _ = metadata.columns, metadata.max_context_len, metadata.first_absent_pages
+    return metadata
 
 
 def _check_flags(message: step_pb2.Step) -> None:
@@ -112,7 +115,7 @@ def _lens(message: step_pb2.Step, field: str, num_reqs: int) -> Int64s:
     return values.astype(np.int64)
 
 
-def _page_tables(message: step_pb2.Step, context_lens: Int64s, config: AttentionConfig, limits: ServerConfig) -> Int64s:
+def _page_tables(message: step_pb2.Step, context_lens: Int64s, config: AttentionConfig, limits: ServerConfig) -> Int32s:
     num_reqs = len(context_lens)
     values = view(required(message, "page_tables"), "page_tables", INT32, (num_reqs, "max_pages"))
     if values.size > limits.max_page_table_elements:
@@ -123,7 +126,7 @@ def _page_tables(message: step_pb2.Step, context_lens: Int64s, config: Attention
     num_covered = values.shape[1] * config.page_size
     rule = f"page_tables covers {num_covered}: {values.shape[1]} pages of {config.page_size} tokens"
     check_range(context_lens, 0, num_covered, "context_lens", rule)
-    return values.astype(np.int64)
+    return values.astype(np.int32)
 
 
 def _valid_lens(message: step_pb2.Step, query_lens: Int64s) -> Int64s:

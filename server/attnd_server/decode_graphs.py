@@ -1,0 +1,272 @@
+"""Decode steps of a fixed shape as CUDA graphs, one for each layer: captured at warm-up, replayed by calls that fit.
+
+A graph holds addresses, so all that differs between calls lies in buffers that it was captured with: the plan's, which
+a step is written into once, and those here, through which the tensors of a call pass. These lie side by side, on the
+device and again on the host, so that one copy takes all inputs over and one brings all results back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from attnd_server.backends.base import DecodeShape, FixedPlan
+from attnd_server.cache import Cache
+from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
+
+Launches = Callable[[], None]
+Capture = Callable[[Launches], Launches]
+"""Runs launches in a way that only records them, and returns what launches them all at once."""
+
+# Bytes: where a buffer's tensors start, as the device's own allocations do at the least.
+_ALIGNMENT = 256
+
+
+def cuda_capture(device: torch.device) -> Capture | None:
+    """Captures CUDA graphs on `device`; None where there is no such thing."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+
+    def capture(launches: Launches) -> Launches:
+        graph = torch.cuda.CUDAGraph()
+        # Not by `torch.cuda.graph`, which waits for the device and empties torch's caches before each graph.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may do what cannot be captured
+            try:
+                launches()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+    return capture
+
+
+class _Field(NamedTuple):
+    """A tensor of a buffer: its type, and the shape of a row."""
+
+    dtype: torch.dtype
+    row: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.row)
+
+
+class _Head(NamedTuple):
+    """The first rows of a buffer.
+
+    Attributes:
+        tensors: on the host, only these rows.
+        on_host: one piece of memory with all of them; of the last tensor these rows alone.
+        on_device: likewise, there.
+    """
+
+    tensors: list[torch.Tensor]
+    on_host: torch.Tensor
+    on_device: torch.Tensor
+
+
+class _Buffer:
+    """Tensors of `num_rows` rows side by side on the device, and again on the host.
+
+    Attributes:
+        device: the tensors there.
+        host: those here, in pinned memory if the device is a GPU.
+    """
+
+    def __init__(self, num_rows: int, fields: list[_Field], device: torch.device) -> None:
+        offsets, num_bytes = _offsets(num_rows, fields)
+        self._on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._last_offset, self._last_row_bytes = offsets[-1], fields[-1].row_bytes
+        self.device, self.host = (
+            [
+                memory[offset : offset + num_rows * field.row_bytes].view(field.dtype).view(num_rows, *field.row)
+                for field, offset in zip(fields, offsets, strict=True)
+            ]
+            for memory in (self._on_device, self._on_host)
+        )
+
+    def head(self, num_rows: int) -> _Head:
+        """The first rows, which are views."""
+        end = self._last_offset + num_rows * self._last_row_bytes
+        return _Head([tensor[:num_rows] for tensor in self.host], self._on_host[:end], self._on_device[:end])
+
+
+def _offsets(num_rows: int, fields: list[_Field]) -> tuple[list[int], int]:
+    """Where each tensor of a buffer starts, and where the last ends."""
+    offsets, end = [], 0
+    for field in fields:
+        offsets.append(end)
+        end += -(-num_rows * field.row_bytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def _fields(config: AttentionConfig, options: AttentionOptions) -> tuple[list[_Field], list[_Field]]:
+    """The inputs and the results of a call; the biggest is last, of which only the rows in use are copied."""
+    heads, kv_heads = options.num_heads, config.num_kv_heads
+    slots = _Field(torch.int64, ())
+    k, v = _Field(config.dtype, (kv_heads, config.head_dim)), _Field(config.dtype, (kv_heads, config.head_dim_v))
+    q, output = _Field(config.dtype, (heads, config.head_dim)), _Field(config.dtype, (heads, config.head_dim_v))
+    lse = _Field(torch.float32, (heads,))
+    return [slots, k, v, q], [lse, output] if options.return_lse else [output]
+
+
+def buffer_bytes(config: AttentionConfig, options: AttentionOptions, shape: DecodeShape) -> int:
+    """Bytes of the device's memory that the buffers of a DecodeGraphs take, beside the plan's own."""
+    return sum(_offsets(shape.num_reqs * shape.query_len, fields)[1] for fields in _fields(config, options))
+
+
+class _Memory(NamedTuple):
+    """What graphs have the addresses of, beside the cache's pages."""
+
+    plan: FixedPlan
+    inputs: _Buffer
+    results: _Buffer
+
+
+class _Loaded(NamedTuple):
+    """A step that is in the buffers, and the rows that its calls use."""
+
+    metadata: AttentionMetadata
+    inputs: _Head
+    results: _Head
+
+
+class DecodeGraphs:
+    """Decode steps of one cache that fit one shape, of layers with the same options.
+
+    Attributes:
+        shape: the steps that fit.
+        backend: what computes them.
+        num_bytes: bytes of the device's memory that its buffers take, the plan's included.
+    """
+
+    def __init__(
+        self, cache: Cache, options: AttentionOptions, plan: FixedPlan, backend: AttentionBackend, shape: DecodeShape
+    ) -> None:
+        """Takes the memory."""
+        num_rows = shape.num_reqs * shape.query_len
+        inputs, results = (_Buffer(num_rows, fields, cache.device) for fields in _fields(cache.config, options))
+        inputs.device[0].fill_(-1)  # slots: what is launched before the first call stores nothing
+        self.shape = shape
+        self.backend = backend
+        self.num_bytes = plan.num_bytes + buffer_bytes(cache.config, options, shape)
+        self._memory: _Memory | None = _Memory(plan, inputs, results)
+        self._device = cache.device
+        self._replays: list[Launches] = []
+        self._loaded: _Loaded | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that were captured, in the end one for each layer; 0 after `close`."""
+        return len(self._replays)
+
+    @property
+    def _held(self) -> _Memory:
+        if self._memory is None:
+            raise RuntimeError("the graphs were closed, but something still uses them")
+        return self._memory
+
+    def fits(self, metadata: AttentionMetadata) -> bool:
+        """Whether the graphs serve a step."""
+        return self._held.plan.refusal(metadata) is None
+
+    def launch(self, cache: Cache, layer: int) -> None:
+        """Stores and attends one layer of the step in the buffers."""
+        plan, inputs, results = self._held
+        slots, k, v, q = inputs.device
+        *lse, output = results.device
+        cache.store_at(layer, k, v, slots)
+        pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
+        plan.run(output, lse[0] if lse else None, q, k, v, *pages)
+
+    def capture_next(self, cache: Cache, capture: Capture) -> None:
+        """Captures the first layer that was not yet, after a step was loaded. On the executor's thread."""
+        launches = partial(self.launch, cache, len(self._replays))
+        launches()  # a kernel that is not on the device yet cannot be captured
+        self._replays.append(capture(launches))
+
+    def load(self, metadata: AttentionMetadata) -> _Loaded:
+        """Makes a step that fits the one that calls run, until another is loaded. Does not wait for the device."""
+        plan, inputs, results = self._held
+        self._loaded = None
+        plan.update(metadata)
+        slots = inputs.host[0]
+        slots.fill_(-1)
+        if metadata.slot_mapping is not None:
+            slots[: metadata.num_tokens] = metadata.slot_mapping
+        loaded = _Loaded(metadata, inputs.head(metadata.num_tokens), results.head(metadata.num_tokens))
+        self._loaded = loaded
+        return loaded
+
+    def attend(
+        self, metadata: AttentionMetadata, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One layer of a step that fits: stores and attends.
+
+        Args:
+            metadata: the step.
+            layer: of the cache.
+            q: `[num_tokens, num_heads, head_dim]` on the host.
+            k: `[num_tokens, num_kv_heads, head_dim]` on the host.
+            v: `[num_tokens, num_kv_heads, head_dim_v]` on the host.
+
+        Returns:
+            Output and lse as `AttentionKernel.run`, on the host: views of a buffer that the next call overwrites.
+        """
+        loaded = self._loaded
+        try:
+            if loaded is None or loaded.metadata is not metadata:
+                loaded = self.load(metadata)
+            _, inputs, results = loaded
+            for staged, tensor in zip(inputs.tensors[1:], (k, v, q), strict=True):
+                staged.copy_(tensor)
+            inputs.on_device.copy_(inputs.on_host, non_blocking=True)
+            self._replays[layer]()
+            results.on_host.copy_(results.on_device, non_blocking=True)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+        except BaseException:
+            self._loaded = None  # whoever tries again starts from the beginning
+            raise
+        *lse, output = results.tensors
+        return output, lse[0] if lse else None
+
+    def close(self) -> None:
+        """Frees graphs and buffers, whoever still holds the object."""
+        self._replays.clear()
+        self._memory = self._loaded = None
+
+
+def _key(options: AttentionOptions, query_len: int) -> tuple[object, ...]:
+    return (query_len, options.key)
+
+
+def add_graphs(cache: Cache, options: AttentionOptions, graphs: DecodeGraphs) -> None:
+    """Lets the calls of a cache use captured graphs."""
+    alike = cache.graphs.setdefault(_key(options, graphs.shape.query_len), [])
+    alike.append(graphs)
+    alike.sort(key=lambda each: (each.shape.num_reqs, each.shape.max_context_len))
+
+
+def ready_graphs(cache: Cache, options: AttentionOptions, shape: DecodeShape) -> DecodeGraphs | None:
+    """Graphs of a cache for batches of just that size that serve every step of `shape`."""
+    for graphs in cache.graphs.get(_key(options, shape.query_len), ()):
+        if graphs.shape.num_reqs == shape.num_reqs and graphs.shape.max_context_len >= shape.max_context_len:
+            return graphs
+    return None
+
+
+def find_graphs(cache: Cache, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
+    """The smallest graphs of a cache that serve a step of layers with these options."""
+    if not cache.graphs or not metadata.is_decode:
+        return None
+    query_len = metadata.num_tokens // metadata.num_reqs
+    return next((graphs for graphs in cache.graphs.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)

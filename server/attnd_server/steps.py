@@ -1,0 +1,120 @@
+"""A step as the device sees it: what its layers share, and the attention of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from attnd_server.cache import Cache
+from attnd_server.config import AttentionBackend
+from attnd_server.decode_graphs import DecodeGraphs, find_graphs
+from attnd_server.dispatcher import Plan, TritonAttentionOps
+from attnd_server.kernels.pages import StoredTokens, stored_tokens
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
+
+
+@dataclass(eq=False)
+class Step:
+    """A validated step of one cache. Its methods fill in what calls share, on the executor's thread.
+
+    Attributes:
+        id: the client's number for it.
+        cache: the cache that it reads and writes.
+        metadata: lengths, page tables, slots, masks.
+        graphs: by the options of a layer; None where no warm-up captured any that fit.
+        plans: likewise, of layers without graphs.
+        stored: its slots on the device, for layers without graphs.
+        is_marked: whether the cache was told which pages it writes.
+    """
+
+    id: int
+    cache: Cache
+    metadata: AttentionMetadata
+    graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
+    plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
+    stored: StoredTokens | None = None
+    is_marked: bool = False
+
+    def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
+        """What serves layers with these options, if a warm-up captured it."""
+        if options not in self.graphs:
+            self.graphs[options] = find_graphs(self.cache, options, self.metadata)
+        return self.graphs[options]
+
+    def plan_for(self, options: AttentionOptions, ops: TritonAttentionOps) -> Plan:
+        """What else serves them. Raises Unsupported as `TritonAttentionOps.choose` does."""
+        plan = self.plans.get(options)
+        if plan is None:
+            plan = self.plans[options] = ops.plan(self.cache.config, self.metadata, options)
+        return plan
+
+    def make_ready(self, options: AttentionOptions, ops: TritonAttentionOps) -> None:
+        """Does what the first call with these options would do before it looks at its tensors."""
+        if self.cache.is_closed or self.metadata.store_only:
+            return
+        graphs = self.graphs_for(options)
+        if graphs is None:
+            self.plan_for(options, ops)
+        else:
+            graphs.load(self.metadata)
+
+    def mark_written(self) -> None:
+        """Tells the cache once which pages the step writes."""
+        if not self.is_marked and self.metadata.slot_mapping is not None:
+            self.cache.mark_written(self.metadata.slot_mapping)
+            self.is_marked = True
+
+
+class Call(NamedTuple):
+    """One layer of one step, tensors on the host."""
+
+    step: Step
+    layer: int
+    options: AttentionOptions
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+
+
+class Result(NamedTuple):
+    """What a call gives, tensors on the host. The next call may overwrite them."""
+
+    output: torch.Tensor | None
+    lse: torch.Tensor | None
+    backend: AttentionBackend | None
+
+
+def attend(call: Call, ops: TritonAttentionOps) -> Result:
+    """One layer: store, attend.
+
+    Raises:
+        CacheLost: the cache is closed.
+        Unsupported: no backend, or not the one that is named, can serve the step.
+    """
+    step, layer, options, q, k, v = call
+    step.cache.refuse_if_closed()
+    graphs = step.graphs_for(options)
+    if graphs is not None and q is not None and k is not None and v is not None:
+        step.mark_written()
+        return Result(*graphs.attend(step.metadata, layer, q, k, v), graphs.backend)
+    return _attend_without_graphs(call, ops)
+
+
+def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
+    step, cache, metadata = call.step, call.step.cache, call.step.metadata
+    k = None if call.k is None else call.k.to(ops.device)
+    v = None if call.v is None else call.v.to(ops.device)
+    plan = None if metadata.store_only else step.plan_for(call.options, ops)
+    if metadata.slot_mapping is not None and k is not None and v is not None:
+        step.mark_written()
+        if step.stored is None:
+            step.stored = stored_tokens(metadata.slot_mapping, ops.device)
+        cache.store(call.layer, k, v, step.stored)
+    if plan is None or call.q is None:
+        return Result(None, None, None)
+    q = call.q.to(ops.device)
+    k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
+    output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
+    return Result(output.cpu(), None if lse is None else lse.cpu(), plan.kernel.backend)
