@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attnd_server.config import AttentionBackend
+from attnd_server.config import AttentionBackend, KVSplitConfig
 from benchmarks import ceilings, report, roofline
 from benchmarks.dense_peers import dense_peers
 from benchmarks.exactness import Expected, expected
@@ -35,6 +35,7 @@ from benchmarks.kernel_runs import (
 from benchmarks.kernel_tensors import Tensors, draw
 from benchmarks.peers import FlashAttention3, Ours, Way
 
+INVARIANCE = {"auto": None, "yes": True, "no": False}
 CAPTION = (
     "us: microseconds of a layer, median. ratio: ours to the fastest peer. share: of the machine's best, in reading or "
     "in multiplying, whichever is the limit. plan: host time of our plan, once per step."
@@ -149,6 +150,8 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     parser.add_argument("--heads", type=_heads, default=(32, 8), metavar="Q/KV", help="default: 32/8")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where a module fa3 lies; see README.md")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the roofline, a PNG in this file, or folder")
+    about = "whether our output bits never depend on the batch; default: for one new token a request"
+    parser.add_argument("--batch-invariant", choices=list(INVARIANCE), default="auto", help=about)
     options = parse_base(parser, arguments)
     if options.peers is not None and not options.peers.is_dir():
         parser.error(f"argument --peers: is {options.peers}, but must be a folder")
@@ -185,7 +188,8 @@ def columns(ways: Sequence[Way], unit: str) -> dict[str, str]:
 def run(benchmark: Benchmark, options: argparse.Namespace, out: Console, err: Console) -> int:
     """Times, prints and writes. Returns the exit code."""
     device, notes = options.device, Notes()
-    ways: list[Way] = [Ours(options.backend, device), FlashAttention3(options.peers, device)]
+    kv_split = KVSplitConfig(batch_invariant=INVARIANCE[options.batch_invariant])
+    ways: list[Way] = [Ours(options.backend, device, kv_split), FlashAttention3(options.peers, device)]
     if benchmark.dense:
         ways += dense_peers(compiled=not options.quick and device.type == "cuda")
     roof = ceilings.measure(device, options.cells[0].dtype)
@@ -228,6 +232,7 @@ def write(
         parameters = {
             "backend": options.backend.value,
             "heads": "/".join(map(str, options.heads)),
+            "batch_invariant": options.batch_invariant,
             **run_parameters(options, roof, notes),
         }
         report.write_json(path, name, parameters, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from attnd_server.backends.base import AttentionKernel, DecodeShape, FixedPlan
-from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from benchmarks.exactness import FP8_LIMIT
@@ -63,17 +63,19 @@ class Ours:
     Args:
         backend: which.
         device: that it runs on.
+        kv_split: how the KV of a request is cut; None is automatic.
     """
 
     name = OURS
 
-    def __init__(self, backend: AttentionBackend, device: torch.device) -> None:
-        self._backend, self._device = backend, device
+    def __init__(self, backend: AttentionBackend, device: torch.device, kv_split: KVSplitConfig | None = None) -> None:
+        self._backend, self._device, self._kv_split = backend, device, kv_split or KVSplitConfig()
         self._ops = TritonAttentionOps(device)
 
     def prepare(self, case: Case, tensors: Tensors) -> Prepared:
         """Plans the step, and measures how long that takes. Raises attnd.Unsupported."""
-        config, options, metadata = tensors.config(case), case.options(self._backend), case.metadata()
+        config = replace(tensors.config(case), kv_split=self._kv_split)
+        options, metadata = case.options(self._backend), case.metadata()
         kernel = self._ops.choose(config, metadata, options)
         limit = None if tensors.k_scales is None else FP8_LIMIT
         scales = () if tensors.k_scales is None else (tensors.k_scales, tensors.v_scales)

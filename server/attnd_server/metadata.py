@@ -15,6 +15,9 @@ import torch
 
 from attnd_server.config import AttentionBackend
 
+MOST_COLUMN = (1 << 30) - 1
+"""Greatest number among the columns of a request; beyond any position, since contexts end at 2^29 tokens."""
+
 REQUEST_COLUMNS = (
     "valid_lens",
     "context_lens",
@@ -73,9 +76,13 @@ class AttentionMetadata:
 
     @cached_property
     def columns(self) -> npt.NDArray[np.int32]:
-        """The numbers of each request that kernels go by: `[len(REQUEST_COLUMNS), num_reqs]`."""
+        """The numbers of each request that kernels go by: `[len(REQUEST_COLUMNS), num_reqs]`.
+
+        None is greater than `MOST_COLUMN`, so that sums of two fit: greater ones mean the same, being past any token.
+        """
         arrays = [getattr(self, name).numpy() for name in REQUEST_COLUMNS]
-        return np.concatenate(arrays, dtype=np.int32, casting="same_kind").reshape(len(arrays), -1)
+        columns: npt.NDArray[np.int64] = np.minimum(np.concatenate(arrays), MOST_COLUMN)
+        return columns.astype(np.int32).reshape(len(arrays), -1)
 
     @cached_property
     def query_lens(self) -> list[int]:

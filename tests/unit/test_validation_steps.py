@@ -8,6 +8,7 @@ import torch
 from attnd.errors import InvalidRequest
 from attnd.v1 import step_pb2, tensor_pb2
 from attnd_server import validation
+from attnd_server.metadata import MOST_COLUMN, REQUEST_COLUMNS
 from tests.unit.wire_messages import CONFIG, LIMITS, PAGE_SIZE, step, tensor
 
 DECODE = step_pb2.STEP_KIND_DECODE
@@ -98,6 +99,18 @@ def test_decode():
 )
 def test_masks_reduce_to_block_sizes(mask, block_size):
     assert validate(step(mask=mask, block_size=4)).block_sizes.tolist() == [block_size, block_size]
+
+
+def test_sizes_past_every_token_mean_the_greatest_that_kernels_take():
+    greatest = {"prefix_lens": tensor([2**31 - 1, 0]), "padded_prefix_lens": tensor([2**31 - 1, 2**31 - 1])}
+    metadata = validate(step(mask=step_pb2.MASK_PREFIX_FULL, block_size=2**32 - 1, **greatest))
+    assert metadata.block_sizes.tolist() == [2**32 - 1] * 2
+    columns = dict(zip(REQUEST_COLUMNS, metadata.columns.tolist(), strict=True))
+    assert columns["block_sizes"] == [MOST_COLUMN, MOST_COLUMN]
+    assert columns["prefix_lens"] == [MOST_COLUMN, 0]
+    assert columns["padded_prefix_lens"] == [MOST_COLUMN, MOST_COLUMN]
+    assert columns["context_lens"] == metadata.context_lens.tolist()
+    assert metadata.columns.dtype == "int32"
 
 
 def test_prefix_full_keeps_the_prefixes():
