@@ -21,7 +21,7 @@ from attnd_server.backends.triton_plan import Launch, TritonPlan
 from attnd_server.backends.triton_schedule import Rows, is_chunked, is_even, most_parts
 from attnd_server.config import AttentionConfig
 from attnd_server.kernels.decode_items import MAX_REQUESTS, STEP_HEADER, decode_items
-from attnd_server.kernels.items import ITEM_FIELDS, NUM_NEW
+from attnd_server.kernels.items import ITEM_FIELDS, NUM_NEW, PREFETCHED
 from attnd_server.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
 from attnd_server.kernels.merge import MERGE_FIELDS
 from attnd_server.kernels.softmax import LOG2E
@@ -91,7 +91,7 @@ class FixedTritonPlan:
         tables = -(-(STEP_HEADER + len(REQUEST_COLUMNS) * shape.num_reqs) // _ALIGNMENT) * _ALIGNMENT
         # Page tables that nobody reads are still a pointer.
         num_pages = max(1, shape.num_reqs * -(-shape.max_context_len // config.page_size))
-        step = torch.zeros(tables + num_pages, dtype=torch.int32, device=device)
+        step = torch.zeros(tables + num_pages + PREFETCHED, dtype=torch.int32, device=device)
         items, merges, partials = _results(config, shape, options, sizes, device)
         num_partial_rows = len(partials[0])
         merges_if_any = merges if num_partial_rows else None
@@ -102,7 +102,7 @@ class FixedTritonPlan:
             options=options,
             group=group,
             launches=[Launch(None, rows, is_few, num_partial_rows, items, merges_if_any, None, shape.query_len)],
-            page_tables=step[tables:],
+            page_tables=step[tables : tables + num_pages],
             alibi_slopes=_log2(options.alibi_slopes, device),
             sinks=_log2(options.sinks, device),
             partials={0: partials},

@@ -252,6 +252,7 @@ def make_plan(
         works.append(
             (hopper_schedule if tile is None else split_schedule)(requests, config.kv_split, options.window, rows)
         )
+    # Page tables first: kernels prefetch a little past their end.
     host: list[Ints | None] = [tables, _bits(options.alibi_slopes), _bits(options.sinks)]
     for work in works:
         counters = np.zeros(work.num_counters * (options.num_heads // group), np.int32) if work.num_counters else None

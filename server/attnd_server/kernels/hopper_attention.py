@@ -111,7 +111,8 @@ def hopper_attention(
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None.
         k_pages: one layer's K, `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a multiple of 16.
         v_pages: one layer's V.
-        page_tables: int32; the items say where each request's begins. Only pages of the context are read.
+        page_tables: int32; the items say where each request's begins. Only pages of the context are read, and up to
+            PREFETCHED elements past them brought close.
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.

@@ -102,7 +102,8 @@ def _bring_tile(
             start = key + piece * PIECE
             row = gl.load(table + start // PAGE_SIZE) * PAGE_SIZE + start % PAGE_SIZE
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
-        prefetch(table + gl.minimum(key + 2 * KEYS, context_len - 1) // PAGE_SIZE)
+        # Up to PREFETCHED past the last table; a bound to keep would cost registers that these warps do not have.
+        prefetch(table + (key + 2 * KEYS) // PAGE_SIZE)
         mbarrier.wait(free, phase)
         _expect_tile(ready, pages_descriptor, DIM, PIECES)
         for piece in gl.static_range(PIECES):

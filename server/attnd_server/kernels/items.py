@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton.language as tl
 
 ITEM_FIELDS = 20
+# Elements past the last page table that Hopper's kernels may bring close, and never use.
+PREFETCHED = 16
 (
     TABLE,  # first element of its page table among the page tables
     Q_ROW,  # first row of q
