@@ -229,14 +229,20 @@ class StepReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     STEP_ID_FIELD_NUMBER: builtins.int
+    TAKES_DELTAS_FIELD_NUMBER: builtins.int
     step_id: builtins.int
     """As in the step."""
+    takes_deltas: builtins.bool
+    """Each of the next 8 steps of the stream may name this one as its page_table_delta.base_step_id. A server that sets it
+    keeps to that, whatever becomes of the steps between; one that knows no deltas never sets it.
+    """
     def __init__(
         self,
         *,
         step_id: builtins.int = ...,
+        takes_deltas: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["step_id", b"step_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["step_id", b"step_id", "takes_deltas", b"takes_deltas"]) -> None: ...
 
 global___StepReply = StepReply
 

@@ -102,6 +102,7 @@ class Step(google.protobuf.message.Message):
     MASK_PREFIX_HOLE_FIELD_NUMBER: builtins.int
     CACHE_ONLY_FIELD_NUMBER: builtins.int
     STORE_ONLY_FIELD_NUMBER: builtins.int
+    PAGE_TABLE_DELTA_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Chosen by the client, greater than that of every earlier step of the stream. A stream keeps its last 8 steps."""
     kind: global___StepKind.ValueType
@@ -134,6 +135,7 @@ class Step(google.protobuf.message.Message):
     def page_tables(self) -> attnd.v1.tensor_pb2.Tensor:
         """int32 [num_reqs, max_pages]: cached position j of request r is in page page_tables[r, j / page_size].
         0 <= id < num_pages, or -1: no page, its positions are not seen. Context that the table does not cover is refused.
+        Absent where page_table_delta is given.
         """
 
     @property
@@ -160,6 +162,10 @@ class Step(google.protobuf.message.Message):
     def padded_prefix_lens(self) -> attnd.v1.tensor_pb2.Tensor:
         """int32 [num_reqs]: at least prefix_lens, and required where these are."""
 
+    @property
+    def page_table_delta(self) -> global___PageTableDelta:
+        """On the Attend stream, instead of page_tables: what the table differs in from that of an open step."""
+
     def __init__(
         self,
         *,
@@ -179,11 +185,59 @@ class Step(google.protobuf.message.Message):
         mask_prefix_hole: builtins.bool = ...,
         cache_only: builtins.bool = ...,
         store_only: builtins.bool = ...,
+        page_table_delta: global___PageTableDelta | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cache", b"cache", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "valid_lens", b"valid_lens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_only", b"store_only", "valid_lens", b"valid_lens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "valid_lens", b"valid_lens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_only", b"store_only", "valid_lens", b"valid_lens"]) -> None: ...
 
 global___Step = Step
+
+@typing.final
+class PageTableDelta(google.protobuf.message.Message):
+    """A page table [num_reqs, max_pages], told by what it differs in from another's. What it gives obeys every rule of
+    Step.page_tables, the limit of its elements too.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BASE_STEP_ID_FIELD_NUMBER: builtins.int
+    SOURCE_ROWS_FIELD_NUMBER: builtins.int
+    MAX_PAGES_FIELD_NUMBER: builtins.int
+    INDICES_FIELD_NUMBER: builtins.int
+    PAGES_FIELD_NUMBER: builtins.int
+    base_step_id: builtins.int
+    """Step.id of a step that the stream keeps, most likely the last. Whoever names one that it does not keep is refused,
+    and sends page_tables instead; StepReply.takes_deltas says how not to.
+    """
+    max_pages: builtins.int
+    """Columns of the table."""
+    @property
+    def source_rows(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_reqs]: the row of the base's table that each row starts as, cut or filled with -1 to max_pages; or -1:
+        a row of -1. Rows of the base may be dropped, change places, or be named by several: sequences that forked.
+        """
+
+    @property
+    def indices(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_changes]: row * max_pages + column of each element that is set after that. Rises."""
+
+    @property
+    def pages(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_changes]: the page ids that it is set to."""
+
+    def __init__(
+        self,
+        *,
+        base_step_id: builtins.int = ...,
+        source_rows: attnd.v1.tensor_pb2.Tensor | None = ...,
+        max_pages: builtins.int = ...,
+        indices: attnd.v1.tensor_pb2.Tensor | None = ...,
+        pages: attnd.v1.tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["indices", b"indices", "pages", b"pages", "source_rows", b"source_rows"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_step_id", b"base_step_id", "indices", b"indices", "max_pages", b"max_pages", "pages", b"pages", "source_rows", b"source_rows"]) -> None: ...
+
+global___PageTableDelta = PageTableDelta
 
 @typing.final
 class AttentionOptions(google.protobuf.message.Message):
