@@ -25,12 +25,13 @@ from attnd_server.capabilities import PLANE_REASONS, capabilities
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor, Work
 from attnd_server.kernels.pages import StoredTokens
-from attnd_server.metadata import AttentionOptions
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.replies import call_reply, reply_arrays
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
 
-# Steps that a stream keeps, so that calls of several steps may be under way.
+# Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
+# The contract has this number too: at Step.id and at StepReply.takes_deltas.
 MAX_OPEN_STEPS = 8
 # Checked options that are kept, and how long their messages may be: 1024 heads with slopes and sinks fit.
 MAX_KEPT_OPTIONS, MAX_KEPT_OPTION_BYTES = 1_024, 9 << 10
@@ -143,11 +144,13 @@ class AttentionService:
         step = self.step(request.message.step, principal)
         return partial(self.attend, self.call(step, request.message.call, request.tensors), reply)
 
-    def step(self, message: step_pb2.Step, principal: str) -> Step:
-        """Checks a step; its cache's lease starts again."""
+    def step(
+        self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
+    ) -> Step:
+        """Checks a step of a stream with `open_steps`, or of a unary request; its cache's lease starts again."""
         self.refuse_if_draining()
         cache = self.caches.get(message.cache, principal)
-        return Step(message.id, cache, validation.step(message, cache.config, self.config))
+        return Step(message.id, cache, validation.step(message, cache.config, self.config, open_steps))
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""
@@ -280,13 +283,15 @@ class AttendSession:
             raise InvalidRequest(
                 f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
             )
-        step = self._steps[message.id] = self._service.step(message, self._principal)
+        open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
+        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps)
         self._last_id = message.id
         if self._last_options is not None:  # most likely those of its first call, too
             self._service.executor.plan_ahead(step, self._last_options)
         if len(self._steps) > MAX_OPEN_STEPS:
             self._steps.popitem(last=False)
-        return attention_pb2.AttendResponse(step=attention_pb2.StepReply(step_id=message.id)).SerializeToString()
+        reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)
+        return attention_pb2.AttendResponse(step=reply).SerializeToString()
 
     def _step(self, step_id: int) -> Step:
         step = self._steps.get(step_id)

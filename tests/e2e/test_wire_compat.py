@@ -81,6 +81,29 @@ def test_generated_stub_attends_on_the_stream(
     torch.testing.assert_close(tensor(answered.call.output), dense_attention(q, k, v))
 
 
+def test_generated_stub_sends_what_changed(
+    stub: attention_pb2_grpc.AttentionServiceStub, cache: cache_pb2.CacheRef
+) -> None:
+    q, k, v = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.randn(3, 1, 8)
+    first, second = step(cache, 1, 3), step(cache, 2, 3)
+    second.ClearField("page_tables")
+    second.page_table_delta.CopyFrom(
+        step_pb2.PageTableDelta(
+            base_step_id=1,
+            source_rows=message(torch.tensor([0], dtype=torch.int32)),
+            max_pages=2,
+            indices=message(torch.tensor([1], dtype=torch.int32)),
+            pages=message(torch.tensor([3], dtype=torch.int32)),
+        )
+    )
+    call = step_pb2.Call(step_id=2, q=message(q), k=message(k), v=message(v))
+    requests = [attention_pb2.AttendRequest(step=opened) for opened in (first, second)]
+    *opened, answered = stub.Attend(iter([*requests, attention_pb2.AttendRequest(call=call)]))
+    assert [reply.step.step_id for reply in opened] == [1, 2]
+    assert all(reply.step.takes_deltas for reply in opened)
+    torch.testing.assert_close(tensor(answered.call.output), dense_attention(q, k, v))
+
+
 def test_generated_stub_stores_and_reads(
     stub: attention_pb2_grpc.AttentionServiceStub, cache: cache_pb2.CacheRef
 ) -> None:

@@ -235,6 +235,54 @@ def test_no_step_raises_anything_else(message):
         assert_safe(message, metadata)
 
 
+def int32s(low, high, max_size=6, **kwargs):
+    return st.lists(st.integers(low, high), max_size=max_size, **kwargs)
+
+
+@st.composite
+def changed_steps(draw):
+    """A step whose page tables are told by those of step 0, which are those that it was drawn with; mostly right."""
+    message = draw(valid_steps())
+    num_reqs, max_pages = message.page_tables.shape
+    base = validation.step(message, CONFIG, LIMITS)
+    width = draw(mostly(st.integers(max_pages, 5), st.sampled_from([0, 12, 13, 2**32 - 1])))
+    indices = draw(mostly(int32s(0, max(0, num_reqs * width - 1), unique=True).map(sorted), int32s(-1, 70)))
+    pages = draw(mostly(int32s(-1, NUM_PAGES - 1, min_size=len(indices), max_size=len(indices)), int32s(-2, NUM_PAGES)))
+    exact = {"min_size": num_reqs, "max_size": num_reqs}
+    message.page_table_delta.CopyFrom(
+        step_pb2.PageTableDelta(
+            base_step_id=draw(mostly(st.just(0), st.integers(0, 2**64 - 1))),
+            source_rows=draw(mostly(int32s(-1, num_reqs - 1, **exact), int32s(-2, num_reqs)).map(tensor)),
+            max_pages=width,
+            indices=tensor(indices),
+            pages=draw(mostly(st.just(tensor(pages)), tensors)),
+        )
+    )
+    message.ClearField("page_tables")
+    return message, base
+
+
+@settings(fuzz, max_examples=800)
+@given(changed_steps())
+def test_an_accepted_delta_gives_a_table_that_is_safe(message_and_base):
+    message, base = message_and_base
+    before = base.page_tables.tolist()
+    metadata, error = attempt(validation.step, message, CONFIG, LIMITS, {0: base})
+    assert base.page_tables.tolist() == before
+    if error is not None:
+        assert error.field.partition(".")[0] in step_pb2.Step.DESCRIPTOR.fields_by_name
+        return
+    delta = message.page_table_delta
+    blank = [-1] * delta.max_pages
+    rows = [(before[row] if row >= 0 else []) for row in integers(delta.source_rows)]
+    table = [page for row in rows for page in (row + blank)[: delta.max_pages]]
+    for index, page in zip(integers(delta.indices), integers(delta.pages), strict=True):
+        table[index] = page
+    assert metadata.page_tables.flatten().tolist() == table
+    message.page_tables.CopyFrom(tensor(metadata.page_tables.numpy()))
+    assert_safe(message, metadata)
+
+
 few_slots = st.lists(mostly(st.integers(0, NUM_SLOTS - 1), st.integers(-1, NUM_SLOTS)), max_size=6).map(tensor)
 
 

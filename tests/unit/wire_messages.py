@@ -14,15 +14,21 @@ from attnd_server.config import AttentionConfig, ServerConfig
 PAGE_SIZE = 4
 NUM_PAGES = 8
 
-CONFIG = AttentionConfig(
-    num_layers=3,
-    num_kv_heads=2,
-    head_dim=16,
-    head_dim_v=24,
-    num_pages=NUM_PAGES,
-    page_size=PAGE_SIZE,
-    dtype=torch.float32,
-)
+
+def config_of(num_pages: int) -> AttentionConfig:
+    """A cache of that many pages."""
+    return AttentionConfig(
+        num_layers=3,
+        num_kv_heads=2,
+        head_dim=16,
+        head_dim_v=24,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        dtype=torch.float32,
+    )
+
+
+CONFIG = config_of(NUM_PAGES)
 LIMITS = ServerConfig(max_step_tokens=16, max_step_reqs=4, max_page_table_elements=24)
 
 

@@ -2,16 +2,18 @@
 
 The only place that checks. Everything happens on host memory and before anything is written; what these functions
 return is a fact for everybody behind them. Headers are checked before memory is allocated by them, and no check costs
-more than the bytes that the caller sent. Everything small is copied; only q, k and v are views of the received bytes.
+more than the bytes that the caller sent, or than the page table that a delta gives. Everything small is copied; only
+q, k and v are views of the received bytes.
 """
 
 from attnd_server.validation.caches import cache_config, create_cache
 from attnd_server.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
 from attnd_server.validation.pages import copy_pages, slots
-from attnd_server.validation.steps import step
+from attnd_server.validation.steps import NO_STEPS, step
 from attnd_server.validation.warm_ups import warm_up
 
 __all__ = [
+    "NO_STEPS",
     "CallTensors",
     "StoreTensors",
     "cache_config",

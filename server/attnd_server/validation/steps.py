@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import torch
 
@@ -18,19 +21,28 @@ from attnd_server.validation.arrays import (
     required,
     view,
 )
-from attnd_server.validation.pages import Int32s, Int64s, check_stores
+from attnd_server.validation.page_tables import page_tables as checked_page_tables
+from attnd_server.validation.pages import Int64s, check_stores
 
+# Of a unary request, which stands alone.
+NO_STEPS: Mapping[int, AttentionMetadata] = MappingProxyType({})
 _INT32_MAX = 2**31 - 1
 _MASKS = "MASK_CAUSAL, MASK_BLOCK_CAUSAL, MASK_BIDIRECTIONAL or MASK_PREFIX_FULL"
 
 
-def step(message: step_pb2.Step, config: AttentionConfig, limits: ServerConfig) -> AttentionMetadata:
+def step(
+    message: step_pb2.Step,
+    config: AttentionConfig,
+    limits: ServerConfig,
+    open_steps: Mapping[int, AttentionMetadata] = NO_STEPS,
+) -> AttentionMetadata:
     """A step's metadata, every tensor in memory of its own.
 
     Args:
         message: the step; its id and cache are the caller's business.
         config: the cache that it names.
         limits: what one step may take.
+        open_steps: by id, those of its stream, which its page tables may be told by.
 
     Raises:
         InvalidRequest: the step breaks a rule of step.proto.
@@ -46,7 +58,7 @@ def step(message: step_pb2.Step, config: AttentionConfig, limits: ServerConfig) 
     context_lens = _lens(message, "context_lens", num_reqs)
     rule = f"a request has at most {limits.max_context_len} tokens of context"
     check_range(context_lens, 0, limits.max_context_len, "context_lens", rule)
-    page_tables = _page_tables(message, context_lens, config, limits)
+    page_tables = checked_page_tables(message, context_lens, config, limits, open_steps)
     valid_lens = _valid_lens(message, query_lens)
     masks = _masks(message, num_reqs)
     prefix_lens, padded_prefix_lens = _prefix_lens(message, masks)
@@ -113,20 +125,6 @@ def _lens(message: step_pb2.Step, field: str, num_reqs: int) -> Int64s:
     values = view(required(message, field), field, INT32, (num_reqs,))
     check_range(values, 0, _INT32_MAX, field, "must be at least 0")
     return values.astype(np.int64)
-
-
-def _page_tables(message: step_pb2.Step, context_lens: Int64s, config: AttentionConfig, limits: ServerConfig) -> Int32s:
-    num_reqs = len(context_lens)
-    values = view(required(message, "page_tables"), "page_tables", INT32, (num_reqs, "max_pages"))
-    if values.size > limits.max_page_table_elements:
-        rule = f"must have at most {limits.max_page_table_elements}"
-        refuse("page_tables", f"page_tables has {values.size} elements, but {rule}")
-    rule = f"the cache has pages 0..{config.num_pages - 1}, and -1 is no page"
-    check_range(values, -1, config.num_pages - 1, "page_tables", rule)
-    num_covered = values.shape[1] * config.page_size
-    rule = f"page_tables covers {num_covered}: {values.shape[1]} pages of {config.page_size} tokens"
-    check_range(context_lens, 0, num_covered, "context_lens", rule)
-    return values.astype(np.int32)
 
 
 def _valid_lens(message: step_pb2.Step, query_lens: Int64s) -> Int64s:
