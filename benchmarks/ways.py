@@ -11,6 +11,7 @@ import torch
 
 import attnd
 from attnd import requests
+from attnd.page_table_deltas import SentPageTables
 from attnd.v1 import cache_pb2
 from attnd_server import validation
 from attnd_server.cache import Cache
@@ -123,7 +124,7 @@ def _echo_stream(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Itera
     """The bytes of `session.step` once a step, answered with a few, and those of `step.attend` for each layer."""
     q, k, v = step.layers[0]
     call_data = echo.message(len(requests.attend_call(1, 0, q, k, v, requests.DEFAULT_OPTIONS)), q.nbytes)
-    step_data = echo.message(step.metadata.to_message(1, cache.ref).ByteSize(), 8)
+    step_data = echo.message(_step_bytes(step, cache), 8)
     stream = echo.StreamEcho(ends.channel)
 
     def open_step() -> Call:
@@ -143,6 +144,14 @@ def _echo_stream(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Itera
         yield Way("echo stream", open_step)
     finally:
         stream.close()
+
+
+def _step_bytes(step: DecodeStep, cache: attnd.Cache) -> int:
+    """Bytes of a step whose page tables are those of the step before."""
+    sent_tables = SentPageTables()
+    step.metadata.to_message(1, cache.ref, sent_tables)
+    sent_tables.accept(1)
+    return step.metadata.to_message(2, cache.ref, sent_tables).ByteSize()
 
 
 class BackendAlone:

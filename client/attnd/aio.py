@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,7 @@ from attnd.errors import (
 )
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
+from attnd.page_table_deltas import SentPageTables
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.transport import GRPC_OPTIONS, SERVICE, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
@@ -291,22 +293,36 @@ class AsyncSession:
         self._last_step_id = 0
         self._waiting: deque[asyncio.Future[tuple[str, Any, Any]]] = deque()
         self._reader: asyncio.Task[None] | None = None
+        self._sent_tables = SentPageTables()
         self._going_away = ""
         self._writing = asyncio.Lock()  # gRPC allows one write at a time
 
     async def step(self, metadata: Any) -> AsyncStep:
-        """Opens a step. Sends its metadata once; a refusal comes with the step's first call."""
+        """Opens a step. Sends its metadata once, of page tables what changed; a refusal comes with its first call."""
         if self._going_away:
             reason, self._going_away = self._going_away, ""
             await self.close()
             raise Disconnected(f"{reason}; the next step reconnects")
-        self._last_step_id += 1
-        request = wire.step_request(requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref))
+        if self._call is None:
+            self._sent_tables.forget()
+        step_id = self._last_step_id = self._last_step_id + 1
+        message = requests.as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
         if self._call is None:
             self._call = self.cache.client.stream("Attend")
             self._reader = asyncio.ensure_future(self._read(self._call))
-        answer = await self._send(request)
-        return AsyncStep(self, self._last_step_id, answer)
+        answer = await self._send(wire.step_request(message), self._call)
+        answer.add_done_callback(partial(self._opened, step_id))
+        return AsyncStep(self, step_id, answer)
+
+    def _opened(self, step_id: int, answer: asyncio.Future[tuple[str, Any, Any]]) -> None:
+        """What a step's answer says of its page tables."""
+        if answer.cancelled() or answer.exception() is not None:
+            return  # so has the stream ended
+        kind, message, _ = answer.result()
+        if kind == "error":
+            self._sent_tables.forget()
+        elif kind == "step" and message.takes_deltas:
+            self._sent_tables.accept(step_id)
 
     async def close(self) -> None:
         """Ends the stream. The cache stays. The next step opens another stream."""
@@ -336,10 +352,11 @@ class AsyncSession:
             await self.close()
             raise DeadlineExceeded(f"no answer within {self.cache.client.timeout_s:g} s") from None
 
-    async def _send(self, request: bytes) -> asyncio.Future[tuple[str, Any, Any]]:
+    async def _send(self, request: bytes, stream: Any = None) -> asyncio.Future[tuple[str, Any, Any]]:
+        """Sends to the stream that is open, which must be `stream` if that is given."""
         answer: asyncio.Future[tuple[str, Any, Any]] = asyncio.get_running_loop().create_future()
         async with self._writing:
-            if self._call is None:
+            if self._call is None or stream not in (None, self._call):
                 raise Disconnected("the step's stream has ended; open the step again")
             self._waiting.append(answer)
             try:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnd.errors import InvalidRequest
-from attnd.packing import cumulated, int32_tensor, page_tables_tensor, slots_tensor, uint32
+from attnd.packing import cumulated, int32_tensor, page_tables_array, slots_tensor, tensor, uint32
+from attnd.page_table_deltas import SentPageTables
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
 
 KINDS: dict[str, step_pb2.StepKind.ValueType] = {
@@ -62,24 +63,30 @@ class StepMetadata:
     cache_only: bool = False
     store_only: bool = False
 
-    def to_message(self, step_id: int, cache: cache_pb2.CacheRef) -> step_pb2.Step:
+    def to_message(
+        self, step_id: int, cache: cache_pb2.CacheRef, sent_tables: SentPageTables | None = None
+    ) -> step_pb2.Step:
         """The wire's form of this step.
 
         Args:
             step_id: greater than that of every earlier step of the stream; any in unary requests.
             cache: the cache that the step reads and writes.
+            sent_tables: page tables of the stream, which this step's may be told by; None: send it in full.
 
         Raises:
             InvalidRequest: a field holds what the wire cannot carry. Ranges are left to the server.
         """
         mask, masks = self._masks()
+        page_tables = page_tables_array(self.page_tables, "page_tables")
+        delta = None if sent_tables is None else sent_tables.delta(step_id, page_tables)
         return step_pb2.Step(
             id=step_id,
             cache=cache,
             kind=_named(KINDS, self.kind, "kind"),
             cu_seqlens_q=cumulated(self.query_lens, "query_lens"),
             context_lens=int32_tensor(self.context_lens, "context_lens"),
-            page_tables=page_tables_tensor(self.page_tables, "page_tables"),
+            page_tables=tensor(page_tables) if delta is None else None,
+            page_table_delta=delta,
             slot_mapping=slots_tensor(self.slot_mapping, "slot_mapping"),
             valid_lens=int32_tensor(self.valid_lens, "valid_lens"),
             mask=mask,

@@ -47,7 +47,7 @@ def ints(values: Any, field: str) -> list[int]:
 
 def cumulated(lens: Any, field: str) -> tensor_pb2.Tensor:
     """Int32 `[num + 1]`: where each request's tokens start, and where the last one's end."""
-    return _tensor(_int32_array(list(accumulate(ints(lens, field), initial=0)), field))
+    return tensor(_int32_array(list(accumulate(ints(lens, field), initial=0)), field))
 
 
 def int32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
@@ -56,7 +56,7 @@ def int32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
     Raises:
         InvalidRequest: not integers, or beyond 32 bits.
     """
-    return None if values is None else _tensor(_int32_array(values, field))
+    return None if values is None else tensor(_int32_array(values, field))
 
 
 def slots_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
@@ -66,18 +66,18 @@ def slots_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
     if _is_sequence(values):
         slots = ints(values, field)
         # A cache of 2^31 slots or more needs int64; all others save the bytes.
-        return _tensor(_packed("i" if max(slots, default=0) < 1 << 31 else "q", slots, field))
-    return _tensor(_integers(values, field))
+        return tensor(_packed("i" if max(slots, default=0) < 1 << 31 else "q", slots, field))
+    return tensor(_integers(values, field))
 
 
-def page_tables_tensor(tables: Any, field: str) -> tensor_pb2.Tensor:
-    """An int32 tensor of equally long rows, or of a 2-D array.
+def page_tables_array(tables: Any, field: str) -> Array:
+    """An int32 Array of equally long rows, or of a 2-D array.
 
     Raises:
         InvalidRequest: rows that differ in length, not integers, or beyond 32 bits.
     """
     if not _is_sequence(tables):
-        return _tensor(_int32_array(tables, field))
+        return _int32_array(tables, field)
     flat = array("i")
     num_pages = 0
     for request, row in enumerate(tables):
@@ -92,7 +92,7 @@ def page_tables_tensor(tables: Any, field: str) -> tensor_pb2.Tensor:
                 f"{field}[{request}] has {len(row)} pages, but must have {num_pages} as {field}[0]; pad with -1",
                 field=field,
             )
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_INT32, shape=(len(tables), num_pages), data=flat.tobytes())
+    return Array(tensor_pb2.DTYPE_INT32, (len(tables), num_pages), memoryview(flat.tobytes()))
 
 
 def float32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
@@ -104,11 +104,11 @@ def float32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
     if values is None:
         return None
     if isinstance(values, Array):
-        return _tensor(values)
+        return tensor(values)
     # tolist is what torch and numpy have in common: any floating type, any device.
     listed = values if isinstance(values, Sequence) or not hasattr(values, "tolist") else values.tolist()
     try:
-        return _tensor(to_array(array("f", listed), field))
+        return tensor(to_array(array("f", listed), field))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{field} must hold one number for each head: {error}", field=field) from None
 
@@ -152,7 +152,8 @@ def _to_list(elements: Array) -> list[int]:
     return listed
 
 
-def _tensor(elements: Array) -> tensor_pb2.Tensor:
+def tensor(elements: Array) -> tensor_pb2.Tensor:
+    """A small Array as a message; its elements are copied."""
     return tensor_pb2.Tensor(
         dtype=tensor_pb2.Dtype.ValueType(elements.dtype), shape=elements.shape, data=bytes(elements.data)
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attnd import requests, wire
 from attnd.errors import AttndError, Disconnected, ServerFault, from_message
 from attnd.options import AttentionOptions
+from attnd.page_table_deltas import SentPageTables
 from attnd.requests import DEFAULT_OPTIONS, Reply
 
 if TYPE_CHECKING:
@@ -72,10 +73,13 @@ class Session:
         self._stream: Stream | None = None
         self._last_step_id = 0
         self._unanswered: deque[Step] = deque()  # steps whose reply was not read yet
+        self._sent_tables = SentPageTables()
         self._going_away = ""
 
     def step(self, metadata: Any) -> Step:
         """Opens a step. Sends its metadata once and does not wait: a refusal comes with the step's first call.
+
+        Of page tables only what changed is sent, if the server has answered a like step of the session before.
 
         Args:
             metadata: an `attnd.StepMetadata`, or an object with the attributes of Diffulex's metadata.
@@ -88,8 +92,11 @@ class Session:
             reason, self._going_away = self._going_away, ""
             self.close()
             raise Disconnected(f"{reason}; the next step reconnects")
+        if self._stream is None:
+            self._sent_tables.forget()
         self._last_step_id += 1
-        request = wire.step_request(requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref))
+        message = requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
+        request = wire.step_request(message)
         if self._stream is None:
             self._stream = self.cache.transport.attend()
         self._send(request)
@@ -154,6 +161,9 @@ class Session:
                 opened = self._unanswered.popleft()
                 if kind == "error":
                     opened.error = from_message(message)
+                    self._sent_tables.forget()
+                elif kind == "step" and message.takes_deltas:
+                    self._sent_tables.accept(opened.id)
             elif kind == "error":
                 return step.error or from_message(message)
             elif kind == "call" and (message.step_id, message.layer) == (step.id, layer):

@@ -51,6 +51,23 @@ def test_a_refused_step_says_why_at_its_calls(server_address: str) -> None:
     run(server_address, test)
 
 
+def test_a_step_for_a_stream_that_ended_does_not_go_to_the_next(server_address: str) -> None:
+    async def test(client: AsyncClient, cache: AsyncCache) -> None:
+        async with cache.session() as session:
+            await (await session.step(PREFILL)).attend(0, Q, K, V)
+            async with session._writing:  # another task writes
+                late = asyncio.ensure_future(session.step(PREFILL))
+                await asyncio.sleep(0)
+                await session.close()
+                sound = asyncio.ensure_future(session.step(PREFILL))
+                await asyncio.sleep(0)
+            with pytest.raises(attnd.Disconnected, match="open the step again"):
+                await late
+            torch.testing.assert_close(await (await sound).attend(0, Q, K, V), dense_attention(Q, K, V))
+
+    run(server_address, test)
+
+
 def test_kv_in_and_out(server_address: str) -> None:
     async def test(client: AsyncClient, cache: AsyncCache) -> None:
         assert await cache.store_kv(1, [9, 3, 7, 1, 120], K, V) == 5
