@@ -134,6 +134,12 @@ def test_rows_without_pages_come_from_nowhere():
     assert stream.changes(more) == (1, [0, 1, -1, -1], {})
 
 
+def test_more_rows_than_the_base_has_come_from_nowhere():
+    stream = Stream()
+    stream.send(rows(2, 0, 0))
+    assert stream.changes(np.full((4, 64), -1, np.int32)) == (1, [0, 1, -1, 0], {})
+
+
 def test_each_of_two_batches_in_turn_builds_upon_its_own_last_step():
     stream = Stream()
     one, other = rows(4, 40, 64), rows(4, 40, 64, first=10_000)
