@@ -11,6 +11,7 @@ _EXTRAS = {
     "grpc_health": "server",
     "grpc_reflection": "server",
     "numpy": "server",
+    "prometheus_client": "server",
     "rich": "server",
     "torch": "server",
     "transformers": "demo",

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -18,8 +19,13 @@ from attnd.tuning import tune_process
 from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
+from attnd_server.metrics import Metrics
+from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.service import AttentionService
 from attnd_server.servicer import SERVICE_NAME, AttentionServicer
+
+if TYPE_CHECKING:
+    from attnd_server.metrics_endpoint import MetricsEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +60,20 @@ def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
         return int(meminfo.readline().split()[1]) * 1024 // 4
 
 
-def build_service(config: ServerConfig) -> AttentionService:
-    """The executor, the cache table and the service over them."""
+def build_service(config: ServerConfig, metrics: Metrics | None = None) -> AttentionService:
+    """The executor, the cache table and the service over them, which counts in `metrics` if there are any."""
     device = select_device(config.device)
     caches = CacheTable(config, device, kv_bytes_limit(config, device))
-    return AttentionService(config, Executor(device, caches, config), caches)
+    return AttentionService(config, Executor(device, caches, config), caches, metrics)
 
 
 class Server:
     """A gRPC server in this process' event loop.
+
+    Attributes:
+        config: as given.
+        address: "host:port" on which it listens.
+        metrics_address: likewise of its metrics, or "".
 
     ```
     async with Server(ServerConfig(port=0)) as server:
@@ -73,23 +84,29 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         """Nothing runs yet."""
         self.config = config
-        self.address = ""
+        self.address = self.metrics_address = ""
+        self._endpoint: MetricsEndpoint | None = None
 
     async def __aenter__(self) -> Server:
         """Starts to listen."""
-        self.service = build_service(self.config)
+        metrics = Metrics() if self.config.metrics else None
+        self.service = build_service(self.config, metrics)
         self.service.executor.prepare_thread()
         self._servicer = AttentionServicer(self.service)
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=GRPC_OPTIONS)
+        counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
+        self._server = grpc.aio.server(interceptors=counters, options=GRPC_OPTIONS)
         self._server.add_generic_rpc_handlers((self._servicer,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
         self.address = f"{self.config.host}:{port}"
+        if metrics is not None:
+            self._open_endpoint(metrics)
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        log.info("serving", extra={"address": self.address, "device": str(self.service.executor.device)})
+        told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}
+        log.info("serving", extra=told)
         return self
 
     async def __aexit__(
@@ -101,7 +118,16 @@ class Server:
         self._servicer.drain()
         await self._server.stop(self.config.drain_s)
         self.service.executor.close()
+        if self._endpoint is not None:  # the last to go, so that one can watch the server drain
+            self._endpoint.close()
         log.info("stopped")
+
+    def _open_endpoint(self, metrics: Metrics) -> None:
+        from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
+
+        collector = ServerCollector(metrics, self.service.executor, self.service.caches, self.config)
+        self._endpoint = MetricsEndpoint(self.config.metrics, collector)
+        self.metrics_address = self._endpoint.address
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):
@@ -119,7 +145,9 @@ def run_server(config: ServerConfig) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         async with Server(config) as server:
-            print(f"attnd {__version__} serves {server.address} on {server.service.executor.device}", flush=True)
+            metrics = f", metrics on http://{server.metrics_address}/metrics" if server.metrics_address else ""
+            device = server.service.executor.device
+            print(f"attnd {__version__} serves {server.address} on {device}{metrics}", flush=True)
             await stop.wait()
 
     try:

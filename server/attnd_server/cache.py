@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from attnd.errors import CacheLost, EpochMismatch, Exhausted
@@ -74,6 +75,11 @@ class Cache:
     def num_bytes(self) -> int:
         """Bytes of the device's memory, those of graphs' buffers included."""
         return self.config.num_bytes + self.num_graph_bytes
+
+    @property
+    def num_pages_written(self) -> int:
+        """Pages into which something was stored. Any thread may ask: numpy counts without torch's threads."""
+        return int(np.count_nonzero(self._page_was_written.numpy()))
 
     def renew(self) -> None:
         """Starts the lease again."""
@@ -146,7 +152,7 @@ class Cache:
             ttl_s=self.ttl_s,
             expires_in_s=max(0.0, self.expires_at - time.monotonic()),
             num_bytes=config.num_bytes,
-            num_pages_written=int(self._page_was_written.sum()),
+            num_pages_written=self.num_pages_written,
             name=self.name,
         )
 
@@ -197,7 +203,7 @@ class CacheTable:
     @property
     def num_bytes(self) -> int:
         """Bytes that caches take now."""
-        return sum(cache.num_bytes for cache in list(self._caches.values()))
+        return sum(cache.num_bytes for cache in self.all())
 
     def create(self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str) -> Cache:
         """Leases a new cache.
@@ -283,9 +289,13 @@ class CacheTable:
         cache.close()
         return cache
 
+    def all(self) -> list[Cache]:
+        """Everybody's caches, oldest first."""
+        return list(self._caches.values())
+
     def owned(self, principal: str) -> list[Cache]:
         """The principal's caches, oldest first."""
-        return [cache for cache in list(self._caches.values()) if cache.principal == principal]
+        return [cache for cache in self.all() if cache.principal == principal]
 
     def expire(self) -> list[Cache]:
         """Frees the caches whose lease has ended, and returns them. On the executor's thread."""

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 LIMITS = "Limits of a step and of the server"
 LEASES = "Leases and shutdown"
-LOGS = "Logs"
+OBSERVATION = "Logs and metrics"
 
 
 def let_idle_threads_sleep() -> None:
@@ -54,7 +54,7 @@ def seconds(envvar: str, text: str, *, low: float) -> Any:
 def serve(
     host: Annotated[str, setting("ATTND_HOST", "Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, setting("ATTND_PORT", "TCP port; 0 lets the system pick.", parser=whole(0, 65_535), metavar="N")
+        int, setting("ATTND_PORT", "TCP port; 0 lets the system pick.", parser=whole(0, options.MAX_PORT), metavar="N")
     ] = 7411,
     insecure: Annotated[
         bool,
@@ -94,11 +94,22 @@ def serve(
         float, seconds("ATTND_DRAIN_S", "Time that running calls have to finish after SIGTERM.", low=0)
     ] = 10,
     log_level: Annotated[
-        options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=LOGS)
+        options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=OBSERVATION)
     ] = options.LogLevel.INFO,
     log_format: Annotated[
-        options.LogFormat, setting("ATTND_LOG_FORMAT", "auto: text on a terminal, JSON otherwise.", panel=LOGS)
+        options.LogFormat, setting("ATTND_LOG_FORMAT", "auto: text on a terminal, JSON otherwise.", panel=OBSERVATION)
     ] = options.LogFormat.AUTO,
+    metrics: Annotated[
+        str,
+        setting(
+            "ATTND_METRICS",
+            "Where Prometheus reads metrics over HTTP; of a PORT alone the host is 127.0.0.1.",
+            panel=OBSERVATION,
+            parser=options.listen_address,
+            metavar="[HOST:]PORT",
+            show_default="off",
+        ),
+    ] = "",
 ) -> None:
     """Serve attention until SIGTERM or Ctrl-C.
 
@@ -109,6 +120,12 @@ def serve(
             f"host is {host}, but must be a loopback address unless --insecure is given: whoever reaches the port can "
             "use the server, and read and write what others send to it",
             param_hint="--host",
+        )
+    if metrics and not insecure and not options.is_loopback(metrics.rpartition(":")[0]):
+        raise typer.BadParameter(
+            f"metrics is {metrics}, but must be at a loopback address unless --insecure is given: whoever reaches the "
+            "port sees how the server is used",
+            param_hint="--metrics",
         )
     if default_ttl_s > max_ttl_s:
         raise typer.BadParameter(
@@ -138,6 +155,7 @@ def serve(
         default_ttl_s=default_ttl_s,
         max_ttl_s=max_ttl_s,
         drain_s=drain_s,
+        metrics=metrics,
     )
     raise typer.Exit(run_server(config))
 

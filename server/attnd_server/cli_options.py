@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 DEFAULT_ADDRESS = "localhost:7411"
+MAX_PORT = 65_535
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -67,6 +68,14 @@ def num_bytes(value: str | int) -> int:
     if match is None:
         raise typer.BadParameter(f"it is {value!r}, but must be bytes, or a number with a unit as in 512MiB, 8GiB")
     return int(match[1]) << 10 * _UNITS.index(match[2] or "B")
+
+
+def listen_address(value: str) -> str:
+    """Parses where to listen: HOST:PORT, or a PORT of this machine's own; "" stays that."""
+    match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):)?([0-9]{1,5})", value)
+    if value and (match is None or int(match[2]) > MAX_PORT):
+        raise typer.BadParameter(f"it is {value}, but must be HOST:PORT or PORT, and PORT 0..{MAX_PORT}")
+    return f"{match[1] or '127.0.0.1'}:{match[2]}" if match else ""
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:

@@ -233,6 +233,7 @@ class ServerConfig:
         default_ttl_s: lease of a cache that asks for none, in seconds.
         max_ttl_s: longest lease, in seconds.
         drain_s: seconds that running calls have to finish after SIGTERM.
+        metrics: address for Prometheus, "host:port", where port 0 lets the system pick; "" is none.
     """
 
     host: str = "127.0.0.1"
@@ -249,3 +250,4 @@ class ServerConfig:
     default_ttl_s: float = 60.0
     max_ttl_s: float = 86_400.0
     drain_s: float = 10.0
+    metrics: str = ""

@@ -26,6 +26,7 @@ from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor, Work
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.metrics import Metrics
 from attnd_server.replies import call_reply, reply_arrays
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
@@ -44,11 +45,14 @@ READ_CHUNK_BYTES = 4 << 20
 class AttentionService:
     """The operations on one device's caches."""
 
-    def __init__(self, config: ServerConfig, executor: Executor, caches: CacheTable) -> None:
-        """Serves `caches` with `executor`."""
+    def __init__(
+        self, config: ServerConfig, executor: Executor, caches: CacheTable, metrics: Metrics | None = None
+    ) -> None:
+        """Serves `caches` with `executor`, and counts in `metrics`; None: does not count."""
         self.config = config
         self.executor = executor
         self.caches = caches
+        self.metrics = metrics
         self.draining = False
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
@@ -178,6 +182,8 @@ class AttentionService:
         started = time.perf_counter()
         result = self.executor.attend(call)
         kernel_us = int((time.perf_counter() - started) * 1e6)
+        if self.metrics is not None:
+            self.metrics.call_served("inline", call, result, queue_us, kernel_us)
         return frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
 
     def open_session(self, principal: str) -> AttendSession:

@@ -67,7 +67,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
             try:
                 return await self._finish(method(data, ANYBODY), context)
             except Exception as error:
-                await _abort(context, error)
+                await self._abort(context, error)
 
         return handler
 
@@ -76,7 +76,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             session = self._service.open_session(ANYBODY)
         except AttndError as error:
-            await _abort(context, error)
+            await self._abort(context, error)
         self._num_streams += 1
         writing = asyncio.Lock()  # gRPC allows one write at a time
         going_away = asyncio.ensure_future(self._going_away(context, writing))
@@ -110,13 +110,13 @@ class AttentionServicer(grpc.GenericRpcHandler):
             for work in self._service.read_kv(data, ANYBODY):
                 await context.write(await self._finish(work))
         except Exception as error:
-            await _abort(context, error)
+            await self._abort(context, error)
 
     async def _answer(self, method: Callable[[bytes], bytes | Work], data: bytes, reply: type[Message]) -> bytes:
         try:
             return await self._finish(method(data))
         except Exception as error:
-            return error_response(reply, _told(error))
+            return error_response(reply, self._told(error))
 
     async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
         """The answer itself, or what its work gives on the executor."""
@@ -129,6 +129,26 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 return result
         timeout_s = context.time_remaining() if context is not None else None
         return await run_on(self._service.executor, answer, timeout_s)
+
+    def _told(self, error: Exception) -> AttndError:
+        """What the client is told. Of a bug it learns an id, under which the log has the rest."""
+        if isinstance(error, AttndError):
+            told = error
+        else:
+            fault_id = secrets.token_hex(4)
+            log.error("internal error %s", fault_id, exc_info=error)
+            told = ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
+        if self._service.metrics is not None:
+            self._service.metrics.refused(told)
+        return told
+
+    async def _abort(self, context: Context, error: Exception) -> NoReturn:
+        """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
+        told = self._told(error)
+        detail = any_pb2.Any()
+        detail.Pack(to_message(told))
+        status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
+        await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
 async def run_on(executor: Executor, work: Work, timeout_s: float | None = None) -> bytes:
@@ -149,21 +169,3 @@ async def run_on(executor: Executor, work: Work, timeout_s: float | None = None)
 
     executor.submit(work, done, timeout_s)
     return await future
-
-
-def _told(error: Exception) -> AttndError:
-    """What the client is told. Of a bug it learns an id, under which the log has the rest."""
-    if isinstance(error, AttndError):
-        return error
-    fault_id = secrets.token_hex(4)
-    log.error("internal error %s", fault_id, exc_info=error)
-    return ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
-
-
-async def _abort(context: Context, error: Exception) -> NoReturn:
-    """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
-    told = _told(error)
-    detail = any_pb2.Any()
-    detail.Pack(to_message(told))
-    status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
-    await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))

@@ -1,0 +1,160 @@
+"""What a server counts about itself, in plain numbers.
+
+Counting costs a call about a microsecond: no locks, no text. Whoever is asked for the numbers turns them into what a
+monitoring system reads (see `metrics_endpoint`). No number knows whose call it was.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from attnd import errors
+from attnd_server.config import AttentionBackend
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnd_server.steps import Call, Result
+
+# Upper bounds of the buckets of a phase, in microseconds: 1, 2, 5, 10, ... up to 5 seconds.
+PHASE_BOUNDS_US = tuple(digit * 10**exponent for exponent in range(7) for digit in (1, 2, 5))
+# Of an RPC, in seconds and bytes: what gRPC's proposal A66 names.
+SECONDS_BOUNDS = (
+    *(0.0, 0.00001, 0.00005, 0.0001, 0.0003, 0.0006, 0.0008, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008),
+    *(0.01, 0.013, 0.016, 0.02, 0.025, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5),
+    *(0.65, 0.8, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),
+)
+BYTES_BOUNDS = (0, 1024, 2048, *(4**exponent for exponent in range(6, 17)))
+
+_REASONS = (
+    errors.InvalidRequest,
+    errors.Unsupported,
+    errors.CacheLost,
+    errors.EpochMismatch,
+    errors.Exhausted,
+    errors.PermissionDenied,
+    errors.DeadlineExceeded,
+    errors.Disconnected,
+    errors.ServerFault,
+)
+
+
+def _num_bytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
+
+
+class Histogram:
+    """How many values fell into each bucket, and their sum.
+
+    Attributes:
+        bounds: greatest value of each bucket but the last, which takes the rest.
+        counts: values in each bucket.
+        sum: of all values.
+    """
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        """Starts empty."""
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum: float = 0
+
+    def observe(self, value: float) -> None:
+        """Adds a value. One thread at a time."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class CallTally:
+    """Calls of one plane and backend.
+
+    Attributes:
+        queue_us: how long each waited for the executor, in microseconds.
+        kernel_us: how long storing and attending took, copies between host and device included, in microseconds.
+        received_bytes: of q, k and v.
+        sent_bytes: of output and lse.
+    """
+
+    __slots__ = ("kernel_us", "queue_us", "received_bytes", "sent_bytes")
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.queue_us = Histogram(PHASE_BOUNDS_US)
+        self.kernel_us = Histogram(PHASE_BOUNDS_US)
+        self.received_bytes = 0
+        self.sent_bytes = 0
+
+
+class RpcTally:
+    """RPCs of one method that ended with one status.
+
+    Attributes:
+        seconds: how long each took; a stream's is its whole life.
+        received_bytes: of all request messages of each.
+        sent_bytes: of all response messages of each.
+    """
+
+    __slots__ = ("received_bytes", "seconds", "sent_bytes")
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.seconds = Histogram(SECONDS_BOUNDS)
+        self.received_bytes = Histogram(BYTES_BOUNDS)
+        self.sent_bytes = Histogram(BYTES_BOUNDS)
+
+
+class Metrics:
+    """All that a server counts. Any thread may read.
+
+    Attributes:
+        calls: by plane and backend; the backend is None for calls that only store.
+        refusals: errors that clients were told, by class.
+        rpcs_started: by method.
+        rpcs: those that ended, by method and name of the status.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing counted."""
+        self.calls: dict[tuple[str, AttentionBackend | None], CallTally] = {}
+        self.refusals: dict[type[errors.AttndError], int] = dict.fromkeys(_REASONS, 0)
+        self.rpcs_started: dict[str, int] = {}
+        self.rpcs: dict[tuple[str, str], RpcTally] = {}
+
+    def call_served(self, plane: str, call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+        """Counts a call that was served. By the thread that has the device.
+
+        Args:
+            plane: how its tensors came: "inline".
+            call: with its tensors.
+            result: likewise.
+            queue_us: how long it waited for the executor, in microseconds.
+            kernel_us: how long storing and attending took, in microseconds.
+        """
+        key = plane, result.backend
+        tally = self.calls.get(key)
+        if tally is None:
+            tally = self.calls[key] = CallTally()
+        tally.queue_us.observe(queue_us)
+        tally.kernel_us.observe(kernel_us)
+        tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)
+        tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
+
+    def refused(self, error: errors.AttndError) -> None:
+        """Counts an error that a client is told. In the event loop."""
+        kind = type(error)
+        self.refusals[kind] = self.refusals.get(kind, 0) + 1
+
+    def rpc_started(self, method: str) -> None:
+        """Counts an RPC that begins. In the event loop."""
+        self.rpcs_started[method] = self.rpcs_started.get(method, 0) + 1
+
+    def rpc_ended(self, method: str, status: str, seconds: float, received_bytes: int, sent_bytes: int) -> None:
+        """Counts an RPC that ends. In the event loop."""
+        tally = self.rpcs.get((method, status))
+        if tally is None:
+            tally = self.rpcs[method, status] = RpcTally()
+        tally.seconds.observe(seconds)
+        tally.received_bytes.observe(received_bytes)
+        tally.sent_bytes.observe(sent_bytes)
