@@ -22,6 +22,7 @@ class ServerProcess:
 
     def __init__(self, log_path: Path, *options: str, port: int = 0) -> None:
         self.log_path = log_path
+        self.banner = ""
         command = [sys.executable, "-m", "attnd_server", "serve", "--port", str(port), *options]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with log_path.open("ab") as log:
@@ -80,6 +81,7 @@ class ServerProcess:
                 if not line:
                     break
                 if found := re.search(r"serves (\S+:\d+) on", line):
+                    self.banner = line.strip()
                     return found[1]
         self.stop()
         raise RuntimeError(f"the server did not start: {self.log}")

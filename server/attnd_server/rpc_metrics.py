@@ -14,8 +14,6 @@ from attnd_server.metrics import Metrics
 
 # A66's name for methods that the server does not have: clients may make up any number of them.
 OTHER = "other"
-_STATUSES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
-_CANCELLED, _UNKNOWN = grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
@@ -60,7 +58,7 @@ class RpcCounter(grpc.aio.ServerInterceptor):
         async def handler(request: bytes, context: Any) -> bytes:
             with _Rpc(self._metrics, method, context) as rpc:
                 rpc.received_bytes = len(request)
-                response: bytes = await behaviour(request, context)
+                response: bytes = await behaviour(request, rpc)
                 rpc.sent_bytes = len(response)
                 return response
 
@@ -83,12 +81,13 @@ class RpcCounter(grpc.aio.ServerInterceptor):
 
 
 class _Rpc:
-    """One RPC, from its start to its end: gRPC's context as the handler sees it, which counts what is written."""
+    """One RPC, from its start to its end: gRPC's context as its handler sees it, which notes what is done with it."""
 
     def __init__(self, metrics: Metrics, method: str, context: Any) -> None:
         self._metrics = metrics
         self._method = method
         self._context = context
+        self._aborted: grpc.StatusCode | None = None
         self.received_bytes = self.sent_bytes = 0
 
     def __enter__(self) -> _Rpc:
@@ -104,10 +103,18 @@ class _Rpc:
 
     def _status(self, error: BaseException | None) -> str:
         """The name of the status that the client gets: the handler's own, or what gRPC makes of an exception."""
-        code = self._context.code() or 0  # a number, and none at all before anybody has set one
-        if not code and error is not None:
-            code = (_CANCELLED if isinstance(error, asyncio.CancelledError) else _UNKNOWN).value[0]
-        return _STATUSES.get(code, _UNKNOWN.name)
+        code = grpc.StatusCode.OK
+        if self._aborted is not None:
+            code = self._aborted
+        elif error is not None:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            code = grpc.StatusCode.CANCELLED if cancelled else grpc.StatusCode.UNKNOWN
+        return code.name
+
+    async def abort(self, code: grpc.StatusCode, *details: Any) -> None:
+        """Ends the RPC with an error; gRPC's context does not tell afterwards with which."""
+        self._aborted = code
+        await self._context.abort(code, *details)
 
     def write(self, message: bytes) -> Awaitable[None]:
         """Sends a message of the stream."""

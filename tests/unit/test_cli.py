@@ -82,6 +82,22 @@ def test_serve_without_arguments_is_the_default_configuration(served):
     assert served == [ServerConfig()]
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("9464", "127.0.0.1:9464"),
+        ("0", "127.0.0.1:0"),
+        ("localhost:9464", "localhost:9464"),
+        ("[::1]:9464", "[::1]:9464"),
+        ("", ""),
+    ],
+)
+def test_serve_takes_an_address_of_metrics(served, text, address):
+    assert run("serve", "--metrics", text).exit_code == 0
+    assert run("serve", env={"ATTND_METRICS": text}).exit_code == 0
+    assert served == [ServerConfig(metrics=address)] * 2
+
+
 def test_the_exit_code_is_the_servers(monkeypatch, served):
     monkeypatch.setattr(app, "run_server", lambda config: 3)
     assert run("serve").exit_code == 3
@@ -102,6 +118,11 @@ def test_the_exit_code_is_the_servers(monkeypatch, served):
         (("--log-format", "xml"), "'xml' is not one of 'auto', 'text', 'json'"),
         (("--host", "0.0.0.0"), "host is 0.0.0.0, but must be a loopback address unless --insecure is given"),
         (("--host", "attention.example"), "host is attention.example, but must be a loopback address"),
+        (("--metrics", "9464x"), "'--metrics': it is 9464x, but must be HOST:PORT or PORT, and PORT 0..65535"),
+        (("--metrics", "localhost"), "'--metrics': it is localhost, but must be HOST:PORT or PORT"),
+        (("--metrics", "127.0.0.1:65536"), "'--metrics': it is 127.0.0.1:65536, but must be HOST:PORT or PORT"),
+        (("--metrics", "::1:9464"), "'--metrics': it is ::1:9464, but must be HOST:PORT or PORT"),
+        (("--metrics", "0.0.0.0:9464"), "metrics is 0.0.0.0:9464, but must be at a loopback address unless --insecure"),
         (("--bogus",), "No such option: --bogus"),
     ],
 )
@@ -119,8 +140,8 @@ def test_a_wrong_environment_variable_is_refused_like_the_option(served):
 
 
 def test_insecure_serves_any_host_and_says_so(served):
-    result = run("serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json")
-    assert [config.host for config in served] == ["0.0.0.0"]
+    result = run("serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json", "--metrics", "[::]:9464")
+    assert [(config.host, config.metrics) for config in served] == [("0.0.0.0", "[::]:9464")]
     assert "listening without encryption and authentication" in result.output
 
 

@@ -1,0 +1,110 @@
+"""The board and the files around it ask for metrics that a server has."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+
+from attnd_server.config import AttentionBackend
+from attnd_server.metrics import Metrics
+from attnd_server.steps import Call, Result
+from tests.scrape import Scrape
+from tests.servers import ROOT
+from tests.unit.test_metrics import collector
+
+DEPLOY = ROOT / "deploy"
+BOARD = json.loads((DEPLOY / "grafana" / "attnd.json").read_text())
+PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
+# PromQL's own words, and the labels that Prometheus adds to what it reads.
+WORDS = {"or"}
+OWN_LABELS = {"instance", "job"}
+
+
+def load(name):
+    return yaml.safe_load((DEPLOY / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def scrape():
+    """Of a server that has done something of everything."""
+    metrics = Metrics()
+    tensor = torch.ones(1)
+    metrics.call_served(
+        "inline", Call(None, 0, None, tensor, None, None), Result(tensor, None, AttentionBackend.SDPA), 1, 1
+    )
+    metrics.rpc_started("service/method")
+    metrics.rpc_ended("service/method", "OK", 1.0, 1, 1)
+    registry = CollectorRegistry()
+    registry.register(collector(metrics))
+    ProcessCollector(registry=registry)
+    return Scrape.parse(generate_latest(registry).decode())
+
+
+def identifiers(query):
+    """What is left of a query without its selectors, ranges, groupings, functions and numbers: names of metrics."""
+    rest = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\w+ by \([^)]*\)|\w+(?= ?\()", " ", query)
+    return set(re.findall(r"[A-Za-z_]\w*", rest)) - WORDS
+
+
+def labels(text):
+    """Of a query or a legend: those that it selects, groups by, or shows."""
+    selected = {
+        label for inside in re.findall(r"\{([^{}]*)\}", text) for label in re.findall(r"(\w+)\s*(?:=|!)", inside)
+    }
+    grouped = {label for inside in re.findall(r"by \(([^)]*)\)", text) for label in re.findall(r"\w+", inside)}
+    return selected | grouped | set(re.findall(r"\{\{(\w+)\}\}", text))
+
+
+def test_the_board_asks_for_something_in_every_panel():
+    assert len(PANELS) >= 10
+    assert all(panel["targets"] and panel["title"] for panel in PANELS)
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_query_asks_for_metrics_that_exist(scrape, query):
+    names = identifiers(query)
+    assert names
+    assert names <= set(scrape.samples)
+    known = set().union(*(given for name in names for given, _ in scrape.samples[name]))
+    assert labels(query) <= known | OWN_LABELS
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_a_legend_shows_what_its_query_keeps(panel):
+    for target in panel["targets"]:
+        assert labels(target["legendFormat"]) <= labels(target["expr"])
+
+
+def test_the_board_shows_everything_that_is_ours(scrape):
+    shown = set().union(*map(identifiers, QUERIES))
+    ours = [name for name in scrape.types if name.startswith(("attnd_", "grpc_"))]
+    unseen = [name for name in ours if not any(each.startswith(name) for each in shown)]
+    assert unseen == []
+
+
+def test_the_board_finds_servers_by_a_metric_that_exists(scrape):
+    (variable,) = [each for each in BOARD["templating"]["list"] if each["type"] == "query"]
+    assert re.fullmatch(r"label_values\((\w+), instance\)", variable["query"]["query"])[1] in scrape.samples
+
+
+def test_prometheus_reads_where_the_composed_server_tells():
+    told = load("metrics.yaml")["services"]["attnd"]["command"]
+    port = told[told.index("--metrics") + 1].rpartition(":")[2]
+    (job,) = load("prometheus.yaml")["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == [f"attnd:{port}"]
+    # It replaces the command of the first file, so it has to say that again.
+    said = load("compose.yaml")["services"]["attnd"]["command"]
+    assert told[: len(said)] == said
+
+
+def test_what_is_published_is_published_to_this_host_only():
+    services = {**load("compose.yaml")["services"], **load("metrics.yaml")["services"]}
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
