@@ -1,6 +1,7 @@
 """What a server counts about itself, in plain numbers.
 
-Counting costs a call about a microsecond: no locks, no text. Whoever is asked for the numbers turns them into what a
+Counting is in the path of every call, and its data is out of the processor's cache by the next one: so there are no
+locks, no text and no searches in it, just a few additions. Whoever is asked for the numbers turns them into what a
 monitoring system reads (see `metrics_endpoint`). No number knows whose call it was.
 """
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from attnd_server.steps import Call, Result
 
-# Upper bounds of the buckets of a phase, in microseconds: 1, 2, 5, 10, ... up to 5 seconds.
-PHASE_BOUNDS_US = tuple(digit * 10**exponent for exponent in range(7) for digit in (1, 2, 5))
+# Upper bounds of the buckets of a phase, in microseconds: up to 8 seconds.
+PHASE_BOUNDS_US = tuple(2**exponent for exponent in range(24))
 # Of an RPC, in seconds and bytes: what gRPC's proposal A66 names.
 SECONDS_BOUNDS = (
     *(0.0, 0.00001, 0.00005, 0.0001, 0.0003, 0.0006, 0.0008, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008),
@@ -67,22 +68,41 @@ class Histogram:
         self.sum += value
 
 
+class PhaseHistogram(Histogram):
+    """Times of one phase of calls, in whole microseconds, rounded down."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        super().__init__(PHASE_BOUNDS_US)
+
+    def observe(self, value: int) -> None:  # type: ignore[override]  # whole numbers only
+        """Adds a time. What was rounded down to fewer than n + 1 bits is shorter than 2**n."""
+        self.counts[min(value.bit_length(), len(PHASE_BOUNDS_US))] += 1
+        self.sum += value
+
+
 class CallTally:
     """Calls of one plane and backend.
 
     Attributes:
+        plane: how their tensors came.
+        backend: what computed them; None: they only store.
         queue_us: how long each waited for the executor, in microseconds.
         kernel_us: how long storing and attending took, copies between host and device included, in microseconds.
         received_bytes: of q, k and v.
         sent_bytes: of output and lse.
     """
 
-    __slots__ = ("kernel_us", "queue_us", "received_bytes", "sent_bytes")
+    __slots__ = ("backend", "kernel_us", "plane", "queue_us", "received_bytes", "sent_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, plane: str, backend: AttentionBackend | None) -> None:
         """Starts empty."""
-        self.queue_us = Histogram(PHASE_BOUNDS_US)
-        self.kernel_us = Histogram(PHASE_BOUNDS_US)
+        self.plane = plane
+        self.backend = backend
+        self.queue_us = PhaseHistogram()
+        self.kernel_us = PhaseHistogram()
         self.received_bytes = 0
         self.sent_bytes = 0
 
@@ -109,7 +129,7 @@ class Metrics:
     """All that a server counts. Any thread may read.
 
     Attributes:
-        calls: by plane and backend; the backend is None for calls that only store.
+        calls: by plane and `id` of the backend, which takes a tenth of the time of an enumeration's hash.
         refusals: errors that clients were told, by class.
         rpcs_started: by method.
         rpcs: those that ended, by method and name of the status.
@@ -117,7 +137,7 @@ class Metrics:
 
     def __init__(self) -> None:
         """Starts with nothing counted."""
-        self.calls: dict[tuple[str, AttentionBackend | None], CallTally] = {}
+        self.calls: dict[tuple[str, int], CallTally] = {}
         self.refusals: dict[type[errors.AttndError], int] = dict.fromkeys(_REASONS, 0)
         self.rpcs_started: dict[str, int] = {}
         self.rpcs: dict[tuple[str, str], RpcTally] = {}
@@ -132,10 +152,10 @@ class Metrics:
             queue_us: how long it waited for the executor, in microseconds.
             kernel_us: how long storing and attending took, in microseconds.
         """
-        key = plane, result.backend
+        key = plane, id(result.backend)
         tally = self.calls.get(key)
         if tally is None:
-            tally = self.calls[key] = CallTally()
+            tally = self.calls[key] = CallTally(plane, result.backend)
         tally.queue_us.observe(queue_us)
         tally.kernel_us.observe(kernel_us)
         tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)

@@ -48,8 +48,8 @@ class ServerCollector(Collector):
             "the device.",
             labels=[*labels, "phase"],
         )
-        for (plane, backend), tally in list(self._metrics.calls.items()):
-            values = [plane, NO_BACKEND if backend is None else backend.value]
+        for tally in list(self._metrics.calls.values()):
+            values = [tally.plane, NO_BACKEND if tally.backend is None else tally.backend.value]
             calls.add_metric(values, sum(tally.kernel_us.counts))
             received.add_metric(values, tally.received_bytes)
             sent.add_metric(values, tally.sent_bytes)

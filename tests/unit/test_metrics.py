@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from attnd import errors
 from attnd_server.config import AttentionBackend, ServerConfig
-from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Histogram, Metrics
+from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Histogram, Metrics, PhaseHistogram
 from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
 from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.steps import Call, Result
@@ -43,6 +43,16 @@ def test_a_bound_belongs_to_its_bucket():
         histogram.observe(value)
     assert histogram.counts == [2, 2, 1, 2]
     assert histogram.sum == 1014.6
+
+
+def test_a_phase_is_in_the_first_bucket_that_is_longer():
+    for microseconds in (0, 1, 2, 3, 4, 1023, 1024, (1 << 23) - 1, 1 << 23, 1 << 40):
+        histogram = PhaseHistogram()
+        histogram.observe(microseconds)
+        (bucket,) = [number for number, count in enumerate(histogram.counts) if count]
+        longer = [number for number, bound in enumerate(PHASE_BOUNDS_US) if bound > microseconds]
+        assert bucket == (longer or [len(PHASE_BOUNDS_US)])[0]
+        assert histogram.sum == microseconds
 
 
 @pytest.mark.parametrize("bounds", [PHASE_BOUNDS_US, SECONDS_BOUNDS, BYTES_BOUNDS])
@@ -73,7 +83,7 @@ def test_calls_are_counted_by_plane_and_backend():
 
 def test_phases_are_told_in_seconds_and_cumulated():
     metrics = Metrics()
-    for kernel_us in (5, 900, 7_000_000):
+    for kernel_us in (5, 900, 9_000_000):
         metrics.call_served("inline", CALL, RESULT, 0, kernel_us)
     scrape = scraped(metrics)
     buckets = {
@@ -82,8 +92,8 @@ def test_phases_are_told_in_seconds_and_cumulated():
         if labels["phase"] == "kernel"
     }
     assert len(buckets) == len(PHASE_BOUNDS_US) + 1
-    assert [buckets[le] for le in ("2e-06", "5e-06", "0.0005", "0.001", "5.0", "+Inf")] == [0, 1, 1, 2, 2, 3]
-    assert scrape.value("attnd_call_phase_seconds_sum", phase="kernel") == pytest.approx(7.000905)
+    assert [buckets[le] for le in ("4e-06", "8e-06", "0.000512", "0.001024", "8.388608", "+Inf")] == [0, 1, 1, 2, 2, 3]
+    assert scrape.value("attnd_call_phase_seconds_sum", phase="kernel") == pytest.approx(9.000905)
     assert scrape.value("attnd_call_phase_seconds_bucket", phase="queue", le="1e-06") == 3
 
 
