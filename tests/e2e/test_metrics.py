@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +241,24 @@ def test_a_port_that_is_taken_is_told_in_one_line(host: str) -> None:
     assert result.stdout == ""
     message = f"cannot serve: metrics is 127.0.0.1:{port}, but must be an address to listen on: Address already in use"
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_package_is_named_in_one_line() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['prometheus_client'] = None\n"
+        "sys.argv = ['attnd', 'serve', '--port', '0', '--device', 'cpu', '--metrics', '0']\n"
+        "from attnd_server.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    told = "attnd: prometheus_client is not installed; try: pip install 'attnd[server]'"
+    assert result.stderr.splitlines()[-1] == told
     assert "Traceback" not in result.stderr
 
 
