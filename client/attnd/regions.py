@@ -31,7 +31,7 @@ def aligned(offset: int) -> int:
 class Region:
     """The memory of one plane.
 
-    There is nothing to close: it is unmapped when the last array in it has gone.
+    It is unmapped when it has been closed or is gone, and the last array in it has gone too.
 
     Attributes:
         id: as messages name it.
@@ -43,6 +43,11 @@ class Region:
         self.id = region_id
         self.num_bytes = len(memory)
         self._bytes = memoryview(memory)
+
+    def close(self) -> None:
+        """Lets go of the memory, whoever still holds this object: from now on nothing lies here."""
+        self.num_bytes = 0
+        self._bytes = memoryview(b"")
 
     def array(self, message: tensor_pb2.Tensor, field: str) -> Array:
         """The tensor that `message` says lies here, as a view. Its elements may change at any time.

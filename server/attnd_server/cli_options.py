@@ -69,6 +69,15 @@ def num_bytes(value: str | int) -> int:
     return int(match[1]) << 10 * _UNITS.index(match[2] or "B")
 
 
+def users(value: str | frozenset[int]) -> frozenset[int]:
+    """Parses numbers of users: 1000,1001."""
+    if isinstance(value, frozenset):
+        return value
+    if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", value):
+        raise typer.BadParameter(f"it is {value!r}, but must be numbers of users as in 1000,1001")
+    return frozenset(int(number) for number in value.split(",") if number)
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """A parser of whole numbers in `low..high`."""
 

@@ -233,6 +233,10 @@ class ServerConfig:
         default_ttl_s: lease of a cache that asks for none, in seconds.
         max_ttl_s: longest lease, in seconds.
         drain_s: seconds that running calls have to finish after SIGTERM.
+        socket_dir: folder of the Unix socket over which clients on this host get shared memory; "": there is none.
+        socket_uids: users besides the server's own who may connect there.
+        region_bytes: shared memory of one session; what is never written to takes none.
+        max_planes: sessions with shared memory at one time.
     """
 
     host: str = "127.0.0.1"
@@ -249,3 +253,7 @@ class ServerConfig:
     default_ttl_s: float = 60.0
     max_ttl_s: float = 86_400.0
     drain_s: float = 10.0
+    socket_dir: str = ""
+    socket_uids: frozenset[int] = frozenset()
+    region_bytes: int = 512 << 20
+    max_planes: int = 64

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,12 +10,10 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 
-from attnd.errors import STATUS_DETAILS_KEY, AttndError, ServerFault, to_message
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.executor import Executor, Work
-from attnd_server.service import AttentionService, CallWork, error_response
-
-log = logging.getLogger(__name__)
+from attnd_server.service import AttentionService, CallWork, error_response, told
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Messages pass as bytes, both ways.
@@ -116,7 +112,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             return await self._finish(method(data))
         except Exception as error:
-            return error_response(reply, _told(error))
+            return error_response(reply, told(error))
 
     async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
         """The answer itself, or what its work gives on the executor."""
@@ -151,19 +147,10 @@ async def run_on(executor: Executor, work: Work, timeout_s: float | None = None)
     return await future
 
 
-def _told(error: Exception) -> AttndError:
-    """What the client is told. Of a bug it learns an id, under which the log has the rest."""
-    if isinstance(error, AttndError):
-        return error
-    fault_id = secrets.token_hex(4)
-    log.error("internal error %s", fault_id, exc_info=error)
-    return ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
-
-
 async def _abort(context: Context, error: Exception) -> NoReturn:
     """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
-    told = _told(error)
+    public = told(error)
     detail = any_pb2.Any()
-    detail.Pack(to_message(told))
-    status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
-    await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
+    detail.Pack(to_message(public))
+    status = error_pb2.Status(code=public.code.value[0], message=str(public), details=[detail])
+    await context.abort(public.code, str(public), ((STATUS_DETAILS_KEY, status.SerializeToString()),))

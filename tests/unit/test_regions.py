@@ -102,7 +102,10 @@ def test_memory_is_unmapped_with_its_last_view() -> None:
     region = Region(5, sockets.map_memory(sockets.sealed_memory(NUM_BYTES), NUM_BYTES))
     array = region.array(tensor([4]), "q")
     viewed = torch_tensor(array)
-    del region, array
+    del array
+    region.close()
+    with pytest.raises(InvalidRequest, match="ends at byte 0"):
+        region.array(tensor([4]), "q")
     assert num_mappings() == before + 1
     del viewed
     assert num_mappings() == before
