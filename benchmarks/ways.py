@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import attnd
 from attnd import requests
 from attnd.page_table_deltas import SentPageTables
+from attnd.tensors import to_array
 from attnd.v1 import cache_pb2
 from attnd_server import validation
 from attnd_server.cache import Cache
@@ -21,6 +23,7 @@ from attnd_server.inproc import connect as connect_inproc
 from attnd_server.kernels.pages import stored_tokens
 from attnd_server.metadata import AttentionOptions
 from benchmarks import echo
+from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.servers import running
 from benchmarks.workload import HEAD_DIM, NUM_HEADS, DecodeStep
 
@@ -55,14 +58,16 @@ class Endpoints:
     client: attnd.Client
     inproc: attnd.Client
     channel: Any  # to the echo
+    doorbell: DoorbellEcho
 
 
 @contextmanager
 def endpoints(device: torch.device, num_threads: int) -> Iterator[Endpoints]:
     """Starts the servers and connects to them; ends them with the block."""
-    options = ["--port", "0", "--device", str(device), "--threads", str(num_threads)]
     config = ServerConfig(device=str(device), threads=num_threads)
     with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attnd-"))
+        options = ["--port", "0", "--device", str(device), "--threads", str(num_threads), "--socket-dir", folder]
         address = stack.enter_context(running("attnd_server", "serve", *options))
         echo_address = stack.enter_context(running("benchmarks.echo"))
         yield Endpoints(
@@ -70,6 +75,7 @@ def endpoints(device: torch.device, num_threads: int) -> Iterator[Endpoints]:
             stack.enter_context(attnd.connect(address)),
             stack.enter_context(attnd.Client(connect_inproc(config))),
             stack.enter_context(echo.connect(echo_address)),
+            stack.enter_context(DoorbellEcho()),
         )
 
 
@@ -78,7 +84,8 @@ def ways(step: DecodeStep, ends: Endpoints) -> Iterator[list[Way]]:
     """All ways of computing `step`, its contexts stored; their caches go with the block."""
     with ExitStack() as stack:
         cache = stack.enter_context(ends.client.create_cache(**step.geometry))
-        session = stack.enter_context(cache.session())
+        session = stack.enter_context(cache.session(plane="inline"))
+        shm_session = stack.enter_context(cache.session(plane="shm"))
         inproc_cache = stack.enter_context(ends.inproc.create_cache(**step.geometry))
         inproc_session = stack.enter_context(inproc_cache.session())
         backend = BackendAlone(step, ends.device)
@@ -88,9 +95,11 @@ def ways(step: DecodeStep, ends: Endpoints) -> Iterator[list[Way]]:
         yield [
             _echo_unary(step, cache, ends),
             stream,
+            _echo_shm(step, ends),
             Way("backend", backend.open, cache=backend),
             _unary(step, cache, ends.client),
             _session("stream", step, session, ("echo stream", "backend")),
+            _session("shm", step, shm_session, ("echo shm", "backend")),
             _session("inproc", step, inproc_session, ("backend",)),
         ]
 
@@ -152,6 +161,12 @@ def _step_bytes(step: DecodeStep, cache: attnd.Cache) -> int:
     step.metadata.to_message(1, cache.ref, sent_tables)
     sent_tables.accept(1)
     return step.metadata.to_message(2, cache.ref, sent_tables).ByteSize()
+
+
+def _echo_shm(step: DecodeStep, ends: Endpoints) -> Way:
+    """q, k and v into shared memory, q's bytes out of it again; no step, which has none there."""
+    layers = [[to_array(tensor, "tensor").data for tensor in layer] for layer in step.layers]
+    return Way("echo shm", lambda: lambda layer: ends.doorbell.call(layers[layer], layers[layer][0].nbytes))
 
 
 class BackendAlone:

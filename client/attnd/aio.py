@@ -370,7 +370,7 @@ class AsyncSession:
         told: AttndError = Disconnected("the server ended the stream")
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                answer = requests.attend_reply(data)
+                answer = requests.attend_reply(data)[:3]
                 if answer[0] == "going_away":
                     self._going_away = answer[1].reason
                 elif not self._waiting:

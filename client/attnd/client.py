@@ -10,6 +10,7 @@ from attnd import requests, wire
 from attnd.errors import AttndError, CacheLost
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
+from attnd.planes.choice import OpenedStream, PlaneOptions, check_plane, open_stream, plane_refusals
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.session import Session
 from attnd.transport import Transport, open_transport
@@ -17,27 +18,54 @@ from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
 
 
-def connect(address: str = "localhost:7411", *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0) -> Client:
+def connect(
+    address: str = "localhost:7411",
+    *,
+    timeout_s: float = 30.0,
+    connect_timeout_s: float = 10.0,
+    plane: str = "auto",
+    socket_dir: str = "",
+) -> Client:
     """Connects to a server.
 
     Args:
         address: "host:port", or "inproc://" for a server in this process (needs `attnd[server]`).
         timeout_s: deadline of each request, in seconds.
         connect_timeout_s: how long to wait for a server that is not there yet.
+        plane: how the tensors of a session's calls travel: "inline" in messages; "shm" in memory that server and client
+            share, on one host; "auto" in the best way that can be had. "shm" where it cannot be had is an error of the
+            session's first step; what "auto" came to is in `Session.plane`, and why in `Session.refusals`.
+        socket_dir: the folder of the server's sockets as this process sees it, if that is not where the server does.
 
     Raises:
         Disconnected: nobody answers at the address.
     """
-    return Client(open_transport(address), timeout_s=timeout_s, connect_timeout_s=connect_timeout_s)
+    check_plane(plane)
+    return Client(
+        open_transport(address),
+        timeout_s=timeout_s,
+        connect_timeout_s=connect_timeout_s,
+        plane=plane,
+        socket_dir=socket_dir,
+    )
 
 
 class Client:
     """A connection to one server. Any thread may use it. Close it, or use it as a context manager."""
 
-    def __init__(self, transport: Transport, *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        timeout_s: float = 30.0,
+        connect_timeout_s: float = 10.0,
+        plane: str = "auto",
+        socket_dir: str = "",
+    ) -> None:
         """Asks the server for its capabilities; use `attnd.connect`."""
         self.transport = transport
         self.timeout_s = timeout_s
+        self.plane = PlaneOptions(check_plane(plane), socket_dir)
         self._connect_timeout_s = connect_timeout_s
         self._renewal = _Renewal()
         try:
@@ -60,6 +88,7 @@ class Client:
         data = self.transport.unary("GetCapabilities", b"", self._connect_timeout_s, wait=True)
         message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
+        self._refusals = plane_refusals(message)
         return message
 
     def create_cache(
@@ -205,9 +234,23 @@ class Cache:
         """The client's connection."""
         return self._client.transport
 
-    def session(self) -> Session:
-        """A session: the way to run steps."""
-        return Session(self, self._client.timeout_s)
+    def session(self, *, plane: str = "") -> Session:
+        """A session: the way to run steps.
+
+        Args:
+            plane: how tensors travel, as in `attnd.connect`; "" is what was said there.
+
+        Raises:
+            InvalidRequest: no such plane.
+        """
+        wanted = self._client.plane
+        if plane:
+            wanted = wanted._replace(name=check_plane(plane))
+        return Session(self, self._client.timeout_s, wanted)
+
+    def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> OpenedStream:
+        """A stream for a session."""
+        return open_stream(self.transport, wanted, self._client._refusals, timeout_s)
 
     def info(self) -> cache_pb2.CacheInfo:
         """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""

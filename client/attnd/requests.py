@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from attnd import wire
@@ -12,6 +12,7 @@ from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
 from attnd.packing import float32_tensor, int32_tensor, slots_tensor, uint32
+from attnd.regions import Region
 from attnd.tensors import KV_DTYPES, Array, dtype_of, from_array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, step_pb2, tensor_pb2
 from attnd.warm_up import WarmUp
@@ -155,8 +156,12 @@ def call_message(
     step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
 ) -> tuple[step_pb2.Call, dict[str, Array]]:
     """A call and its tensors."""
-    tensors = {name: to_array(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
-    return step_pb2.Call(step_id=step_id, layer=layer, options=options.message), tensors
+    return step_pb2.Call(step_id=step_id, layer=layer, options=options.message), call_arrays(q, k, v)
+
+
+def call_arrays(q: Any, k: Any, v: Any) -> dict[str, Array]:
+    """The tensors of a call that are present, by name."""
+    return {name: to_array(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
 
 
 # Short names of backends by the wire's number; a store-only step has none.
@@ -189,13 +194,29 @@ def unary_reply(kind: str, data: bytes, like: Any, return_lse: bool) -> Any:
     return reply(message.reply, tensors, like, return_lse).output
 
 
-def attend_reply(data: bytes) -> tuple[str, Any, Any]:
-    """`(kind, message, tensors)` of an AttendResponse."""
-    message, tensors = wire.ATTEND_RESPONSE.decode(data)
+class AttendReply(NamedTuple):
+    """A message from an Attend stream.
+
+    Attributes:
+        kind: the name of the field that is set: "step", "call", "error" or "going_away".
+        message: the field.
+        tensors: of a call, by name.
+        num_bytes: what was received.
+    """
+
+    kind: str
+    message: Any
+    tensors: Mapping[str, Array]
+    num_bytes: int
+
+
+def attend_reply(data: bytes, region: Region | None = None) -> AttendReply:
+    """An AttendResponse, of a plane with `region` if it has one."""
+    message, tensors = wire.ATTEND_RESPONSE.decode(data, region)
     kind = message.WhichOneof("message")
     if kind is None:
         raise ServerFault("the server sent an AttendResponse without a message")
-    return kind, getattr(message, kind), tensors
+    return AttendReply(kind, getattr(message, kind), tensors, len(data))
 
 
 def store_kv(cache: cache_pb2.CacheRef, layer: int, slots: Any, k: Any, v: Any) -> Iterator[bytes]:

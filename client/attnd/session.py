@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from attnd import requests, wire
+from attnd import requests
 from attnd.errors import AttndError, Disconnected, ServerFault, from_message
 from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
@@ -16,6 +17,7 @@ from attnd.requests import DEFAULT_OPTIONS, Reply
 
 if TYPE_CHECKING:
     from attnd.client import Cache
+    from attnd.planes.choice import PlaneOptions
     from attnd.transport import Stream
 
 
@@ -28,8 +30,8 @@ class Timings:
         call_us: microseconds of each call, from the caller's side.
         queue_us: microseconds that calls waited for the executor, summed.
         kernel_us: microseconds of store and attention, summed.
-        bytes_sent: bytes of all messages to the server.
-        bytes_received: bytes of all messages from the server.
+        bytes_sent: bytes of all messages to the server; not those that travel in shared memory.
+        bytes_received: bytes of all messages from the server; likewise.
         backend: what ran last.
         plane: how tensors travelled.
     """
@@ -57,6 +59,10 @@ class Timings:
 class Session:
     """One Attend stream of one cache: a worker's sequence of steps. One thread at a time.
 
+    Attributes:
+        plane: how tensors travel, "inline" or "shm"; "" before the first step.
+        refusals: by the name of each better plane, why the session does not have it.
+
     ```
     with cache.session() as session:
         step = session.step(attnd.StepMetadata(...))
@@ -65,10 +71,13 @@ class Session:
     ```
     """
 
-    def __init__(self, cache: Cache, timeout_s: float) -> None:
+    def __init__(self, cache: Cache, timeout_s: float, plane: PlaneOptions) -> None:
         """Opens no stream yet: the first step does."""
         self.cache = cache
         self.timeout_s = timeout_s
+        self.plane = ""
+        self.refusals: Mapping[str, str] = {}
+        self._wanted = plane
         self._timings = Timings()
         self._stream: Stream | None = None
         self._last_step_id = 0
@@ -87,6 +96,7 @@ class Session:
         Raises:
             InvalidRequest: the metadata cannot be sent.
             Disconnected: the server is draining.
+            Unsupported: the plane that was asked for cannot be had; the message says why.
         """
         if self._going_away:
             reason, self._going_away = self._going_away, ""
@@ -96,10 +106,10 @@ class Session:
             self._sent_tables.forget()
         self._last_step_id += 1
         message = requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
-        request = wire.step_request(message)
         if self._stream is None:
-            self._stream = self.cache.transport.attend()
-        self._send(request)
+            self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
+            self.plane = self._timings.plane = self._stream.plane
+        self._send(self._stream.step_request(message))
         self._timings.num_steps += 1
         step = Step(self, self._last_step_id, self._stream)
         self._unanswered.append(step)
@@ -111,7 +121,7 @@ class Session:
 
     def reset_timings(self) -> None:
         """Starts counting anew."""
-        self._timings = Timings()
+        self._timings = Timings(plane=self._timings.plane)
 
     def close(self) -> None:
         """Ends the stream. The cache stays. The next step opens another stream."""
@@ -130,15 +140,16 @@ class Session:
         """Closes."""
         self.close()
 
-    def _call(self, step: Step, layer: int, request: bytes, like: Any, return_lse: bool) -> Any:
+    def _call(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
         if self._stream is None or self._stream is not step.stream:
             raise Disconnected("the step's stream has ended; open the step again")
         if step.error is not None:
             raise step.error
+        request = self._stream.call_request(step.id, layer, q, k, v, options)
         started = time.perf_counter()
         try:
             self._send(request)
-            reply = self._receive_call(step, layer, like, return_lse)
+            reply = self._receive_call(step, layer, q, options.return_lse)
         except BaseException:  # Ctrl-C too: the answer may still come, and must not be taken for that of a later call
             self.close()
             raise
@@ -153,8 +164,10 @@ class Session:
 
     def _receive_call(self, step: Step, layer: int, like: Any, return_lse: bool) -> Reply | AttndError:
         """Reads answers, which come in order, up to that of the call that was just sent."""
+        assert self._stream is not None
         while True:
-            kind, message, tensors = self._receive()
+            kind, message, tensors, num_bytes = self._stream.receive(self.timeout_s)
+            self._timings.bytes_received += num_bytes
             if kind == "going_away":
                 self._going_away = message.reason
             elif self._unanswered:
@@ -175,12 +188,6 @@ class Session:
         assert self._stream is not None
         self._timings.bytes_sent += len(request)
         self._stream.send(request)
-
-    def _receive(self) -> tuple[str, Any, Any]:
-        assert self._stream is not None
-        data = self._stream.receive(self.timeout_s)
-        self._timings.bytes_received += len(data)
-        return requests.attend_reply(data)
 
 
 class Step:
@@ -211,5 +218,4 @@ class Step:
         Raises:
             AttndError: see `attnd.errors`; the step's own refusal comes here too.
         """
-        request = requests.attend_call(self.id, layer, q, k, v, options)
-        return self._session._call(self, layer, request, q, options.return_lse)
+        return self._session._call(self, layer, q, k, v, options)

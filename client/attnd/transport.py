@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import grpc
 
-from attnd import wire
+from attnd import requests, wire
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, Unsupported, from_rpc
+from attnd.options import AttentionOptions
+from attnd.v1 import step_pb2
 
 SERVICE = "/attnd.v1.AttentionService/"
 
@@ -33,12 +35,26 @@ GRPC_OPTIONS = [
 
 
 class Stream(Protocol):
-    """An Attend stream. One thread at a time."""
+    """An Attend stream. One thread at a time. Classes that derive from it carry tensors in the messages themselves.
+
+    Attributes:
+        plane: how the tensors of calls travel.
+    """
+
+    plane: str = "inline"
+
+    def step_request(self, step: step_pb2.Step) -> bytes:
+        """What opens a step, for `send`."""
+        return wire.step_request(step)
+
+    def call_request(self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
+        """A call, for `send`, before the next call is made. Raises InvalidRequest for what cannot be sent."""
+        return requests.attend_call(step_id, layer, q, k, v, options)
 
     def send(self, request: bytes) -> None:
         """Sends a message; does not wait."""
 
-    def receive(self, timeout_s: float) -> bytes:
+    def receive(self, timeout_s: float) -> requests.AttendReply:
         """The next message from the server."""
 
     def close(self) -> None:
@@ -148,7 +164,7 @@ def translate(error: grpc.RpcError, address: str, waited_s: float = 0) -> AttndE
     return told
 
 
-class GrpcStream:
+class GrpcStream(Stream):
     """An Attend stream over gRPC. gRPC reads the requests on a thread of its own, from a queue."""
 
     def __init__(self, method: Any, address: str) -> None:
@@ -162,13 +178,16 @@ class GrpcStream:
         """Sends a message."""
         self._requests.put(request)
 
-    def receive(self, timeout_s: float) -> bytes:
+    def receive(self, timeout_s: float) -> requests.AttendReply:
         """The next message from the server.
 
         Raises:
             DeadlineExceeded: none came in time. The stream is over then.
             Disconnected: the stream ended.
         """
+        return requests.attend_reply(self._receive(timeout_s))
+
+    def _receive(self, timeout_s: float) -> bytes:
         WATCHDOG.watch(self, time.monotonic() + timeout_s)
         try:
             return next(self._call)  # type: ignore[no-any-return]

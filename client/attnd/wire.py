@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from google.protobuf.message import DecodeError, Message
 
 from attnd.errors import InvalidRequest
+from attnd.regions import Region
 from attnd.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 
@@ -72,8 +73,12 @@ class Frame:
             chunks.insert(0, outer + self._holder_tag + _varint(size))
         return b"".join(chunks)
 
-    def decode(self, data: bytes) -> Framed:
-        """Reads the wire's bytes; the tensors are views into `data`.
+    def decode(self, data: bytes, region: Region | None = None) -> Framed:
+        """Reads the wire's bytes; the tensors are views into `data`, or into `region` if that is where they lie.
+
+        Args:
+            data: what was received.
+            region: of the plane on which it was; None: the plane has none.
 
         Raises:
             InvalidRequest: `data` is no such message.
@@ -81,41 +86,41 @@ class Frame:
         view = memoryview(data)
         tensors: dict[str, Array] = {}
         try:
-            header = self._strip(view, tensors)
+            header = self._strip(view, tensors, region)
             return Framed(self.message_type.FromString(header), tensors)
         except (DecodeError, IndexError) as error:
             name = self.message_type.DESCRIPTOR.name
             raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
 
-    def _strip(self, view: memoryview, tensors: dict[str, Array]) -> bytes:
+    def _strip(self, view: memoryview, tensors: dict[str, Array], region: Region | None) -> bytes:
         """The message without its tensors' fields, which go to `tensors`."""
         if not self._holder:
-            return self._strip_holder(view, tensors)
+            return self._strip_holder(view, tensors, region)
         kept: list[bytes | memoryview] = []
         for number, start, value, end in _walk(view):
             if number == self._holder and value is not None:
-                inner = self._strip_holder(value, tensors)
+                inner = self._strip_holder(value, tensors, region)
                 kept += (self._holder_tag + _varint(len(inner)), inner)
             else:
                 kept.append(view[start:end])
         return b"".join(kept)
 
-    def _strip_holder(self, view: memoryview, tensors: dict[str, Array]) -> bytes:
+    def _strip_holder(self, view: memoryview, tensors: dict[str, Array], region: Region | None) -> bytes:
         kept: list[bytes | memoryview] = []
         for number, start, value, end in _walk(view):
             name = self._fields.get(number)
             if name is None or value is None:
                 kept.append(view[start:end])
             else:
-                tensors[name] = self._tensor(name, value)
+                tensors[name] = self._tensor(name, value, region)
         return b"".join(kept)
 
-    def _tensor(self, name: str, view: memoryview) -> Array:
+    def _tensor(self, name: str, view: memoryview, region: Region | None) -> Array:
         """A tensor message as an Array over `view`. Layer after layer has the same header, so the last one is kept."""
         size, prefix, dtype, shape = self._last_headers.get(name, _NO_HEADER)
         if len(view) == size and view[: len(prefix)] == prefix:
             return Array(dtype, shape, view[len(prefix) :])
-        array, before = _tensor(name, view)
+        array, before = _tensor(name, view, region)
         if 0 < len(before) <= 64:
             self._last_headers[name] = (len(view), bytes(before), array.dtype, array.shape)
         return array
@@ -147,7 +152,7 @@ def _tensor_header(tag: bytes, dtype: int, shape: tuple[int, ...], num_bytes: in
     return tag + _varint(len(header) + num_bytes) + header
 
 
-def _tensor(name: str, view: memoryview) -> tuple[Array, memoryview]:
+def _tensor(name: str, view: memoryview, region: Region | None) -> tuple[Array, memoryview]:
     """A tensor message as an Array over `view`, and what stands before its elements if nothing stands behind them."""
     header, data, prefix = [], memoryview(b""), memoryview(b"")
     for number, start, value, end in _walk(view):
@@ -158,7 +163,9 @@ def _tensor(name: str, view: memoryview) -> tuple[Array, memoryview]:
             prefix = memoryview(b"")
     message = tensor_pb2.Tensor.FromString(b"".join(header))
     if message.HasField("region"):
-        raise InvalidRequest(f"{name} lies in region {message.region.id}, but this plane is inline", field=name)
+        if region is None:
+            raise InvalidRequest(f"{name} lies in region {message.region.id}, but this plane is inline", field=name)
+        return region.array(message, name), memoryview(b"")
     return Array(message.dtype, tuple(message.shape), data), prefix
 
 

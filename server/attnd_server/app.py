@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from attnd_server.metrics import Metrics
 from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.service import AttentionService
 from attnd_server.servicer import SERVICE_NAME, AttentionServicer
+from attnd_server.shm_server import ShmServer
 
 if TYPE_CHECKING:
     from attnd_server.metrics_endpoint import MetricsEndpoint
@@ -92,6 +94,7 @@ class Server:
         metrics = Metrics() if self.config.metrics else None
         self.service = build_service(self.config, metrics)
         self.service.executor.prepare_thread()
+        self._shm = _shm_server(self.service)
         self._servicer = AttentionServicer(self.service)
         self._health = health.aio.HealthServicer()
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
@@ -116,7 +119,12 @@ class Server:
         log.info("draining", extra={"drain_s": self.config.drain_s})
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
-        await self._server.stop(self.config.drain_s)
+        if self._shm is not None:
+            self._shm.drain()
+            planes = asyncio.to_thread(self._shm.stop, self.config.drain_s)
+            await asyncio.gather(self._server.stop(self.config.drain_s), planes)
+        else:
+            await self._server.stop(self.config.drain_s)
         self.service.executor.close()
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
@@ -132,6 +140,22 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):
             await self._health.set(name, status)
+
+
+def _shm_server(service: AttentionService) -> ShmServer | None:
+    """The server of shm planes, if it is configured.
+
+    Raises:
+        RuntimeError: its socket cannot be there.
+    """
+    if not service.config.socket_dir:
+        return None
+    if sys.platform != "linux":
+        raise RuntimeError("socket_dir is given, but must be empty: sealed memory needs Linux")
+    try:
+        return ShmServer(service)
+    except OSError as error:
+        raise RuntimeError(f"socket_dir is {service.config.socket_dir}, but there can be no socket: {error}") from None
 
 
 def run_server(config: ServerConfig) -> int:

@@ -13,17 +13,24 @@ from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
 
-# Planes that OpenPlane refuses, with the reason for people.
-PLANE_REASONS: dict[plane_pb2.Plane.ValueType, str] = {
-    plane_pb2.PLANE_SHM: "this version serves the inline plane only",
-    plane_pb2.PLANE_CUDA: "this version serves the inline plane only",
-}
+
+def plane_reasons(has_socket: bool) -> dict[plane_pb2.Plane.ValueType, str]:
+    """Planes that OpenPlane refuses, with the reason for people.
+
+    Args:
+        has_socket: whether clients can get at memory of this server.
+    """
+    reasons = {plane_pb2.PLANE_CUDA: "this version has no cuda plane"}
+    if not has_socket:
+        reasons[plane_pb2.PLANE_SHM] = "the server was started without --socket-dir"
+    return reasons
 
 
 def capabilities(
-    config: ServerConfig, executor: Executor, caches: CacheTable
+    config: ServerConfig, executor: Executor, caches: CacheTable, has_socket: bool
 ) -> capabilities_pb2.GetCapabilitiesResponse:
     """The answer to GetCapabilities."""
+    reasons = plane_reasons(has_socket)
     planes = [plane_pb2.PLANE_INLINE, plane_pb2.PLANE_SHM, plane_pb2.PLANE_CUDA]
     return capabilities_pb2.GetCapabilitiesResponse(
         version=__version__,
@@ -47,9 +54,7 @@ def capabilities(
             step_pb2.MASK_PREFIX_FULL,
         ],
         planes=[
-            capabilities_pb2.PlaneState(
-                plane=plane, available=plane not in PLANE_REASONS, reason=PLANE_REASONS.get(plane, "")
-            )
+            capabilities_pb2.PlaneState(plane=plane, available=plane not in reasons, reason=reasons.get(plane, ""))
             for plane in planes
         ],
         limits=capabilities_pb2.Limits(

@@ -28,6 +28,7 @@ app = typer.Typer(
 
 LIMITS = "Limits of a step and of the server"
 LEASES = "Leases and shutdown"
+SHARED = "Shared memory for clients on this host"
 OBSERVATION = "Logs and metrics"
 
 
@@ -93,6 +94,42 @@ def serve(
     drain_s: Annotated[
         float, seconds("ATTND_DRAIN_S", "Time that running calls have to finish after SIGTERM.", low=0)
     ] = 10,
+    socket_dir: Annotated[
+        str,
+        setting(
+            "ATTND_SOCKET_DIR",
+            "Folder of the socket over which clients get shared memory; made for this user alone if there is none.",
+            panel=SHARED,
+            metavar="PATH",
+            show_default="no shared memory",
+        ),
+    ] = "",
+    socket_uids: Annotated[
+        frozenset,  # type: ignore[type-arg]  # typer takes no element types with a parser
+        setting(
+            "ATTND_SOCKET_UIDS",
+            "Users besides the server's own who may connect there.",
+            panel=SHARED,
+            parser=options.users,
+            metavar="UID,...",
+            show_default="none",
+        ),
+    ] = frozenset(),
+    region_bytes: Annotated[
+        int,
+        setting(
+            "ATTND_REGION_BYTES",
+            "Shared memory of one session; what is never written to takes none.",
+            panel=SHARED,
+            parser=options.num_bytes,
+            metavar="BYTES|8GiB",
+            show_default="512MiB",
+        ),
+    ] = 512 << 20,
+    max_planes: Annotated[
+        int,
+        setting("ATTND_MAX_PLANES", "Sessions with shared memory.", panel=SHARED, parser=whole(1), metavar="N"),
+    ] = 64,
     log_level: Annotated[
         options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=OBSERVATION)
     ] = options.LogLevel.INFO,
@@ -132,6 +169,8 @@ def serve(
             f"default_ttl_s is {default_ttl_s:g}, but must be at most max_ttl_s, {max_ttl_s:g}",
             param_hint="--default-ttl-s",
         )
+    if not region_bytes:
+        raise typer.BadParameter("region_bytes is 0, but must be at least 1", param_hint="--region-bytes")
     let_idle_threads_sleep()
     from attnd_server import logs
     from attnd_server.app import run_server
@@ -156,6 +195,10 @@ def serve(
         max_ttl_s=max_ttl_s,
         drain_s=drain_s,
         metrics=metrics,
+        socket_dir=socket_dir,
+        socket_uids=socket_uids,
+        region_bytes=region_bytes,
+        max_planes=max_planes,
     )
     raise typer.Exit(run_server(config))
 

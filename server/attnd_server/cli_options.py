@@ -78,6 +78,15 @@ def listen_address(value: str) -> str:
     return f"{match[1] or '127.0.0.1'}:{match[2]}" if match else ""
 
 
+def users(value: str | frozenset[int]) -> frozenset[int]:
+    """Parses numbers of users: 1000,1001."""
+    if isinstance(value, frozenset):
+        return value
+    if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", value):
+        raise typer.BadParameter(f"it is {value!r}, but must be numbers of users as in 1000,1001")
+    return frozenset(int(number) for number in value.split(",") if number)
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """A parser of whole numbers in `low..high`."""
 

@@ -234,6 +234,10 @@ class ServerConfig:
         max_ttl_s: longest lease, in seconds.
         drain_s: seconds that running calls have to finish after SIGTERM.
         metrics: address for Prometheus, "host:port", where port 0 lets the system pick; "" is none.
+        socket_dir: folder of the Unix socket over which clients on this host get shared memory; "": there is none.
+        socket_uids: users besides the server's own who may connect there.
+        region_bytes: shared memory of one session; what is never written to takes none.
+        max_planes: sessions with shared memory at one time.
     """
 
     host: str = "127.0.0.1"
@@ -251,3 +255,7 @@ class ServerConfig:
     max_ttl_s: float = 86_400.0
     drain_s: float = 10.0
     metrics: str = ""
+    socket_dir: str = ""
+    socket_uids: frozenset[int] = frozenset()
+    region_bytes: int = 512 << 20
+    max_planes: int = 64

@@ -11,7 +11,9 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from attnd import requests
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
+from attnd.transport import Stream
 from attnd.v1 import attention_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
@@ -75,7 +77,7 @@ class InprocTransport:
             return error_response(reply, error)
 
 
-class InprocStream:
+class InprocStream(Stream):
     """Implements `attnd.transport.Stream`: a request runs when its answer is asked for."""
 
     def __init__(self, transport: InprocTransport, request: Any) -> None:
@@ -89,10 +91,13 @@ class InprocStream:
         """Queues a message."""
         self._pending.put(request)
 
-    def receive(self, timeout_s: float) -> bytes:
+    def receive(self, timeout_s: float) -> requests.AttendReply:
         """The answer to the oldest message without one."""
         if self._closed:
             raise Disconnected("the session is closed")
+        return requests.attend_reply(self._receive(timeout_s))
+
+    def _receive(self, timeout_s: float) -> bytes:
         try:
             answer = self._request(self._pending.get_nowait())
         except AttndError as error:

@@ -7,6 +7,7 @@ monitoring system reads (see `metrics_endpoint`). No number knows whose call it 
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,7 @@ class Metrics:
         """Starts with nothing counted."""
         self.calls: dict[tuple[str, int], CallTally] = {}
         self.refusals: dict[type[errors.AttndError], int] = dict.fromkeys(_REASONS, 0)
+        self._refusing = threading.Lock()
         self.rpcs_started: dict[str, int] = {}
         self.rpcs: dict[tuple[str, str], RpcTally] = {}
 
@@ -162,9 +164,10 @@ class Metrics:
         tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
 
     def refused(self, error: errors.AttndError) -> None:
-        """Counts an error that a client is told. In the event loop."""
+        """Counts an error that a client is told. By any thread."""
         kind = type(error)
-        self.refusals[kind] = self.refusals.get(kind, 0) + 1
+        with self._refusing:
+            self.refusals[kind] = self.refusals.get(kind, 0) + 1
 
     def rpc_started(self, method: str) -> None:
         """Counts an RPC that begins. In the event loop."""

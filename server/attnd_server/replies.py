@@ -2,9 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
+from attnd import wire
+from attnd.errors import InvalidRequest
+from attnd.planes import doorbell
+from attnd.regions import Region, aligned
 from attnd.tensors import Array, to_array
-from attnd.v1 import backend_pb2, step_pb2
+from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
 from attnd_server.steps import Call, Result
+
+Encode = Callable[[Result, int, int], bytes]
+"""Makes the reply of one call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
+
+
+class Replies(Protocol):
+    """How the calls of one stream are answered.
+
+    Attributes:
+        plane: how its tensors travel.
+        region: where tensors of its calls may lie; None: in messages only.
+    """
+
+    plane: str
+    region: Region | None
+
+    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
+        """What will answer a call. Raises InvalidRequest if its reply cannot lie where the message wants it."""
+
+
+class InlineReplies:
+    """Implements `Replies`: tensors travel in the message."""
+
+    plane = "inline"
+    region: Region | None = None
+
+    def __init__(self, frame: wire.Frame) -> None:
+        """Encodes as `frame`."""
+        self._frame = frame
+
+    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
+        """What will answer a call."""
+        if message.HasField("reply"):
+            raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
+        return lambda result, queue_us, kernel_us: self._frame.encode(
+            call_reply(call, result, queue_us, kernel_us), reply_arrays(result)
+        )
+
+
+class RegionReplies:
+    """Implements `Replies` for a shm plane: tensors lie in its region, and messages are for its socket."""
+
+    plane = "shm"
+
+    def __init__(self, region: Region) -> None:
+        """Copies results to `region`."""
+        self.region: Region | None = region
+        self._memory = region
+        self._last: tuple[object, list[memoryview]] = (None, [])
+
+    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
+        """What will answer a call."""
+        if not message.HasField("reply"):
+            return lambda result, queue_us, kernel_us: self._inline(call, result, queue_us, kernel_us)
+        place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
+        if call.q is not None:
+            # Now, so that a call whose reply has no place does not run.
+            config, num_rows = call.step.cache.config, call.q.shape[0] * call.q.shape[1]
+            num_bytes = num_rows * config.head_dim_v * config.dtype.itemsize
+            if call.options.return_lse:
+                num_bytes = aligned(num_bytes) + 4 * num_rows
+            self._memory.view(place, num_bytes, "reply")
+        return lambda result, queue_us, kernel_us: self._placed(call, place.offset, result, queue_us, kernel_us)
+
+    def _inline(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        self._last = (None, [])
+        reply = call_reply(call, result, queue_us, kernel_us)
+        return doorbell.reply_bytes(wire.ATTEND_RESPONSE.encode(reply, reply_arrays(result)))
+
+    def _placed(self, call: Call, offset: int, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        arrays = reply_arrays(result, ("output", "lse"))
+        key = (offset, result.backend, *((name, array.dtype, array.shape) for name, array in arrays.items()))
+        last_key, views = self._last
+        if key == last_key:
+            for view, array in zip(views, arrays.values(), strict=True):
+                view[:] = array.data
+            return doorbell.repeated_reply(call.layer, call.step.id, queue_us, kernel_us)
+        reply = call_reply(call, result, queue_us, kernel_us)
+        messages, views = self._memory.placed(list(arrays.values()), offset, "reply")
+        for name, message in zip(arrays, messages, strict=True):
+            getattr(reply, name).CopyFrom(message)
+        self._last = key, views
+        return doorbell.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
 
 
 def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> step_pb2.CallReply:
@@ -17,7 +107,7 @@ def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> ste
     )
 
 
-def reply_arrays(result: Result) -> dict[str, Array]:
-    """The reply's tensors, by field."""
-    tensors = {"lse": result.lse, "output": result.output}
+def reply_arrays(result: Result, names: tuple[str, ...] = ("lse", "output")) -> dict[str, Array]:
+    """The reply's tensors that are present, by field, in the order of `names`."""
+    tensors = {name: getattr(result, name) for name in names}
     return {name: to_array(tensor, name) for name, tensor in tensors.items() if tensor is not None}

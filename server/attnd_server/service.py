@@ -6,6 +6,8 @@ is touched, the work that gives them, for the executor. Errors are those of `att
 
 from __future__ import annotations
 
+import logging
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,20 +18,23 @@ import torch
 from google.protobuf.message import Message
 
 from attnd import wire
-from attnd.errors import Disconnected, InvalidRequest, Unsupported, to_message
+from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest, ServerFault, Unsupported, to_message
 from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 from attnd_server import validation
 from attnd_server.cache import Cache, CacheTable
-from attnd_server.capabilities import PLANE_REASONS, capabilities
+from attnd_server.capabilities import capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor, Work
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.metrics import Metrics
-from attnd_server.replies import call_reply, reply_arrays
+from attnd_server.planes import PlaneTable
+from attnd_server.replies import Encode, InlineReplies, Replies
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
+
+log = logging.getLogger(__name__)
 
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
 # The contract has this number too: at Step.id and at StepReply.takes_deltas.
@@ -43,7 +48,11 @@ READ_CHUNK_BYTES = 4 << 20
 
 
 class AttentionService:
-    """The operations on one device's caches."""
+    """The operations on one device's caches.
+
+    Attributes:
+        planes: the shm planes; None: the server has no socket for them.
+    """
 
     def __init__(
         self, config: ServerConfig, executor: Executor, caches: CacheTable, metrics: Metrics | None = None
@@ -53,6 +62,7 @@ class AttentionService:
         self.executor = executor
         self.caches = caches
         self.metrics = metrics
+        self.planes: PlaneTable | None = None
         self.draining = False
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
@@ -71,7 +81,7 @@ class AttentionService:
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
-        return capabilities(self.config, self.executor, self.caches).SerializeToString()
+        return capabilities(self.config, self.executor, self.caches, self.planes is not None).SerializeToString()
 
     def create_cache(self, data: bytes, principal: str) -> Work:
         """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
@@ -146,7 +156,9 @@ class AttentionService:
             given, must = request.message.step.kind, step_pb2.StepKind.Name(kind)
             raise InvalidRequest(f"step.kind is {given}, but must be {kind} ({must})", field="step.kind")
         step = self.step(request.message.step, principal)
-        return partial(self.attend, self.call(step, request.message.call, request.tensors), reply)
+        call = self.call(step, request.message.call, request.tensors)
+        replies = InlineReplies(reply)
+        return partial(self.attend, call, replies.encoder(call, request.message.call), replies.plane)
 
     def step(
         self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
@@ -176,20 +188,20 @@ class AttentionService:
                 self._options[key] = options
         return options
 
-    def attend(self, call: Call, frame: wire.Frame) -> bytes:
-        """Runs a call and frames its reply. On the executor's thread."""
+    def attend(self, call: Call, encode: Encode, plane: str) -> bytes:
+        """Runs a call that came over `plane` and encodes its reply. On the executor's thread."""
         queue_us = self.executor.queue_us
         started = time.perf_counter()
         result = self.executor.attend(call)
         kernel_us = int((time.perf_counter() - started) * 1e6)
         if self.metrics is not None:
-            self.metrics.call_served("inline", call, result, queue_us, kernel_us)
-        return frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
+            self.metrics.call_served(plane, call, result, queue_us, kernel_us)
+        return encode(result, queue_us, kernel_us)
 
-    def open_session(self, principal: str) -> AttendSession:
-        """The state of one Attend stream."""
+    def open_session(self, principal: str, replies: Replies | None = None) -> AttendSession:
+        """The state of one Attend stream, or of what is like it on a plane."""
         self.refuse_if_draining()
-        return AttendSession(self, principal)
+        return AttendSession(self, principal, replies or InlineReplies(wire.ATTEND_RESPONSE))
 
     def store_kv(self, data: bytes, principal: str) -> Work:
         """One chunk of StoreKv."""
@@ -222,20 +234,53 @@ class AttentionService:
         return wire.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
 
     def open_plane(self, data: bytes, principal: str) -> bytes:
-        """OpenPlane. This version has the inline plane, which needs no opening."""
+        """OpenPlane. The inline plane needs no opening."""
+        self.refuse_if_draining()
         wanted = wire.parse(plane_pb2.OpenPlaneRequest, data).plane
         if wanted not in plane_pb2.Plane.values():
             raise InvalidRequest(f"plane is {wanted}, but must be a value of Plane", field="plane")
-        if wanted in PLANE_REASONS:
+        reasons = plane_reasons(self.planes is not None)
+        if wanted in reasons:
             name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
-            raise Unsupported(f"plane is {name}, but {PLANE_REASONS[wanted]}", field="plane")
-        refusals = [plane_pb2.PlaneRefusal(plane=plane, reason=reason) for plane, reason in PLANE_REASONS.items()]
-        return plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE, refusals=refusals).SerializeToString()
+            raise Unsupported(f"plane is {name}, but {reasons[wanted]}", field="plane")
+        response = plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE)
+        if self.planes is not None and wanted != plane_pb2.PLANE_INLINE:
+            try:
+                plane = self.planes.open(principal)
+            except Exhausted as error:
+                if wanted == plane_pb2.PLANE_SHM:
+                    raise
+                reasons[plane_pb2.PLANE_SHM] = str(error)
+            else:
+                shm = plane_pb2.ShmPlane(
+                    ticket=plane.ticket, socket_path=self.planes.socket_path, num_bytes=self.planes.num_bytes
+                )
+                response = plane_pb2.OpenPlaneResponse(id=plane.id, plane=plane_pb2.PLANE_SHM, shm=shm)
+        if wanted != plane_pb2.PLANE_INLINE:
+            response.refusals.extend(plane_pb2.PlaneRefusal(plane=key, reason=why) for key, why in reasons.items())
+        return response.SerializeToString()
 
     def close_plane(self, data: bytes, principal: str) -> bytes:
         """ClosePlane."""
         plane_id = wire.parse(plane_pb2.ClosePlaneRequest, data).id
-        raise InvalidRequest(f"id is {plane_id}, but no plane is open: the inline plane needs no closing", field="id")
+        if self.planes is None:
+            raise InvalidRequest(
+                f"id is {plane_id}, but no plane is open: the inline plane needs no closing", field="id"
+            )
+        self.planes.close(plane_id, principal)
+        return plane_pb2.ClosePlaneResponse().SerializeToString()
+
+    def told(self, error: Exception) -> AttndError:
+        """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that."""
+        if isinstance(error, AttndError):
+            refusal = error
+        else:
+            fault_id = secrets.token_hex(4)
+            log.error("internal error %s", fault_id, exc_info=error)
+            refusal = ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
+        if self.metrics is not None:
+            self.metrics.refused(refusal)
+        return refusal
 
     def refuse_if_draining(self) -> None:
         """Raises Disconnected once the server drains."""
@@ -249,10 +294,12 @@ class CallWork:
 
     service: AttentionService
     call: Call
+    encode: Encode
+    plane: str
 
     def __call__(self) -> bytes:
-        """Runs the call and frames its reply."""
-        return self.service.attend(self.call, wire.ATTEND_RESPONSE)
+        """Runs the call and encodes its reply."""
+        return self.service.attend(self.call, self.encode, self.plane)
 
     @property
     def is_small(self) -> bool:
@@ -264,25 +311,40 @@ class CallWork:
 class AttendSession:
     """The state of one Attend stream: its open steps."""
 
-    def __init__(self, service: AttentionService, principal: str) -> None:
+    def __init__(self, service: AttentionService, principal: str, replies: Replies) -> None:
         """Starts without steps."""
         self._service = service
         self._principal = principal
+        self._replies = replies
+        self._last_call: wire.Framed | None = None  # of a stream with a region
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._last_id = -1
         self._last_options: AttentionOptions | None = None
 
     def request(self, data: bytes) -> bytes | Work:
         """Answers a message of the stream: a step at once, a call by work for the executor."""
-        message, tensors = wire.ATTEND_REQUEST.decode(data)
+        message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region)
         kind = message.WhichOneof("message")
         if kind == "call":
-            call = self._service.call(self._step(message.call.step_id), message.call, tensors)
-            self._last_options = call.options
-            return CallWork(self._service, call)
+            if self._replies.region is not None:
+                self._last_call = wire.Framed(message.call, tensors)
+            return self._call(message.call, tensors)
         if kind == "step":
             return self._open(message.step)
         raise InvalidRequest("message is not set, but must be step or call", field="message")
+
+    def repeat(self, layer: int, step_id: int) -> Work:
+        """The last call again, of another step or layer; checked as if it had come whole."""
+        if self._last_call is None:
+            raise InvalidRequest("message is absent, but must be given: there was no call before that is meant again")
+        message, tensors = self._last_call
+        message.layer, message.step_id = layer, step_id
+        return self._call(message, tensors)
+
+    def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Work:
+        call = self._service.call(self._step(message.step_id), message, tensors)
+        self._last_options = call.options
+        return CallWork(self._service, call, self._replies.encoder(call, message), self._replies.plane)
 
     def _open(self, message: step_pb2.Step) -> bytes:
         if message.id <= self._last_id:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,12 +10,10 @@ import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 
-from attnd.errors import STATUS_DETAILS_KEY, AttndError, ServerFault, to_message
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.executor import Executor, Work
 from attnd_server.service import AttentionService, CallWork, error_response
-
-log = logging.getLogger(__name__)
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Messages pass as bytes, both ways.
@@ -116,7 +112,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             return await self._finish(method(data))
         except Exception as error:
-            return error_response(reply, self._told(error))
+            return error_response(reply, self._service.told(error))
 
     async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
         """The answer itself, or what its work gives on the executor."""
@@ -130,21 +126,9 @@ class AttentionServicer(grpc.GenericRpcHandler):
         timeout_s = context.time_remaining() if context is not None else None
         return await run_on(self._service.executor, answer, timeout_s)
 
-    def _told(self, error: Exception) -> AttndError:
-        """What the client is told. Of a bug it learns an id, under which the log has the rest."""
-        if isinstance(error, AttndError):
-            told = error
-        else:
-            fault_id = secrets.token_hex(4)
-            log.error("internal error %s", fault_id, exc_info=error)
-            told = ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
-        if self._service.metrics is not None:
-            self._service.metrics.refused(told)
-        return told
-
     async def _abort(self, context: Context, error: Exception) -> NoReturn:
         """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
-        told = self._told(error)
+        told = self._service.told(error)
         detail = any_pb2.Any()
         detail.Pack(to_message(told))
         status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import torch
@@ -207,9 +208,9 @@ def test_hostile_deltas_are_refused_and_the_stream_goes_on(client: attnd.Client)
         other.step(worker.metadata()).attend(0, q, k, v)  # step 1 of another stream
         stream, same = client.transport.attend(), list(range(NUM_REQS))
 
-        def answer(message: step_pb2.Step) -> attention_pb2.AttendResponse:
+        def answer(message: step_pb2.Step) -> Any:
             stream.send(wire.step_request(message))
-            return attention_pb2.AttendResponse.FromString(stream.receive(30))
+            return stream.receive(30).message
 
         def changed(step_id: int, base_step_id: int, max_pages: int, source_rows: list[int]) -> step_pb2.Step:
             message = metadata.to_message(step_id, cache.ref)
@@ -226,19 +227,19 @@ def test_hostile_deltas_are_refused_and_the_stream_goes_on(client: attnd.Client)
             return message
 
         try:
-            refused = answer(changed(7, 1, 1, same)).error
+            refused = answer(changed(7, 1, 1, same))
             assert refused.field == "page_table_delta.base_step_id"
             assert refused.message.endswith("the stream's open steps are: none; send page_tables instead")
-            assert answer(metadata.to_message(8, cache.ref)).step.takes_deltas
-            refused = answer(changed(9, 8, 2**32 - 1, same)).error
+            assert answer(metadata.to_message(8, cache.ref)).takes_deltas
+            refused = answer(changed(9, 8, 2**32 - 1, same))
             assert refused.field == "page_table_delta.max_pages"
-            refused = answer(changed(9, 8, 1, [0] * NUM_REQS)).error  # who stores into what another now reads
+            refused = answer(changed(9, 8, 1, [0] * NUM_REQS))  # who stores into what another now reads
             assert refused.field == "slot_mapping"
-            assert answer(changed(9, 8, 1, same)).step.step_id == 9
+            assert answer(changed(9, 8, 1, same)).step_id == 9
             call = requests.attend_call(9, 0, q, k, v, attnd.AttentionOptions())
             stream.send(call)
-            message, tensors = wire.ATTEND_RESPONSE.decode(stream.receive(30))
-            output = requests.reply(message.call, tensors, q, False).output
+            reply = stream.receive(30)
+            output = requests.reply(reply.message, reply.tensors, q, False).output
             assert torch.equal(output, client.decode(cache, metadata, 0, q, k, v))
         finally:
             stream.close()

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import echo, report
+from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.workload import DecodeStep
 
 ROWS = [
@@ -91,3 +92,10 @@ def test_an_echo_returns_the_part_that_was_asked_for() -> None:
     assert len(echo.reply(echo.message(1000, 300))) == 300
     with pytest.raises(ValueError, match="num_reply_bytes is 1001"):
         echo.message(1000, 1001)
+
+
+def test_the_doorbell_echo_returns_what_was_asked_for() -> None:
+    with DoorbellEcho() as doorbell:
+        for num_bytes in (3, 70_000):
+            arrays = [memoryview(bytes(range(250))), memoryview(b"x" * 100_000)]
+            assert doorbell.call(arrays, num_bytes) == b"".join(arrays)[:num_bytes]

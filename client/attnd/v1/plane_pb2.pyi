@@ -88,6 +88,39 @@ class PlaneRefusal(google.protobuf.message.Message):
 global___PlaneRefusal = PlaneRefusal
 
 @typing.final
+class ShmPlane(google.protobuf.message.Message):
+    """How to get at the memory of a shm plane. Whoever connects to the socket sends the ticket, all 32 bytes and nothing else,
+    and receives 4 bytes, little-endian: 0, together with the region's file descriptor (SCM_RIGHTS); or else the length of
+    an Error that follows. From then on the socket carries what an Attend stream does, messages of steps and calls, and its
+    end is the end of the plane. Each AttendRequest stands behind 16 bytes, little-endian: its length (4 bytes), a layer (4)
+    and a step's id (8). If the length is 0, no message follows: the last call is meant again, but of this step and layer.
+    Each AttendResponse stands behind 24 bytes: its length (4 bytes), layer (4), step_id (8), queue_us (4), kernel_us (4). If
+    the length is 0, the last CallReply is meant again, but with these numbers. Otherwise these numbers mean nothing.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    SOCKET_PATH_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    """Good for one connection, for a few seconds."""
+    socket_path: builtins.str
+    """The Unix socket, as the server sees it; another container may see its folder elsewhere."""
+    num_bytes: builtins.int
+    """Bytes of the region. It cannot shrink or grow. Memory is taken when it is first written to."""
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+        socket_path: builtins.str = ...,
+        num_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_bytes", b"num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
+
+global___ShmPlane = ShmPlane
+
+@typing.final
 class OpenPlaneResponse(google.protobuf.message.Message):
     """Response of OpenPlane."""
 
@@ -96,13 +129,18 @@ class OpenPlaneResponse(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     PLANE_FIELD_NUMBER: builtins.int
     REFUSALS_FIELD_NUMBER: builtins.int
+    SHM_FIELD_NUMBER: builtins.int
     id: builtins.int
-    """Names the plane in ClosePlane; 0 for the inline plane, which needs no closing."""
+    """Names the plane in ClosePlane, and its memory in Region; 0 for the inline plane, which needs no closing."""
     plane: global___Plane.ValueType
     """The plane that was opened."""
     @property
     def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PlaneRefusal]:
         """Every plane that is better than this one, with the reason."""
+
+    @property
+    def shm(self) -> global___ShmPlane:
+        """Set if plane is SHM."""
 
     def __init__(
         self,
@@ -110,8 +148,10 @@ class OpenPlaneResponse(google.protobuf.message.Message):
         id: builtins.int = ...,
         plane: global___Plane.ValueType = ...,
         refusals: collections.abc.Iterable[global___PlaneRefusal] | None = ...,
+        shm: global___ShmPlane | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "plane", b"plane", "refusals", b"refusals"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["shm", b"shm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "plane", b"plane", "refusals", b"refusals", "shm", b"shm"]) -> None: ...
 
 global___OpenPlaneResponse = OpenPlaneResponse
 
@@ -123,7 +163,7 @@ class ClosePlaneRequest(google.protobuf.message.Message):
 
     ID_FIELD_NUMBER: builtins.int
     id: builtins.int
-    """From OpenPlaneResponse. One that is not open is INVALID_ARGUMENT."""
+    """From OpenPlaneResponse. One that is not open is INVALID_ARGUMENT. Closing the plane's socket does the same."""
     def __init__(
         self,
         *,

@@ -299,6 +299,7 @@ class Call(google.protobuf.message.Message):
     Q_FIELD_NUMBER: builtins.int
     K_FIELD_NUMBER: builtins.int
     V_FIELD_NUMBER: builtins.int
+    REPLY_FIELD_NUMBER: builtins.int
     step_id: builtins.int
     """Step.id of a step sent before on this stream; ignored in unary requests."""
     layer: builtins.int
@@ -321,6 +322,12 @@ class Call(google.protobuf.message.Message):
     def v(self) -> attnd.v1.tensor_pb2.Tensor:
         """[num_tokens, num_kv_heads, head_dim_v] of the cache's dtype. Absent in a cache-only step."""
 
+    @property
+    def reply(self) -> attnd.v1.tensor_pb2.Region:
+        """Where the tensors of the reply shall lie: output from here on, then lse at the next multiple of 64. Absent: in the
+        reply itself. Only where OpenPlane gave a region; what does not fit into it is refused with INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
@@ -330,9 +337,10 @@ class Call(google.protobuf.message.Message):
         q: attnd.v1.tensor_pb2.Tensor | None = ...,
         k: attnd.v1.tensor_pb2.Tensor | None = ...,
         v: attnd.v1.tensor_pb2.Tensor | None = ...,
+        reply: attnd.v1.tensor_pb2.Region | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["k", b"k", "options", b"options", "q", b"q", "v", b"v"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["k", b"k", "layer", b"layer", "options", b"options", "q", b"q", "step_id", b"step_id", "v", b"v"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["k", b"k", "options", b"options", "q", b"q", "reply", b"reply", "v", b"v"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["k", b"k", "layer", b"layer", "options", b"options", "q", b"q", "reply", b"reply", "step_id", b"step_id", "v", b"v"]) -> None: ...
 
 global___Call = Call
 

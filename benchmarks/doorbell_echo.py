@@ -1,0 +1,76 @@
+"""A bare doorbell echo: what the same bytes cost through shared memory when nobody looks at them.
+
+`DoorbellEcho` starts `python -m benchmarks.doorbell_echo`, which inherits one end of a socket and the memory. A call
+copies its bytes into the memory and sends 16 bytes; the echo copies as many of them as come back beside them, and sends
+24; the caller copies these out. Both sleep in the kernel until something comes, as attnd's shm plane does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import struct
+import subprocess
+import sys
+from types import TracebackType
+
+from attnd.planes.sockets import map_memory, sealed_memory
+from attnd.tuning import tune_process
+from benchmarks.servers import ROOT
+
+NUM_BYTES = 256 << 20
+# As attnd's: numbers of a call, and of its reply.
+_REQUEST, _REPLY = struct.Struct("<IIQ"), struct.Struct("<IIQII")
+_MIDDLE = NUM_BYTES // 2
+
+
+class DoorbellEcho:
+    """The echo's process, and the way to it. Use it as a context manager."""
+
+    def __enter__(self) -> DoorbellEcho:
+        """Starts the process."""
+        descriptor = sealed_memory(NUM_BYTES)
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            inherited = (theirs.fileno(), descriptor)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.doorbell_echo", *map(str, inherited)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))},
+                pass_fds=inherited,
+                start_new_session=True,
+            )
+        self._memory = memoryview(map_memory(descriptor, NUM_BYTES))
+        return self
+
+    def call(self, arrays: list[memoryview], num_reply_bytes: int) -> bytes:
+        """Sends `arrays` and receives the first `num_reply_bytes` of them; no more than half of the memory each."""
+        end = 0
+        for array in arrays:
+            self._memory[end : end + array.nbytes] = array
+            end += array.nbytes
+        self._socket.sendall(_REQUEST.pack(0, num_reply_bytes, 0))
+        if len(self._socket.recv(_REPLY.size)) != _REPLY.size:
+            raise ConnectionResetError("the echo hung up")
+        return bytes(self._memory[_MIDDLE : _MIDDLE + num_reply_bytes])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The end of the socket ends the process."""
+        self._socket.close()
+        self._process.wait()
+
+
+def serve(connection: socket.socket, memory: mmap.mmap) -> None:
+    """Answers until the other end hangs up."""
+    view = memoryview(memory)
+    while request := connection.recv(_REQUEST.size):
+        _, num_bytes, _ = _REQUEST.unpack(request)
+        view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
+        connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0))
+
+
+if __name__ == "__main__":
+    tune_process()
+    serve(socket.socket(fileno=int(sys.argv[1])), map_memory(int(sys.argv[2]), NUM_BYTES))

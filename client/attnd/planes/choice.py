@@ -1,0 +1,101 @@
+"""Which plane a session gets: what was asked for, and why it is no better one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from attnd import wire
+from attnd.errors import InvalidRequest, Unsupported
+from attnd.transport import Stream, Transport
+from attnd.v1 import capabilities_pb2, plane_pb2
+
+PLANES = ("auto", "inline", "shm")
+
+
+class PlaneOptions(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        name: "inline", "shm", or "auto" for the best that can be had.
+        socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
+    """
+
+    name: str = "auto"
+    socket_dir: str = ""
+
+
+class OpenedStream(NamedTuple):
+    """What was given.
+
+    Attributes:
+        stream: over the plane.
+        refusals: by the name of each better plane, why it was not given; empty for a plane that was asked for.
+    """
+
+    stream: Stream
+    refusals: Mapping[str, str]
+
+
+def check_plane(name: str) -> str:
+    """`name`, if it can be asked for. Raises InvalidRequest if it cannot."""
+    if name not in PLANES:
+        raise InvalidRequest(f"plane is {name!r}, but must be one of {', '.join(PLANES)}", field="plane")
+    return name
+
+
+def plane_refusals(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> dict[str, str]:
+    """By the name of each plane that is better than inline, why a server does not give it; those that it gives not."""
+    refusals = dict.fromkeys(("shm", "cuda"), "the server does not know it")
+    for state in capabilities.planes:
+        name = _short(state.plane)
+        if state.available:
+            refusals.pop(name, None)
+        elif name in refusals:
+            refusals[name] = state.reason
+    return refusals
+
+
+def open_stream(
+    transport: Transport, wanted: PlaneOptions, refused: Mapping[str, str], timeout_s: float
+) -> OpenedStream:
+    """An Attend stream over the plane that is wanted, or with "auto" over the best that can be had.
+
+    Args:
+        transport: to the server.
+        wanted: what is asked for.
+        refused: `plane_refusals` of the server.
+        timeout_s: how long the server may take, in seconds.
+
+    Raises:
+        Unsupported: the plane cannot be had; the message says why.
+        AttndError: the server refused or is away.
+    """
+    if wanted.name == "inline":
+        return OpenedStream(transport.attend(), {})
+    if wanted.name == "auto" and "shm" in refused:
+        return OpenedStream(transport.attend(), refused)
+    asked = plane_pb2.PLANE_SHM if wanted.name == "shm" else plane_pb2.PLANE_UNSPECIFIED
+    request = plane_pb2.OpenPlaneRequest(plane=asked).SerializeToString()
+    plane = wire.parse(plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request, timeout_s))
+    refusals = {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
+    if plane.plane == plane_pb2.PLANE_SHM:
+        from attnd.planes.shm import open_shm  # needs Linux, as a server that gives it does
+
+        try:
+            return OpenedStream(open_shm(plane, wanted.socket_dir, timeout_s), refusals)
+        except Unsupported as error:
+            if wanted.name == "shm":
+                raise
+            refusals["shm"] = str(error)
+    elif plane.plane != plane_pb2.PLANE_INLINE:
+        raise Unsupported(f"the server gave plane {plane.plane}, which this client does not know", field="plane")
+    return OpenedStream(transport.attend(), refusals)
+
+
+def _short(plane: int) -> str:
+    """A plane's name; a number that this version does not know stays a number."""
+    return _NAMES.get(plane, str(plane))
+
+
+_NAMES: dict[int, str] = {number: name.removeprefix("PLANE_").lower() for name, number in plane_pb2.Plane.items()}

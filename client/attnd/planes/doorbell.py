@@ -1,0 +1,143 @@
+"""The messages of a shm plane on its Unix socket: small ones, because tensors lie in the region.
+
+A call of which only the step and the layer are new is a few numbers and no message at all; see ShmPlane in plane.proto.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple
+
+from attnd import wire
+from attnd.errors import InvalidRequest
+
+_REQUEST = struct.Struct("<IIQ")
+_REPLY = struct.Struct("<IIQII")
+# Of a reply that is like the last one.
+REPLY_BYTES = _REPLY.size
+# Bytes that one receive asks for: more than nearly all messages have, so that one is enough.
+_CHUNK_BYTES = 1 << 16
+
+
+class Request(NamedTuple):
+    """What a client sends.
+
+    Attributes:
+        layer: of a call that is like the last one.
+        step_id: likewise.
+        message: an AttendRequest; empty for a call that is like the last one.
+    """
+
+    layer: int
+    step_id: int
+    message: bytes
+
+
+class Reply(NamedTuple):
+    """What a server sends.
+
+    Attributes:
+        layer: of a reply that is like the last one.
+        step_id: likewise.
+        queue_us: likewise.
+        kernel_us: likewise.
+        message: an AttendResponse; empty for a reply that is like the last one.
+    """
+
+    layer: int
+    step_id: int
+    queue_us: int
+    kernel_us: int
+    message: bytes
+
+
+def request_bytes(message: bytes) -> bytes:
+    """An AttendRequest for the socket."""
+    return _REQUEST.pack(len(message), 0, 0) + message
+
+
+def repeated_call(layer: int, step_id: int) -> bytes:
+    """The last call again, of another step or layer, for the socket."""
+    return _REQUEST.pack(0, layer, step_id)
+
+
+def reply_bytes(message: bytes) -> bytes:
+    """An AttendResponse for the socket."""
+    return _REPLY.pack(len(message), 0, 0, 0, 0) + message
+
+
+def repeated_reply(layer: int, step_id: int, queue_us: int, kernel_us: int) -> bytes:
+    """The last reply again with other numbers, for the socket."""
+    return _REPLY.pack(0, layer, step_id, queue_us, kernel_us)
+
+
+class Requests:
+    """The requests that come from a socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Reads from `connection` alone."""
+        self._frames = _Frames(connection, _REQUEST)
+
+    def receive(self) -> Request | None:
+        """The next one, or None at the end. Waits as long as the socket's timeout says; see `_Frames.receive`."""
+        frame = self._frames.receive()
+        if frame is None:
+            return None
+        (layer, step_id), message = frame
+        return Request(layer, step_id, message)
+
+
+class Replies:
+    """The replies that come from a socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Reads from `connection` alone."""
+        self._frames = _Frames(connection, _REPLY)
+
+    def receive(self) -> Reply | None:
+        """The next one, or None at the end. Waits as long as the socket's timeout says; see `_Frames.receive`."""
+        frame = self._frames.receive()
+        if frame is None:
+            return None
+        (layer, step_id, queue_us, kernel_us), message = frame
+        return Reply(layer, step_id, queue_us, kernel_us, message)
+
+
+class _Frames:
+    """Numbers, the first of which is how many bytes follow, and these bytes."""
+
+    def __init__(self, connection: socket.socket, numbers: struct.Struct) -> None:
+        self._connection = connection
+        self._numbers = numbers
+        self._received = b""
+
+    def receive(self) -> tuple[list[int], bytes] | None:
+        """The numbers but the first, and the bytes; None if the socket ended.
+
+        Raises:
+            InvalidRequest: longer than a message may be.
+            OSError: of the socket; BlockingIOError or TimeoutError if nothing came in time.
+        """
+        received = self._received
+        while len(received) < self._numbers.size:
+            chunk = self._connection.recv(_CHUNK_BYTES)
+            if not chunk:
+                return None
+            received = received + chunk if received else chunk
+        num_bytes, *numbers = self._numbers.unpack_from(received)
+        if num_bytes > wire.MAX_MESSAGE_BYTES:
+            raise InvalidRequest(f"a message has {num_bytes} bytes, but must have at most {wire.MAX_MESSAGE_BYTES}")
+        end = self._numbers.size + num_bytes
+        if len(received) < end:
+            # Memory is taken as bytes come, whatever length was announced.
+            chunks, missing = [received], end - len(received)
+            while missing > 0:
+                chunk = self._connection.recv(_CHUNK_BYTES)
+                if not chunk:
+                    return None
+                chunks.append(chunk)
+                missing -= len(chunk)
+            received = b"".join(chunks)
+        self._received = received[end:]
+        return numbers, received[self._numbers.size : end]

@@ -1,0 +1,182 @@
+"""The client's end of the shm plane: tensors in memory that the server shares, messages on a Unix socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Any
+
+from attnd import requests, wire
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, ServerFault, Unsupported
+from attnd.options import AttentionOptions
+from attnd.planes import doorbell, sockets
+from attnd.regions import Region, aligned
+from attnd.tensors import Array
+from attnd.transport import Stream
+from attnd.v1 import attention_pb2, plane_pb2, step_pb2
+
+# What receiving and sending may take, as the kernel knows it: Python's own timeout would cost a system call each time.
+_TIMEVAL = struct.Struct("ll")
+
+
+def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: float) -> ShmStream:
+    """Connects to a plane that OpenPlane gave.
+
+    Args:
+        plane: the answer.
+        socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
+        timeout_s: how long the server may take, in seconds.
+
+    Raises:
+        Unsupported: this process cannot reach the socket, or does not trust who listens; the message says why.
+        AttndError: what the server answered.
+    """
+    path = plane.shm.socket_path
+    if socket_dir:
+        path = os.path.join(socket_dir, os.path.basename(path))
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout_s)
+        _connect(connection, path)
+        connection.sendall(plane.shm.ticket)
+        memory = sockets.map_memory(sockets.receive_memory(connection), plane.shm.num_bytes)
+        connection.settimeout(None)
+    except OSError as error:
+        connection.close()
+        raise Disconnected(f"the server at {path} hung up: {error}") from None
+    except BaseException:
+        connection.close()
+        raise
+    return ShmStream(connection, Region(plane.id, memory), path)
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    try:
+        connection.connect(path)
+    except OSError as error:  # a path that is too long, too
+        rule = "client and server must share the folder, which socket_dir names here if it lies elsewhere"
+        raise Unsupported(f"socket {path} cannot be reached: {error}; {rule}", field="plane") from None
+    user = sockets.peer_of(connection).user
+    if user not in (os.geteuid(), 0):
+        rule = f"must be this process' user {os.geteuid()} or root"
+        raise Unsupported(f"user {user} listens at {path}, but {rule}", field="plane")
+
+
+class ShmStream(Stream):
+    """Implements `attnd.transport.Stream`. One call at a time: each takes the region from its beginning."""
+
+    plane = "shm"
+
+    def __init__(self, connection: socket.socket, region: Region, path: str) -> None:
+        """Owns the connection.
+
+        Args:
+            connection: blocking, after the handshake.
+            region: the memory that came over it.
+            path: of the socket, for errors.
+        """
+        self._connection = connection
+        self._region = region
+        self._path = path
+        self._replies = doorbell.Replies(connection)
+        self._timeout_s = 0.0
+        # The last call that was sent, and the one that is next: what they look like, and where their tensors lie.
+        self._sent: tuple[object, list[memoryview]] = (None, [])
+        self._next: tuple[object, list[memoryview]] = self._sent
+        self._last_reply: requests.AttendReply | None = None
+
+    def step_request(self, step: step_pb2.Step) -> bytes:
+        """What opens a step, for `send`."""
+        self._next = self._sent  # whatever call was made meanwhile and not sent
+        return doorbell.request_bytes(wire.step_request(step))
+
+    def call_request(self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
+        """Copies the tensors of a call into the region, and returns the call for `send`."""
+        arrays = requests.call_arrays(q, k, v)
+        key = (options.encoded, *((name, array.dtype, array.shape) for name, array in arrays.items()))
+        for name, array in arrays.items():
+            if array.data.nbytes != array.num_bytes:  # an Array that somebody else made
+                raise InvalidRequest(
+                    f"{name} has {array.data.nbytes} bytes of data, but must have {array.num_bytes}", field=name
+                )
+        last_key, views = self._sent
+        if key == last_key:
+            for view, array in zip(views, arrays.values(), strict=True):
+                view[:] = array.data
+            self._next = self._sent
+            return doorbell.repeated_call(layer, step_id)
+        messages, views = self._region.placed(list(arrays.values()), 0, "call")
+        call = step_pb2.Call(step_id=step_id, layer=layer, options=options.message)
+        for name, message in zip(arrays, messages, strict=True):
+            getattr(call, name).CopyFrom(message)
+        call.reply.id = self._region.id
+        if messages:
+            call.reply.offset = aligned(messages[-1].region.offset + views[-1].nbytes)
+        self._next = key, views
+        return doorbell.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString())
+
+    def send(self, request: bytes) -> None:
+        """Sends what `step_request` or `call_request` gave last."""
+        try:
+            self._connection.sendall(request)
+        except BlockingIOError:
+            raise DeadlineExceeded(f"the server took no message within {self._timeout_s:g} s") from None
+        except OSError as error:
+            raise self._hung_up(error) from None
+        self._sent = self._next
+
+    def receive(self, timeout_s: float) -> requests.AttendReply:
+        """The next message from the server. Its tensors are copies.
+
+        Raises:
+            DeadlineExceeded: none came in time. The stream is over then.
+            Disconnected: the server hung up.
+        """
+        if timeout_s != self._timeout_s:
+            self._set_timeout(timeout_s)
+        try:
+            reply = self._replies.receive()
+        except BlockingIOError:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        except OSError as error:
+            raise self._hung_up(error) from None
+        if reply is None:
+            raise self._hung_up("end of file")
+        answer = self._repeated(reply) if not reply.message else requests.attend_reply(reply.message, self._region)
+        if answer.kind == "call":
+            self._last_reply = answer
+            copies = {name: _copied(array) for name, array in answer.tensors.items()}
+            return answer._replace(tensors=copies)
+        return answer
+
+    def _repeated(self, reply: doorbell.Reply) -> requests.AttendReply:
+        if self._last_reply is None:
+            raise ServerFault("the server's first reply says that it is like the one before")
+        message = self._last_reply.message
+        message.layer, message.step_id = reply.layer, reply.step_id
+        message.queue_us, message.kernel_us = reply.queue_us, reply.kernel_us
+        return self._last_reply._replace(num_bytes=doorbell.REPLY_BYTES)
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        seconds = max(timeout_s, 1e-6)  # zero would be forever
+        time = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._connection.setsockopt(socket.SOL_SOCKET, option, time)
+        self._timeout_s = timeout_s
+
+    def _hung_up(self, reason: object) -> AttndError:
+        return Disconnected(f"no connection to the server at {self._path}: {reason}")
+
+    def close(self) -> None:
+        """Ends the plane: the server learns it by the end of the socket."""
+        self._connection.close()
+        # Steps that somebody keeps hold this object.
+        self._sent = self._next = (None, [])
+        self._last_reply = None
+        self._region.close()
+
+
+def _copied(array: Array) -> Array:
+    """The next call may overwrite what lies in the region, and the caller may keep what it got."""
+    return array._replace(data=memoryview(bytes(array.data)))

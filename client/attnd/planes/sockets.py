@@ -1,0 +1,126 @@
+"""Unix sockets over which one process lets another, of which it knows the user, into a piece of its memory."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from attnd.errors import AttndError, PermissionDenied, ServerFault, from_message, to_message
+from attnd.v1 import error_pb2
+
+# Bytes of a ticket: what nobody guesses.
+TICKET_BYTES = 32
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
+_LENGTH = struct.Struct("<I")
+
+
+class Peer(NamedTuple):
+    """Who is at the other end, as the kernel says: whoever connected or listened, at that moment."""
+
+    process: int
+    user: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The other end of a connected Unix socket."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(data)
+    return Peer(process, user)
+
+
+def _wanted_seals() -> int:
+    """Neither shorter nor longer, and no other seals. Linux alone has them."""
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def sealed_memory(num_bytes: int) -> int:
+    """A file of `num_bytes` zeros that lies in memory, has no name and keeps its size; returns its descriptor.
+
+    Because it cannot shrink, nobody who maps it can be killed by somebody else who shrinks it.
+    """
+    descriptor = os.memfd_create("attnd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _wanted_seals())
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """Maps a sealed file whole; closes the descriptor, whatever happens.
+
+    Raises:
+        ServerFault: it is not sealed, or not of that size.
+    """
+    try:
+        seals, size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
+        wanted = _wanted_seals()
+        if seals & wanted != wanted or size != num_bytes:
+            raise ServerFault(f"the region has {size} bytes and seals {seals}, but must have {num_bytes} and {wanted}")
+        return mmap.mmap(descriptor, num_bytes)
+    except OSError as error:
+        raise ServerFault(f"the region cannot be mapped: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def send_memory(connection: socket.socket, descriptor: int) -> None:
+    """Lets the peer in."""
+    socket.send_fds(connection, [_LENGTH.pack(0)], [descriptor])
+
+
+def send_refusal(connection: socket.socket, error: AttndError) -> None:
+    """Tells the peer why it may not come in."""
+    message = to_message(error).SerializeToString()
+    connection.sendall(_LENGTH.pack(len(message)) + message)
+
+
+def receive_memory(connection: socket.socket) -> int:
+    """The descriptor that the peer sent with `send_memory`.
+
+    Raises:
+        AttndError: what it sent with `send_refusal`.
+        OSError: the connection broke or timed out.
+    """
+    data, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1)
+    try:
+        while 0 < len(data) < _LENGTH.size:
+            data += connection.recv(_LENGTH.size - len(data))
+        if len(data) < _LENGTH.size:
+            raise ConnectionResetError("the server hung up")
+        (num_bytes,) = _LENGTH.unpack(data)
+        if num_bytes:
+            raise _refusal(connection, num_bytes)
+        if not descriptors:
+            raise ServerFault("the server let the client in, but sent no descriptor")
+        return descriptors.pop()
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _refusal(connection: socket.socket, num_bytes: int) -> AttndError:
+    received = b""
+    while len(received) < num_bytes:
+        chunk = connection.recv(min(1 << 16, num_bytes - len(received)))
+        if not chunk:
+            return PermissionDenied("the server hung up")
+        received += chunk
+    return from_message(error_pb2.Error.FromString(received))
+
+
+def receive_ticket(connection: socket.socket) -> bytes:
+    """The ticket that a client sends first; shorter if it hung up."""
+    ticket = b""
+    while len(ticket) < TICKET_BYTES:
+        chunk = connection.recv(TICKET_BYTES - len(ticket))
+        if not chunk:
+            break
+        ticket += chunk
+    return ticket

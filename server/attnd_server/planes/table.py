@@ -1,0 +1,127 @@
+"""The planes of a server that were asked for or are open, and the tickets that open them."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
+from attnd.planes.sockets import TICKET_BYTES
+
+
+@dataclass(eq=False)
+class Plane:
+    """One shm plane.
+
+    Attributes:
+        id: names it and its region; no other plane of this server ever has it.
+        principal: who asked for it.
+        ticket: opens it once.
+        expires_at: `time.monotonic` when the ticket is no longer good.
+        connection: the socket, once it is open.
+    """
+
+    id: int
+    principal: str
+    ticket: bytes
+    expires_at: float
+    connection: socket.socket | None = None
+
+
+class PlaneTable:
+    """All shm planes. Any thread may use it.
+
+    Attributes:
+        socket_path: where to bring the ticket.
+        num_bytes: of each region.
+    """
+
+    # Seconds from OpenPlane to the connection; clients connect at once.
+    TICKET_S = 10.0
+
+    def __init__(self, socket_path: str, num_bytes: int, max_planes: int) -> None:
+        """Starts empty."""
+        self.socket_path = socket_path
+        self.num_bytes = num_bytes
+        self._max_planes = max_planes
+        self._planes: dict[int, Plane] = {}
+        self._last_id = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Planes that are open, or have a ticket that is still good."""
+        with self._lock:
+            self._expire()
+            return len(self._planes)
+
+    def open(self, principal: str) -> Plane:
+        """A new plane with its ticket.
+
+        Raises:
+            Exhausted: there are as many as there may be.
+        """
+        with self._lock:
+            self._expire()
+            if len(self._planes) >= self._max_planes:
+                raise Exhausted(
+                    f"{len(self._planes)} shm planes are open, which is the limit; close a session, or wait"
+                )
+            self._last_id += 1
+            expires_at = time.monotonic() + self.TICKET_S
+            plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at)
+            self._planes[plane.id] = plane
+            return plane
+
+    def claim(self, ticket: bytes, connection: socket.socket) -> Plane:
+        """The plane of a ticket, which is worth nothing from now on.
+
+        Raises:
+            PermissionDenied: no such ticket, or not any more.
+        """
+        with self._lock:
+            self._expire()
+            for plane in self._planes.values():
+                if plane.connection is None and secrets.compare_digest(plane.ticket, ticket):
+                    plane.connection = connection
+                    return plane
+        raise PermissionDenied(
+            f"the ticket is unknown, used or older than {self.TICKET_S:g} s; ask OpenPlane for another"
+        )
+
+    def close(self, plane_id: int, principal: str) -> None:
+        """Ends a plane from the side: whoever serves its connection sees the end of it.
+
+        Raises:
+            InvalidRequest: the principal has no such plane.
+        """
+        with self._lock:
+            self._expire()
+            plane = self._planes.get(plane_id)
+            if plane is None or plane.principal != principal:
+                raise InvalidRequest(f"id is {plane_id}, but no such plane is open", field="id")
+            if plane.connection is None:
+                del self._planes[plane_id]
+            else:
+                end(plane.connection)
+
+    def forget(self, plane: Plane) -> None:
+        """Its connection has ended."""
+        with self._lock:
+            self._planes.pop(plane.id, None)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for plane in list(self._planes.values()):
+            if plane.connection is None and now > plane.expires_at:
+                del self._planes[plane.id]
+
+
+def end(connection: socket.socket) -> None:
+    """Ends both directions, whichever thread is reading or writing."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # ended already

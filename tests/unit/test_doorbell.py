@@ -1,0 +1,82 @@
+"""Messages of the shm plane on its socket, however the kernel cuts them."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnd import wire
+from attnd.errors import InvalidRequest
+from attnd.planes import doorbell
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_requests_are_as_the_contract_says() -> None:
+    assert doorbell.request_bytes(b"abc") == struct.pack("<IIQ", 3, 0, 0) + b"abc"
+    assert doorbell.repeated_call(7, 1 << 40) == struct.pack("<IIQ", 0, 7, 1 << 40)
+    assert doorbell.reply_bytes(b"ab") == struct.pack("<IIQII", 2, 0, 0, 0, 0) + b"ab"
+    assert doorbell.repeated_reply(7, 9, 3, 4) == struct.pack("<IIQII", 0, 7, 9, 3, 4)
+
+
+messages = st.one_of(
+    st.builds(doorbell.Request, st.just(0), st.just(0), st.binary(min_size=1, max_size=300)),
+    st.builds(doorbell.Request, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.just(b"")),
+)
+
+
+@given(sent=st.lists(messages, max_size=8), piece=st.integers(1, 64))
+def test_what_was_sent_arrives_however_it_is_cut(sent: list[doorbell.Request], piece: int) -> None:
+    data = b"".join(
+        doorbell.request_bytes(each.message) if each.message else doorbell.repeated_call(each.layer, each.step_id)
+        for each in sent
+    )
+    one, other = socket.socketpair()
+    with one, other:
+
+        def write() -> None:
+            for start in range(0, len(data), piece):
+                one.sendall(data[start : start + piece])
+            one.shutdown(socket.SHUT_WR)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        requests = doorbell.Requests(other)
+        assert list(iter(requests.receive, None)) == sent
+        writer.join()
+
+
+def test_long_messages_arrive(pair: tuple[socket.socket, socket.socket]) -> None:
+    message = bytes(range(256)) * 5000
+    writer = threading.Thread(target=pair[0].sendall, args=(doorbell.reply_bytes(message) * 2,))
+    writer.start()
+    replies = doorbell.Replies(pair[1])
+    for _ in range(2):
+        reply = replies.receive()
+        assert reply is not None
+        assert reply.message == message
+    writer.join()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 3, 16, 20])
+def test_an_end_within_a_message_is_an_end(pair: tuple[socket.socket, socket.socket], num_bytes: int) -> None:
+    pair[0].sendall(doorbell.request_bytes(b"0123456789")[:num_bytes])
+    pair[0].close()
+    assert doorbell.Requests(pair[1]).receive() is None
+
+
+def test_a_length_beyond_the_limit_is_refused_before_it_arrives(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[0].sendall(struct.pack("<IIQ", wire.MAX_MESSAGE_BYTES + 1, 0, 0))
+    with pytest.raises(InvalidRequest, match=f"must have at most {wire.MAX_MESSAGE_BYTES}"):
+        doorbell.Requests(pair[1]).receive()
