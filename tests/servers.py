@@ -46,6 +46,11 @@ class ServerProcess:
         self._process.kill()
         self._process.wait()
 
+    def freeze(self) -> None:
+        """SIGSTOP, and waits until every thread has stopped: one that runs on another core may serve a call yet."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
     def terminate(self) -> None:
         """SIGTERM: the server drains."""
         self._process.send_signal(signal.SIGTERM)

@@ -187,7 +187,11 @@ class Session:
     def _send(self, request: bytes) -> None:
         assert self._stream is not None
         self._timings.bytes_sent += len(request)
-        self._stream.send(request)
+        try:
+            self._stream.send(request)
+        except BaseException:  # it may have gone out in part
+            self.close()
+            raise
 
 
 class Step:

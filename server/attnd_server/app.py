@@ -120,7 +120,7 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
         if self._shm is not None:
-            self._shm.drain()
+            await asyncio.to_thread(self._shm.drain)
             planes = asyncio.to_thread(self._shm.stop, self.config.drain_s)
             await asyncio.gather(self._server.stop(self.config.drain_s), planes)
         else:

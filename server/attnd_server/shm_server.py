@@ -15,6 +15,7 @@ import time
 
 from attnd.errors import AttndError, Exhausted, PermissionDenied
 from attnd.planes import doorbell, sockets
+from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
 from attnd.v1 import attention_pb2
 from attnd_server.executor import Work
@@ -25,8 +26,10 @@ from attnd_server.service import AttendSession, AttentionService, CallWork, erro
 
 log = logging.getLogger(__name__)
 
-# Seconds that a client has to show its ticket, and to take a going-away message.
+# Seconds that a client has to show its ticket.
 HANDSHAKE_S = 5.0
+# Seconds that a client has to take an answer: those that have not been read fit the socket's buffer many times over.
+SEND_S = 5.0
 # Connections beyond those of open planes that may be showing their tickets.
 MAX_HANDSHAKES = 64
 
@@ -53,7 +56,7 @@ class ShmServer:
         self._thread.start()
 
     def drain(self) -> None:
-        """Lets nobody in any more, and tells everybody who is."""
+        """Lets nobody in any more, and tells everybody who is; may take seconds with clients that do not read."""
         self._draining = True
         end(self._listener)
         self._thread.join()
@@ -82,7 +85,7 @@ class ShmServer:
                 continue
             try:
                 self._let_in(accepted)
-            except (AttndError, OSError) as error:
+            except (AttndError, OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
                 log.warning("refused a connection to the shm socket: %s", error)
                 accepted.close()
 
@@ -98,7 +101,11 @@ class ShmServer:
             raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
         connection = _Connection(self._service, self._planes, accepted, self._connections)
         self._connections[connection] = None
-        connection.start()
+        try:
+            connection.start()
+        except RuntimeError:
+            del self._connections[connection]
+            raise
 
 
 class _Connection(threading.Thread):
@@ -175,6 +182,7 @@ class _Connection(threading.Thread):
         finally:
             os.close(descriptor)
         self._socket.settimeout(None)
+        set_timeouts(self._socket, send_s=SEND_S)
         self._is_open = True
         return Region(plane.id, memory)
 

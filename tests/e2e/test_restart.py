@@ -76,7 +76,7 @@ def test_server_that_hangs_is_noticed_within_the_deadline(tmp_path: Path) -> Non
             session.timeout_s = 1.0
             step = session.step(decode_metadata(0))
             step.attend(0, Q, K, V)
-            os.kill(server.pid, signal.SIGSTOP)
+            server.freeze()
             try:
                 started = time.monotonic()
                 with pytest.raises(attnd.DeadlineExceeded, match="1 s"):

@@ -92,7 +92,7 @@ def test_killed_server_disconnects_and_the_next_one_removes_its_socket(tmp_path:
         step = session.step(decode_metadata(0))
         step.attend(0, Q, K, V)
         # Stopped first, so that it is in the middle of the call when it is killed.
-        os.kill(server.pid, signal.SIGSTOP)
+        server.freeze()
         killer = threading.Timer(0.3, server.kill)
         killer.start()
         started = time.monotonic()
@@ -124,7 +124,7 @@ def test_server_that_hangs_is_noticed_within_the_deadline(shm_server: ServerProc
             session.timeout_s = 1.0
             step = session.step(decode_metadata(0))
             step.attend(0, Q, K, V)
-            os.kill(shm_server.pid, signal.SIGSTOP)
+            shm_server.freeze()
             try:
                 started = time.monotonic()
                 with pytest.raises(attnd.DeadlineExceeded, match="no answer within 1 s"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd import wire
-from attnd.errors import InvalidRequest, Unsupported
+from attnd.errors import InvalidRequest, PermissionDenied, Unsupported
 from attnd.transport import Stream, Transport
 from attnd.v1 import capabilities_pb2, plane_pb2
 
@@ -84,7 +84,7 @@ def open_stream(
 
         try:
             return OpenedStream(open_shm(plane, wanted.socket_dir, timeout_s), refusals)
-        except Unsupported as error:
+        except (Unsupported, PermissionDenied) as error:
             if wanted.name == "shm":
                 raise
             refusals["shm"] = str(error)

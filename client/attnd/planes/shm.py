@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from typing import Any
 
 from attnd import requests, wire
@@ -15,9 +14,6 @@ from attnd.regions import Region, aligned
 from attnd.tensors import Array
 from attnd.transport import Stream
 from attnd.v1 import attention_pb2, plane_pb2, step_pb2
-
-# What receiving and sending may take, as the kernel knows it: Python's own timeout would cost a system call each time.
-_TIMEVAL = struct.Struct("ll")
 
 
 def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: float) -> ShmStream:
@@ -39,7 +35,10 @@ def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: flo
     try:
         connection.settimeout(timeout_s)
         _connect(connection, path)
-        connection.sendall(plane.shm.ticket)
+        try:
+            connection.sendall(plane.shm.ticket)
+        except BrokenPipeError:
+            pass  # refused before it was asked, and told why
         memory = sockets.map_memory(sockets.receive_memory(connection), plane.shm.num_bytes)
         connection.settimeout(None)
     except OSError as error:
@@ -48,7 +47,7 @@ def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: flo
     except BaseException:
         connection.close()
         raise
-    return ShmStream(connection, Region(plane.id, memory), path)
+    return ShmStream(connection, Region(plane.id, memory), path, timeout_s)
 
 
 def _connect(connection: socket.socket, path: str) -> None:
@@ -68,19 +67,20 @@ class ShmStream(Stream):
 
     plane = "shm"
 
-    def __init__(self, connection: socket.socket, region: Region, path: str) -> None:
+    def __init__(self, connection: socket.socket, region: Region, path: str, timeout_s: float) -> None:
         """Owns the connection.
 
         Args:
             connection: blocking, after the handshake.
             region: the memory that came over it.
             path: of the socket, for errors.
+            timeout_s: how long a message may take to be sent.
         """
         self._connection = connection
         self._region = region
         self._path = path
         self._replies = doorbell.Replies(connection)
-        self._timeout_s = 0.0
+        self._set_timeout(timeout_s)
         # The last call that was sent, and the one that is next: what they look like, and where their tensors lie.
         self._sent: tuple[object, list[memoryview]] = (None, [])
         self._next: tuple[object, list[memoryview]] = self._sent
@@ -159,10 +159,7 @@ class ShmStream(Stream):
         return self._last_reply._replace(num_bytes=doorbell.REPLY_BYTES)
 
     def _set_timeout(self, timeout_s: float) -> None:
-        seconds = max(timeout_s, 1e-6)  # zero would be forever
-        time = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._connection.setsockopt(socket.SOL_SOCKET, option, time)
+        sockets.set_timeouts(self._connection, receive_s=timeout_s, send_s=timeout_s)
         self._timeout_s = timeout_s
 
     def _hung_up(self, reason: object) -> AttndError:

@@ -16,6 +16,7 @@ from attnd.v1 import error_pb2
 TICKET_BYTES = 32
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _LENGTH = struct.Struct("<I")
+_TIMEVAL = struct.Struct("ll")  # struct timeval: seconds, microseconds
 
 
 class Peer(NamedTuple):
@@ -30,6 +31,16 @@ def peer_of(connection: socket.socket) -> Peer:
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     process, user, _ = _CREDENTIALS.unpack(data)
     return Peer(process, user)
+
+
+def set_timeouts(connection: socket.socket, *, receive_s: float = 0.0, send_s: float = 0.0) -> None:
+    """How long a blocking socket may block, in seconds; 0 is for ever. What takes longer raises BlockingIOError.
+
+    The kernel watches, while Python's own timeout costs a system call each time.
+    """
+    for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+        microseconds = max(1, int(seconds * 1e6)) if seconds else 0
+        connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(microseconds, 1_000_000)))
 
 
 def _wanted_seals() -> int:
