@@ -81,7 +81,6 @@ class Server:
         """Starts to listen."""
         self.service = build_service(self.config)
         self.service.executor.prepare_thread()
-        self._shm = _shm_server(self.service)
         self._servicer = AttentionServicer(self.service)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
@@ -90,6 +89,7 @@ class Server:
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
         self.address = f"{self.config.host}:{port}"
+        self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving", extra={"address": self.address, "device": str(self.service.executor.device)})

@@ -186,6 +186,12 @@ def test_a_session_that_nobody_closes_does_not_hold_up_the_end(tmp_path: Path) -
         session.close()
 
 
+def test_a_server_that_cannot_have_its_port_leaves_no_socket(shm_server: ServerProcess, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="did not start"):
+        ServerProcess(tmp_path / "other", "--socket-dir", str(tmp_path / "sockets"), port=shm_server.port)
+    assert len(list((tmp_path / "sockets").iterdir())) == 1  # that of the one that serves
+
+
 def knock(plane: plane_pb2.OpenPlaneResponse, ticket: bytes) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(10)
