@@ -27,7 +27,7 @@ class Timings:
 
     Attributes:
         num_steps: steps that were opened.
-        call_us: microseconds of each call, from the caller's side.
+        call_us: microseconds of each call, from the caller's side, copies of its tensors included.
         queue_us: microseconds that calls waited for the executor, summed.
         kernel_us: microseconds of store and attention, summed.
         bytes_sent: bytes of all messages to the server; not those that travel in shared memory.
@@ -52,7 +52,7 @@ class Timings:
 
     @property
     def wire_us(self) -> float:
-        """Microseconds of calls that were neither queue nor kernel, summed: serialization, gRPC, the network."""
+        """Microseconds of calls that were neither queue nor kernel, summed: copies, gRPC, the network."""
         return max(0.0, sum(self.call_us) - self.queue_us - self.kernel_us)
 
 
@@ -145,8 +145,8 @@ class Session:
             raise Disconnected("the step's stream has ended; open the step again")
         if step.error is not None:
             raise step.error
-        request = self._stream.call_request(step.id, layer, q, k, v, options)
         started = time.perf_counter()
+        request = self._stream.call_request(step.id, layer, q, k, v, options)
         try:
             self._send(request)
             reply = self._receive_call(step, layer, q, options.return_lse)

@@ -94,7 +94,6 @@ class Server:
         metrics = Metrics() if self.config.metrics else None
         self.service = build_service(self.config, metrics)
         self.service.executor.prepare_thread()
-        self._shm = _shm_server(self.service)
         self._servicer = AttentionServicer(self.service)
         self._health = health.aio.HealthServicer()
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
@@ -106,6 +105,7 @@ class Server:
         self.address = f"{self.config.host}:{port}"
         if metrics is not None:
             self._open_endpoint(metrics)
+        self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}

@@ -7,6 +7,7 @@ import os
 import re
 import selectors
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class LocalServer:
-    """A server process on a free loopback port.
+    """A server process on a free loopback port, with shared memory for clients where there can be any.
 
     Attributes:
         core: the one core that it runs on, on a machine of two; None: any. See `attnd_server.worker.start`.
@@ -39,6 +40,9 @@ class LocalServer:
             device: torch's name of the device, or "auto".
         """
         options = {"port": 0, "device": device, "drain-s": 1, "log-level": "warning"}
+        folder = _private_folder() if sys.platform == "linux" else None
+        if folder is not None:
+            options["socket-dir"] = folder
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         self._command = [sys.executable, "-m", "attnd_server", "serve", *arguments]
         self.core = _core()
@@ -100,6 +104,21 @@ class LocalServer:
 
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _private_folder() -> str | None:
+    """A folder for the sockets of this user's servers, always the same: each removes what killed ones left there.
+
+    None if somebody else has made it before, to have our sockets in a place of theirs.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"attnd-{os.geteuid()}")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    return path if is_ours else None
 
 
 def _core() -> int | None:

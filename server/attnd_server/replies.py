@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from attnd import wire
@@ -13,8 +14,8 @@ from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
 from attnd_server.steps import Call, Result
 
-Encode = Callable[[Result, int, int], bytes]
-"""Makes the reply of one call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
+Encode = Callable[[Call, Result, int, int], bytes]
+"""Makes the reply to a call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
 
 
 class Replies(Protocol):
@@ -29,7 +30,11 @@ class Replies(Protocol):
     region: Region | None
 
     def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
-        """What will answer a call. Raises InvalidRequest if its reply cannot lie where the message wants it."""
+        """What will answer a call, and others of its step that differ in the layer alone.
+
+        Raises:
+            InvalidRequest: its reply cannot lie where the message wants it.
+        """
 
 
 class InlineReplies:
@@ -46,9 +51,10 @@ class InlineReplies:
         """What will answer a call."""
         if message.HasField("reply"):
             raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
-        return lambda result, queue_us, kernel_us: self._frame.encode(
-            call_reply(call, result, queue_us, kernel_us), reply_arrays(result)
-        )
+        return self._encode
+
+    def _encode(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        return self._frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
 
 
 class RegionReplies:
@@ -65,7 +71,7 @@ class RegionReplies:
     def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
         """What will answer a call."""
         if not message.HasField("reply"):
-            return lambda result, queue_us, kernel_us: self._inline(call, result, queue_us, kernel_us)
+            return self._inline
         place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
         if call.q is not None:
             # Now, so that a call whose reply has no place does not run.
@@ -74,14 +80,14 @@ class RegionReplies:
             if call.options.return_lse:
                 num_bytes = aligned(num_bytes) + 4 * num_rows
             self._memory.view(place, num_bytes, "reply")
-        return lambda result, queue_us, kernel_us: self._placed(call, place.offset, result, queue_us, kernel_us)
+        return partial(self._placed, place.offset)
 
     def _inline(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         self._last = (None, [])
         reply = call_reply(call, result, queue_us, kernel_us)
         return doorbell.reply_bytes(wire.ATTEND_RESPONSE.encode(reply, reply_arrays(result)))
 
-    def _placed(self, call: Call, offset: int, result: Result, queue_us: int, kernel_us: int) -> bytes:
+    def _placed(self, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         arrays = reply_arrays(result, ("output", "lse"))
         key = (offset, result.backend, *((name, array.dtype, array.shape) for name, array in arrays.items()))
         last_key, views = self._last

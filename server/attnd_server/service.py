@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -196,7 +196,7 @@ class AttentionService:
         kernel_us = int((time.perf_counter() - started) * 1e6)
         if self.metrics is not None:
             self.metrics.call_served(plane, call, result, queue_us, kernel_us)
-        return encode(result, queue_us, kernel_us)
+        return encode(call, result, queue_us, kernel_us)
 
     def open_session(self, principal: str, replies: Replies | None = None) -> AttendSession:
         """The state of one Attend stream, or of what is like it on a plane."""
@@ -316,7 +316,9 @@ class AttendSession:
         self._service = service
         self._principal = principal
         self._replies = replies
-        self._last_call: wire.Framed | None = None  # of a stream with a region
+        # Of a stream with a region, the last call: what came, and what was made of it unless it was refused.
+        self._last_call: wire.Framed | None = None
+        self._last_work: CallWork | None = None
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._last_id = -1
         self._last_options: AttentionOptions | None = None
@@ -327,7 +329,7 @@ class AttendSession:
         kind = message.WhichOneof("message")
         if kind == "call":
             if self._replies.region is not None:
-                self._last_call = wire.Framed(message.call, tensors)
+                self._last_call, self._last_work = wire.Framed(message.call, tensors), None
             return self._call(message.call, tensors)
         if kind == "step":
             return self._open(message.step)
@@ -339,12 +341,21 @@ class AttendSession:
             raise InvalidRequest("message is absent, but must be given: there was no call before that is meant again")
         message, tensors = self._last_call
         message.layer, message.step_id = layer, step_id
+        last = self._last_work
+        if last is not None and last.call.step is self._steps.get(step_id):
+            # What was checked lies in this process and is the same; only the layer is new.
+            step = last.call.step
+            step.cache.renew()
+            return replace(last, call=last.call._replace(layer=validation.layer(layer, step.cache.config)))
         return self._call(message, tensors)
 
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Work:
         call = self._service.call(self._step(message.step_id), message, tensors)
+        work = CallWork(self._service, call, self._replies.encoder(call, message), self._replies.plane)
         self._last_options = call.options
-        return CallWork(self._service, call, self._replies.encoder(call, message), self._replies.plane)
+        if self._replies.region is not None:
+            self._last_work = work
+        return work
 
     def _open(self, message: step_pb2.Step) -> bytes:
         if message.id <= self._last_id:

@@ -98,6 +98,26 @@ def test_a_refused_step_or_call_is_told_and_the_session_goes_on(shm_server: Serv
             with pytest.raises(attnd.InvalidRequest, match="q has dtype float16"):
                 step.attend(0, q.half(), k.half(), v.half())
             assert torch.equal(step.attend(1, q, k, v), v.repeat_interleave(3, 1))
+            # The same layer by layer, but of steps for which these tensors are wrong.
+            two = session.step(attnd.StepMetadata([2], [0], [[0]], [0, 1]))
+            with pytest.raises(attnd.InvalidRequest, match=r"q has shape \[1, 6, 16\], but must be \[2"):
+                two.attend(0, q, k, v)
+            cache_only = session.step(attnd.StepMetadata([1], [1], [[0]], cache_only=True))
+            with pytest.raises(attnd.InvalidRequest, match="k is given, but must be absent in a cache-only step"):
+                cache_only.attend(0, q, k, v)
+            assert torch.equal(step.attend(2, q, k, v), v.repeat_interleave(3, 1))
+
+
+def test_a_call_after_the_cache_has_gone_is_refused(shm_server: ServerProcess) -> None:
+    with attnd.connect(shm_server.address, plane="shm") as client:
+        cache = client.create_cache(**GEOMETRY)
+        with cache.session() as session:
+            step = session.step(decode_metadata(0))
+            q, k, v = tensors(1)
+            step.attend(0, q, k, v)
+            cache.delete()
+            with pytest.raises(attnd.CacheLost):
+                step.attend(1, q, k, v)
 
 
 def test_a_call_beyond_the_region_is_refused_on_either_side(tmp_path: Path) -> None:

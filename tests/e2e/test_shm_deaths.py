@@ -84,6 +84,30 @@ def test_killed_clients_leave_nothing_with_the_server(shm_server: ServerProcess)
         assert mapped(os.getpid()) == 0
 
 
+def in_another_container() -> list[str]:
+    """What runs a command with processes, shared memory and mounts of its own, but the same network and files."""
+    own = ["unshare", "--fork", "--kill-child", "--pid", "--ipc", "--mount", "--mount-proc"]
+    return [*own, "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
+
+
+def may_make_containers() -> bool:
+    try:
+        return subprocess.run([*in_another_container(), "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not may_make_containers(), reason="may not make namespaces here")
+def test_a_worker_in_another_container_needs_the_folder_alone(shm_server: ServerProcess) -> None:
+    command = [*in_another_container(), sys.executable, "-c", WORKER, shm_server.address]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "called\n"
+        worker.kill()
+    wait_for(lambda: mapped(shm_server.pid) == 0, "the server kept a dead client's region")
+
+
 def test_killed_server_disconnects_and_the_next_one_removes_its_socket(tmp_path: Path) -> None:
     server = serve(tmp_path)
     with attnd.connect(server.address, timeout_s=5, plane="shm") as client:
@@ -160,6 +184,12 @@ def test_a_session_that_nobody_closes_does_not_hold_up_the_end(tmp_path: Path) -
         server.terminate()
         assert server.wait(20) == 0
         session.close()
+
+
+def test_a_server_that_cannot_have_its_port_leaves_no_socket(shm_server: ServerProcess, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="did not start"):
+        ServerProcess(tmp_path / "other", "--socket-dir", str(tmp_path / "sockets"), port=shm_server.port)
+    assert len(list((tmp_path / "sockets").iterdir())) == 1  # that of the one that serves
 
 
 def knock(plane: plane_pb2.OpenPlaneResponse, ticket: bytes) -> socket.socket:

@@ -77,6 +77,13 @@ def test_serve_runs_a_server_with_what_it_was_given(served):
     assert served == [ServerConfig(port=0, kv_bytes=2 << 30, device="cuda:1", max_caches=7)]
 
 
+def test_serve_shares_memory_where_it_is_told_to(served):
+    result = run("serve", "--socket-dir", "/run/attnd", "--socket-uids", "1000,7", "--region-bytes", "1GiB")
+    assert result.exit_code == 0, result.output
+    expected = ServerConfig(socket_dir="/run/attnd", socket_uids=frozenset({7, 1000}), region_bytes=1 << 30)
+    assert served == [expected]
+
+
 def test_serve_without_arguments_is_the_default_configuration(served):
     assert run("serve").exit_code == 0
     assert served == [ServerConfig()]
@@ -115,6 +122,9 @@ def test_the_exit_code_is_the_servers(monkeypatch, served):
         (("--max-ttl-s", "nan"), "'--max-ttl-s': it is nan, but must be a number from 1"),
         (("--drain-s", "-1"), "'--drain-s': it is -1, but must be a number from 0"),
         (("--default-ttl-s", "9", "--max-ttl-s", "8"), "default_ttl_s is 9, but must be at most max_ttl_s, 8"),
+        (("--socket-uids", "root"), "'--socket-uids': it is 'root', but must be numbers of users as in 1000,1001"),
+        (("--region-bytes", "0"), "region_bytes is 0, but must be at least 1"),
+        (("--max-planes", "0"), "'--max-planes': it is 0, but must be a whole number from 1"),
         (("--log-format", "xml"), "'xml' is not one of 'auto', 'text', 'json'"),
         (("--host", "0.0.0.0"), "host is 0.0.0.0, but must be a loopback address unless --insecure is given"),
         (("--host", "attention.example"), "host is attention.example, but must be a loopback address"),

@@ -14,6 +14,7 @@ import torch
 
 import attnd
 from attnd.planes import sockets
+from attnd.v1 import plane_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
@@ -59,6 +60,13 @@ def test_a_client_does_not_trust_another_users_socket(tmp_path: Path, monkeypatc
             attend(cache.session())
 
 
+def test_a_client_on_another_system_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tmp_path) as (_, client), client.create_cache(**GEOMETRY) as cache:
+        monkeypatch.setattr("attnd.planes.choice.sys.platform", "darwin")
+        with pytest.raises(attnd.Unsupported, match="this process runs on darwin"):
+            attend(cache.session())
+
+
 def test_planes_are_limited_and_auto_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, max_planes=1) as (_, client), client.create_cache(**GEOMETRY) as cache:
         with cache.session() as first, cache.session() as second, cache.session(plane="auto") as third:
@@ -68,6 +76,10 @@ def test_planes_are_limited_and_auto_says_so(tmp_path: Path) -> None:
             attend(third)
             assert third.plane == "inline"
             assert "which is the limit" in third.refusals["shm"]
+            answer = plane_pb2.OpenPlaneResponse.FromString(client.transport.unary("OpenPlane", b"", 10))
+            reasons = {refusal.plane: refusal.reason for refusal in answer.refusals}
+            assert answer.plane == plane_pb2.PLANE_INLINE
+            assert "which is the limit" in reasons[plane_pb2.PLANE_SHM]
             first.close()
             deadline = time.monotonic() + 10
             while second.plane != "shm":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd import wire
-from attnd.errors import InvalidRequest, PermissionDenied, Unsupported
+from attnd.errors import Exhausted, InvalidRequest, PermissionDenied, Unsupported
 from attnd.transport import Stream, Transport
 from attnd.v1 import capabilities_pb2, plane_pb2
 
@@ -75,22 +76,23 @@ def open_stream(
         return OpenedStream(transport.attend(), {})
     if wanted.name == "auto" and "shm" in refused:
         return OpenedStream(transport.attend(), refused)
-    asked = plane_pb2.PLANE_SHM if wanted.name == "shm" else plane_pb2.PLANE_UNSPECIFIED
-    request = plane_pb2.OpenPlaneRequest(plane=asked).SerializeToString()
-    plane = wire.parse(plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request, timeout_s))
-    refusals = {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
-    if plane.plane == plane_pb2.PLANE_SHM:
-        from attnd.planes.shm import open_shm  # needs Linux, as a server that gives it does
+    try:
+        return _open_shm(transport, wanted.socket_dir, timeout_s)
+    except (Unsupported, PermissionDenied, Exhausted) as error:
+        if wanted.name == "shm":
+            raise
+        return OpenedStream(transport.attend(), {**refused, "shm": str(error)})
 
-        try:
-            return OpenedStream(open_shm(plane, wanted.socket_dir, timeout_s), refusals)
-        except (Unsupported, PermissionDenied) as error:
-            if wanted.name == "shm":
-                raise
-            refusals["shm"] = str(error)
-    elif plane.plane != plane_pb2.PLANE_INLINE:
-        raise Unsupported(f"the server gave plane {plane.plane}, which this client does not know", field="plane")
-    return OpenedStream(transport.attend(), refusals)
+
+def _open_shm(transport: Transport, socket_dir: str, timeout_s: float) -> OpenedStream:
+    if sys.platform != "linux":
+        raise Unsupported(f"plane is shm, but this process runs on {sys.platform}, and it needs Linux", field="plane")
+    request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_SHM).SerializeToString()
+    plane = wire.parse(plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request, timeout_s))
+    from attnd.planes.shm import open_shm  # has modules that other systems have not
+
+    refusals = {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
+    return OpenedStream(open_shm(plane, socket_dir, timeout_s), refusals)
 
 
 def _short(plane: int) -> str:
