@@ -107,10 +107,7 @@ def _weights(
         )
     if SOFTCAP or ALIBI:
         scale = 1.0  # the scores carry it already
-    # Two halves of a row at once: one chain of maxima through all of it would be twice as long.
-    left, right = gl.split(scores.reshape([_GROUP_ROWS, 2, KEYS // 2]).permute([0, 2, 1]))
-    tile_max = gl.convert_layout(gl.max(gl.maximum(left, right), 1), gl.SliceLayout(1, LAYOUT))
-    new_max = gl.maximum(row_max, tile_max)
+    new_max = gl.maximum(row_max, gl.max(scores, 1))
     # A row that has seen nothing has -inf, and -inf - -inf is NaN: subtract 0 instead, and exp2(-inf) is 0.
     base = gl.where(new_max == float("-inf"), 0.0, new_max * scale)
     decay = gl.exp2(row_max * scale - base)
