@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 
 from attnd_server.backends.base import DecodeShape, FixedPlan
+from attnd_server.backends.cuda_graph import Launches, captured
 from attnd_server.cache import Cache
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
-Launches = Callable[[], None]
 Capture = Callable[[Launches], Launches]
 """Runs launches in a way that only records them, and returns what launches them all at once."""
 
@@ -32,19 +32,7 @@ def cuda_capture(device: torch.device) -> Capture | None:
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)
-
-    def capture(launches: Launches) -> Launches:
-        graph = torch.cuda.CUDAGraph()
-        # Not by `torch.cuda.graph`, which waits for the device and empties torch's caches before each graph.
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may do what cannot be captured
-            try:
-                launches()
-            finally:
-                graph.capture_end()
-        return graph.replay
-
-    return capture
+    return lambda launches: captured(launches, stream)
 
 
 class _Field(NamedTuple):

@@ -12,25 +12,16 @@ import torch
 from attnd_server.config import FP8, AttentionConfig, Layout
 from attnd_server.kernels import pages
 from tests import interpreter
+from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
 from tests.steps import DTYPES
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
-LAYOUTS = pytest.mark.parametrize("layout", Layout)
-GEOMETRIES = pytest.mark.parametrize(
-    ("num_kv_heads", "head_dim", "head_dim_v"), [(1, 8, 8), (3, 40, 24), (7, 192, 128)]
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device() -> Iterator[str]:
     with interpreter.interpreter() as device:
         yield device
-
-
-def config_of(layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int) -> AttentionConfig:
-    return AttentionConfig(
-        1, num_kv_heads, head_dim, num_pages=5, page_size=6, head_dim_v=head_dim_v, dtype=dtype, layout=layout
-    )
 
 
 def compare(config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor | None, ...]) -> None:

@@ -7,13 +7,13 @@ items and merges of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
 
 from attnd_server.backends.base import DecodeShape
+from attnd_server.backends.cuda_graph import Launches, captured
 from attnd_server.backends.staged_step import StagedStep
 from attnd_server.backends.triton import MAX_CONTEXT_LEN
 from attnd_server.backends.triton_launches import fits_hopper, launches_of, multiprocessors
@@ -128,9 +128,9 @@ class FixedTritonPlan:
             window=options.window,
         )
         lay_out()  # compiles
-        self._lay_out: Callable[[], None] = lay_out
+        self._lay_out: Launches = lay_out
         if device.type == "cuda":
-            self._lay_out = _captured(lay_out, device)
+            self._lay_out = captured(lay_out, torch.cuda.Stream(device))
             torch.cuda.current_stream(device).synchronize()  # steps may come on another stream
 
     def refusal(self, metadata: AttentionMetadata) -> str | None:
@@ -196,21 +196,6 @@ def _results(
             torch.zeros(num_rows, options.num_heads, device=device),
         ),
     )
-
-
-def _captured(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A launch, made once before, as a CUDA graph: replays it.
-
-    By hand, because `torch.cuda.graph` waits for all threads' work, empties their caches and collects garbage first.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            launch()
-        finally:
-            graph.capture_end()
-    return graph.replay
 
 
 def _log2(per_head: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
