@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnd_server.kernels.hopper_consumer import GROUP_ROWS, consumer
@@ -41,36 +41,39 @@ def _hopper_attention_kernel(
     MOST: gl.constexpr = DIM if DIM > DIM_V else DIM_V
     GROUPS: gl.constexpr = ROWS // _GROUP_ROWS
     dtype: gl.constexpr = q.dtype.element_ty
-    k_ring, k_ready, k_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM, GROUPS)
-    v_ring, v_ready, v_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V, GROUPS)
+    k_ring, k_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM)
+    v_ring, v_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V)
     q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _GROUP_ROWS, MOST], LAYOUT)
+    # Open for ever: see `consumer`.
+    gate = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(gate, count=1)
     fence_async_shared()
     # The last numbers: warps and registers of the roles after the first.
     gl.warp_specialize(
         [
             (consumer, (
-                k_ring, v_ring, q_tiles.index(0), k_ready, v_ready, k_free, v_free,
+                k_ring, v_ring, q_tiles.index(0), k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
                 items, alibi_slopes, sinks, scale, softcap, window,
                 0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (consumer, (
-                k_ring, v_ring, q_tiles.index(1), k_ready, v_ready, k_free, v_free,
+                k_ring, v_ring, q_tiles.index(1), k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
                 items, alibi_slopes, sinks, scale, softcap, window,
                 1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (producer, (
-                k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
+                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False, GROUPS,
             )),
             (producer, (
-                v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
+                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True, GROUPS,
             )),
         ],
         [4, 1, 1],

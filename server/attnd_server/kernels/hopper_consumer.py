@@ -20,6 +20,8 @@ from attnd_server.kernels.hopper_items import (
     limit,
     num_work,
     prefetch,
+    release,
+    release_all,
     sync,
     tile_at,
     tile_of,
@@ -45,6 +47,7 @@ from attnd_server.kernels.launch_shapes import HOPPER_ROWS
 # Rows of a group: 64, the least that the tensor cores take.
 GROUP_ROWS = HOPPER_ROWS // 2
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
+_GROUPS = gl.constexpr(HOPPER_ROWS // GROUP_ROWS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 _LN2 = gl.constexpr(0.6931471805599453)
 
@@ -165,7 +168,7 @@ def _store_partial(partial_output, result, places, exists, DIM_V: gl.constexpr, 
 
 @gluon.jit
 def consumer(
-    k_ring, v_ring, q_tile, k_ready, v_ready, k_free, v_free,
+    k_ring, v_ring, q_tile, k_ready, v_ready, gate,
     output, lse, partial_output, partial_lse, q,
     items, alibi_slopes, sinks, scale, softcap, window,
     HALF: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
@@ -185,6 +188,7 @@ def consumer(
     first = gl.program_id(0)
     q_tile.store(_queries(q, items, first, True, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT))
     fence_async_shared()
+    release_all(STAGES, _GROUPS)
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(first, end, gl.num_programs(0)):
@@ -224,8 +228,7 @@ def consumer(
         stage = count % STAGES
         mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
         scores = warpgroup_mma(q_tile, tile_of(k_ring, stage, KEYS, DIM).permute([1, 0]), zeros, use_acc=False)
-        sync()
-        mbarrier.arrive(k_free.index(stage), count=1)
+        release(stage, False, _GROUPS)
         weights, row_max, row_sum, _ = _weights(
             scores, tile_at(0, first_tile, full_tile, full_end_tile) * KEYS, num_full < 1, row_max, row_sum, positions,
             row_starts, row_ends, slopes, context_len, cached_keys, hole_start, hole_end, scale, softcap,
@@ -241,8 +244,7 @@ def consumer(
             mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
             accumulator = warpgroup_mma(weights, tile_of(v_ring, stage, KEYS, DIM_V), accumulator, is_async=True)
             scores = warpgroup_mma_wait(1, [scores])
-            sync()
-            mbarrier.arrive(k_free.index(next_stage), count=1)
+            release(next_stage, False, _GROUPS)
             next_weights, row_max, row_sum, decay = _weights(
                 scores, tile_at(order, first_tile, full_tile, full_end_tile) * KEYS, order >= num_full, row_max,
                 row_sum, positions, row_starts, row_ends, slopes, context_len, cached_keys, hole_start, hole_end,
@@ -251,10 +253,9 @@ def consumer(
             next_weights = gl.convert_layout(next_weights.to(q.dtype.element_ty), P_LAYOUT)
             # Waits for nothing: its branch keeps the assembler from moving the softmax behind the next wait, where it
             # would not run beside the multiplication.
-            mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+            mbarrier.wait(gate, 1)
             accumulator, weights = warpgroup_mma_wait(0, [accumulator, weights])
-            sync()
-            mbarrier.arrive(v_free.index(stage), count=1)
+            release(stage, True, _GROUPS)
             accumulator = accumulator * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
             weights = next_weights
             count += 1
@@ -265,8 +266,7 @@ def consumer(
         following = index + gl.num_programs(0)
         queries = _queries(q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
         accumulator, weights = warpgroup_mma_wait(0, [accumulator, weights])
-        sync()
-        mbarrier.arrive(v_free.index(stage), count=1)
+        release(stage, True, _GROUPS)
         count += 1
 
         # Read late: during the loops registers are short.

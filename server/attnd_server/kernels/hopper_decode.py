@@ -16,6 +16,8 @@ from attnd_server.kernels.hopper_items import (
     limit,
     num_work,
     prefetch,
+    release,
+    release_all,
     sync,
     tile_at,
     tile_of,
@@ -45,7 +47,7 @@ _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 
 @gluon.jit
 def _consumer(
-    k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
+    k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready,
     output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
     KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
@@ -57,6 +59,7 @@ def _consumer(
     COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     HEADS: gl.constexpr = KV_HEADS * GROUP
+    release_all(STAGES, 1)
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
@@ -102,8 +105,7 @@ def _consumer(
             key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
             mbarrier.wait(k_ready.index(stage), phase)
             scores = warpgroup_mma(tile_of(k_ring, stage, KEYS, DIM), q_tile.permute([1, 0]), zeros, use_acc=False)
-            sync()
-            mbarrier.arrive(k_free.index(stage), count=1)
+            release(stage, False, 1)
             keys = key + gl.arange(0, KEYS, layout=COLUMN)
             scores = mask_scores(
                 scores * scale, keys, order >= num_full, positions, limits, slopes, context_len, cached_keys,
@@ -118,8 +120,7 @@ def _consumer(
             mbarrier.wait(v_ready.index(stage), phase)
             v_tile = tile_of(v_ring, stage, KEYS, DIM_V).permute([1, 0])
             accumulator = warpgroup_mma(v_tile, weights_tile, accumulator * decay[None, :])
-            sync()
-            mbarrier.arrive(v_free.index(stage), count=1)
+            release(stage, True, 1)
             count += 1
 
         store_item(
@@ -141,8 +142,8 @@ def hopper_decode_kernel(
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     dtype: gl.constexpr = q.dtype.element_ty
     WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype)
-    k_ring, k_ready, k_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM, 1)
-    v_ring, v_ready, v_free = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V, 1)
+    k_ring, k_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM)
+    v_ring, v_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V)
     q_tile = gl.allocate_shared_memory(dtype, [ROWS, DIM], LAYOUT)
     weights_tile = gl.allocate_shared_memory(dtype, [KEYS, ROWS], WEIGHTS_LAYOUT)
     fence_async_shared()
@@ -150,20 +151,20 @@ def hopper_decode_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready, k_free, v_free,
+                k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready,
                 output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap,
                 window, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
                 SINKS, LSE,
             )),
             (producer, (
-                k_ring, k_ready, k_free, k, k_pages, k_descriptor, k_pages_descriptor,
+                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False, 1,
             )),
             (producer, (
-                v_ring, v_ready, v_free, v, v_pages, v_descriptor, v_pages_descriptor,
+                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True, 1,
             )),
         ],
         [1, 1],

@@ -24,7 +24,8 @@ from attnd_server.kernels.hopper_items import (
     limit,
     num_work,
     prefetch,
-    sync,
+    release,
+    release_all,
     tile_at,
     tile_of,
     work,
@@ -111,7 +112,7 @@ def _load_token(k, v, token, exists, kv_head, KV_HEADS: gl.constexpr, DIM: gl.co
 
 @gluon.jit
 def _consumer(
-    k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready, k_free, v_free,
+    k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready,
     output, lse, partial_output, partial_lse, q, k, v, k_scales, v_scales, items, alibi_slopes, sinks, scale, softcap,
     window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
@@ -126,6 +127,7 @@ def _consumer(
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     HEADS: gl.constexpr = KV_HEADS * GROUP
     PAIRS: gl.constexpr = DIM // 2
+    release_all(STAGES, 1)
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
@@ -206,8 +208,7 @@ def _consumer(
             key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
             mbarrier.wait(k_ready.index(stage), phase)
             k_tile = tile_of(k_ring, stage, KEYS, PAIRS).load(OPERAND)
-            sync()
-            mbarrier.arrive(k_free.index(stage), count=1)
+            release(stage, False, 1)
             low, high = _split_along_dims(k_tile)
             scores = warpgroup_mma(low, q_low.permute([1, 0]), zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma(high, q_high.permute([1, 0]), scores, is_async=True)
@@ -224,8 +225,7 @@ def _consumer(
             fence_async_shared()
             mbarrier.wait(v_ready.index(stage), phase)
             v_tile = tile_of(v_ring, stage, KEYS, PAIRS).permute([1, 0]).load(OPERAND)
-            sync()
-            mbarrier.arrive(v_free.index(stage), count=1)
+            release(stage, True, 1)
             low, high = _split_along_keys(v_tile)
             even = warpgroup_mma(low, weights_tile, even * decay[None, :], is_async=True)
             odd = warpgroup_mma(high, weights_tile, odd * decay[None, :], is_async=True)
@@ -251,8 +251,8 @@ def hopper_decode_fp8_kernel(
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], gl.float16)
     PAIRS: gl.constexpr = DIM // 2
-    k_ring, k_ready, k_free = make_ring(gl.int16, STAGES, KEYS, PIECE, PAIRS, 1)
-    v_ring, v_ready, v_free = make_ring(gl.int16, STAGES, KEYS, PIECE, PAIRS, 1)
+    k_ring, k_ready = make_ring(gl.int16, STAGES, KEYS, PIECE, PAIRS)
+    v_ring, v_ready = make_ring(gl.int16, STAGES, KEYS, PIECE, PAIRS)
     q_low = gl.allocate_shared_memory(gl.float16, [ROWS, PAIRS], LAYOUT)
     q_high = gl.allocate_shared_memory(gl.float16, [ROWS, PAIRS], LAYOUT)
     weights_tile = gl.allocate_shared_memory(gl.float16, [KEYS, ROWS], WEIGHTS_LAYOUT)
@@ -261,20 +261,20 @@ def hopper_decode_fp8_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready, k_free, v_free,
+                k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready,
                 output, lse, partial_output, partial_lse, q, k, v, k_scales, v_scales, items, alibi_slopes, sinks,
                 scale, softcap, window, ROWS, GROUP, KV_HEADS, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (producer, (
-                k_ring, k_ready, k_free, k_pages, k_pages, k_descriptor, k_descriptor,
+                k_ring, k_ready, k_pages, k_pages, k_descriptor, k_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, False,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, False, 1,
             )),
             (producer, (
-                v_ring, v_ready, v_free, v_pages, v_pages, v_descriptor, v_descriptor,
+                v_ring, v_ready, v_pages, v_pages, v_descriptor, v_descriptor,
                 page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, True,
+                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, True, 1,
             )),
         ],
         [1, 1],

@@ -23,11 +23,14 @@ from attnd_server.kernels.items import (
     PADDED_PREFIX_LEN,
     PREFIX_LEN,
 )
+from attnd_server.kernels.launch_shapes import MAX_STAGES
 
 # Columns of a copy: 128 bytes, the widest swizzle.
 COLUMNS = 64
 
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
+_MAX_STAGES = gl.constexpr(MAX_STAGES)
+_FIRST_BARRIER = gl.constexpr(16 - 2 * MAX_STAGES)
 # Synchronises the warps of a role; renamed between triton 3.6 and 3.7.
 sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
@@ -46,6 +49,48 @@ def prefetch(pointer):
     gl.inline_asm_elementwise(
         "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def release(stage, IS_V: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Says that this warp has read a stage of the ring of K or V.
+
+    By a named barrier, on which only the producer waits. An mbarrier is for one thread to arrive at, when all warps of
+    its group are known to be done, so that they would wait for each other, twice a tile.
+    """
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.u32 $0, 0;", "=r,r,r", [_barrier(stage, IS_V), _threads(CONSUMERS)], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_release(stage, IS_V: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Waits, in the producer's warp, until all consumers have released a stage: once more than it was filled."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.u32 $0, 0;", "=r,r,r", [_barrier(stage, IS_V), _threads(CONSUMERS)], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def release_all(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Releases all stages of both rings, which are free at the start."""
+    for stage in gl.static_range(STAGES):
+        release(stage, False, CONSUMERS)
+        release(stage, True, CONSUMERS)
+
+
+@gluon.jit
+def _barrier(stage, IS_V: gl.constexpr):
+    """Named barrier of a stage. The compiler takes the first few for the groups of warps."""
+    return gl.to_tensor(stage + _FIRST_BARRIER + (_MAX_STAGES if IS_V else 0))
+
+
+@gluon.jit
+def _threads(CONSUMERS: gl.constexpr):
+    """Threads that meet at a stage's barrier: groups of four warps, and the producer's warp."""
+    return gl.to_tensor(CONSUMERS * 128 + 32)
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attnd_server.kernels.hopper_items import COLUMNS, num_work, prefetch, sync, tile_at, work
+from attnd_server.kernels.hopper_items import COLUMNS, await_release, num_work, prefetch, sync, tile_at, work
 from attnd_server.kernels.items import (
     CONTEXT_LEN,
     FIRST_KEY,
@@ -24,18 +24,15 @@ _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 @gluon.jit
 def make_ring(
     dtype: gl.constexpr, STAGES: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, DIM: gl.constexpr,
-    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Room in shared memory for tiles of K or V, in pieces, and when each stage is ready, and free again."""
+    """Room in shared memory for tiles of K or V, in pieces, and when each stage is ready."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     PIECES: gl.constexpr = KEYS // PIECE
     ring = gl.allocate_shared_memory(dtype, [STAGES * (DIM // _COLUMNS) * PIECES, PIECE, _COLUMNS], LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=PIECES)
-        mbarrier.init(free.index(stage), count=CONSUMERS)
-    return ring, ready, free
+    return ring, ready
 
 
 @gluon.jit
@@ -87,10 +84,11 @@ def _bring_piece(
 
 @gluon.jit
 def _bring_tile(
-    ring, stage, ready, free, phase, tokens, pages, descriptor, pages_descriptor, table, key, kv_head, q_row,
+    ring, stage, ready, tokens, pages, descriptor, pages_descriptor, table, key, kv_head, q_row,
     context_len, cached_keys, first_position, end_new, hole_start, hole_end, is_full,
     KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     KEYS: gl.constexpr, PIECE: gl.constexpr, NEW_TOKENS: gl.constexpr, IS_V: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Brings K or V of the tile that begins at `key`."""
     PIECES: gl.constexpr = KEYS // PIECE
@@ -104,18 +102,18 @@ def _bring_tile(
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - kernels know no unpacking
         # Up to PREFETCHED past the last table; a bound to keep would cost registers that these warps do not have.
         prefetch(table + (key + 2 * KEYS) // PAGE_SIZE)
-        mbarrier.wait(free, phase)
+        await_release(stage, IS_V, CONSUMERS)
         _expect_tile(ready, pages_descriptor, DIM, PIECES)
         for piece in gl.static_range(PIECES):
             _copy_piece(ring, first_slot + piece, ready, pages_descriptor, rows[piece], kv_head, DIM, PIECES)
     elif NEW_TOKENS and is_full & (key >= cached_keys):
         row = q_row + key - cached_keys
-        mbarrier.wait(free, phase)
+        await_release(stage, IS_V, CONSUMERS)
         _expect_tile(ready, descriptor, DIM, PIECES)
         for piece in gl.static_range(PIECES):
             _copy_piece(ring, first_slot + piece, ready, descriptor, row + piece * PIECE, kv_head, DIM, PIECES)
     else:
-        mbarrier.wait(free, phase)
+        await_release(stage, IS_V, CONSUMERS)
         for piece in range(PIECES):
             start = key + piece * PIECE
             if start < cached_keys:
@@ -144,10 +142,10 @@ def _bring_tile(
 
 @gluon.jit
 def producer(
-    ring, ready, free, tokens, pages, descriptor, pages_descriptor, page_tables, items, window,
+    ring, ready, tokens, pages, descriptor, pages_descriptor, page_tables, items, window,
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
-    IS_V: gl.constexpr,
+    IS_V: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """One warp: brings K or V of each tile of each item, in the order in which the consumers take them."""
     end = num_work(items, KV_HEADS)
@@ -168,10 +166,10 @@ def producer(
             stage = count % STAGES
             key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
             _bring_tile(
-                ring, stage, ready.index(stage), free.index(stage), (count // STAGES & 1) ^ 1, tokens, pages,
+                ring, stage, ready.index(stage), tokens, pages,
                 descriptor, pages_descriptor, table, key, index % KV_HEADS, q_row, context_len, cached_keys,
                 first_position, end_new, hole_start, hole_end, order < num_full,
-                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, NEW_TOKENS, IS_V,
+                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, NEW_TOKENS, IS_V, CONSUMERS,
             )  # fmt: skip
             count += 1
             if order == 0:

@@ -32,6 +32,8 @@ HOPPER_DECODE_ROWS, HOPPER_ROWS, HOPPER_KEYS = 64, 128, 128
 # Shared memory of a multiprocessor for tiles of K and V under way in decode, in bytes: more would fit beside queries
 # and weights, and measured worse.
 _RING_BYTES = 131_072
+# Most stages of a ring: each takes a named barrier, of which a program has sixteen.
+MAX_STAGES = 4
 # By (bytes of an element, head dim padded to a power of two from 64): for decode, where reading KV is the work; for
 # more tokens, whose chunks' partial results need room as well; and for tokens that are not cut. float32 has no tensor
 # cores.
@@ -77,7 +79,8 @@ def hopper_launch(rows: int, head_dim: int, head_dim_v: int) -> HopperLaunch:
         return HopperLaunch(64 if is_wide else 128, 2, 1, None)
     num_programs, max_registers = (2, 128) if rows <= 32 and not is_wide else (1, None)
     tile_bytes = 2 * 64 * (head_dim + head_dim_v)
-    return HopperLaunch(64, _RING_BYTES // num_programs // tile_bytes, num_programs, max_registers)
+    num_stages = min(MAX_STAGES, _RING_BYTES // num_programs // tile_bytes)
+    return HopperLaunch(64, num_stages, num_programs, max_registers)
 
 
 def fits_hopper_fp8(rows: int, head_dim: int) -> bool:
@@ -93,7 +96,8 @@ def hopper_fp8_launch(rows: int, head_dim: int) -> HopperLaunch:
     """
     keys = 128 if (rows, head_dim) == (16, 128) else 64
     num_programs, max_registers = (2, 128) if rows * head_dim <= 32 * 128 else (1, None)
-    return HopperLaunch(keys, _RING_BYTES // num_programs // (2 * keys * head_dim), num_programs, max_registers)
+    num_stages = min(MAX_STAGES, _RING_BYTES // num_programs // (2 * keys * head_dim))
+    return HopperLaunch(keys, num_stages, num_programs, max_registers)
 
 
 def launch_shape(num_new: int, heads: int, dims: int, item_size: int) -> Tile:
