@@ -43,7 +43,9 @@ def _hopper_attention_kernel(
     dtype: gl.constexpr = q.dtype.element_ty
     k_ring, k_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM)
     v_ring, v_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V)
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, _GROUP_ROWS, MOST], LAYOUT)
+    # Of the item at hand and, where there is room, of the next one.
+    Q_TILES: gl.constexpr = 2 if MOST <= 128 else 1
+    q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES * GROUPS, _GROUP_ROWS, MOST], LAYOUT)
     # Open for ever: see `consumer`.
     gate = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(gate, count=1)
@@ -52,14 +54,14 @@ def _hopper_attention_kernel(
     gl.warp_specialize(
         [
             (consumer, (
-                k_ring, v_ring, q_tiles.index(0), k_ready, v_ready, gate,
+                k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
                 items, alibi_slopes, sinks, scale, softcap, window,
                 0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
                 ALIBI, SINKS, LSE,
             )),
             (consumer, (
-                k_ring, v_ring, q_tiles.index(1), k_ready, v_ready, gate,
+                k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
                 items, alibi_slopes, sinks, scale, softcap, window,
                 1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -130,18 +131,29 @@ def _places(
 
 
 @gluon.jit
-def _queries(
-    q, items, index, exists,
+def _copy_queries(
+    tile, q, items, index, exists,
     HALF: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A group's queries of an item, if it exists; zeros for tokens that do not count."""
+    """Starts to copy a group's queries of an item, if it exists; zeros for tokens that do not count."""
     item = items + index // KV_HEADS * _ITEM_FIELDS
     q_row = gl.load(item + Q_ROW, mask=exists, other=0)
     first_row = gl.load(item + FIRST_ROW, mask=exists, other=0)
     num_valid = gl.load(item + NUM_VALID, mask=exists, other=0)
     places, seen = _places(q_row, first_row, index % KV_HEADS, num_valid, HALF, GROUP, KV_HEADS * GROUP, LAYOUT)
     columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(q + ((places * DIM)[:, None] + columns[None, :]), mask=seen[:, None], other=0.0)
+    async_copy.async_copy_global_to_shared(
+        tile, q + ((places * DIM)[:, None] + columns[None, :]), mask=seen[:, None]
+    )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _await_queries():
+    """Waits until the copies of all threads of the group have come, and shows them to the tensor cores."""
+    async_copy.wait_group(0)
+    fence_async_shared()
+    sync()
 
 
 @gluon.jit
@@ -156,7 +168,6 @@ def _store_rows(
     places, exists = _places(q_row, first_row, kv_head, num_new, HALF, GROUP, HEADS, LAYOUT)
     columns = gl.arange(0, DIM_V, layout=gl.SliceLayout(0, LAYOUT))
     gl.store(output + ((places * DIM_V)[:, None] + columns[None, :]), tile.load(LAYOUT), mask=exists[:, None])
-    sync()
 
 
 @gluon.jit
@@ -168,7 +179,7 @@ def _store_partial(partial_output, result, places, exists, DIM_V: gl.constexpr, 
 
 @gluon.jit
 def consumer(
-    k_ring, v_ring, q_tile, k_ready, v_ready, gate,
+    k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
     output, lse, partial_output, partial_lse, q,
     items, alibi_slopes, sinks, scale, softcap, window,
     HALF: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
@@ -183,14 +194,16 @@ def consumer(
     HEADS: gl.constexpr = KV_HEADS * GROUP
     # With options the scores carry their scale already.
     exponent = 1.0 if SOFTCAP or ALIBI else scale
-    io_tile = q_tile
-    q_tile = io_tile._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], gl.NVMMASharedLayout(128, 16, 2))
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    Q_TILES: gl.constexpr = q_tiles.shape[0] // _GROUPS
     first = gl.program_id(0)
-    q_tile.store(_queries(q, items, first, True, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT))
-    fence_async_shared()
+    tile = q_tiles.index(HALF)._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], Q_LAYOUT)
+    _copy_queries(tile, q, items, first, True, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
     release_all(STAGES, _GROUPS)
     end = num_work(items, KV_HEADS)
     count = 0
+    turn = 0  # which of the group's tiles has the item's queries
+    _await_queries()
     for index in range(first, end, gl.num_programs(0)):
         prefetch(items + gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
@@ -227,7 +240,16 @@ def consumer(
         # The first tile's weights; then each turn multiplies the last tile's weights while it makes the next one's.
         stage = count % STAGES
         mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
-        scores = warpgroup_mma(q_tile, tile_of(k_ring, stage, KEYS, DIM).permute([1, 0]), zeros, use_acc=False)
+        io_tile = q_tiles.index(turn * _GROUPS + HALF)
+        q_tile = io_tile._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], Q_LAYOUT)
+        k_tile = tile_of(k_ring, stage, KEYS, DIM).permute([1, 0])
+        scores = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+        following = index + gl.num_programs(0)
+        turn = (turn + 1) % Q_TILES
+        next_tile = q_tiles.index(turn * _GROUPS + HALF)._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], Q_LAYOUT)
+        if Q_TILES > 1:  # the next item's queries, on their way while this one is served
+            _copy_queries(next_tile, q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
+        scores = warpgroup_mma_wait(0, [scores])
         release(stage, False, _GROUPS)
         weights, row_max, row_sum, _ = _weights(
             scores, tile_at(0, first_tile, full_tile, full_end_tile) * KEYS, num_full < 1, row_max, row_sum, positions,
@@ -262,9 +284,6 @@ def consumer(
         stage = count % STAGES
         mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
         accumulator = warpgroup_mma(weights, tile_of(v_ring, stage, KEYS, DIM_V), accumulator, is_async=True)
-        # The next item's queries, on their way while this one ends.
-        following = index + gl.num_programs(0)
-        queries = _queries(q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
         accumulator, weights = warpgroup_mma_wait(0, [accumulator, weights])
         release(stage, True, _GROUPS)
         count += 1
@@ -305,5 +324,7 @@ def consumer(
             _store_rows(
                 output, io_tile, result, q_row, first_row, kv_head, num_new, HALF, GROUP, HEADS, DIM_V, IO_LAYOUT
             )
-        q_tile.store(queries)
-        fence_async_shared()
+        if Q_TILES == 1:
+            sync()  # the output has left the tile
+            _copy_queries(next_tile, q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
+        _await_queries()

@@ -38,7 +38,10 @@ sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 @gluon.jit
 def limit(position, block_size, prefix_len, padded_prefix_len):
     """First position that a token does not see among the new ones; see `metadata.new_token_limits`."""
-    block_end = (position // block_size + 1) * block_size
+    if block_size == 1:  # causal: no division
+        block_end = position + 1
+    else:
+        block_end = (position // block_size + 1) * block_size
     block_end = gl.where(position < padded_prefix_len, padded_prefix_len, block_end)
     return gl.where(position < prefix_len, prefix_len, block_end)
 
