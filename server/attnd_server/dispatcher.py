@@ -140,7 +140,10 @@ class TritonAttentionOps:
         """
         backend = config.backend if options.backend is None else options.backend
         refusals = []
-        candidates = (backend,) if backend is not AttentionBackend.AUTO else self._orders[kind_of(metadata)]
+        if backend is AttentionBackend.AUTO:
+            candidates = self._orders[kind_of(config, metadata, options, self.device)]
+        else:
+            candidates = (backend,)
         for candidate in candidates:
             reason = self._refusal(candidate, config, metadata, options)
             if reason is None:

@@ -15,7 +15,7 @@ from attnd.errors import Unsupported
 from attnd_server import dispatcher
 from attnd_server.auto_choice import CHOICES, Choice, StepKind, kind_of, orders_for
 from attnd_server.backends import flash_libraries, triton, xformers
-from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from tests import oracle
@@ -88,14 +88,35 @@ def test_an_optional_backend_is_on_if_its_package_is_found(
         ([(20, 256), (20, 256)], StepKind.BLOCKS),
         ([(0, 32), (0, 32)], StepKind.BLOCKS),
         ([(0, 32), (0, 31)], StepKind.PREFILL),
-        ([(0, 257), (0, 257)], StepKind.PREFILL),
+        ([(0, 257), (0, 257)], StepKind.EVEN_PREFILL),
+        ([(0, 4096)], StepKind.EVEN_PREFILL),
+        ([(0, 4097)], StepKind.PREFILL),
         ([(20, 257), (0, 1)], StepKind.CHUNKED),
         ([(20, 257), (20, 257)], StepKind.CHUNKED),
     ],
 )
 def test_kinds_of_steps(lens: list[tuple[int, int]], kind: StepKind) -> None:
     case = Case([Request(context_len, query_len, query_len, [1, 2]) for context_len, query_len in lens])
-    assert kind_of(case.metadata()) is kind
+    assert kind_of(CASE.config(), case.metadata(), PLAIN, torch.device("cpu")) is kind
+
+
+@pytest.mark.parametrize(
+    ("config", "valid_len", "options"),
+    [
+        (CASE.config(), 256, PLAIN),
+        (CASE.config(), 257, replace(PLAIN, window=256)),
+        (replace(CASE.config(), kv_split=KVSplitConfig(batch_invariant=True)), 257, PLAIN),
+    ],
+    ids=["a token does not count", "a window", "bits must not depend on the batch"],
+)
+def test_prompts_of_one_length_are_even_only_if_torch_needs_no_mask_and_may_serve_them(
+    config: AttentionConfig, valid_len: int, options: AttentionOptions
+) -> None:
+    metadata = Case([Request(0, 257, valid_len, [1, 2])] * 2).metadata()
+    assert kind_of(config, metadata, options, torch.device("cpu")) is StepKind.PREFILL
+    # float32 has no kernel on a GPU that does without all scores.
+    even = Case([Request(0, 257, 257, [1, 2])] * 2).metadata()
+    assert kind_of(CASE.config(), even, PLAIN, torch.device("cuda")) is StepKind.PREFILL
 
 
 def test_the_first_row_of_the_table_that_fits_the_device_holds() -> None:

@@ -13,24 +13,32 @@ from attnd_server.metadata import AttentionMetadata, AttentionOptions
 MAX_HEAD_DIM = 256
 
 
-def dense_prefill(
+def is_dense_prefill(
     config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
-) -> list[Part] | None:
-    """A part for each number of new tokens and mask of a step without context, or None: the step is another one.
+) -> bool:
+    """Whether a step has no context, and each request a mask that torch's kernels know without being given any.
 
-    On a GPU only if the part is in a type and head dim for which torch has a kernel that does not hold all scores.
+    On a GPU only if the step is in a type and head dim for which torch has a kernel that does not hold all scores.
     """
     if metadata.max_context_len or metadata.cache_only or config.head_dim != config.head_dim_v:
-        return None
+        return False
     if device.type != "cpu":
         dtype = config.precision.dtype(config.dtype)
         if dtype not in (torch.float16, torch.bfloat16) or config.head_dim > MAX_HEAD_DIM:
-            return None
+            return False
     if options.window and max(metadata.query_lens, default=0) > options.window:
+        return False
+    is_plain = plain_masks.causal(metadata) | plain_masks.bidirectional(metadata)
+    return plain_masks.all_valid(metadata) and bool(is_plain.all())
+
+
+def dense_prefill(
+    config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
+) -> list[Part] | None:
+    """A part for each number of new tokens and mask of a dense prefill, or None: the step is another one."""
+    if not is_dense_prefill(config, metadata, options, device):
         return None
     is_causal = plain_masks.causal(metadata)
-    if not plain_masks.all_valid(metadata) or not (is_causal | plain_masks.bidirectional(metadata)).all():
-        return None
     groups: dict[tuple[int, bool], list[int]] = {}
     for request, (num_rows, causal) in enumerate(zip(metadata.query_lens, is_causal.tolist(), strict=True)):
         if num_rows:

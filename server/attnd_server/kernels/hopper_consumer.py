@@ -142,9 +142,7 @@ def _copy_queries(
     num_valid = gl.load(item + NUM_VALID, mask=exists, other=0)
     places, seen = _places(q_row, first_row, index % KV_HEADS, num_valid, HALF, GROUP, KV_HEADS * GROUP, LAYOUT)
     columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    async_copy.async_copy_global_to_shared(
-        tile, q + ((places * DIM)[:, None] + columns[None, :]), mask=seen[:, None]
-    )
+    async_copy.async_copy_global_to_shared(tile, q + ((places * DIM)[:, None] + columns[None, :]), mask=seen[:, None])
     async_copy.commit_group()
 
 
