@@ -264,6 +264,27 @@ def info(
     raise typer.Exit(run_info(address, timeout_s, Console(), Console(stderr=True)))
 
 
+@app.command()
+def doctor(
+    address: Annotated[
+        str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to examine.")
+    ] = options.DEFAULT_ADDRESS,
+    socket_dir: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH", show_default="as the server does", help="Folder of the server's sockets as seen from here."
+        ),
+    ] = "",
+    timeout_s: Annotated[
+        float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for each answer.")
+    ] = 5.0,
+) -> None:
+    """Try every plane from this process to a server: which work, how fast they are, and why others do not."""
+    from attnd_server.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(address, socket_dir, timeout_s, Console(), Console(stderr=True)))
+
+
 @app.command("version")
 def print_version() -> None:
     """Show the versions of attnd and of what it stands on."""

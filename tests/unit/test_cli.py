@@ -15,7 +15,7 @@ from attnd._version import __version__
 from attnd_server import __main__, app, cli, cli_options
 from attnd_server.config import ServerConfig
 
-COMMANDS = {"serve", "demo", "chat", "info", "version"}
+COMMANDS = {"serve", "demo", "doctor", "chat", "info", "version"}
 
 
 def run(*arguments, env=None):
