@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
 from attnd.v1 import attention_pb2, error_pb2
+from attnd_server.attend_session import CallWork
 from attnd_server.executor import Executor, Work
-from attnd_server.service import AttentionService, CallWork, error_response
+from attnd_server.service import AttentionService, error_response
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Messages pass as bytes, both ways.

@@ -18,11 +18,12 @@ from attnd.planes import doorbell, sockets
 from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
 from attnd.v1 import attention_pb2
+from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.executor import Work
 from attnd_server.planes import Plane, PlaneTable, SocketFolder
 from attnd_server.planes.table import end
 from attnd_server.replies import RegionReplies
-from attnd_server.service import AttendSession, AttentionService, CallWork, error_response
+from attnd_server.service import AttentionService, error_response
 
 log = logging.getLogger(__name__)
 

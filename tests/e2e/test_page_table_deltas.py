@@ -186,7 +186,7 @@ def test_many_steps_opened_ahead_are_told_by_what_the_server_still_has(
 def test_a_server_that_keeps_less_than_it_says_costs_one_step(
     steps_sent: list[step_pb2.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnd_server.service.MAX_OPEN_STEPS", 1)
+    monkeypatch.setattr("attnd_server.attend_session.MAX_OPEN_STEPS", 1)
     with attnd.connect("inproc://") as client, create(client) as cache, cache.session() as session:
         worker = Worker(cache, context_len=300)
         session.step(worker.metadata()).attend(0, *worker.tensors(NUM_REQS))

@@ -1,0 +1,121 @@
+"""One Attend stream, or what is like it on a plane: its open steps, and the work of their calls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from attnd import wire
+from attnd.errors import InvalidRequest
+from attnd.tensors import Array
+from attnd.v1 import attention_pb2, step_pb2
+from attnd_server import validation
+from attnd_server.executor import Work
+from attnd_server.metadata import AttentionOptions
+from attnd_server.replies import Encode, Replies
+from attnd_server.steps import Call, Step
+
+if TYPE_CHECKING:
+    from attnd_server.service import AttentionService
+
+# Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
+# The contract has this number too: at Step.id and at StepReply.takes_deltas.
+MAX_OPEN_STEPS = 8
+# Tokens that a small decode call attends to, over all its rows.
+SMALL_CALL_TOKENS = 4_096
+
+
+@dataclass(frozen=True, eq=False)
+class CallWork:
+    """The work of a call on the Attend stream."""
+
+    service: AttentionService
+    call: Call
+    encode: Encode
+    plane: str
+
+    def __call__(self) -> bytes:
+        """Runs the call and encodes its reply."""
+        return self.service.attend(self.call, self.encode, self.plane)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes no longer than a few switches of thread: decode over few tokens."""
+        metadata = self.call.step.metadata
+        return metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= SMALL_CALL_TOKENS
+
+
+class AttendSession:
+    """The state of one Attend stream: its open steps."""
+
+    def __init__(self, service: AttentionService, principal: str, replies: Replies) -> None:
+        """Starts without steps."""
+        self._service = service
+        self._principal = principal
+        self._replies = replies
+        # Of a stream with a region, the last call: what came, and what was made of it unless it was refused.
+        self._last_call: wire.Framed | None = None
+        self._last_work: CallWork | None = None
+        self._steps: OrderedDict[int, Step] = OrderedDict()
+        self._last_id = -1
+        self._last_options: AttentionOptions | None = None
+
+    def request(self, data: bytes) -> bytes | Work:
+        """Answers a message of the stream: a step at once, a call by work for the executor."""
+        message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region)
+        kind = message.WhichOneof("message")
+        if kind == "call":
+            if self._replies.region is not None:
+                self._last_call, self._last_work = wire.Framed(message.call, tensors), None
+            return self._call(message.call, tensors)
+        if kind == "step":
+            return self._open(message.step)
+        raise InvalidRequest("message is not set, but must be step or call", field="message")
+
+    def repeat(self, layer: int, step_id: int) -> Work:
+        """The last call again, of another step or layer; checked as if it had come whole."""
+        if self._last_call is None:
+            raise InvalidRequest("message is absent, but must be given: there was no call before that is meant again")
+        message, tensors = self._last_call
+        message.layer, message.step_id = layer, step_id
+        last = self._last_work
+        if last is not None and last.call.step is self._steps.get(step_id):
+            # What was checked lies in this process and is the same; only the layer is new.
+            step = last.call.step
+            step.cache.renew()
+            return replace(last, call=last.call._replace(layer=validation.layer(layer, step.cache.config)))
+        return self._call(message, tensors)
+
+    def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Work:
+        call = self._service.call(self._step(message.step_id), message, tensors)
+        work = CallWork(self._service, call, self._replies.encoder(call, message), self._replies.plane)
+        self._last_options = call.options
+        if self._replies.region is not None:
+            self._last_work = work
+        return work
+
+    def _open(self, message: step_pb2.Step) -> bytes:
+        if message.id <= self._last_id:
+            raise InvalidRequest(
+                f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
+            )
+        open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
+        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps)
+        self._last_id = message.id
+        if self._last_options is not None:  # most likely those of its first call, too
+            self._service.executor.plan_ahead(step, self._last_options)
+        if len(self._steps) > MAX_OPEN_STEPS:
+            self._steps.popitem(last=False)
+        reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)
+        return attention_pb2.AttendResponse(step=reply).SerializeToString()
+
+    def _step(self, step_id: int) -> Step:
+        step = self._steps.get(step_id)
+        if step is None:
+            known = ", ".join(map(str, self._steps)) or "none"
+            raise InvalidRequest(
+                f"call.step_id is {step_id}, but the stream's open steps are: {known}", field="call.step_id"
+            )
+        return step
