@@ -1,8 +1,8 @@
 """A bare doorbell echo: what the same bytes cost through shared memory when nobody looks at them.
 
 `DoorbellEcho` starts `python -m benchmarks.doorbell_echo`, which inherits one end of a socket and the memory. A call
-copies its bytes into the memory and sends 16 bytes; the echo copies as many of them as come back beside them, and sends
-24; the caller copies these out. Both sleep in the kernel until something comes, as attnd's shm plane does.
+copies its bytes into the memory and sends 20 bytes; the echo copies as many of them as come back beside them, and sends
+32; the caller copies these out. Both sleep in the kernel until something comes, as attnd's shm plane does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.servers import ROOT
 
 NUM_BYTES = 256 << 20
 # As attnd's: numbers of a call, and of its reply.
-_REQUEST, _REPLY = struct.Struct("<IIQ"), struct.Struct("<IIQII")
+_REQUEST, _REPLY = struct.Struct("<IIQI"), struct.Struct("<IIQIIII")
 _MIDDLE = NUM_BYTES // 2
 
 
@@ -49,7 +49,7 @@ class DoorbellEcho:
         for array in arrays:
             self._memory[end : end + array.nbytes] = array
             end += array.nbytes
-        self._socket.sendall(_REQUEST.pack(0, num_reply_bytes, 0))
+        self._socket.sendall(_REQUEST.pack(0, num_reply_bytes, 0, 0))
         if len(self._socket.recv(_REPLY.size)) != _REPLY.size:
             raise ConnectionResetError("the echo hung up")
         return bytes(self._memory[_MIDDLE : _MIDDLE + num_reply_bytes])
@@ -66,9 +66,9 @@ def serve(connection: socket.socket, memory: mmap.mmap) -> None:
     """Answers until the other end hangs up."""
     view = memoryview(memory)
     while request := connection.recv(_REQUEST.size):
-        _, num_bytes, _ = _REQUEST.unpack(request)
+        _, num_bytes, _, _ = _REQUEST.unpack(request)
         view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
-        connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0))
+        connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,10 @@ from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
 from attnd.pages import PagedSequence, PagePool
-from attnd.session import Session, Step, Timings
+from attnd.session import Session
+from attnd.steps import PendingCall, Step
 from attnd.tensors import Array
+from attnd.timings import Timings
 from attnd.tuning import tune_process
 from attnd.warm_up import WarmUp
 
@@ -63,6 +65,7 @@ __all__ = [
     "KVSplit",
     "PagePool",
     "PagedSequence",
+    "PendingCall",
     "PermissionDenied",
     "ServerFault",
     "Session",

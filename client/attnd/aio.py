@@ -284,7 +284,11 @@ class AsyncCache:
 
 
 class AsyncSession:
-    """One Attend stream of one cache. Calls of several tasks may be under way: answers come in order."""
+    """One Attend stream of one cache. Calls of several tasks may be under way: answers come in order.
+
+    With two halves of a batch as two steps of two tasks, the one's q, k and v are computed while the server attends the
+    other's. The server reads 4 requests ahead; more wait their turn.
+    """
 
     def __init__(self, cache: AsyncCache) -> None:
         """Opens no stream yet: the first step does."""
@@ -408,6 +412,7 @@ class AsyncStep:
         if kind == "error":
             opened, refusal, _ = self._answer.result() if self._answer.done() else ("", message, None)
             raise from_message(refusal if opened == "error" else message)
-        if kind != "call":
-            raise ServerFault(f"the server answered a call with {kind}")
+        if kind != "call" or (message.step_id, message.layer) != (self.id, layer):
+            await self._session.close()  # nobody knows whose the next answer is
+            raise ServerFault(f"the server answered layer {layer} of step {self.id} with {kind} {message}")
         return requests.reply(message, tensors, q, options.return_lse).output

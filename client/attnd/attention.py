@@ -15,7 +15,8 @@ from attnd.options import BACKENDS, AttentionOptions
 from attnd.packing import ints
 
 if TYPE_CHECKING:
-    from attnd.session import Session, Step
+    from attnd.session import Session
+from attnd.steps import Step
 
 
 class Attention(nn.Module):

@@ -250,7 +250,7 @@ class Cache:
 
     def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> OpenedStream:
         """A stream for a session."""
-        return open_stream(self.transport, wanted, self._client._refusals, timeout_s)
+        return open_stream(self.transport, self.config, wanted, self._client._refusals, timeout_s)
 
     def info(self) -> cache_pb2.CacheInfo:
         """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""

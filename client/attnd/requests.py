@@ -19,6 +19,9 @@ from attnd.warm_up import WarmUp
 
 # Bytes of K and V in one chunk of StoreKv.
 STORE_CHUNK_BYTES = 4 << 20
+# Calls of one session that may be under way: those of two halves of a batch, and as many again. A shm plane has so many
+# lanes (see ShmPlane in plane.proto), and a server reads so many requests of a stream ahead.
+MAX_CALLS_UNDER_WAY = 4
 
 DEFAULT_OPTIONS = AttentionOptions()
 
@@ -171,12 +174,14 @@ _BACKEND_NAMES = {
 
 
 class Reply(NamedTuple):
-    """What a call gave."""
+    """What a call gave; times as `CallReply` has them."""
 
     output: Any
     backend: str
     queue_us: int
+    copy_in_us: int
     kernel_us: int
+    copy_out_us: int
 
 
 def reply(message: step_pb2.CallReply, tensors: Any, like: Any, return_lse: bool) -> Reply:
@@ -184,7 +189,14 @@ def reply(message: step_pb2.CallReply, tensors: Any, like: Any, return_lse: bool
     output = from_array(tensors["output"], like) if "output" in tensors else None
     if return_lse and output is not None:
         output = (output, from_array(tensors["lse"], like))
-    return Reply(output, _BACKEND_NAMES.get(message.backend, ""), message.queue_us, message.kernel_us)
+    return Reply(
+        output=output,
+        backend=_BACKEND_NAMES.get(message.backend, ""),
+        queue_us=message.queue_us,
+        copy_in_us=message.copy_in_us,
+        kernel_us=message.kernel_us,
+        copy_out_us=message.copy_out_us,
+    )
 
 
 def unary_reply(kind: str, data: bytes, like: Any, return_lse: bool) -> Any:

@@ -1,59 +1,25 @@
-"""Sessions, steps and calls: the hot path of the sync client."""
+"""Sessions: the hot path of the sync client."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from attnd import requests
-from attnd.errors import AttndError, Disconnected, ServerFault, from_message
+from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
 from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
-from attnd.requests import DEFAULT_OPTIONS, Reply
+from attnd.requests import MAX_CALLS_UNDER_WAY
+from attnd.steps import PendingCall, Step
+from attnd.timings import Timings
 
 if TYPE_CHECKING:
     from attnd.client import Cache
     from attnd.planes.choice import PlaneOptions
     from attnd.transport import Stream
-
-
-@dataclass
-class Timings:
-    """Where the time of a session's calls went.
-
-    Attributes:
-        num_steps: steps that were opened.
-        call_us: microseconds of each call, from the caller's side, copies of its tensors included.
-        queue_us: microseconds that calls waited for the executor, summed.
-        kernel_us: microseconds of store and attention, summed.
-        bytes_sent: bytes of all messages to the server; not those that travel in shared memory.
-        bytes_received: bytes of all messages from the server; likewise.
-        backend: what ran last.
-        plane: how tensors travelled.
-    """
-
-    num_steps: int = 0
-    call_us: list[float] = field(default_factory=list)
-    queue_us: int = 0
-    kernel_us: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    backend: str = ""
-    plane: str = "inline"
-
-    @property
-    def num_calls(self) -> int:
-        """Calls that were answered."""
-        return len(self.call_us)
-
-    @property
-    def wire_us(self) -> float:
-        """Microseconds of calls that were neither queue nor kernel, summed: copies, gRPC, the network."""
-        return max(0.0, sum(self.call_us) - self.queue_us - self.kernel_us)
 
 
 class Session:
@@ -81,7 +47,7 @@ class Session:
         self._timings = Timings()
         self._stream: Stream | None = None
         self._last_step_id = 0
-        self._unanswered: deque[Step] = deque()  # steps whose reply was not read yet
+        self._unanswered: deque[Step | PendingCall] = deque()  # whose answers were not read yet, in order
         self._sent_tables = SentPageTables()
         self._going_away = ""
 
@@ -100,7 +66,7 @@ class Session:
         """
         if self._going_away:
             reason, self._going_away = self._going_away, ""
-            self.close()
+            self._finish()
             raise Disconnected(f"{reason}; the next step reconnects")
         if self._stream is None:
             self._sent_tables.forget()
@@ -109,10 +75,9 @@ class Session:
         if self._stream is None:
             self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
             self.plane = self._timings.plane = self._stream.plane
-        self._send(self._stream.step_request(message))
-        self._timings.num_steps += 1
         step = Step(self, self._last_step_id, self._stream)
-        self._unanswered.append(step)
+        self._send(self._stream.step_request(message), step)
+        self._timings.num_steps += 1
         return step
 
     def timings(self) -> Timings:
@@ -124,8 +89,11 @@ class Session:
         self._timings = Timings(plane=self._timings.plane)
 
     def close(self) -> None:
-        """Ends the stream. The cache stays. The next step opens another stream."""
+        """Ends the stream, and calls that are under way. The cache stays. The next step opens another stream."""
         stream, self._stream = self._stream, None
+        for request in self._unanswered:
+            if isinstance(request, PendingCall):
+                request.error = Disconnected("the session's stream ended before the call was answered")
         self._unanswered.clear()
         if stream is not None:
             stream.close()
@@ -140,86 +108,106 @@ class Session:
         """Closes."""
         self.close()
 
-    def _call(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
-        if self._stream is None or self._stream is not step.stream:
+    def _attend(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
+        started = time.perf_counter()
+        return self._wait(self._submit(step, layer, q, k, v, options), started)
+
+    def _submit_timed(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
+        started = time.perf_counter()
+        call = self._submit(step, layer, q, k, v, options)
+        call.seconds = time.perf_counter() - started
+        return call
+
+    def _wait_timed(self, call: PendingCall) -> Any:
+        return self._wait(call, time.perf_counter() - call.seconds)
+
+    def _submit(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
+        stream = self._stream
+        if stream is None or stream is not step.stream:
             raise Disconnected("the step's stream has ended; open the step again")
         if step.error is not None:
             raise step.error
-        started = time.perf_counter()
-        request = self._stream.call_request(step.id, layer, q, k, v, options)
+        if len(self._unanswered) >= MAX_CALLS_UNDER_WAY:
+            self._refuse_too_many()
+        request = stream.call_request(step.id, layer, q, k, v, options)
+        call = PendingCall(self, step, layer, q, options.return_lse)
+        self._send(request, call)
+        return call
+
+    def _refuse_too_many(self) -> None:
+        """Raises Exhausted if no more calls may be under way; steps may be."""
+        num_calls = sum(isinstance(request, PendingCall) for request in self._unanswered)
+        if num_calls >= MAX_CALLS_UNDER_WAY:
+            raise Exhausted(f"{num_calls} calls of the session are under way, which is the limit; wait for one first")
+
+    def _wait(self, call: PendingCall, started: float) -> Any:
+        """Reads answers, which come in order, up to that of `call`; the caller has been at it since `started`."""
         try:
-            self._send(request)
-            reply = self._receive_call(step, layer, q, options.return_lse)
+            while call.reply is None and call.error is None:
+                self._receive()
         except BaseException:  # Ctrl-C too: the answer may still come, and must not be taken for that of a later call
             self.close()
             raise
-        if isinstance(reply, AttndError):
-            raise reply
-        timings = self._timings
-        timings.call_us.append((time.perf_counter() - started) * 1e6)
-        timings.queue_us += reply.queue_us
-        timings.kernel_us += reply.kernel_us
-        timings.backend = reply.backend or timings.backend
-        return reply.output
+        if call.error is not None:
+            raise call.error
+        assert call.reply is not None
+        if not call.is_counted:
+            call.is_counted = True
+            self._timings.add(call.reply, time.perf_counter() - started)
+        return call.reply.output
 
-    def _receive_call(self, step: Step, layer: int, like: Any, return_lse: bool) -> Reply | AttndError:
-        """Reads answers, which come in order, up to that of the call that was just sent."""
-        assert self._stream is not None
-        while True:
-            kind, message, tensors, num_bytes = self._stream.receive(self.timeout_s)
-            self._timings.bytes_received += num_bytes
-            if kind == "going_away":
-                self._going_away = message.reason
-            elif self._unanswered:
-                opened = self._unanswered.popleft()
-                if kind == "error":
-                    opened.error = from_message(message)
-                    self._sent_tables.forget()
-                elif kind == "step" and message.takes_deltas:
-                    self._sent_tables.accept(opened.id)
-            elif kind == "error":
-                return step.error or from_message(message)
-            elif kind == "call" and (message.step_id, message.layer) == (step.id, layer):
-                return requests.reply(message, tensors, like, return_lse)
-            else:
-                raise ServerFault(f"the server answered layer {layer} of step {step.id} with {kind} {message}")
+    def _receive(self) -> None:
+        """Reads one message, and gives it to what it answers."""
+        assert self._stream is not None  # whoever waits has a call under way, and close() ends those
+        kind, message, tensors, num_bytes = self._stream.receive(self.timeout_s)
+        self._timings.bytes_received += num_bytes
+        if kind == "going_away":
+            self._going_away = message.reason
+            return
+        if not self._unanswered:
+            raise ServerFault(f"the server sent {kind} unasked")
+        request = self._unanswered[0]
+        if isinstance(request, PendingCall):
+            self._answer_call(request, kind, message, tensors)
+        else:
+            self._answer_step(request, kind, message)
+        self._unanswered.popleft()  # not before: a fault of the server ends all that are unanswered
 
-    def _send(self, request: bytes) -> None:
+    def _answer_step(self, step: Step, kind: str, message: Any) -> None:
+        if kind == "error":
+            step.error = from_message(message)
+            self._sent_tables.forget()
+        elif kind != "step" or message.step_id != step.id:
+            raise ServerFault(f"the server answered step {step.id} with {kind} {message}")
+        elif message.takes_deltas:
+            self._sent_tables.accept(step.id)
+
+    def _answer_call(self, call: PendingCall, kind: str, message: Any, tensors: Any) -> None:
+        if kind == "error":
+            call.error = call.step.error or from_message(message)
+        elif kind == "call" and (message.step_id, message.layer) == (call.step.id, call.layer):
+            # Now, because the stream may use the message and what its tensors lie in again.
+            call.reply = requests.reply(message, tensors, call.like, call.return_lse)
+        else:
+            raise ServerFault(f"the server answered layer {call.layer} of step {call.step.id} with {kind} {message}")
+        call.like = None
+
+    def _finish(self) -> None:
+        """Takes the answers of all calls under way, which a server that drains still gives, and closes."""
+        try:
+            while any(isinstance(request, PendingCall) for request in self._unanswered):
+                self._receive()
+        except AttndError:
+            pass  # their waits say so
+        finally:
+            self.close()
+
+    def _send(self, request: bytes, sent: Step | PendingCall) -> None:
         assert self._stream is not None
         self._timings.bytes_sent += len(request)
         try:
             self._stream.send(request)
+            self._unanswered.append(sent)
         except BaseException:  # it may have gone out in part
             self.close()
             raise
-
-
-class Step:
-    """One forward pass: what its layers share has been sent."""
-
-    def __init__(self, session: Session, step_id: int, stream: Stream) -> None:
-        """Made by `Session.step`."""
-        self.id = step_id
-        self.stream = stream
-        self.error: AttndError | None = None
-        self._session = session
-
-    def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
-        """Attention of one layer.
-
-        Args:
-            layer: 0 <= layer < num_layers.
-            q: `[num_tokens, num_heads, head_dim]` of the cache's dtype; None in a store-only step.
-            k: `[num_tokens, num_kv_heads, head_dim]`; None in a cache-only step.
-            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step.
-            options: scale, softcap, window, ALiBi, sinks, lse, backend.
-
-        Returns:
-            `[num_tokens, num_heads, head_dim_v]`, a torch tensor on q's device if q is one, a numpy array if q is one,
-            else an `attnd.Array`; with `options.return_lse` the tuple `(output, lse)`, lse float32
-            `[num_tokens, num_heads]`; None in a store-only step.
-
-        Raises:
-            AttndError: see `attnd.errors`; the step's own refusal comes here too.
-        """
-        return self._session._call(self, layer, q, k, v, options)

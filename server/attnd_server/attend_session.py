@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attnd import wire
 from attnd.errors import InvalidRequest
+from attnd.requests import MAX_CALLS_UNDER_WAY
 from attnd.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
 from attnd_server import validation
@@ -55,45 +56,50 @@ class AttendSession:
         self._service = service
         self._principal = principal
         self._replies = replies
-        # Of a stream with a region, the last call: what came, and what was made of it unless it was refused.
-        self._last_call: wire.Framed | None = None
-        self._last_work: CallWork | None = None
+        # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
+        self._last_calls: dict[int, wire.Framed] = {}
+        self._last_works: dict[int, CallWork] = {}
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._last_id = -1
         self._last_options: AttentionOptions | None = None
 
-    def request(self, data: bytes) -> bytes | Work:
-        """Answers a message of the stream: a step at once, a call by work for the executor."""
+    def request(self, data: bytes, lane: int = 0) -> bytes | Work:
+        """Answers a message of the stream: a step at once, a call of `lane` by work for the executor."""
         message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region)
         kind = message.WhichOneof("message")
         if kind == "call":
             if self._replies.region is not None:
-                self._last_call, self._last_work = wire.Framed(message.call, tensors), None
-            return self._call(message.call, tensors)
+                if lane >= MAX_CALLS_UNDER_WAY:
+                    raise InvalidRequest(f"lane is {lane}, but must be in 0..{MAX_CALLS_UNDER_WAY - 1}", field="lane")
+                self._last_calls[lane] = wire.Framed(message.call, tensors)
+                self._last_works.pop(lane, None)
+            return self._call(message.call, tensors, lane)
         if kind == "step":
             return self._open(message.step)
         raise InvalidRequest("message is not set, but must be step or call", field="message")
 
-    def repeat(self, layer: int, step_id: int) -> Work:
-        """The last call again, of another step or layer; checked as if it had come whole."""
-        if self._last_call is None:
-            raise InvalidRequest("message is absent, but must be given: there was no call before that is meant again")
-        message, tensors = self._last_call
+    def repeat(self, layer: int, step_id: int, lane: int) -> Work:
+        """The last call of `lane` again, of another step or layer; checked as if it had come whole."""
+        last_call, last = self._last_calls.get(lane), self._last_works.get(lane)
+        if last_call is None:
+            raise InvalidRequest(
+                f"message is absent, but must be given: there was no call in lane {lane} that is meant again"
+            )
+        message, tensors = last_call
         message.layer, message.step_id = layer, step_id
-        last = self._last_work
         if last is not None and last.call.step is self._steps.get(step_id):
             # What was checked lies in this process and is the same; only the layer is new.
             step = last.call.step
             step.cache.renew()
             return replace(last, call=last.call._replace(layer=validation.layer(layer, step.cache.config)))
-        return self._call(message, tensors)
+        return self._call(message, tensors, lane)
 
-    def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Work:
+    def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
         call = self._service.call(self._step(message.step_id), message, tensors)
-        work = CallWork(self._service, call, self._replies.encoder(call, message), self._replies.plane)
+        work = CallWork(self._service, call, self._replies.encoder(call, message, lane), self._replies.plane)
         self._last_options = call.options
         if self._replies.region is not None:
-            self._last_work = work
+            self._last_works[lane] = work
         return work
 
     def _open(self, message: step_pb2.Step) -> bytes:

@@ -17,7 +17,7 @@ from attnd_server.worker import start
 
 if TYPE_CHECKING:
     from attnd.client import Client
-    from attnd.session import Timings
+    from attnd.timings import Timings
     from attnd_server.answers import Answer
 
 PAGE_SIZE = 16

@@ -29,8 +29,8 @@ class Replies(Protocol):
     plane: str
     region: Region | None
 
-    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
-        """What will answer a call, and others of its step that differ in the layer alone.
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int) -> Encode:
+        """What will answer a call of `lane`, and others of its lane and step that differ in the layer alone.
 
         Raises:
             InvalidRequest: its reply cannot lie where the message wants it.
@@ -47,7 +47,7 @@ class InlineReplies:
         """Encodes as `frame`."""
         self._frame = frame
 
-    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
         """What will answer a call."""
         if message.HasField("reply"):
             raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
@@ -66,12 +66,12 @@ class RegionReplies:
         """Copies results to `region`."""
         self.region: Region | None = region
         self._memory = region
-        self._last: tuple[object, list[memoryview]] = (None, [])
+        self._last: dict[int, tuple[object, list[memoryview]]] = {}  # by lane
 
-    def encoder(self, call: Call, message: step_pb2.Call) -> Encode:
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
         """What will answer a call."""
         if not message.HasField("reply"):
-            return self._inline
+            return partial(self._inline, lane)
         place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
         if call.q is not None:
             # Now, so that a call whose reply has no place does not run.
@@ -80,26 +80,27 @@ class RegionReplies:
             if call.options.return_lse:
                 num_bytes = aligned(num_bytes) + 4 * num_rows
             self._memory.view(place, num_bytes, "reply")
-        return partial(self._placed, place.offset)
+        return partial(self._placed, lane, place.offset)
 
-    def _inline(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
-        self._last = (None, [])
+    def _inline(self, lane: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        self._last.pop(lane, None)
         reply = call_reply(call, result, queue_us, kernel_us)
         return doorbell.reply_bytes(wire.ATTEND_RESPONSE.encode(reply, reply_arrays(result)))
 
-    def _placed(self, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+    def _placed(self, lane: int, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         arrays = reply_arrays(result, ("output", "lse"))
         key = (offset, result.backend, *((name, array.dtype, array.shape) for name, array in arrays.items()))
-        last_key, views = self._last
-        if key == last_key:
-            for view, array in zip(views, arrays.values(), strict=True):
+        last = self._last.get(lane)
+        if last is not None and last[0] == key:
+            for view, array in zip(last[1], arrays.values(), strict=True):
                 view[:] = array.data
-            return doorbell.repeated_reply(call.layer, call.step.id, queue_us, kernel_us)
+            times = (queue_us, result.copy_in_us, kernel_us, result.copy_out_us)
+            return doorbell.repeated_reply(call.layer, call.step.id, *times)
         reply = call_reply(call, result, queue_us, kernel_us)
         messages, views = self._memory.placed(list(arrays.values()), offset, "reply")
         for name, message in zip(arrays, messages, strict=True):
             getattr(reply, name).CopyFrom(message)
-        self._last = key, views
+        self._last[lane] = key, views
         return doorbell.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
 
 
@@ -109,7 +110,13 @@ def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> ste
     if result.backend is not None:
         backend = backend_pb2.Backend.Value(f"BACKEND_{result.backend.name}")
     return step_pb2.CallReply(
-        step_id=call.step.id, layer=call.layer, backend=backend, queue_us=queue_us, kernel_us=kernel_us
+        step_id=call.step.id,
+        layer=call.layer,
+        backend=backend,
+        queue_us=queue_us,
+        copy_in_us=result.copy_in_us,
+        kernel_us=kernel_us,
+        copy_out_us=result.copy_out_us,
     )
 
 

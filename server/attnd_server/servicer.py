@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
 
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
 from attnd.v1 import attention_pb2, error_pb2
-from attnd_server.attend_session import CallWork
+from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.executor import Executor, Work
+from attnd_server.ordered_answers import OrderedAnswers
 from attnd_server.service import AttentionService, error_response
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
@@ -69,37 +69,65 @@ class AttentionServicer(grpc.GenericRpcHandler):
         return handler
 
     async def attend(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        """Attend: each message gets one answer, in order; an error is an answer too."""
+        """Attend: each message gets one answer, in order; an error is an answer too.
+
+        The next message is read, checked and queued while a call runs.
+        """
         try:
             session = self._service.open_session(ANYBODY)
         except AttndError as error:
             await self._abort(context, error)
         self._num_streams += 1
         writing = asyncio.Lock()  # gRPC allows one write at a time
-        going_away = asyncio.ensure_future(self._going_away(context, writing))
+
+        async def write(answer: bytes) -> None:
+            async with writing:
+                await context.write(answer)
+
+        going_away = asyncio.ensure_future(self._going_away(write))
+        answers = OrderedAnswers(write, self._told)
         try:
             async for data in requests:
-                answer = await self._answer(session.request, data, attention_pb2.AttendResponse)
-                async with writing:
-                    await context.write(answer)
+                # A lone worker waits for this answer, and nobody waits for the event loop.
+                is_alone = self._num_streams == 1 and answers.is_empty
+                await answers.put(self._begin(session, data, is_alone))
+            await answers.finish()
         finally:
             self._num_streams -= 1
             going_away.cancel()
+            answers.close()
 
-    async def _going_away(self, context: Context, writing: asyncio.Lock) -> None:
+    def _begin(self, session: AttendSession, data: bytes, is_alone: bool) -> bytes | asyncio.Future[bytes]:
+        """The answer to a message of a stream, or what will be it once the executor has run its call."""
+        executor = self._service.executor
+        try:
+            answer = session.request(data)
+            if isinstance(answer, bytes):
+                return answer
+            if is_alone and isinstance(answer, CallWork) and answer.is_small:
+                result = executor.run_now(answer)
+                if result is not None:
+                    return result
+            return start_on(executor, answer)
+        except Exception as error:
+            return self._told(error)
+
+    def _told(self, error: Exception) -> bytes:
+        return error_response(attention_pb2.AttendResponse, self._service.told(error))
+
+    async def _going_away(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         await self._drain.wait()
         reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
-        async with writing:
-            await context.write(reply.SerializeToString())
+        await write(reply.SerializeToString())
 
     async def store_kv(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """StoreKv: each chunk gets one answer, in order."""
         async for data in requests:
-            await context.write(
-                await self._answer(
-                    lambda data: self._service.store_kv(data, ANYBODY), data, attention_pb2.StoreKvResponse
-                )
-            )
+            try:
+                answer = await self._finish(self._service.store_kv(data, ANYBODY))
+            except Exception as error:
+                answer = error_response(attention_pb2.StoreKvResponse, self._service.told(error))
+            await context.write(answer)
 
     async def read_kv(self, data: bytes, context: Context) -> None:
         """ReadKv: one chunk after the other, so that no more than one waits in memory."""
@@ -109,21 +137,10 @@ class AttentionServicer(grpc.GenericRpcHandler):
         except Exception as error:
             await self._abort(context, error)
 
-    async def _answer(self, method: Callable[[bytes], bytes | Work], data: bytes, reply: type[Message]) -> bytes:
-        try:
-            return await self._finish(method(data))
-        except Exception as error:
-            return error_response(reply, self._service.told(error))
-
     async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
         """The answer itself, or what its work gives on the executor."""
         if isinstance(answer, bytes):
             return answer
-        if self._num_streams == 1 and isinstance(answer, CallWork) and answer.is_small:
-            # A lone worker waits for this answer, and nobody waits for the event loop.
-            result = self._service.executor.run_now(answer)
-            if result is not None:
-                return result
         timeout_s = context.time_remaining() if context is not None else None
         return await run_on(self._service.executor, answer, timeout_s)
 
@@ -138,6 +155,11 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
 async def run_on(executor: Executor, work: Work, timeout_s: float | None = None) -> bytes:
     """Runs `work` on the executor. Raises what it raises."""
+    return await start_on(executor, work, timeout_s)
+
+
+def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> asyncio.Future[bytes]:
+    """Queues `work` for the executor: what it will give. Raises what `Executor.submit` raises."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[bytes] = loop.create_future()
 
@@ -153,4 +175,4 @@ async def run_on(executor: Executor, work: Work, timeout_s: float | None = None)
         loop.call_soon_threadsafe(settle, result, error)
 
     executor.submit(work, done, timeout_s)
-    return await future
+    return future

@@ -79,11 +79,21 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a call gives, tensors on the host. The next call may overwrite them."""
+    """What a call gives, tensors on the host. The next call may overwrite them.
+
+    Attributes:
+        output: `[num_tokens, num_heads, head_dim_v]`; None in a store-only step.
+        lse: float32 `[num_tokens, num_heads]`, if asked for.
+        backend: what ran; None in a store-only step.
+        copy_in_us: microseconds to bring q, k and v to the device; 0 where nothing is copied.
+        copy_out_us: microseconds to bring output and lse back; 0 where nothing is copied.
+    """
 
     output: torch.Tensor | None
     lse: torch.Tensor | None
     backend: AttentionBackend | None
+    copy_in_us: int = 0
+    copy_out_us: int = 0
 
 
 def attend(call: Call, ops: TritonAttentionOps) -> Result:

@@ -17,7 +17,7 @@ import torch
 
 import attnd
 from attnd.planes import doorbell, sockets
-from attnd.v1 import plane_pb2
+from attnd.v1 import attention_pb2, plane_pb2, step_pb2
 from tests.servers import ServerProcess
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
@@ -217,14 +217,20 @@ def test_only_a_fresh_ticket_opens_the_door_and_garbage_ends_the_plane(shm_serve
                 sockets.receive_memory(second)
             replies = doorbell.Replies(connection)
             for request, field in (
-                (doorbell.repeated_call(0, 1), ""),
+                (doorbell.repeated_call(0, 1, 0), ""),
+                (doorbell.repeated_call(0, 1, 1 << 31), ""),
                 (doorbell.request_bytes(b"\xff" * 40), ""),
             ):
                 connection.sendall(request)
                 reply = replies.receive()
                 assert reply is not None
                 assert b"message" in reply.message, field
-            connection.sendall(b"\xff" * 16)  # a length beyond every limit
+            call = attention_pb2.AttendRequest(call=step_pb2.Call()).SerializeToString()
+            connection.sendall(doorbell.request_bytes(call, 4))
+            reply = replies.receive()
+            assert reply is not None
+            assert b"lane is 4, but must be in 0..3" in reply.message
+            connection.sendall(b"\xff" * 20)  # a length beyond every limit
             assert replies.receive() is None
             del memory
         wait_for(lambda: mapped(shm_server.pid) == 0, "the server kept the region")

@@ -24,22 +24,24 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def test_requests_are_as_the_contract_says() -> None:
-    assert doorbell.request_bytes(b"abc") == struct.pack("<IIQ", 3, 0, 0) + b"abc"
-    assert doorbell.repeated_call(7, 1 << 40) == struct.pack("<IIQ", 0, 7, 1 << 40)
-    assert doorbell.reply_bytes(b"ab") == struct.pack("<IIQII", 2, 0, 0, 0, 0) + b"ab"
-    assert doorbell.repeated_reply(7, 9, 3, 4) == struct.pack("<IIQII", 0, 7, 9, 3, 4)
+    assert doorbell.request_bytes(b"abc", 3) == struct.pack("<IIQI", 3, 0, 0, 3) + b"abc"
+    assert doorbell.repeated_call(7, 1 << 40, 2) == struct.pack("<IIQI", 0, 7, 1 << 40, 2)
+    assert doorbell.reply_bytes(b"ab") == struct.pack("<IIQIIII", 2, 0, 0, 0, 0, 0, 0) + b"ab"
+    assert doorbell.repeated_reply(7, 9, 3, 4, 5, 6) == struct.pack("<IIQIIII", 0, 7, 9, 3, 4, 5, 6)
 
 
 messages = st.one_of(
-    st.builds(doorbell.Request, st.just(0), st.just(0), st.binary(min_size=1, max_size=300)),
-    st.builds(doorbell.Request, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.just(b"")),
+    st.builds(doorbell.Request, st.just(0), st.just(0), st.integers(0, 3), st.binary(min_size=1, max_size=300)),
+    st.builds(doorbell.Request, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 3), st.just(b"")),
 )
 
 
 @given(sent=st.lists(messages, max_size=8), piece=st.integers(1, 64))
 def test_what_was_sent_arrives_however_it_is_cut(sent: list[doorbell.Request], piece: int) -> None:
     data = b"".join(
-        doorbell.request_bytes(each.message) if each.message else doorbell.repeated_call(each.layer, each.step_id)
+        doorbell.request_bytes(each.message, each.lane)
+        if each.message
+        else doorbell.repeated_call(each.layer, each.step_id, each.lane)
         for each in sent
     )
     one, other = socket.socketpair()
@@ -77,6 +79,6 @@ def test_an_end_within_a_message_is_an_end(pair: tuple[socket.socket, socket.soc
 
 
 def test_a_length_beyond_the_limit_is_refused_before_it_arrives(pair: tuple[socket.socket, socket.socket]) -> None:
-    pair[0].sendall(struct.pack("<IIQ", wire.MAX_MESSAGE_BYTES + 1, 0, 0))
+    pair[0].sendall(struct.pack("<IIQI", wire.MAX_MESSAGE_BYTES + 1, 0, 0, 0))
     with pytest.raises(InvalidRequest, match=f"must have at most {wire.MAX_MESSAGE_BYTES}"):
         doorbell.Requests(pair[1]).receive()

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from attnd.client import Client
     from attnd.kv_split import KVSplit
     from attnd.options import AttentionOptions
-    from attnd.session import Session, Step, Timings
+    from attnd.session import Session
+    from attnd.steps import Step
+    from attnd.timings import Timings
 
 # Attribute of a key that names the RemoteCache and the layer which it was given to.
 OWNER = "_attnd_owner"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from attnd import wire
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied, Unsupported
 from attnd.transport import Stream, Transport
-from attnd.v1 import capabilities_pb2, plane_pb2
+from attnd.v1 import cache_pb2, capabilities_pb2, plane_pb2
 
 PLANES = ("auto", "inline", "shm")
 
@@ -58,12 +58,17 @@ def plane_refusals(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> di
 
 
 def open_stream(
-    transport: Transport, wanted: PlaneOptions, refused: Mapping[str, str], timeout_s: float
+    transport: Transport,
+    config: cache_pb2.CacheConfig,
+    wanted: PlaneOptions,
+    refused: Mapping[str, str],
+    timeout_s: float,
 ) -> OpenedStream:
     """An Attend stream over the plane that is wanted, or with "auto" over the best that can be had.
 
     Args:
         transport: to the server.
+        config: of the cache whose calls it will carry.
         wanted: what is asked for.
         refused: `plane_refusals` of the server.
         timeout_s: how long the server may take, in seconds.
@@ -77,14 +82,14 @@ def open_stream(
     if wanted.name == "auto" and "shm" in refused:
         return OpenedStream(transport.attend(), refused)
     try:
-        return _open_shm(transport, wanted.socket_dir, timeout_s)
+        return _open_shm(transport, config, wanted.socket_dir, timeout_s)
     except (Unsupported, PermissionDenied, Exhausted) as error:
         if wanted.name == "shm":
             raise
         return OpenedStream(transport.attend(), {**refused, "shm": str(error)})
 
 
-def _open_shm(transport: Transport, socket_dir: str, timeout_s: float) -> OpenedStream:
+def _open_shm(transport: Transport, config: cache_pb2.CacheConfig, socket_dir: str, timeout_s: float) -> OpenedStream:
     if sys.platform != "linux":
         raise Unsupported(f"plane is shm, but this process runs on {sys.platform}, and it needs Linux", field="plane")
     request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_SHM).SerializeToString()
@@ -92,7 +97,7 @@ def _open_shm(transport: Transport, socket_dir: str, timeout_s: float) -> Opened
     from attnd.planes.shm import open_shm  # has modules that other systems have not
 
     refusals = {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
-    return OpenedStream(open_shm(plane, socket_dir, timeout_s), refusals)
+    return OpenedStream(open_shm(plane, config, socket_dir, timeout_s), refusals)
 
 
 def _short(plane: int) -> str:

@@ -1,6 +1,7 @@
 """The messages of a shm plane on its Unix socket: small ones, because tensors lie in the region.
 
-A call of which only the step and the layer are new is a few numbers and no message at all; see ShmPlane in plane.proto.
+A call of which only the step and the layer are new is a few numbers and no message at all. What lanes are, and how the
+numbers lie, is said at ShmPlane in plane.proto.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import NamedTuple
 from attnd import wire
 from attnd.errors import InvalidRequest
 
-_REQUEST = struct.Struct("<IIQ")
-_REPLY = struct.Struct("<IIQII")
+_REQUEST = struct.Struct("<IIQI")
+_REPLY = struct.Struct("<IIQIIII")
 # Of a reply that is like the last one.
 REPLY_BYTES = _REPLY.size
 # Bytes that one receive asks for: more than nearly all messages have, so that one is enough.
@@ -24,13 +25,15 @@ class Request(NamedTuple):
     """What a client sends.
 
     Attributes:
-        layer: of a call that is like the last one.
+        layer: of a call that is like the last one of its lane.
         step_id: likewise.
-        message: an AttendRequest; empty for a call that is like the last one.
+        lane: of any call.
+        message: an AttendRequest; empty for a call that is like the last one of its lane.
     """
 
     layer: int
     step_id: int
+    lane: int
     message: bytes
 
 
@@ -38,38 +41,42 @@ class Reply(NamedTuple):
     """What a server sends.
 
     Attributes:
-        layer: of a reply that is like the last one.
+        layer: of a reply that is like the last one to a call of the same lane.
         step_id: likewise.
         queue_us: likewise.
+        copy_in_us: likewise.
         kernel_us: likewise.
+        copy_out_us: likewise.
         message: an AttendResponse; empty for a reply that is like the last one.
     """
 
     layer: int
     step_id: int
     queue_us: int
+    copy_in_us: int
     kernel_us: int
+    copy_out_us: int
     message: bytes
 
 
-def request_bytes(message: bytes) -> bytes:
-    """An AttendRequest for the socket."""
-    return _REQUEST.pack(len(message), 0, 0) + message
+def request_bytes(message: bytes, lane: int = 0) -> bytes:
+    """An AttendRequest for the socket; of a call, in `lane`."""
+    return _REQUEST.pack(len(message), 0, 0, lane) + message
 
 
-def repeated_call(layer: int, step_id: int) -> bytes:
-    """The last call again, of another step or layer, for the socket."""
-    return _REQUEST.pack(0, layer, step_id)
+def repeated_call(layer: int, step_id: int, lane: int) -> bytes:
+    """The last call of `lane` again, of another step or layer, for the socket."""
+    return _REQUEST.pack(0, layer, step_id, lane)
 
 
 def reply_bytes(message: bytes) -> bytes:
     """An AttendResponse for the socket."""
-    return _REPLY.pack(len(message), 0, 0, 0, 0) + message
+    return _REPLY.pack(len(message), 0, 0, 0, 0, 0, 0) + message
 
 
-def repeated_reply(layer: int, step_id: int, queue_us: int, kernel_us: int) -> bytes:
-    """The last reply again with other numbers, for the socket."""
-    return _REPLY.pack(0, layer, step_id, queue_us, kernel_us)
+def repeated_reply(layer: int, step_id: int, queue_us: int, copy_in_us: int, kernel_us: int, copy_out_us: int) -> bytes:
+    """The last reply of a lane again with other numbers, for the socket."""
+    return _REPLY.pack(0, layer, step_id, queue_us, copy_in_us, kernel_us, copy_out_us)
 
 
 class Requests:
@@ -84,8 +91,8 @@ class Requests:
         frame = self._frames.receive()
         if frame is None:
             return None
-        (layer, step_id), message = frame
-        return Request(layer, step_id, message)
+        (layer, step_id, lane), message = frame
+        return Request(layer, step_id, lane, message)
 
 
 class Replies:
@@ -100,8 +107,8 @@ class Replies:
         frame = self._frames.receive()
         if frame is None:
             return None
-        (layer, step_id, queue_us, kernel_us), message = frame
-        return Reply(layer, step_id, queue_us, kernel_us, message)
+        (layer, step_id, queue_us, copy_in_us, kernel_us, copy_out_us), message = frame
+        return Reply(layer, step_id, queue_us, copy_in_us, kernel_us, copy_out_us, message)
 
 
 class _Frames:

@@ -10,17 +10,21 @@ from attnd import requests, wire
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, ServerFault, Unsupported
 from attnd.options import AttentionOptions
 from attnd.planes import doorbell, sockets
+from attnd.planes.lanes import Lanes, PlacedCall
 from attnd.regions import Region, aligned
 from attnd.tensors import Array
 from attnd.transport import Stream
-from attnd.v1 import attention_pb2, plane_pb2, step_pb2
+from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 
 
-def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: float) -> ShmStream:
+def open_shm(
+    plane: plane_pb2.OpenPlaneResponse, config: cache_pb2.CacheConfig, socket_dir: str, timeout_s: float
+) -> ShmStream:
     """Connects to a plane that OpenPlane gave.
 
     Args:
         plane: the answer.
+        config: of the cache whose calls it will carry.
         socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
         timeout_s: how long the server may take, in seconds.
 
@@ -47,7 +51,8 @@ def open_shm(plane: plane_pb2.OpenPlaneResponse, socket_dir: str, timeout_s: flo
     except BaseException:
         connection.close()
         raise
-    return ShmStream(connection, Region(plane.id, memory), path, timeout_s)
+    lanes = Lanes(plane.shm.num_bytes, config.head_dim_v or config.head_dim)
+    return ShmStream(connection, Region(plane.id, memory), lanes, path, timeout_s)
 
 
 def _connect(connection: socket.socket, path: str) -> None:
@@ -63,32 +68,32 @@ def _connect(connection: socket.socket, path: str) -> None:
 
 
 class ShmStream(Stream):
-    """Implements `attnd.transport.Stream`. One call at a time: each takes the region from its beginning."""
+    """Implements `attnd.transport.Stream`. Several calls may be under way, each in a lane of its own."""
 
     plane = "shm"
 
-    def __init__(self, connection: socket.socket, region: Region, path: str, timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, region: Region, lanes: Lanes, path: str, timeout_s: float) -> None:
         """Owns the connection.
 
         Args:
             connection: blocking, after the handshake.
             region: the memory that came over it.
+            lanes: of the region, all free.
             path: of the socket, for errors.
             timeout_s: how long a message may take to be sent.
         """
         self._connection = connection
         self._region = region
+        self._lanes = lanes
         self._path = path
         self._replies = doorbell.Replies(connection)
         self._set_timeout(timeout_s)
-        # The last call that was sent, and the one that is next: what they look like, and where their tensors lie.
-        self._sent: tuple[object, list[memoryview]] = (None, [])
-        self._next: tuple[object, list[memoryview]] = self._sent
-        self._last_reply: requests.AttendReply | None = None
+        self._next: PlacedCall | None = None  # what is to be sent; None: a step
+        self._last_replies: dict[int, requests.AttendReply] = {}  # by lane
 
     def step_request(self, step: step_pb2.Step) -> bytes:
         """What opens a step, for `send`."""
-        self._next = self._sent  # whatever call was made meanwhile and not sent
+        self._next = None  # whatever call was made meanwhile and not sent
         return doorbell.request_bytes(wire.step_request(step))
 
     def call_request(self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
@@ -100,21 +105,23 @@ class ShmStream(Stream):
                 raise InvalidRequest(
                     f"{name} has {array.data.nbytes} bytes of data, but must have {array.num_bytes}", field=name
                 )
-        last_key, views = self._sent
-        if key == last_key:
-            for view, array in zip(views, arrays.values(), strict=True):
+        last = self._lanes.repeated(key)
+        if last is not None:
+            for view, array in zip(last.views, arrays.values(), strict=True):
                 view[:] = array.data
-            self._next = self._sent
-            return doorbell.repeated_call(layer, step_id)
-        messages, views = self._region.placed(list(arrays.values()), 0, "call")
+            self._next = last
+            return doorbell.repeated_call(layer, step_id, last.lane)
+        lane, place = self._lanes.place(arrays, return_lse=options.return_lse)
+        messages, views = self._region.placed(list(arrays.values()), place.start, "call")
         call = step_pb2.Call(step_id=step_id, layer=layer, options=options.message)
         for name, message in zip(arrays, messages, strict=True):
             getattr(call, name).CopyFrom(message)
         call.reply.id = self._region.id
+        call.reply.offset = place.start
         if messages:
             call.reply.offset = aligned(messages[-1].region.offset + views[-1].nbytes)
-        self._next = key, views
-        return doorbell.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString())
+        self._next = PlacedCall(lane, key, views, place)
+        return doorbell.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), lane)
 
     def send(self, request: bytes) -> None:
         """Sends what `step_request` or `call_request` gave last."""
@@ -124,7 +131,7 @@ class ShmStream(Stream):
             raise DeadlineExceeded(f"the server took no message within {self._timeout_s:g} s") from None
         except OSError as error:
             raise self._hung_up(error) from None
-        self._sent = self._next
+        self._lanes.sent(self._next)
 
     def receive(self, timeout_s: float) -> requests.AttendReply:
         """The next message from the server. Its tensors are copies.
@@ -144,19 +151,25 @@ class ShmStream(Stream):
         if reply is None:
             raise self._hung_up("end of file")
         answer = self._repeated(reply) if not reply.message else requests.attend_reply(reply.message, self._region)
+        if answer.kind == "going_away":
+            return answer
+        lane = self._lanes.answered()
         if answer.kind == "call":
-            self._last_reply = answer
+            self._last_replies[lane] = answer
             copies = {name: _copied(array) for name, array in answer.tensors.items()}
             return answer._replace(tensors=copies)
         return answer
 
     def _repeated(self, reply: doorbell.Reply) -> requests.AttendReply:
-        if self._last_reply is None:
-            raise ServerFault("the server's first reply says that it is like the one before")
-        message = self._last_reply.message
+        """What the server meant. Its message is the last one's of the lane, written over."""
+        last = self._last_replies.get(self._lanes.oldest)
+        if last is None:
+            raise ServerFault("the server says that a reply is like the one before, but there was none")
+        message = last.message
         message.layer, message.step_id = reply.layer, reply.step_id
-        message.queue_us, message.kernel_us = reply.queue_us, reply.kernel_us
-        return self._last_reply._replace(num_bytes=doorbell.REPLY_BYTES)
+        message.queue_us, message.copy_in_us = reply.queue_us, reply.copy_in_us
+        message.kernel_us, message.copy_out_us = reply.kernel_us, reply.copy_out_us
+        return last._replace(num_bytes=doorbell.REPLY_BYTES)
 
     def _set_timeout(self, timeout_s: float) -> None:
         sockets.set_timeouts(self._connection, receive_s=timeout_s, send_s=timeout_s)
@@ -169,8 +182,9 @@ class ShmStream(Stream):
         """Ends the plane: the server learns it by the end of the socket."""
         self._connection.close()
         # Steps that somebody keeps hold this object.
-        self._sent = self._next = (None, [])
-        self._last_reply = None
+        self._next = None
+        self._lanes.forget()
+        self._last_replies.clear()
         self._region.close()
 
 

@@ -92,10 +92,14 @@ class ShmPlane(google.protobuf.message.Message):
     """How to get at the memory of a shm plane. Whoever connects to the socket sends the ticket, all 32 bytes and nothing else,
     and receives 4 bytes, little-endian: 0, together with the region's file descriptor (SCM_RIGHTS); or else the length of
     an Error that follows. From then on the socket carries what an Attend stream does, messages of steps and calls, and its
-    end is the end of the plane. Each AttendRequest stands behind 16 bytes, little-endian: its length (4 bytes), a layer (4)
-    and a step's id (8). If the length is 0, no message follows: the last call is meant again, but of this step and layer.
-    Each AttendResponse stands behind 24 bytes: its length (4 bytes), layer (4), step_id (8), queue_us (4), kernel_us (4). If
-    the length is 0, the last CallReply is meant again, but with these numbers. Otherwise these numbers mean nothing.
+    end is the end of the plane. Each AttendRequest stands behind 20 bytes, little-endian: its length (4 bytes), a layer (4),
+    a step's id (8) and a lane (4). If the length is 0, no message follows: the last call of that lane is meant again, but of
+    this step and layer. Each AttendResponse stands behind 32 bytes: its length (4 bytes), layer (4), step_id (8), queue_us
+    (4), copy_in_us (4), kernel_us (4), copy_out_us (4). If the length is 0, the last CallReply to a call of the same lane is
+    meant again, but with these numbers. Where a length is not 0, the numbers behind it mean nothing, but for a call's lane.
+
+    Lanes let several calls be under way, answered in order: each call that is has a lane of its own, 0 to 3, and tensors and
+    a place for its reply of its own in the region. Steps have no lane. Whoever waits for each answer needs lane 0 alone.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -355,6 +355,8 @@ class CallReply(google.protobuf.message.Message):
     BACKEND_FIELD_NUMBER: builtins.int
     QUEUE_US_FIELD_NUMBER: builtins.int
     KERNEL_US_FIELD_NUMBER: builtins.int
+    COPY_IN_US_FIELD_NUMBER: builtins.int
+    COPY_OUT_US_FIELD_NUMBER: builtins.int
     LSE_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     step_id: builtins.int
@@ -366,7 +368,13 @@ class CallReply(google.protobuf.message.Message):
     queue_us: builtins.int
     """Microseconds from the call's arrival to its start on the device's executor."""
     kernel_us: builtins.int
-    """Microseconds of store and attention on the executor, copies to and from the device included."""
+    """Microseconds from the time when q, k and v lay on the device until store and attention were done. Together with
+    copy_in_us and copy_out_us: all the time on the executor.
+    """
+    copy_in_us: builtins.int
+    """Microseconds to bring q, k and v to the device; 0 where nothing is copied because the device computes in place."""
+    copy_out_us: builtins.int
+    """Microseconds to bring output and lse back from the device; 0 likewise."""
     @property
     def lse(self) -> attnd.v1.tensor_pb2.Tensor:
         """float32 [num_tokens, num_heads], if asked for. A row that sees nothing has -infinity."""
@@ -385,10 +393,12 @@ class CallReply(google.protobuf.message.Message):
         backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
         queue_us: builtins.int = ...,
         kernel_us: builtins.int = ...,
+        copy_in_us: builtins.int = ...,
+        copy_out_us: builtins.int = ...,
         lse: attnd.v1.tensor_pb2.Tensor | None = ...,
         output: attnd.v1.tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["lse", b"lse", "output", b"output"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "kernel_us", b"kernel_us", "layer", b"layer", "lse", b"lse", "output", b"output", "queue_us", b"queue_us", "step_id", b"step_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "copy_in_us", b"copy_in_us", "copy_out_us", b"copy_out_us", "kernel_us", b"kernel_us", "layer", b"layer", "lse", b"lse", "output", b"output", "queue_us", b"queue_us", "step_id", b"step_id"]) -> None: ...
 
 global___CallReply = CallReply
