@@ -33,12 +33,14 @@ COLUMNS = {
     "p99_us": "p99",
     "layer_us": "step/30",
     "queue_us": "queue",
+    "copies_us": "copies",
     "kernel_us": "kernel",
     "floor_us": "floor",
     "ratio": "ratio",
 }
-CAPTION = """Times in us. step/30: a step of 30 calls with its opening, per call. queue, kernel: the server's own, mean.
-floor: p50 of the echo of the same kind (none for inproc) + p50 of the backend. ratio: p50 / floor."""
+CAPTION = """Times in us. step/30: a step of 30 calls with its opening, per call. queue, copies to and
+from the device, kernel: the server's own, mean. floor: p50 of the echo of the same kind (none for inproc) + p50 of the
+backend. ratio: p50 / floor."""
 
 
 @dataclass
@@ -106,10 +108,12 @@ def rows(all_ways: Sequence[Way], samples: dict[str, Samples], num_tokens: int) 
 def _server_times(way: Way) -> dict[str, Any]:
     """What the server says of a session's calls: averages, and bytes of a call with its share of the step."""
     if way.session is None:
-        return {"queue_us": None, "kernel_us": None, "backend": None, "bytes_sent": None, "bytes_received": None}
+        names = ("queue_us", "copies_us", "kernel_us", "backend", "bytes_sent", "bytes_received")
+        return dict.fromkeys(names)
     timings = way.session.timings()
     return {
         "queue_us": timings.queue_us / timings.num_calls,
+        "copies_us": (timings.copy_in_us + timings.copy_out_us) / timings.num_calls,
         "kernel_us": timings.kernel_us / timings.num_calls,
         "backend": timings.backend,
         "bytes_sent": timings.bytes_sent // timings.num_calls,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from attnd_server.backends.base import DecodeShape, FixedPlan
 from attnd_server.backends.cuda_graph import Launches, captured
 from attnd_server.cache import Cache
 from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 Capture = Callable[[Launches], Launches]
@@ -119,12 +121,22 @@ class _Memory(NamedTuple):
     results: _Buffer
 
 
-class _Loaded(NamedTuple):
-    """A step that is in the buffers, and the rows that its calls use."""
+@dataclass
+class _Loaded:
+    """A step that is in the buffers, and the rows that its calls use.
+
+    Attributes:
+        metadata: the step.
+        inputs: rows of q, k, v and slots.
+        results: rows of output and lse.
+        copies: what the copies of its first call took; None: there was none yet. All its calls copy as many bytes, and
+            to time each would cost more than these differ.
+    """
 
     metadata: AttentionMetadata
     inputs: _Head
     results: _Head
+    copies: Copies | None
 
 
 class DecodeGraphs:
@@ -190,13 +202,14 @@ class DecodeGraphs:
         slots.fill_(-1)
         if metadata.slot_mapping is not None:
             slots[: metadata.num_tokens] = metadata.slot_mapping
-        loaded = _Loaded(metadata, inputs.head(metadata.num_tokens), results.head(metadata.num_tokens))
+        copies = None if self._device.type == "cuda" else NO_COPIES
+        loaded = _Loaded(metadata, inputs.head(metadata.num_tokens), results.head(metadata.num_tokens), copies)
         self._loaded = loaded
         return loaded
 
     def attend(
         self, metadata: AttentionMetadata, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Copies]:
         """One layer of a step that fits: stores and attends.
 
         Args:
@@ -207,30 +220,43 @@ class DecodeGraphs:
             v: `[num_tokens, num_kv_heads, head_dim_v]` on the host.
 
         Returns:
-            Output and lse as `AttentionKernel.run`, on the host: views of a buffer that the next call overwrites.
+            Output and lse as `AttentionKernel.run`, on the host: views of a buffer that the next call overwrites. And
+            what copies took, see `CopyTimer.staged`.
         """
         loaded = self._loaded
         try:
             if loaded is None or loaded.metadata is not metadata:
                 loaded = self.load(metadata)
-            _, inputs, results = loaded
+            inputs, results = loaded.inputs, loaded.results
+            timer = CopyTimer(self._device) if loaded.copies is None else None
+            mark = _no_mark if timer is None else timer.mark
             for staged, tensor in zip(inputs.tensors[1:], (k, v, q), strict=True):
                 staged.copy_(tensor)
+            mark()
             inputs.on_device.copy_(inputs.on_host, non_blocking=True)
+            mark()
             self._replays[layer]()
+            mark()
             results.on_host.copy_(results.on_device, non_blocking=True)
+            mark()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
+            if timer is not None:
+                loaded.copies = timer.staged()
         except BaseException:
             self._loaded = None  # whoever tries again starts from the beginning
             raise
         *lse, output = results.tensors
-        return output, lse[0] if lse else None
+        return output, lse[0] if lse else None, loaded.copies or NO_COPIES
 
     def close(self) -> None:
         """Frees graphs and buffers, whoever still holds the object."""
         self._replays.clear()
         self._memory = self._loaded = None
+
+
+def _no_mark() -> None:
+    """Of a call whose copies are not timed."""
 
 
 def _key(options: AttentionOptions, query_len: int) -> tuple[object, ...]:

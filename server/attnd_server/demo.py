@@ -136,7 +136,7 @@ def _table(model: Model, remote: Remote, local: list[Answer]) -> Padding:
     table.add_row("seconds to the first token", *firsts)
     table.add_row("calls", f"{timings.num_calls} in {timings.num_steps} steps")
     table.add_row("time of a call, p50 / p99", f"{_quantile(timings, 0.5):.2f} / {_quantile(timings, 0.99):.2f} ms")
-    table.add_row("time in wire / queue / kernel", _split(timings))
+    table.add_row("time in wire / queue / copies / kernel", _split(timings))
     table.add_row("backend", f"{timings.backend} on {remote.device}", f"sdpa on {model.model.device}")
     table.add_row("plane", timings.plane)
     table.add_row("pages used", f"{remote.num_pages_used} of {remote.num_pages}, {PAGE_SIZE} tokens each")
@@ -151,14 +151,15 @@ def _tokens_per_s(answers: list[Answer]) -> float:
 
 
 def _quantile(timings: Timings, q: float) -> float:
-    """Milliseconds that a share `q` of all calls did not exceed."""
+    """Milliseconds that a share `q` of the last calls did not exceed."""
     times_us = sorted(timings.call_us)
     return times_us[min(len(times_us) - 1, int(q * len(times_us)))] / 1e3 if times_us else 0.0
 
 
 def _split(timings: Timings) -> str:
     """Where the time of all calls went."""
-    parts = [timings.wire_us, timings.queue_us, timings.kernel_us]
+    copies_us = timings.copy_in_us + timings.copy_out_us
+    parts = [timings.wire_us, timings.queue_us, copies_us, timings.kernel_us]
     total = sum(parts) or 1.0
     shares = " / ".join(f"{part / total:.0%}" for part in parts)
     return f"{shares} of {total / 1e6:.2f} s"

@@ -96,14 +96,25 @@ class CallTally:
         sent_bytes: of output and lse.
     """
 
-    __slots__ = ("backend", "kernel_us", "plane", "queue_us", "received_bytes", "sent_bytes")
+    __slots__ = (
+        "backend",
+        "copy_in_us",
+        "copy_out_us",
+        "kernel_us",
+        "plane",
+        "queue_us",
+        "received_bytes",
+        "sent_bytes",
+    )
 
     def __init__(self, plane: str, backend: AttentionBackend | None) -> None:
         """Starts empty."""
         self.plane = plane
         self.backend = backend
         self.queue_us = PhaseHistogram()
+        self.copy_in_us = PhaseHistogram()
         self.kernel_us = PhaseHistogram()
+        self.copy_out_us = PhaseHistogram()
         self.received_bytes = 0
         self.sent_bytes = 0
 
@@ -150,7 +161,7 @@ class Metrics:
         Args:
             plane: how its tensors came: "inline".
             call: with its tensors.
-            result: likewise.
+            result: likewise, and what copies took.
             queue_us: how long it waited for the executor, in microseconds.
             kernel_us: how long storing and attending took, in microseconds.
         """
@@ -159,7 +170,9 @@ class Metrics:
         if tally is None:
             tally = self.calls[key] = CallTally(plane, result.backend)
         tally.queue_us.observe(queue_us)
+        tally.copy_in_us.observe(result.copies.in_us)
         tally.kernel_us.observe(kernel_us)
+        tally.copy_out_us.observe(result.copies.out_us)
         tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)
         tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
 

@@ -44,8 +44,8 @@ class ServerCollector(Collector):
         sent = CounterMetricFamily("attnd_call_sent_bytes", "Bytes of output and lse.", labels=labels)
         phases = HistogramMetricFamily(
             "attnd_call_phase_seconds",
-            "Time of a call. queue: waiting for the executor; kernel: storing and attending, with copies to and from "
-            "the device.",
+            "Time of a call. queue: waiting for the executor; copy_in: bringing q, k and v to the device; kernel: "
+            "storing and attending; copy_out: bringing results back. Copies are 0 where the device computes in place.",
             labels=[*labels, "phase"],
         )
         for tally in list(self._metrics.calls.values()):
@@ -54,7 +54,9 @@ class ServerCollector(Collector):
             received.add_metric(values, tally.received_bytes)
             sent.add_metric(values, tally.sent_bytes)
             _add(phases, [*values, "queue"], tally.queue_us, US_PER_S)
+            _add(phases, [*values, "copy_in"], tally.copy_in_us, US_PER_S)
             _add(phases, [*values, "kernel"], tally.kernel_us, US_PER_S)
+            _add(phases, [*values, "copy_out"], tally.copy_out_us, US_PER_S)
         return calls, received, sent, phases
 
     def _refusals(self) -> Iterable[Metric]:

@@ -94,7 +94,7 @@ class RegionReplies:
         if last is not None and last[0] == key:
             for view, array in zip(last[1], arrays.values(), strict=True):
                 view[:] = array.data
-            times = (queue_us, result.copy_in_us, kernel_us, result.copy_out_us)
+            times = (queue_us, result.copies.in_us, kernel_us, result.copies.out_us)
             return doorbell.repeated_reply(call.layer, call.step.id, *times)
         reply = call_reply(call, result, queue_us, kernel_us)
         messages, views = self._memory.placed(list(arrays.values()), offset, "reply")
@@ -114,9 +114,9 @@ def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> ste
         layer=call.layer,
         backend=backend,
         queue_us=queue_us,
-        copy_in_us=result.copy_in_us,
+        copy_in_us=result.copies.in_us,
         kernel_us=kernel_us,
-        copy_out_us=result.copy_out_us,
+        copy_out_us=result.copies.out_us,
     )
 
 

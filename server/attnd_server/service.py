@@ -187,7 +187,7 @@ class AttentionService:
         queue_us = self.executor.queue_us
         started = time.perf_counter()
         result = self.executor.attend(call)
-        kernel_us = int((time.perf_counter() - started) * 1e6) - result.copy_in_us - result.copy_out_us
+        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
         if self.metrics is not None:
             self.metrics.call_served(plane, call, result, queue_us, kernel_us)
         return encode(call, result, queue_us, kernel_us)

@@ -9,6 +9,7 @@ import torch
 
 from attnd_server.cache import Cache
 from attnd_server.config import AttentionBackend
+from attnd_server.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.decode_graphs import DecodeGraphs, find_graphs
 from attnd_server.dispatcher import Plan, TritonAttentionOps
 from attnd_server.kernels.pages import StoredTokens, stored_tokens
@@ -85,15 +86,13 @@ class Result(NamedTuple):
         output: `[num_tokens, num_heads, head_dim_v]`; None in a store-only step.
         lse: float32 `[num_tokens, num_heads]`, if asked for.
         backend: what ran; None in a store-only step.
-        copy_in_us: microseconds to bring q, k and v to the device; 0 where nothing is copied.
-        copy_out_us: microseconds to bring output and lse back; 0 where nothing is copied.
+        copies: what it took to bring q, k and v to the device, and output and lse back.
     """
 
     output: torch.Tensor | None
     lse: torch.Tensor | None
     backend: AttentionBackend | None
-    copy_in_us: int = 0
-    copy_out_us: int = 0
+    copies: Copies = NO_COPIES
 
 
 def attend(call: Call, ops: TritonAttentionOps) -> Result:
@@ -108,23 +107,28 @@ def attend(call: Call, ops: TritonAttentionOps) -> Result:
     graphs = step.graphs_for(options)
     if graphs is not None and q is not None and k is not None and v is not None:
         step.mark_written()
-        return Result(*graphs.attend(step.metadata, layer, q, k, v), graphs.backend)
+        output, lse, copies = graphs.attend(step.metadata, layer, q, k, v)
+        return Result(output, lse, graphs.backend, copies)
     return _attend_without_graphs(call, ops)
 
 
 def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
     step, cache, metadata = call.step, call.step.cache, call.step.metadata
-    k = None if call.k is None else call.k.to(ops.device)
-    v = None if call.v is None else call.v.to(ops.device)
+    timer = CopyTimer(ops.device) if ops.device.type == "cuda" else None
+    q, k, v = (None if tensor is None else tensor.to(ops.device) for tensor in (call.q, call.k, call.v))
+    if timer is not None:
+        timer.mark()
     plan = None if metadata.store_only else step.plan_for(call.options, ops)
     if metadata.slot_mapping is not None and k is not None and v is not None:
         step.mark_written()
         if step.stored is None:
             step.stored = stored_tokens(metadata.slot_mapping, ops.device)
         cache.store(call.layer, k, v, step.stored)
-    if plan is None or call.q is None:
-        return Result(None, None, None)
-    q = call.q.to(ops.device)
+    if plan is None or q is None:
+        return Result(None, None, None, NO_COPIES if timer is None else timer.blocking_in())
     k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
     output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
-    return Result(output.cpu(), None if lse is None else lse.cpu(), plan.kernel.backend)
+    if timer is not None:
+        timer.mark()
+    output, lse = output.cpu(), None if lse is None else lse.cpu()
+    return Result(output, lse, plan.kernel.backend, NO_COPIES if timer is None else timer.blocking())

@@ -27,7 +27,7 @@ ROWS = [
     "seconds to the first token",
     "calls",
     "time of a call, p50 / p99",
-    "time in wire / queue / kernel",
+    "time in wire / queue / copies / kernel",
     "backend",
     "plane",
     "pages used",

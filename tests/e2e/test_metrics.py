@@ -93,7 +93,7 @@ def test_calls_of_each_kind(measured: Measured) -> None:
         ("inline", "sdpa"): 16 * token_out,
         ("inline", "naive"): 2 * token_out + 6 * 4,
     }
-    for phase in ("queue", "kernel"):
+    for phase in ("queue", "copy_in", "kernel", "copy_out"):
         assert scrape.value("attnd_call_phase_seconds_count", phase=phase, backend="sdpa") == 4
         assert scrape.value("attnd_call_phase_seconds_bucket", phase=phase, backend="sdpa", le="+Inf") == 4
     assert scrape.value("attnd_call_phase_seconds_sum", phase="kernel") > 0

@@ -69,3 +69,25 @@ def test_a_cache_that_does_not_fit_is_refused_and_the_server_goes_on(client: att
         client.create_cache(num_layers=80, num_kv_heads=8, head_dim=128, num_pages=1 << 20)
     k = torch.ones(1, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     assert cache.store_kv(0, [5], k, k) == 1
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_copies_are_told_from_the_kernels(client: attnd.Client, is_warm: bool) -> None:
+    geometry = {"num_layers": 2, "num_kv_heads": 8, "head_dim": 128, "num_pages": 64, "dtype": torch.bfloat16}
+    with client.create_cache(**geometry) as cache, cache.session() as session:
+        if is_warm:
+            cache.warm_up(num_heads=32, max_reqs=64)
+        q, k, v = (torch.randn(64, heads, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
+        metadata = attnd.StepMetadata(
+            [1] * 64, [0] * 64, [[r] for r in range(64)], [16 * r for r in range(64)], kind="decode"
+        )
+        for _ in range(3):
+            step = session.step(metadata)
+            for layer in range(2):
+                assert torch.equal(step.attend(layer, q, k, v), v.repeat_interleave(4, 1))
+        timings = session.timings()
+        assert min(timings.copy_in_us, timings.kernel_us, timings.copy_out_us) > 0  # half a MiB each way, six times
+        stored = session.step(attnd.StepMetadata([64], [0], [[0, 1, 2, 3]], list(range(64)), store_only=True))
+        session.reset_timings()
+        assert stored.attend(0, None, k, v) is None
+        assert session.timings().copy_out_us == 0

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from attnd import errors
 from attnd_server.config import AttentionBackend, ServerConfig
+from attnd_server.copy_timer import Copies
 from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Histogram, Metrics, PhaseHistogram
 from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
 from attnd_server.rpc_metrics import RpcCounter
@@ -23,7 +24,7 @@ from tests.scrape import Scrape
 
 Q, K, V = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(5, 2, 8, dtype=torch.float16)
 CALL = Call(None, 0, None, Q, K, V)
-RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA)
+RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA, Copies(20, 30))
 
 
 def collector(metrics, caches=(), queue_depth=0):
@@ -95,6 +96,8 @@ def test_phases_are_told_in_seconds_and_cumulated():
     assert [buckets[le] for le in ("4e-06", "8e-06", "0.000512", "0.001024", "8.388608", "+Inf")] == [0, 1, 1, 2, 2, 3]
     assert scrape.value("attnd_call_phase_seconds_sum", phase="kernel") == pytest.approx(9.000905)
     assert scrape.value("attnd_call_phase_seconds_bucket", phase="queue", le="1e-06") == 3
+    for phase, microseconds in (("copy_in", 20), ("copy_out", 30)):
+        assert scrape.value("attnd_call_phase_seconds_sum", phase=phase) == pytest.approx(3e-6 * microseconds)
 
 
 def test_every_class_of_error_is_a_reason_from_the_start():

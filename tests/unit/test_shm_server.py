@@ -17,6 +17,7 @@ from attnd.planes import sockets
 from attnd.v1 import plane_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.copy_timer import Copies
 from attnd_server.inproc import InprocTransport
 from attnd_server.shm_server import ShmServer
 
@@ -108,6 +109,17 @@ def test_many_sessions_at_once_give_what_each_asked_for(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+
+@pytest.mark.parametrize("plane", ["inline", "shm"])
+def test_what_copies_took_comes_with_every_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane: str) -> None:
+    monkeypatch.setattr("attnd_server.steps.NO_COPIES", Copies(20, 30))
+    with serving(tmp_path) as (_, client), client.create_cache(**GEOMETRY) as cache:
+        with cache.session(plane=plane) as session:
+            for number in (1, 2, 3):  # on the shm plane the second says what is new, and no more
+                attend(session)
+                assert session.timings().copy_in_us == 20 * number
+                assert session.timings().copy_out_us == 30 * number
 
 
 def test_a_folder_that_cannot_be_is_an_error_at_the_start(tmp_path: Path) -> None:

@@ -368,11 +368,11 @@ class CallReply(google.protobuf.message.Message):
     queue_us: builtins.int
     """Microseconds from the call's arrival to its start on the device's executor."""
     kernel_us: builtins.int
-    """Microseconds from the time when q, k and v lay on the device until store and attention were done. Together with
-    copy_in_us and copy_out_us: all the time on the executor.
-    """
+    """Microseconds of store and attention on the executor, without the copies below."""
     copy_in_us: builtins.int
-    """Microseconds to bring q, k and v to the device; 0 where nothing is copied because the device computes in place."""
+    """Microseconds to bring q, k and v to the device; 0 where nothing is copied because the device computes in place. Where
+    CUDA graphs serve the step, both copies are timed at its first call, and its others say the same.
+    """
     copy_out_us: builtins.int
     """Microseconds to bring output and lse back from the device; 0 likewise."""
     @property

@@ -1,0 +1,73 @@
+"""How long the copies of a call took on a GPU, without waiting for it once more than the call does."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class Copies(NamedTuple):
+    """What the copies of a call took.
+
+    Attributes:
+        in_us: microseconds to bring its tensors to the device.
+        out_us: microseconds to bring its results back.
+    """
+
+    in_us: int
+    out_us: int
+
+
+# Where the device computes in place.
+NO_COPIES = Copies(0, 0)
+
+
+class CopyTimer:
+    """Times one call on a GPU, from the moment when it is made.
+
+    The call marks where one part ends and the next begins: the device notes when it comes to a mark, the host when it
+    sets it. What the device noted is read once the call has waited for its results, which it does anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """The call begins."""
+        self._stream = torch.cuda.current_stream(device)
+        self._events: list[torch.cuda.Event] = []
+        self._marked_at: list[float] = []
+        self._started = time.perf_counter()
+
+    def mark(self) -> None:
+        """A part of the call has been launched, and the next follows."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        self._events.append(event)
+        self._marked_at.append(time.perf_counter())
+
+    def staged(self) -> Copies:
+        """Of a call with pinned buffers, whose marks enclose the copy to the device and that from there.
+
+        In is the host's copy to the buffer and the device's from there; out is the device's copy to its buffer.
+        """
+        before_in, after_in, before_out, after_out = self._events
+        host_us = (self._marked_at[0] - self._started) * 1e6
+        return Copies(round(host_us + _us(before_in, after_in)), round(_us(before_out, after_out)))
+
+    def blocking(self) -> Copies:
+        """Of a call whose copies the host waits for, with one mark before its kernels and one behind.
+
+        In is the host's time until the first mark; out is its time from there to now, without the kernels'.
+        """
+        in_s = self._marked_at[0] - self._started
+        rest_us = (time.perf_counter() - self._marked_at[0]) * 1e6
+        return Copies(round(in_s * 1e6), max(0, round(rest_us - _us(*self._events))))
+
+    def blocking_in(self) -> Copies:
+        """Of a call without results, with a mark before its kernels: nobody has waited for these."""
+        return Copies(round((self._marked_at[0] - self._started) * 1e6), 0)
+
+
+def _us(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds * 1e3
