@@ -8,6 +8,7 @@ device and again on the host, so that one copy takes all inputs over and one bri
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ Capture = Callable[[Launches], Launches]
 
 # Bytes: where a buffer's tensors start, as the device's own allocations do at the least.
 _ALIGNMENT = 256
+# Steps whose copies' times are kept.
+KEPT_TIMES = 4
 
 
 def cuda_capture(device: torch.device) -> Capture | None:
@@ -162,6 +165,8 @@ class DecodeGraphs:
         self._device = cache.device
         self._replays: list[Launches] = []
         self._loaded: _Loaded | None = None
+        # The last steps whose copies were timed: calls of several may alternate.
+        self._timed: deque[tuple[AttentionMetadata, Copies]] = deque(maxlen=KEPT_TIMES)
 
     @property
     def num_graphs(self) -> int:
@@ -203,6 +208,7 @@ class DecodeGraphs:
         if metadata.slot_mapping is not None:
             slots[: metadata.num_tokens] = metadata.slot_mapping
         copies = None if self._device.type == "cuda" else NO_COPIES
+        copies = next((each for timed, each in self._timed if timed is metadata), copies)
         loaded = _Loaded(metadata, inputs.head(metadata.num_tokens), results.head(metadata.num_tokens), copies)
         self._loaded = loaded
         return loaded
@@ -243,6 +249,7 @@ class DecodeGraphs:
                 torch.cuda.current_stream(self._device).synchronize()
             if timer is not None:
                 loaded.copies = timer.staged()
+                self._timed.append((metadata, loaded.copies))
         except BaseException:
             self._loaded = None  # whoever tries again starts from the beginning
             raise
@@ -252,6 +259,7 @@ class DecodeGraphs:
     def close(self) -> None:
         """Frees graphs and buffers, whoever still holds the object."""
         self._replays.clear()
+        self._timed.clear()
         self._memory = self._loaded = None
 
 

@@ -182,7 +182,8 @@ class AttentionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on.
+        """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on. Several
+        may be sent before the first is answered: the server checks and queues up to 4 calls while one runs, in their order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,7 +87,9 @@ class AttentionServiceStub:
         attnd.v1.attention_pb2.AttendRequest,
         attnd.v1.attention_pb2.AttendResponse,
     ]
-    """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on."""
+    """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on. Several
+    may be sent before the first is answered: the server checks and queues up to 4 calls while one runs, in their order.
+    """
 
     StoreKv: grpc.StreamStreamMultiCallable[
         attnd.v1.attention_pb2.StoreKvRequest,
@@ -179,7 +181,9 @@ class AttentionServiceAsyncStub:
         attnd.v1.attention_pb2.AttendRequest,
         attnd.v1.attention_pb2.AttendResponse,
     ]
-    """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on."""
+    """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on. Several
+    may be sent before the first is answered: the server checks and queues up to 4 calls while one runs, in their order.
+    """
 
     StoreKv: grpc.aio.StreamStreamMultiCallable[
         attnd.v1.attention_pb2.StoreKvRequest,
@@ -291,7 +295,9 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[attnd.v1.attention_pb2.AttendRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[attnd.v1.attention_pb2.AttendResponse], collections.abc.AsyncIterator[attnd.v1.attention_pb2.AttendResponse]]:
-        """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on."""
+        """Steps and their calls, answered one for one and in order. An error answers one request; the stream goes on. Several
+        may be sent before the first is answered: the server checks and queues up to 4 calls while one runs, in their order.
+        """
 
     @abc.abstractmethod
     def StoreKv(

@@ -1,0 +1,140 @@
+"""Where the elements of a call lie on the inline plane, traced from worker to server and back: one copy each way.
+
+That one makes the message, which gRPC takes in one piece. What gRPC itself copies is not ours to count: the transport
+here hands messages over as they are.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attnd
+from attnd.regions import Region
+from attnd.tensors import Array
+from attnd.wire import Frame, Framed
+from attnd_server.app import build_service
+from attnd_server.config import ServerConfig
+from attnd_server.inproc import InprocTransport
+from attnd_server.steps import Call, Result
+
+GEOMETRY = {"num_layers": 2, "num_kv_heads": 8, "head_dim": 64, "num_pages": 64, "dtype": "float32"}
+NUM_TOKENS = 512
+OPTIONS = attnd.AttentionOptions(backend="naive", return_lse=True)
+# Bytes that may come and go beside elements: headers, and the objects of a call.
+SLACK = 64 << 10
+
+
+def place(buffer: Any) -> range:
+    """The addresses of a buffer's or a tensor's bytes."""
+    if isinstance(buffer, torch.Tensor):
+        start = buffer.data_ptr()
+        return range(start, start + buffer.nbytes)
+    start = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return range(start, start + memoryview(buffer).nbytes)
+
+
+def lies_in(inner: range, outer: range) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop
+
+
+@dataclass
+class Trace:
+    """Where elements were seen, in the order in which they travel.
+
+    Attributes:
+        framed: by field, what was copied into a message.
+        messages: whole messages with elements, as they were sent: the request, then the reply.
+        read: by field, what a message's reader made of it.
+        attended: by field, what the executor got and gave.
+    """
+
+    framed: dict[str, range] = field(default_factory=dict)
+    messages: list[range] = field(default_factory=list)
+    read: dict[str, range] = field(default_factory=dict)
+    attended: dict[str, range] = field(default_factory=dict)
+
+
+@pytest.fixture
+def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
+    """Looks over the shoulder of whoever makes and reads messages."""
+    traced = Trace()
+    encode, decode = Frame.encode, Frame.decode
+
+    def traced_encode(self: Frame, holder: Any, tensors: Mapping[str, Array], outer: bytes = b"") -> bytes:
+        data = encode(self, holder, tensors, outer)
+        traced.framed |= {name: place(array.data) for name, array in tensors.items()}
+        traced.messages.append(place(data))
+        return data
+
+    def traced_decode(self: Frame, data: bytes, region: Region | None = None) -> Framed:
+        framed = decode(self, data, region)
+        traced.read |= {name: place(array.data) for name, array in framed.tensors.items()}
+        return framed
+
+    monkeypatch.setattr(Frame, "encode", traced_encode)
+    monkeypatch.setattr(Frame, "decode", traced_decode)
+    return traced
+
+
+@pytest.fixture
+def session(trace: Trace) -> Iterator[attnd.Session]:
+    service = build_service(ServerConfig(device="cpu"))
+    attend = service.executor.attend
+
+    def traced_attend(call: Call) -> Result:
+        result = attend(call)
+        tensors = {"q": call.q, "k": call.k, "v": call.v, "output": result.output, "lse": result.lse}
+        trace.attended |= {name: place(tensor) for name, tensor in tensors.items()}
+        return result
+
+    service.executor.attend = traced_attend  # type: ignore[method-assign]
+    with attnd.Client(InprocTransport(service)) as client, client.create_cache(**GEOMETRY) as cache:
+        with cache.session() as opened:
+            yield opened
+
+
+def new_tokens() -> dict[str, torch.Tensor]:
+    return {name: torch.randn(NUM_TOKENS, heads, 64) for name, heads in (("q", 32), ("k", 8), ("v", 8))}
+
+
+def test_each_way_elements_are_copied_into_the_message_and_nowhere_else(session: attnd.Session, trace: Trace) -> None:
+    tensors = new_tokens()
+    step = session.step(attnd.StepMetadata([NUM_TOKENS], [0], [list(range(64))]))
+    pending = step.submit(0, *tensors.values(), OPTIONS)
+    output, lse = pending.wait()
+    request, reply = trace.messages
+    for name, tensor in tensors.items():
+        assert trace.framed[name] == place(tensor)
+        assert trace.read[name] == trace.attended[name]
+        assert lies_in(trace.attended[name], request)
+    for name, tensor in (("output", output), ("lse", lse)):
+        assert trace.framed[name] == trace.attended[name]
+        assert trace.read[name] == place(tensor)
+        assert lies_in(place(tensor), reply)
+
+
+def test_nothing_as_big_as_a_tensor_comes_and_goes_beside_the_messages(session: attnd.Session, trace: Trace) -> None:
+    tensors = new_tokens()
+    step = session.step(attnd.StepMetadata([NUM_TOKENS], [0], [list(range(64))]))
+    step.attend(0, *tensors.values(), OPTIONS)  # what is made once and kept
+    trace.messages.clear()
+    tracemalloc.start()
+    try:
+        pending = step.submit(1, *tensors.values(), OPTIONS)
+        _, submitted = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        pending.wait()
+        _, answered = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    request, reply = (len(message) for message in trace.messages)
+    assert request > sum(tensor.nbytes for tensor in tensors.values())
+    assert submitted < request + SLACK
+    assert answered < request + reply + SLACK
