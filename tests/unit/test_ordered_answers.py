@@ -119,6 +119,9 @@ class _Context:
     async def write(self, answer: bytes) -> None:
         self.written.append(answer)
 
+    def time_remaining(self) -> float | None:
+        return None
+
 
 def make_cache(service: AttentionService) -> cache_pb2.CacheRef:
     dtype = tensor_pb2.DTYPE_FLOAT32
