@@ -34,6 +34,7 @@ from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
 from attnd.requests import DEFAULT_OPTIONS
+from attnd.retries import Patience
 from attnd.transport import GRPC_OPTIONS, SERVICE, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
@@ -169,10 +170,18 @@ class AsyncClient:
         """Calls a unary method with bytes."""
         call: Any = self._channel.unary_unary(SERVICE + method)
         timeout_s = timeout_s or self.timeout_s
-        try:
-            return await call(request, timeout=timeout_s, wait_for_ready=wait)  # type: ignore[no-any-return]
-        except grpc.RpcError as error:
-            raise translate(error, self.address, timeout_s if wait else 0) from None
+        patience = Patience(timeout_s)
+        left_s = timeout_s
+        while True:
+            try:
+                return await call(request, timeout=left_s, wait_for_ready=wait)  # type: ignore[no-any-return]
+            except grpc.RpcError as error:
+                told = translate(error, self.address, timeout_s if wait else 0)
+                pause_s = patience.pause_s(told)
+                if pause_s is None:
+                    raise told from None
+            await asyncio.sleep(pause_s)
+            left_s = patience.left_s
 
     def stream(self, method: str, request: Any = None) -> Any:
         """Opens a stream of bytes."""
@@ -311,6 +320,7 @@ class AsyncSession:
             self._sent_tables.forget()
         step_id = self._last_step_id = self._last_step_id + 1
         message = requests.as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
+        message.call_timeout_ms = requests.timeout_ms(self.cache.client.timeout_s)
         if self._call is None:
             self._call = self.cache.client.stream("Attend")
             self._reader = asyncio.ensure_future(self._read(self._call))
@@ -408,10 +418,18 @@ class AsyncStep:
 
     async def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
         """Attention of one layer. Arguments, result and errors as `attnd.Step.attend`."""
-        kind, message, tensors = await self._session.attend(requests.attend_call(self.id, layer, q, k, v, options))
-        if kind == "error":
+        request = requests.attend_call(self.id, layer, q, k, v, options)
+        patience = Patience(self._session.cache.client.timeout_s)
+        while True:
+            kind, message, tensors = await self._session.attend(request)
+            if kind != "error":
+                break
             opened, refusal, _ = self._answer.result() if self._answer.done() else ("", message, None)
-            raise from_message(refusal if opened == "error" else message)
+            error = from_message(refusal if opened == "error" else message)
+            pause_s = patience.pause_s(error)
+            if pause_s is None:
+                raise error
+            await asyncio.sleep(pause_s)
         if kind != "call" or (message.step_id, message.layer) != (self.id, layer):
             await self._session.close()  # nobody knows whose the next answer is
             raise ServerFault(f"the server answered layer {layer} of step {self.id} with {kind} {message}")

@@ -15,6 +15,7 @@ The server raises the same classes, so an `inproc://` client sees what a remote 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import grpc
@@ -30,6 +31,7 @@ class AttndError(Exception):
 
     Attributes:
         field: the request's field that is at fault, or "".
+        retry_after_s: None; or the request was not started and may be sent again, best after so many seconds.
         reason: the wire's `ErrorReason`.
         code: the gRPC status code that carries it.
     """
@@ -37,9 +39,10 @@ class AttndError(Exception):
     reason: error_pb2.ErrorReason.ValueType = error_pb2.ERROR_REASON_UNSPECIFIED
     code = grpc.StatusCode.UNKNOWN
 
-    def __init__(self, message: str, *, field: str = "") -> None:
+    def __init__(self, message: str, *, field: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.field = field
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(AttndError, ValueError):
@@ -71,7 +74,11 @@ class EpochMismatch(CacheLost):
 
 
 class Exhausted(AttndError):
-    """A limit is reached: pages, memory, queue or message size. Free something or wait."""
+    """A limit is reached: pages, memory, queue or message size. Free something or wait.
+
+    Where waiting helps, `retry_after_s` says how long. The clients send such a request again by themselves while its
+    timeout lasts, except for `StoreKv` and `ReadKv`.
+    """
 
     reason = error_pb2.ERROR_REASON_EXHAUSTED
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -136,12 +143,16 @@ _BY_CODE: dict[grpc.StatusCode, type[AttndError]] = {
 
 def to_message(error: AttndError) -> error_pb2.Error:
     """The wire's form of `error`."""
-    return error_pb2.Error(reason=error.reason, message=str(error), field=error.field)
+    retry_after_ms = 0 if error.retry_after_s is None else max(1, math.ceil(error.retry_after_s * 1e3))
+    return error_pb2.Error(reason=error.reason, message=str(error), field=error.field, retry_after_ms=retry_after_ms)
 
 
 def from_message(message: error_pb2.Error) -> AttndError:
     """The exception that `message` stands for."""
-    return _BY_REASON.get(message.reason, ServerFault)(message.message, field=message.field)
+    retry_after_s = message.retry_after_ms / 1e3 if message.retry_after_ms else None
+    return _BY_REASON.get(message.reason, ServerFault)(
+        message.message, field=message.field, retry_after_s=retry_after_s
+    )
 
 
 def from_rpc(error: grpc.RpcError) -> AttndError:

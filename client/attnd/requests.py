@@ -129,6 +129,11 @@ def warmed_up(data: bytes) -> WarmUp:
     return WarmUp(message.num_graphs, message.num_bytes, message.seconds, backend, message.reason)
 
 
+def timeout_ms(timeout_s: float) -> int:
+    """A timeout as `Step.call_timeout_ms` has it: at least 1, and no more than its type holds."""
+    return int(min(max(timeout_s * 1e3, 1), 2**32 - 1))
+
+
 def tensor_message(array: Array) -> tensor_pb2.Tensor:
     """A small Array as a message."""
     return tensor_pb2.Tensor(dtype=tensor_pb2.Dtype.ValueType(array.dtype), shape=array.shape, data=bytes(array.data))

@@ -13,6 +13,7 @@ from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_
 from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
 from attnd.requests import MAX_CALLS_UNDER_WAY
+from attnd.retries import Patience
 from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
 
@@ -72,6 +73,7 @@ class Session:
             self._sent_tables.forget()
         self._last_step_id += 1
         message = requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
+        message.call_timeout_ms = requests.timeout_ms(self.timeout_s)
         if self._stream is None:
             self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
             self.plane = self._timings.plane = self._stream.plane
@@ -110,7 +112,17 @@ class Session:
 
     def _attend(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
         started = time.perf_counter()
-        return self._wait(self._submit(step, layer, q, k, v, options), started)
+        patience: Patience | None = None
+        while True:
+            try:
+                return self._wait(self._submit(step, layer, q, k, v, options), started)
+            except Exhausted as refusal:
+                # All calls that were sent before it have been answered, so that it still runs in its turn.
+                patience = patience or Patience(self.timeout_s)
+                pause_s = patience.pause_s(refusal)
+                if pause_s is None:
+                    raise
+            time.sleep(pause_s)
 
     def _submit_timed(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
         started = time.perf_counter()

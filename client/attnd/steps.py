@@ -82,7 +82,8 @@ class PendingCall:
         """The call's output, as `Step.attend` returns it. Calls may be waited for in any order; again gives the same.
 
         Raises:
-            AttndError: of this call alone; others under way are not harmed. But if no answer comes in time, or the wait
+            AttndError: of this call alone; others under way are not harmed. One with `retry_after_s` may be submitted
+                again, behind those; `Step.attend` does so by itself. But if no answer comes in time, or the wait
                 is interrupted, the session's stream ends, and with it all calls that are under way.
         """
         return self._session._wait_timed(self)

@@ -14,6 +14,7 @@ import grpc
 from attnd import requests, wire
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, Unsupported, from_rpc
 from attnd.options import AttentionOptions
+from attnd.retries import patiently
 from attnd.v1 import step_pb2
 
 SERVICE = "/attnd.v1.AttentionService/"
@@ -65,7 +66,10 @@ class Transport(Protocol):
     """A connection to one server. Any thread may call it."""
 
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
-        """Calls a unary method; with `wait`, an unreachable server is waited for until the timeout."""
+        """Calls a unary method; with `wait`, an unreachable server is waited for until the timeout.
+
+        What the server refused without starting it is sent again, see `attnd.retries`.
+        """
 
     def attend(self) -> Stream:
         """Opens an Attend stream."""
@@ -120,10 +124,14 @@ class GrpcTransport:
         call = self._unary.get(method)
         if call is None:
             call = self._unary[method] = self._channel.unary_unary(SERVICE + method)
-        try:
-            return call(request, timeout=timeout_s, wait_for_ready=wait)  # type: ignore[no-any-return]
-        except grpc.RpcError as error:
-            raise translate(error, self._address, timeout_s if wait else 0) from None
+
+        def send(left_s: float) -> bytes:
+            try:
+                return call(request, timeout=left_s, wait_for_ready=wait)  # type: ignore[no-any-return]
+            except grpc.RpcError as error:
+                raise translate(error, self._address, timeout_s if wait else 0) from None
+
+        return patiently(send, timeout_s)
 
     def attend(self) -> Stream:
         """Opens an Attend stream."""

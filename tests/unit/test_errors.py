@@ -30,13 +30,17 @@ class FailedRpc(grpc.RpcError):
 
 @pytest.mark.parametrize("cls", LEAVES)
 def test_each_class_travels_in_band_and_in_the_trailer(cls: type[errors.AttndError]) -> None:
-    message = errors.to_message(cls("page is 9", field="page"))
+    message = errors.to_message(cls("page is 9", field="page", retry_after_s=0.0121))
     detail = any_pb2.Any()
     detail.Pack(message)
     trailer = error_pb2.Status(code=cls.code.value[0], details=[detail]).SerializeToString()
     for told in (errors.from_message(message), errors.from_rpc(FailedRpc(cls.code, trailer))):
         assert type(told) is cls
-        assert (str(told), told.field) == ("page is 9", "page")
+        assert (str(told), told.field, told.retry_after_s) == ("page is 9", "page", 0.013)
+
+
+def test_without_a_hint_there_is_none() -> None:
+    assert errors.from_message(errors.to_message(errors.Exhausted("full"))).retry_after_s is None
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])

@@ -131,6 +131,7 @@ class Limits(google.protobuf.message.Message):
     MAX_TTL_S_FIELD_NUMBER: builtins.int
     MAX_QUEUE_DEPTH_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_LEN_FIELD_NUMBER: builtins.int
+    MAX_CACHE_QUEUE_DEPTH_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """Bytes of one gRPC message, either way."""
     max_step_tokens: builtins.int
@@ -147,6 +148,8 @@ class Limits(google.protobuf.message.Message):
     """Calls that may wait for the executor."""
     max_context_len: builtins.int
     """Cached tokens of one request."""
+    max_cache_queue_depth: builtins.int
+    """Calls of one cache that may wait for the executor."""
     def __init__(
         self,
         *,
@@ -158,8 +161,9 @@ class Limits(google.protobuf.message.Message):
         max_ttl_s: builtins.float = ...,
         max_queue_depth: builtins.int = ...,
         max_context_len: builtins.int = ...,
+        max_cache_queue_depth: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_caches", b"max_caches", "max_context_len", b"max_context_len", "max_message_bytes", b"max_message_bytes", "max_page_table_elements", b"max_page_table_elements", "max_queue_depth", b"max_queue_depth", "max_step_reqs", b"max_step_reqs", "max_step_tokens", b"max_step_tokens", "max_ttl_s", b"max_ttl_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_cache_queue_depth", b"max_cache_queue_depth", "max_caches", b"max_caches", "max_context_len", b"max_context_len", "max_message_bytes", b"max_message_bytes", "max_page_table_elements", b"max_page_table_elements", "max_queue_depth", b"max_queue_depth", "max_step_reqs", b"max_step_reqs", "max_step_tokens", b"max_step_tokens", "max_ttl_s", b"max_ttl_s"]) -> None: ...
 
 global___Limits = Limits
 

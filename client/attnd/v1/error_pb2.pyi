@@ -81,20 +81,26 @@ class Error(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     FIELD_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
     reason: global___ErrorReason.ValueType
     """What the caller can do."""
     message: builtins.str
     """Field, value and rule, for people."""
     field: builtins.str
     """The request's field that is at fault, such as page_tables; empty if none is."""
+    retry_after_ms: builtins.int
+    """Of RESOURCE_EXHAUSTED that passes by itself: the request was not started and may be sent again, best after so many
+    milliseconds, which is what the queue takes now. 0: waiting alone does not help.
+    """
     def __init__(
         self,
         *,
         reason: global___ErrorReason.ValueType = ...,
         message: builtins.str = ...,
         field: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["field", b"field", "message", b"message", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["field", b"field", "message", b"message", "reason", b"reason", "retry_after_ms", b"retry_after_ms"]) -> None: ...
 
 global___Error = Error
 

@@ -1,0 +1,52 @@
+"""When a client sends a request again."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnd.errors import AttndError, Exhausted, InvalidRequest
+from attnd.retries import Patience, patiently
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time passes in sleeps only; each of them."""
+    sleeps: list[float] = []
+    monkeypatch.setattr("attnd.retries.time.monotonic", lambda: sum(sleeps))
+    monkeypatch.setattr("attnd.retries.time.sleep", sleeps.append)
+    return sleeps
+
+
+def test_it_comes_back_no_sooner_than_told_and_has_less_time_then(clock: list[float]) -> None:
+    given: list[float] = []
+    refusals = [Exhausted("full", retry_after_s=2.0), Exhausted("full", retry_after_s=1.0)]
+
+    def send(left_s: float) -> str:
+        given.append(left_s)
+        if refusals:
+            raise refusals.pop(0)
+        return "answer"
+
+    assert patiently(send, 10.0) == "answer"
+    assert [2.0 <= clock[0] <= 3.0, 1.0 <= clock[1] <= 1.5] == [True, True]
+    assert given == [10.0, pytest.approx(10 - clock[0]), pytest.approx(10 - sum(clock))]
+
+
+@pytest.mark.parametrize(
+    "refusal", [Exhausted("no memory"), InvalidRequest("wrong"), Exhausted("full", retry_after_s=10.0)]
+)
+def test_what_waiting_does_not_help_is_raised_at_once(clock: list[float], refusal: AttndError) -> None:
+    def send(left_s: float) -> None:
+        raise refusal
+
+    with pytest.raises(type(refusal)) as raised:
+        patiently(send, 10.0)
+    assert raised.value is refusal
+    assert clock == []
+
+
+def test_refused_again_and_again_it_ends_in_time(clock: list[float]) -> None:
+    with pytest.raises(Exhausted):
+        patiently(lambda left_s: (_ for _ in ()).throw(Exhausted("full", retry_after_s=0.4)), 3.0)
+    assert 2.0 < sum(clock) < 3.0
+    assert Patience(3.0).left_s == 3.0
