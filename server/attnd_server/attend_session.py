@@ -13,10 +13,10 @@ from attnd.requests import MAX_CALLS_UNDER_WAY
 from attnd.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
 from attnd_server import validation
-from attnd_server.executor import Work
 from attnd_server.metadata import AttentionOptions
 from attnd_server.replies import Encode, Replies
 from attnd_server.steps import Call, Step
+from attnd_server.work import CacheWork, Work
 
 if TYPE_CHECKING:
     from attnd_server.service import AttentionService
@@ -29,7 +29,7 @@ SMALL_CALL_TOKENS = 4_096
 
 
 @dataclass(frozen=True, eq=False)
-class CallWork:
+class CallWork(CacheWork):
     """The work of a call on the Attend stream."""
 
     service: AttentionService
@@ -37,9 +37,18 @@ class CallWork:
     encode: Encode
     plane: str
 
+    def cache_id(self) -> bytes:
+        """The cache's id."""
+        return self.call.step.cache.id
+
     def __call__(self) -> bytes:
         """Runs the call and encodes its reply."""
         return self.service.attend(self.call, self.encode, self.plane)
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds within which it must have started; None is forever."""
+        return self.call.step.call_timeout_s
 
     @property
     def is_small(self) -> bool:

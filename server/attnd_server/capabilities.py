@@ -65,6 +65,7 @@ def capabilities(
             max_caches=config.max_caches,
             max_ttl_s=config.max_ttl_s,
             max_queue_depth=config.max_queue_depth,
+            max_cache_queue_depth=config.max_cache_queue_depth,
             max_context_len=config.max_context_len,
         ),
     )

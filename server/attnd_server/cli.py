@@ -89,6 +89,9 @@ def serve(
     max_context_len: Annotated[int, limit("ATTND_MAX_CONTEXT_LEN", "Cached tokens of one request.")] = 1 << 20,
     max_caches: Annotated[int, limit("ATTND_MAX_CACHES", "Caches at one time.")] = 256,
     max_queue_depth: Annotated[int, limit("ATTND_MAX_QUEUE_DEPTH", "Calls that may wait for the device.")] = 1_024,
+    max_cache_queue_depth: Annotated[
+        int, limit("ATTND_MAX_CACHE_QUEUE_DEPTH", "Calls of one cache that may wait for the device.")
+    ] = 128,
     default_ttl_s: Annotated[float, seconds("ATTND_DEFAULT_TTL_S", "Lease of a cache that asks for none.", low=1)] = 60,
     max_ttl_s: Annotated[float, seconds("ATTND_MAX_TTL_S", "Longest lease.", low=1)] = 86_400,
     drain_s: Annotated[
@@ -191,6 +194,7 @@ def serve(
         max_context_len=max_context_len,
         max_caches=max_caches,
         max_queue_depth=max_queue_depth,
+        max_cache_queue_depth=max_cache_queue_depth,
         default_ttl_s=default_ttl_s,
         max_ttl_s=max_ttl_s,
         drain_s=drain_s,

@@ -230,6 +230,7 @@ class ServerConfig:
         max_context_len: cached tokens of one request.
         max_caches: caches at one time.
         max_queue_depth: calls that may wait for the executor.
+        max_cache_queue_depth: of these, calls of one cache.
         default_ttl_s: lease of a cache that asks for none, in seconds.
         max_ttl_s: longest lease, in seconds.
         drain_s: seconds that running calls have to finish after SIGTERM.
@@ -251,6 +252,7 @@ class ServerConfig:
     max_context_len: int = 1 << 20
     max_caches: int = 256
     max_queue_depth: int = 1_024
+    max_cache_queue_depth: int = 128
     default_ttl_s: float = 60.0
     max_ttl_s: float = 86_400.0
     drain_s: float = 10.0

@@ -1,4 +1,4 @@
-"""One thread per device runs everything that touches KV memory, in the order in which it arrived."""
+"""One thread per device runs everything that touches KV memory: of one cache in order, the caches in turn."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import queue
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 
@@ -20,34 +18,15 @@ from attnd_server.decode_graphs import Capture, cuda_capture
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionOptions
 from attnd_server.steps import Call, Result, Step, attend
-
-Work = Callable[[], bytes]
-Done = Callable[[bytes | None, BaseException | None], None]
-
-
-class LongWork(ABC):
-    """Work that takes seconds, for which others need not wait: it runs on a thread beside the executor's.
-
-    One at a time. What needs the device to itself, it does by `Executor.take_turn`, in short pieces.
-    """
-
-    @abstractmethod
-    def __call__(self) -> bytes:
-        """The work."""
-
-
-class _Job(NamedTuple):
-    work: Work
-    done: Done
-    deadline: float  # time.monotonic()
-    submitted_at: float  # time.perf_counter()
+from attnd_server.work import Cancelled, Done, LongWork, OnCache, Work
+from attnd_server.work_queue import Job, WorkQueue
 
 
 class Executor:
     """Runs work on one thread; owns the device.
 
-    Work is refused when the queue is full, and not started once its deadline has passed. One piece of work runs at a
-    time, whichever thread it is on.
+    Work is refused when the queue is full, and not started once its deadline has passed or nobody wants it any more.
+    One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came.
     """
 
     # How often leases that have ended are looked for, in seconds.
@@ -71,9 +50,8 @@ class Executor:
         self.capture = capture or cuda_capture(device)
         self.ops = TritonAttentionOps(device)
         self.queue_us = 0  # how long the running work waited; read by the work itself
-        self._max_queue_depth = config.max_queue_depth
         self._threads = config.threads or max(1, (os.cpu_count() or 1) // 2)
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth)
         self._closed = False
         self._device_lock = threading.Lock()
         self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
@@ -84,33 +62,45 @@ class Executor:
     @property
     def queue_depth(self) -> int:
         """Jobs that wait."""
-        return self._queue.qsize()
+        return self._queue.depth
 
-    def submit(self, work: Work, done: Done, timeout_s: float | None = None) -> None:
+    def submit(
+        self,
+        work: Work,
+        done: Done,
+        timeout_s: float | None = None,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> Job:
         """Queues `work`; `done` gets its result or its exception, on a thread of the executor's.
 
         Args:
-            work: called once, unless `timeout_s` has passed before its turn.
+            work: called once, unless `timeout_s` has passed before its turn, or nobody wants it.
             done: must not block or raise.
             timeout_s: seconds within which the work must have started; None is forever.
+            is_wanted: asked when its turn has come, if anybody still waits for it; `done` gets Cancelled if not.
+
+        Returns:
+            What `cancel` takes.
 
         Raises:
-            Exhausted: the queue is full.
+            Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
             Disconnected: the executor was closed.
         """
         if self._closed:
             raise Disconnected("the server is shutting down")
-        depth = self._queue.qsize()
-        if depth >= self._max_queue_depth:
-            raise Exhausted(f"{depth} calls wait, but the queue's limit is {self._max_queue_depth}; retry in a moment")
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        job = _Job(work, done, deadline, time.perf_counter())
+        job = Job(work, done, deadline, time.perf_counter(), is_wanted)
         if isinstance(work, LongWork):
             if not self._long_places.acquire(blocking=False):
                 raise Exhausted(f"{self.MAX_LONG_WORK} warm-ups wait, which is the limit; retry in a moment")
             self._side.submit(self._settle_long, job)
         else:
             self._queue.put(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Takes a job out of the queue, whose `done` is never called then. LongWork and what was started go on."""
+        self._queue.remove(job)
 
     def run_now(self, work: Work) -> bytes | None:
         """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
@@ -118,7 +108,8 @@ class Executor:
         Returns:
             What `work` gives, or None: the device is busy, submit it instead. Raises what `work` raises.
         """
-        if self._closed or not self._queue.empty() or not self._device_lock.acquire(blocking=False):
+        # What waits or is about to begin came before: it may be of the same cache.
+        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
             return None
         try:
             self.queue_us = 0
@@ -140,7 +131,8 @@ class Executor:
             work()
             return b""
 
-        self._queue.put(_Job(piece, lambda result, error: answers.put(error), float("inf"), time.perf_counter()))
+        job = Job(piece, lambda result, error: answers.put(error), float("inf"), time.perf_counter())
+        self._queue.put(job, always=True)
         while True:
             try:
                 error = answers.get(timeout=self.EXPIRY_PERIOD_S)
@@ -164,7 +156,7 @@ class Executor:
         """Lets what waits finish, then ends the thread."""
         self._closed = True
         self._side.shutdown(wait=False, cancel_futures=True)
-        self._queue.put(None)
+        self._queue.wake()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -176,33 +168,34 @@ class Executor:
                 with self._device_lock:
                     self._caches.expire()
                 expiry = now + self.EXPIRY_PERIOD_S
-            try:
-                job = self._queue.get(timeout=expiry - now if expiry > now else 0)
-            except queue.Empty:
-                continue
-            if job is None:
+            job = self._queue.take(expiry - now if expiry > now else 0)
+            if job is not None:
+                self._settle(job)
+                del job  # holds the call's tensors
+            elif self._closed and not self._queue.depth:
                 return
-            self._settle(job)
-            del job  # holds the call's tensors
 
-    def _settle(self, job: _Job) -> None:
-        def work() -> bytes:
-            with self._device_lock:
-                self.queue_us = int((time.perf_counter() - job.submitted_at) * 1e6)
-                return job.work()
+    def _settle(self, job: Job) -> None:
+        with self._device_lock:
+            started = time.perf_counter()
+            self.queue_us = int((started - job.submitted_at) * 1e6)
+            outcome = self._outcome(job)
+        # First, so that who gets the answer finds the executor idle, if it is.
+        self._queue.finished(time.perf_counter() - started)
+        job.done(*outcome)
 
-        job.done(*self._outcome(work, job.deadline))
-
-    def _settle_long(self, job: _Job) -> None:
-        outcome = self._outcome(job.work, job.deadline)
+    def _settle_long(self, job: Job) -> None:
+        outcome = self._outcome(job)
         self._long_places.release()
         job.done(*outcome)
 
-    def _outcome(self, work: Work, deadline: float) -> tuple[bytes | None, BaseException | None]:
+    def _outcome(self, job: Job) -> tuple[bytes | None, BaseException | None]:
         try:
-            if time.monotonic() > deadline:
+            if time.monotonic() > job.deadline:
                 raise DeadlineExceeded("the deadline passed while the call waited for the executor")
-            return work(), None
+            if job.is_wanted is not None and not job.is_wanted():
+                raise Cancelled("nobody waits for the call any more")
+            return job.work(), None
         except (torch.OutOfMemoryError, MemoryError) as full:
             return None, self._exhausted(full)
         except Exception as fault:
@@ -223,6 +216,6 @@ class Executor:
             return b""
 
         try:
-            self.submit(work, lambda result, error: None)
+            self.submit(OnCache(step.cache.id, work), lambda result, error: None)
         except AttndError:
             pass  # busy or closing

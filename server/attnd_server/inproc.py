@@ -13,12 +13,13 @@ from google.protobuf.message import Message
 
 from attnd import requests
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
+from attnd.retries import patiently
 from attnd.transport import Stream
 from attnd.v1 import attention_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.executor import Work
 from attnd_server.service import AttentionService, error_response
+from attnd_server.work import Work
 
 PRINCIPAL = "inproc"
 
@@ -37,7 +38,8 @@ class InprocTransport:
 
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method."""
-        return self._finish(self._service.unary[method](request, PRINCIPAL), timeout_s)
+        method_of_service = self._service.unary[method]
+        return patiently(lambda left_s: self._finish(method_of_service(request, PRINCIPAL), left_s), timeout_s)
 
     def attend(self) -> InprocStream:
         """Opens an Attend stream."""
@@ -61,10 +63,12 @@ class InprocTransport:
         if isinstance(answer, bytes):
             return answer
         results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
-        self._service.executor.submit(answer, lambda *settled: results.put(settled), timeout_s)
+        executor = self._service.executor
+        job = executor.submit(answer, lambda *settled: results.put(settled), timeout_s)
         try:
             result, error = results.get(timeout=timeout_s)
         except queue.Empty:
+            executor.cancel(job)
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         if error is not None:
             raise error

@@ -24,7 +24,7 @@ from attnd_server.attend_session import AttendSession
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.capabilities import capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
-from attnd_server.executor import Executor, Work
+from attnd_server.executor import Executor
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.metrics import Metrics
@@ -32,6 +32,7 @@ from attnd_server.planes import PlaneTable
 from attnd_server.replies import Encode, InlineReplies, Replies
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
+from attnd_server.work import OnCache, Work
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +98,13 @@ class AttentionService:
     def delete_cache(self, data: bytes, principal: str) -> Work:
         """DeleteCache. Calls that came before it still run."""
         ref = wire.parse(cache_pb2.DeleteCacheRequest, data).cache
+        self.caches.get(ref, principal)
 
         def work() -> bytes:
             cache = self.caches.delete(ref, principal)
             return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
 
-        return work
+        return OnCache(ref.id, work)
 
     def list_caches(self, data: bytes, principal: str) -> bytes:
         """ListCaches."""
@@ -120,7 +122,7 @@ class AttentionService:
             cache.copy_pages(sources, targets)
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
-        return work
+        return OnCache(cache.id, work)
 
     def warm_up(self, data: bytes, principal: str) -> Work:
         """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
@@ -152,7 +154,8 @@ class AttentionService:
         step = self.step(request.message.step, principal)
         call = self.call(step, request.message.call, request.tensors)
         replies = InlineReplies(reply)
-        return partial(self.attend, call, replies.encoder(call, request.message.call), replies.plane)
+        encode = replies.encoder(call, request.message.call)
+        return OnCache(step.cache.id, partial(self.attend, call, encode, replies.plane))
 
     def step(
         self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
@@ -160,7 +163,8 @@ class AttentionService:
         """Checks a step of a stream with `open_steps`, or of a unary request; its cache's lease starts again."""
         self.refuse_if_draining()
         cache = self.caches.get(message.cache, principal)
-        return Step(message.id, cache, validation.step(message, cache.config, self.config, open_steps))
+        metadata = validation.step(message, cache.config, self.config, open_steps)
+        return Step(message.id, cache, metadata, call_timeout_s=message.call_timeout_ms / 1e3 or None)
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""
@@ -209,7 +213,7 @@ class AttentionService:
             cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
             return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
 
-        return work
+        return OnCache(cache.id, work)
 
     def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
         """ReadKv: the work of each chunk. Checks everything before the first."""
@@ -219,7 +223,10 @@ class AttentionService:
         config = cache.config
         per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
         chunk = max(1, READ_CHUNK_BYTES // per_slot)
-        return (partial(self._read_chunk, cache, layer, slots, first, chunk) for first in range(0, len(slots), chunk))
+        return (
+            OnCache(cache.id, partial(self._read_chunk, cache, layer, slots, first, chunk))
+            for first in range(0, len(slots), chunk)
+        )
 
     def _read_chunk(self, cache: Cache, layer: int, slots: torch.Tensor, first: int, chunk: int) -> bytes:
         cache.refuse_if_closed()

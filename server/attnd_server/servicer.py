@@ -12,9 +12,10 @@ from google.protobuf import any_pb2
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.attend_session import AttendSession, CallWork
-from attnd_server.executor import Executor, Work
+from attnd_server.executor import Executor
 from attnd_server.ordered_answers import OrderedAnswers
 from attnd_server.service import AttentionService, error_response
+from attnd_server.work import Work
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Messages pass as bytes, both ways.
@@ -90,14 +91,16 @@ class AttentionServicer(grpc.GenericRpcHandler):
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
                 is_alone = self._num_streams == 1 and answers.is_empty
-                await answers.put(self._begin(session, data, is_alone))
+                await answers.put(self._begin(session, data, is_alone, context))
             await answers.finish()
         finally:
             self._num_streams -= 1
             going_away.cancel()
             answers.close()
 
-    def _begin(self, session: AttendSession, data: bytes, is_alone: bool) -> bytes | asyncio.Future[bytes]:
+    def _begin(
+        self, session: AttendSession, data: bytes, is_alone: bool, context: Context
+    ) -> bytes | asyncio.Future[bytes]:
         """The answer to a message of a stream, or what will be it once the executor has run its call."""
         executor = self._service.executor
         try:
@@ -108,7 +111,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 result = executor.run_now(answer)
                 if result is not None:
                     return result
-            return start_on(executor, answer)
+            return start_on(executor, answer, _soonest(context, answer))
         except Exception as error:
             return self._told(error)
 
@@ -124,7 +127,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """StoreKv: each chunk gets one answer, in order."""
         async for data in requests:
             try:
-                answer = await self._finish(self._service.store_kv(data, ANYBODY))
+                answer = await self._finish(self._service.store_kv(data, ANYBODY), context)
             except Exception as error:
                 answer = error_response(attention_pb2.StoreKvResponse, self._service.told(error))
             await context.write(answer)
@@ -133,15 +136,15 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """ReadKv: one chunk after the other, so that no more than one waits in memory."""
         try:
             for work in self._service.read_kv(data, ANYBODY):
-                await context.write(await self._finish(work))
+                await context.write(await self._finish(work, context))
         except Exception as error:
             await self._abort(context, error)
 
-    async def _finish(self, answer: bytes | Work, context: Context | None = None) -> bytes:
+    async def _finish(self, answer: bytes | Work, context: Context) -> bytes:
         """The answer itself, or what its work gives on the executor."""
         if isinstance(answer, bytes):
             return answer
-        timeout_s = context.time_remaining() if context is not None else None
+        timeout_s = _soonest(context, answer)
         return await run_on(self._service.executor, answer, timeout_s)
 
     async def _abort(self, context: Context, error: Exception) -> NoReturn:
@@ -154,12 +157,18 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
 
 async def run_on(executor: Executor, work: Work, timeout_s: float | None = None) -> bytes:
-    """Runs `work` on the executor. Raises what it raises."""
+    """Runs `work` on the executor, unless this coroutine is cancelled before its turn. Raises what it raises.
+
+    gRPC cancels it when the client cancels the RPC, its connection ends or its deadline passes.
+    """
     return await start_on(executor, work, timeout_s)
 
 
 def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> asyncio.Future[bytes]:
-    """Queues `work` for the executor: what it will give. Raises what `Executor.submit` raises."""
+    """Queues `work` for the executor, unless the future is cancelled before its turn: what it will give.
+
+    Raises what `Executor.submit` raises.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[bytes] = loop.create_future()
 
@@ -174,5 +183,16 @@ def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> 
     def done(result: bytes | None, error: BaseException | None) -> None:
         loop.call_soon_threadsafe(settle, result, error)
 
-    executor.submit(work, done, timeout_s)
+    def cancel_if_cancelled(future: asyncio.Future[bytes]) -> None:
+        if future.cancelled():
+            executor.cancel(job)
+
+    job = executor.submit(work, done, timeout_s)
+    future.add_done_callback(cancel_if_cancelled)
     return future
+
+
+def _soonest(context: Context, work: Work) -> float | None:
+    """Seconds within which work must have started: those that its RPC has left or its call allows; None is forever."""
+    left_s, timeout_s = context.time_remaining(), work.timeout_s if isinstance(work, CallWork) else None
+    return min((each for each in (left_s, timeout_s) if each is not None), default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -19,11 +20,11 @@ from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
 from attnd.v1 import attention_pb2
 from attnd_server.attend_session import AttendSession, CallWork
-from attnd_server.executor import Work
 from attnd_server.planes import Plane, PlaneTable, SocketFolder
 from attnd_server.planes.table import end
 from attnd_server.replies import RegionReplies
 from attnd_server.service import AttentionService, error_response
+from attnd_server.work import Cancelled, Work
 
 log = logging.getLogger(__name__)
 
@@ -199,21 +200,31 @@ class _Connection(threading.Thread):
                 answer = session.repeat(request.layer, request.step_id, request.lane)
             # A step is a message yet, a call is already what goes to the socket.
             return doorbell.reply_bytes(answer) if isinstance(answer, bytes) else self._run(answer)
+        except Cancelled:
+            return b""  # nobody reads it, and the socket's end is what comes next
         except Exception as error:
             return doorbell.reply_bytes(error_response(attention_pb2.AttendResponse, self._service.told(error)))
 
     def _run(self, work: Work) -> bytes:
         executor = self._service.executor
-        if isinstance(work, CallWork) and work.is_small:
-            result = executor.run_now(work)
+        timeout_s = None
+        if isinstance(work, CallWork):
+            result = executor.run_now(work) if work.is_small else None
             if result is not None:
                 return result
+            timeout_s = work.timeout_s
         results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
-        executor.submit(work, lambda *settled: results.put(settled))
+        executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._peer_is_there)
         result, error = results.get()
         if error is not None:
             raise error
         return result or b""
+
+    def _peer_is_there(self) -> bool:
+        """Whether the client's end of the socket is open, whatever it has sent. From any thread."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return not poll.poll(0)
 
     def _send(self, data: bytes) -> None:
         with self._sending:

@@ -24,6 +24,7 @@ class Step:
         id: the client's number for it.
         cache: the cache that it reads and writes.
         metadata: lengths, page tables, slots, masks.
+        call_timeout_s: seconds within which a call must have started; None is forever.
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
@@ -33,6 +34,7 @@ class Step:
     id: int
     cache: Cache
     metadata: AttentionMetadata
+    call_timeout_s: float | None = None
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
     stored: StoredTokens | None = None

@@ -15,9 +15,10 @@ from attnd_server.backends.base import AttentionKernel, DecodeShape
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.decode_graphs import Capture, DecodeGraphs, add_graphs, buffer_bytes, ready_graphs
-from attnd_server.executor import Executor, LongWork
+from attnd_server.executor import Executor
 from attnd_server.metadata import decode_step, reset_warming_up, set_warming_up
 from attnd_server.validation.warm_ups import WarmSteps
+from attnd_server.work import LongWork
 
 # Each size of batch is so many times the one before, from 1 on. A call copies what it brings of q and gets of output,
 # but k and v of the whole size.
