@@ -20,6 +20,7 @@ from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.backends.triton import availability
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
+from attnd_server.page_space import CachePages, PageSpaces
 
 if TYPE_CHECKING:
     from attnd_server.decode_graphs import DecodeGraphs
@@ -41,22 +42,42 @@ class Cache:
         v_pages: `[num_layers, *config.v_shape]`.
         k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
         v_scales: likewise.
+        pages: where they lie among other caches'.
         graphs: what warm-ups captured, by what `find_graphs` looks for.
         num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
     """
 
     def __init__(
-        self, config: AttentionConfig, *, epoch: int, principal: str, ttl_s: float, name: str, device: torch.device
+        self,
+        config: AttentionConfig,
+        *,
+        epoch: int,
+        principal: str,
+        ttl_s: float,
+        name: str,
+        device: torch.device,
+        spaces: PageSpaces | None = None,
     ) -> None:
-        """Allocates the pages and zeroes them, so that nobody sees what a former owner stored."""
+        """Takes the pages, all of them zeros, so that nobody sees what a former owner stored.
+
+        Args:
+            config: geometry.
+            epoch: the server's.
+            principal: who it belongs to.
+            ttl_s: its lease, in seconds.
+            name: for people.
+            device: of the pages.
+            spaces: of the device; None: the cache lies alone.
+        """
         self.id = secrets.token_bytes(16)
         self.epoch = epoch
         self.principal = principal
         self.config = config
         self.name = name
         self.ttl_s = ttl_s
-        self.k_pages = torch.zeros(config.num_layers, *config.k_shape, dtype=config.kv_dtype, device=device)
-        self.v_pages = torch.zeros(config.num_layers, *config.v_shape, dtype=config.kv_dtype, device=device)
+        self._spaces = spaces or PageSpaces(device, config.num_bytes)
+        self.pages: CachePages | None = self._spaces.take(config)
+        self.k_pages, self.v_pages = self.pages.k, self.pages.v
         self.k_scales = _scales(config, config.k_scales, device)
         self.v_scales = _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
@@ -93,6 +114,9 @@ class Cache:
                 graphs.close()
         self.graphs.clear()
         self.k_pages = self.v_pages = torch.empty(0)
+        pages, self.pages = self.pages, None
+        if pages is not None:
+            self._spaces.give_back(pages, self.config)
 
     def refuse_if_closed(self) -> None:
         """Raises CacheLost once the cache was deleted or its lease has ended."""
@@ -103,7 +127,13 @@ class Cache:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        k_pages, v_pages, layout = self.k_pages[layer], self.v_pages[layer], self.config.layout
+        self.store_in(self.k_pages[layer], self.v_pages[layer], k, v, stored)
+
+    def store_in(
+        self, k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens
+    ) -> None:
+        """As `store`, into any pages like the cache's: those of its space, with slots there."""
+        layout = self.config.layout
         if self._triton_store is None:
             store_kv(k_pages, v_pages, k, v, stored, layout, self.k_scales, self.v_scales)
         else:
@@ -196,6 +226,7 @@ class CacheTable:
         self.kv_bytes = kv_bytes
         self._config = config
         self._device = device
+        self._spaces = PageSpaces(device, kv_bytes)
         self._caches: dict[bytes, Cache] = {}
         self._reserved: dict[object, int] = {}  # bytes of caches that are being allocated
         self._lock = threading.Lock()
@@ -227,7 +258,15 @@ class CacheTable:
                 )
             self._reserved[reservation] = config.num_bytes
         try:
-            cache = Cache(config, epoch=self.epoch, principal=principal, ttl_s=ttl_s, name=name, device=self._device)
+            cache = Cache(
+                config,
+                epoch=self.epoch,
+                principal=principal,
+                ttl_s=ttl_s,
+                name=name,
+                device=self._device,
+                spaces=self._spaces,
+            )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
                 f"num_pages is {config.num_pages}, but {self._device} cannot allocate it: {error}", field="num_pages"

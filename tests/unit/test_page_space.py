@@ -1,0 +1,124 @@
+"""Where caches' pages lie: side by side, zeros, and given back."""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnd_server.config import FP8, AttentionConfig, Layout
+from attnd_server.page_space import CachePages, PageSpaces
+
+CPU = torch.device("cpu")
+CONFIG = AttentionConfig(num_layers=3, num_kv_heads=2, head_dim=16, num_pages=5, page_size=4, dtype=torch.float32)
+ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="caches share addresses on Linux alone")
+
+
+def spaces(num_bytes: int = 1 << 20) -> PageSpaces:
+    return PageSpaces(CPU, num_bytes)
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_pages_are_views_of_the_space_from_their_first_on(layout: Layout, kv_dtype: torch.dtype | None) -> None:
+    config = replace(CONFIG, layout=layout, kv_dtype=kv_dtype, head_dim_v=24)
+    held = spaces()
+    for pages in (held.take(config), held.take(replace(config, num_pages=2, num_layers=1))):
+        num_layers = len(pages.k)
+        for layer in range(num_layers):
+            for tensor, space in ((pages.k, pages.space.k), (pages.v, pages.space.v)):
+                page = pages.first + layer * tensor.shape[1]
+                assert tensor[layer].data_ptr() == space[page].data_ptr()
+                assert tensor[layer].is_contiguous()
+                assert not tensor[layer].view(torch.uint8).any()
+        assert (pages.k.dtype, pages.k.shape[2:]) == (config.kv_dtype, config.k_shape[1:])
+        assert (pages.v.dtype, pages.v.shape[2:]) == (config.kv_dtype, config.v_shape[1:])
+
+
+@ONLY_LINUX
+def test_caches_of_one_geometry_share_a_space_and_others_do_not() -> None:
+    held = spaces()
+    first = held.take(CONFIG).space
+    assert held.take(replace(CONFIG, num_layers=1, num_pages=9)).space is first
+    others = [
+        replace(CONFIG, head_dim=24),
+        replace(CONFIG, page_size=8),
+        replace(CONFIG, dtype=torch.float16, kv_dtype=None),
+        replace(CONFIG, layout=Layout.DISTINCT),
+    ]
+    assert len({held.take(config).space.id for config in others} | {first.id}) == 5
+
+
+def overlap(one: CachePages, other: CachePages) -> bool:
+    ranges = [(pages.first, pages.first + pages.k.shape[0] * pages.k.shape[1]) for pages in (one, other)]
+    return one.space is other.space and ranges[0][0] < ranges[1][1] and ranges[1][0] < ranges[0][1]
+
+
+def test_nobody_sees_anothers_pages_whoever_comes_and_goes() -> None:
+    held, random_ = spaces(), random.Random(0)
+    leased: list[tuple[AttentionConfig, CachePages, int]] = []
+    for value in range(1, 120):
+        if leased and random_.random() < 0.45:
+            config, pages, mark = leased.pop(random_.randrange(len(leased)))
+            assert (pages.k == mark).all()
+            assert (pages.v == mark).all()
+            del_k, del_v = pages.k, pages.v
+            held.give_back(pages, config)
+            del pages, del_k, del_v
+            continue
+        config = replace(CONFIG, num_layers=random_.randint(1, 3), num_pages=random_.randint(1, 9))
+        pages = held.take(config)
+        assert not pages.k.any()
+        assert not pages.v.any()
+        assert not any(overlap(pages, other) for _, other, _ in leased)
+        pages.k.fill_(value)
+        pages.v.fill_(value)
+        leased.append((config, pages, value))
+    for config, pages, _ in leased:
+        held.give_back(pages, config)
+    assert held._spaces == {}
+
+
+@ONLY_LINUX
+def test_memory_comes_with_what_is_written_and_goes_with_the_cache() -> None:
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+
+    held = spaces(1 << 34)
+    config = replace(CONFIG, num_layers=1, num_pages=1 << 18)  # 64 MiB of K, and of V
+    kept = held.take(replace(CONFIG, num_pages=1))
+    before = resident()
+    pages = held.take(config)
+    assert resident() - before < 16 << 20
+    pages.k.fill_(1)
+    assert resident() - before > 48 << 20
+    held.give_back(pages, config)
+    assert resident() - before < 16 << 20
+    assert not pages.k[:8].any()
+    assert kept.space is pages.space
+
+
+def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(num_bytes: int) -> None:
+        raise OSError("cannot allocate memory")
+
+    monkeypatch.setattr("attnd_server.page_space._addresses", refuse)
+    held = spaces()
+    one, other = held.take(CONFIG), held.take(CONFIG)
+    assert one.space is not other.space
+    assert one.k.numel() == one.space.k.numel()
+    assert not one.k.any()
+    held.give_back(one, CONFIG)
+    held.give_back(other, CONFIG)
+    assert held._spaces == {}
+
+
+def test_a_cache_bigger_than_a_space_lies_alone() -> None:
+    held = spaces(CONFIG.num_bytes)
+    big = replace(CONFIG, num_pages=1000)
+    assert held.take(big).space.k.shape[0] == 3000
