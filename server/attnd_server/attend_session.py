@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from attnd_server import validation
 from attnd_server.metadata import AttentionOptions
 from attnd_server.replies import Encode, Replies
 from attnd_server.steps import Call, Step
-from attnd_server.work import CacheWork, Work
+from attnd_server.work import SharedWork, Work
 
 if TYPE_CHECKING:
     from attnd_server.service import AttentionService
@@ -29,8 +29,8 @@ SMALL_CALL_TOKENS = 4_096
 
 
 @dataclass(frozen=True, eq=False)
-class CallWork(CacheWork):
-    """The work of a call on the Attend stream."""
+class CallWork(SharedWork):
+    """The work of a call, on a stream or of a unary request."""
 
     service: AttentionService
     call: Call
@@ -44,6 +44,17 @@ class CallWork(CacheWork):
     def __call__(self) -> bytes:
         """Runs the call and encodes its reply."""
         return self.service.attend(self.call, self.encode, self.plane)
+
+    def joiner(self) -> Callable[[Work], bool] | None:
+        """What says of other work whether it is a call that can share this one's launch; None: it runs alone."""
+        batch = self.service.executor.batch(self.call)
+        if batch is None:
+            return None
+        return lambda work: isinstance(work, CallWork) and batch.takes(work.call)
+
+    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
+        """Runs calls of one batch in one launch."""
+        return self.service.attend_together([work for work in works if isinstance(work, CallWork)], queue_us)
 
     @property
     def timeout_s(self) -> float | None:

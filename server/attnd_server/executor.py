@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -17,9 +18,15 @@ from attnd_server.config import ServerConfig
 from attnd_server.decode_graphs import Capture, cuda_capture
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionOptions
+from attnd_server.shared_launch import Batch, SharedLaunches, batch_of
 from attnd_server.steps import Call, Result, Step, attend
-from attnd_server.work import Cancelled, Done, LongWork, OnCache, Work
+from attnd_server.work import Cancelled, Done, LongWork, OnCache, SharedWork, Work
 from attnd_server.work_queue import Job, WorkQueue
+
+log = logging.getLogger(__name__)
+
+Outcome = tuple[bytes | None, BaseException | None]
+"""What is given to `Done`."""
 
 
 class Executor:
@@ -46,9 +53,11 @@ class Executor:
             capture: how decode steps are captured; None: as CUDA graphs, where there are any.
         """
         self._caches = caches
+        self._config = config
         self.device = device
         self.capture = capture or cuda_capture(device)
         self.ops = TritonAttentionOps(device)
+        self._shared = SharedLaunches(self.ops)
         self.queue_us = 0  # how long the running work waited; read by the work itself
         self._threads = config.threads or max(1, (os.cpu_count() or 1) // 2)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth)
@@ -167,6 +176,8 @@ class Executor:
             if now >= expiry:
                 with self._device_lock:
                     self._caches.expire()
+                    if self._queue.is_idle:
+                        self._shared.forget()
                 expiry = now + self.EXPIRY_PERIOD_S
             job = self._queue.take(expiry - now if expiry > now else 0)
             if job is not None:
@@ -177,33 +188,65 @@ class Executor:
 
     def _settle(self, job: Job) -> None:
         with self._device_lock:
+            jobs = [job]
+            if isinstance(job.work, SharedWork) and self._queue.depth:
+                joins = job.work.joiner()
+                jobs += self._queue.take_others(job.lane, joins) if joins is not None else []
             started = time.perf_counter()
-            self.queue_us = int((started - job.submitted_at) * 1e6)
-            outcome = self._outcome(job)
+            outcomes = [self._outcome(job, started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
         # First, so that who gets the answer finds the executor idle, if it is.
-        self._queue.finished(time.perf_counter() - started)
-        job.done(*outcome)
+        self._queue.finished((time.perf_counter() - started) / len(jobs))
+        for each, outcome in zip(jobs, outcomes, strict=True):
+            each.done(*outcome)
 
     def _settle_long(self, job: Job) -> None:
-        outcome = self._outcome(job)
+        outcome = self._outcome(job, time.perf_counter())
         self._long_places.release()
         job.done(*outcome)
 
-    def _outcome(self, job: Job) -> tuple[bytes | None, BaseException | None]:
+    def _outcome(self, job: Job, started: float) -> Outcome:
+        error = _reason_against(job)
+        if error is not None:
+            return None, error
+        if not isinstance(job.work, LongWork):
+            self.queue_us = _waited_us(job, started)
         try:
-            if time.monotonic() > job.deadline:
-                raise DeadlineExceeded("the deadline passed while the call waited for the executor")
-            if job.is_wanted is not None and not job.is_wanted():
-                raise Cancelled("nobody waits for the call any more")
             return job.work(), None
         except (torch.OutOfMemoryError, MemoryError) as full:
             return None, self._exhausted(full)
         except Exception as fault:
             return None, fault
 
+    def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
+        """What comes of jobs that joined, of which some may not be wanted any more."""
+        outcomes: list[Outcome] = [(None, _reason_against(job)) for job in jobs]
+        left = [index for index, (_, error) in enumerate(outcomes) if error is None]
+        works = [work for index in left if isinstance(work := jobs[index].work, SharedWork)]
+        try:
+            waited = [_waited_us(jobs[index], started) for index in left]
+            results = works[0].with_others(works, waited) if len(works) > 1 else []
+        except Exception as fault:
+            # Whatever it was, one call alone may do without it; if not, each is told its own.
+            log.warning("%d calls cannot run together", len(works), exc_info=fault)
+            results = []
+        if not results:
+            for index in left:
+                outcomes[index] = self._outcome(jobs[index], started)
+        for index, result in zip(left, results, strict=False):
+            outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
+        return outcomes
+
     def attend(self, call: Call) -> Result:
         """One layer; see `steps.attend`. On the executor's thread."""
         return attend(call, self.ops)
+
+    def attend_together(self, calls: list[Call]) -> list[Result]:
+        """A layer each of several steps of one `Batch`, in one launch. On the executor's thread."""
+        return self._shared.attend(calls)
+
+    def batch(self, call: Call) -> Batch | None:
+        """What other calls can join to share a launch with a call; None: it runs alone. On the executor's thread."""
+        return batch_of(call, self.ops, self._config)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
@@ -219,3 +262,16 @@ class Executor:
             self.submit(OnCache(step.cache.id, work), lambda result, error: None)
         except AttndError:
             pass  # busy or closing
+
+
+def _reason_against(job: Job) -> Exception | None:
+    """Why a job whose turn has come is not started."""
+    if time.monotonic() > job.deadline:
+        return DeadlineExceeded("the deadline passed while the call waited for the executor")
+    if job.is_wanted is not None and not job.is_wanted():
+        return Cancelled("nobody waits for the call any more")
+    return None
+
+
+def _waited_us(job: Job, started: float) -> int:
+    return int((started - job.submitted_at) * 1e6)

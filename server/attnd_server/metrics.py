@@ -28,6 +28,8 @@ SECONDS_BOUNDS = (
     *(0.65, 0.8, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),
 )
 BYTES_BOUNDS = (0, 1024, 2048, *(4**exponent for exponent in range(6, 17)))
+# Of the calls of a launch.
+CALLS_BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 
 _REASONS = (
     errors.InvalidRequest,
@@ -142,6 +144,7 @@ class Metrics:
 
     Attributes:
         calls: by plane and `id` of the backend, which takes a tenth of the time of an enumeration's hash.
+        launches: calls of each launch.
         refusals: errors that clients were told, by class.
         rpcs_started: by method.
         rpcs: those that ended, by method and name of the status.
@@ -150,6 +153,7 @@ class Metrics:
     def __init__(self) -> None:
         """Starts with nothing counted."""
         self.calls: dict[tuple[str, int], CallTally] = {}
+        self.launches = Histogram(CALLS_BOUNDS)
         self.refusals: dict[type[errors.AttndError], int] = dict.fromkeys(_REASONS, 0)
         self._refusing = threading.Lock()
         self.rpcs_started: dict[str, int] = {}
@@ -163,7 +167,7 @@ class Metrics:
             call: with its tensors.
             result: likewise, and what copies took.
             queue_us: how long it waited for the executor, in microseconds.
-            kernel_us: how long storing and attending took, in microseconds.
+            kernel_us: how long storing and attending took, in microseconds; of all calls of its launch.
         """
         key = plane, id(result.backend)
         tally = self.calls.get(key)
@@ -175,6 +179,10 @@ class Metrics:
         tally.copy_out_us.observe(result.copies.out_us)
         tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)
         tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
+
+    def launched(self, num_calls: int) -> None:
+        """Counts a launch of so many calls. By the thread that has the device."""
+        self.launches.observe(num_calls)
 
     def refused(self, error: errors.AttndError) -> None:
         """Counts an error that a client is told. By any thread."""

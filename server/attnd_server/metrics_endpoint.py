@@ -45,7 +45,8 @@ class ServerCollector(Collector):
         phases = HistogramMetricFamily(
             "attnd_call_phase_seconds",
             "Time of a call. queue: waiting for the executor; copy_in: bringing q, k and v to the device; kernel: "
-            "storing and attending; copy_out: bringing results back. Copies are 0 where the device computes in place.",
+            "storing and attending; copy_out: bringing results back; of all calls "
+            "that share the launch. Copies are 0 where the device computes in place.",
             labels=[*labels, "phase"],
         )
         for tally in list(self._metrics.calls.values()):
@@ -57,7 +58,11 @@ class ServerCollector(Collector):
             _add(phases, [*values, "copy_in"], tally.copy_in_us, US_PER_S)
             _add(phases, [*values, "kernel"], tally.kernel_us, US_PER_S)
             _add(phases, [*values, "copy_out"], tally.copy_out_us, US_PER_S)
-        return calls, received, sent, phases
+        launches = HistogramMetricFamily(
+            "attnd_calls_per_launch", "Calls that shared a launch on the device.", labels=[]
+        )
+        _add(launches, [], self._metrics.launches)
+        return calls, received, sent, phases, launches
 
     def _refusals(self) -> Iterable[Metric]:
         refusals = CounterMetricFamily("attnd_refusals", "Errors that clients were told, by class.", labels=["reason"])

@@ -20,7 +20,7 @@ from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest, Se
 from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 from attnd_server import validation
-from attnd_server.attend_session import AttendSession
+from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.capabilities import capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
@@ -154,8 +154,7 @@ class AttentionService:
         step = self.step(request.message.step, principal)
         call = self.call(step, request.message.call, request.tensors)
         replies = InlineReplies(reply)
-        encode = replies.encoder(call, request.message.call)
-        return OnCache(step.cache.id, partial(self.attend, call, encode, replies.plane))
+        return CallWork(self, call, replies.encoder(call, request.message.call), replies.plane)
 
     def step(
         self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
@@ -193,8 +192,26 @@ class AttentionService:
         result = self.executor.attend(call)
         kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
         if self.metrics is not None:
+            self.metrics.launched(1)
             self.metrics.call_served(plane, call, result, queue_us, kernel_us)
         return encode(call, result, queue_us, kernel_us)
+
+    def attend_together(self, works: list[CallWork], queue_us: list[int]) -> list[bytes | Exception]:
+        """Runs calls that can share a launch, and encodes the reply of each. On the executor's thread."""
+        started = time.perf_counter()
+        results = self.executor.attend_together([work.call for work in works])
+        kernel_us = int((time.perf_counter() - started) * 1e6)
+        if self.metrics is not None:
+            self.metrics.launched(len(works))
+        replies: list[bytes | Exception] = []
+        for work, result, waited_us in zip(works, results, queue_us, strict=True):
+            if self.metrics is not None:
+                self.metrics.call_served(work.plane, work.call, result, waited_us, kernel_us)
+            try:
+                replies.append(work.encode(work.call, result, waited_us, kernel_us))
+            except Exception as error:  # this call's own
+                replies.append(error)
+        return replies
 
     def open_session(self, principal: str, replies: Replies | None = None) -> AttendSession:
         """The state of one Attend stream, or of what is like it on a plane."""

@@ -28,6 +28,7 @@ class Step:
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
+        share_keys: by the options of a layer, what calls can share a launch by, see `shared_launch`.
         is_marked: whether the cache was told which pages it writes.
     """
 
@@ -38,6 +39,7 @@ class Step:
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
     stored: StoredTokens | None = None
+    share_keys: dict[AttentionOptions, object | None] = field(default_factory=dict)
     is_marked: bool = False
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:

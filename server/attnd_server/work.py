@@ -22,6 +22,29 @@ class CacheWork(ABC):
         """The work."""
 
 
+class SharedWork(CacheWork):
+    """Work that can be done together with others like it, of other caches, if they wait at the same time."""
+
+    @abstractmethod
+    def joiner(self) -> Callable[[Work], bool] | None:
+        """What says of other work if it can be done with this one and with all that it said yes to; None: none can.
+
+        On the executor's thread, as the rest.
+        """
+
+    @abstractmethod
+    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
+        """Does several works at once that `joiner` said yes to, or some of them.
+
+        Args:
+            works: of different caches.
+            queue_us: microseconds that each waited.
+
+        Returns:
+            What each gives, or the error that it ends with.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class OnCache(CacheWork):
     """Any work on one cache.

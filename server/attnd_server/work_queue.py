@@ -113,6 +113,26 @@ class WorkQueue:
                 self._lanes[name] = lane  # behind all others
         return job
 
+    def take_others(self, lane: bytes, joins: Callable[[Work], bool]) -> list[Job]:
+        """The first jobs of other lanes that join one that was taken: the two are finished together.
+
+        Never two of a lane: the second may need what the first leaves.
+
+        Args:
+            lane: of the job that was taken.
+            joins: called once with the first of each other lane, in turn.
+        """
+        with self._lock:
+            names = [name for name, jobs in self._lanes.items() if name != lane and joins(jobs[0].work)]
+            taken = []
+            for name in names:
+                jobs = self._lanes.pop(name)
+                taken.append(jobs.popleft())
+                self._depth -= 1
+                if jobs:
+                    self._lanes[name] = jobs
+        return taken
+
     def remove(self, job: Job) -> bool:
         """Takes a job out wherever it stands. Returns whether it was still there."""
         name = job.lane

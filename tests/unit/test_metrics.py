@@ -82,6 +82,16 @@ def test_calls_are_counted_by_plane_and_backend():
     assert scrape.by("attnd_call_sent_bytes_total", *labels) == {("inline", "sdpa"): 2 * (5 * 6 * 8 * 4 + 5 * 6 * 4)}
 
 
+def test_launches_are_counted_by_how_many_calls_share_them():
+    metrics = Metrics()
+    for num_calls in (1, 1, 3, 64):
+        metrics.launched(num_calls)
+    scrape = scraped(metrics)
+    buckets = {labels["le"]: value for labels, value in scrape.samples["attnd_calls_per_launch_bucket"]}
+    assert [buckets[le] for le in ("1.0", "2.0", "4.0", "32.0", "64.0", "+Inf")] == [2, 2, 3, 3, 4, 4]
+    assert scrape.value("attnd_calls_per_launch_sum") == 69
+
+
 def test_phases_are_told_in_seconds_and_cumulated():
     metrics = Metrics()
     for kernel_us in (5, 900, 9_000_000):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -140,4 +140,18 @@ class AttentionKernel(Protocol):
         Returns:
             output `[num_tokens, num_heads, head_dim_v]` in q's dtype, and lse float32 `[num_tokens, num_heads]` if
             `options.return_lse`, else None. A row that sees nothing has zeros and -inf.
+        """
+
+
+@runtime_checkable
+class ShiftsPages(AttentionKernel, Protocol):
+    """A kernel that can have requests of several caches in one step, if their pages lie in one tensor."""
+
+    def shifted(self, plan: Any, page_offsets: torch.Tensor) -> Any:
+        """The plan with a number added to each request's page ids, for `run`.
+
+        Args:
+            plan: from `plan`, or what the last `shifted` gave. It is not to be run any more.
+            page_offsets: int32 `[num_reqs]` on the device, to be added to the ids that were planned with. No page that
+                holds context is absent.
         """

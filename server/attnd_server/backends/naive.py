@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -75,7 +75,8 @@ class _Plan:
     options: AttentionOptions
     device: torch.device
     first_positions: list[int]
-    page_ids: list[torch.Tensor]  # int64 [pages from the first visible one to the context's end] on the device
+    page_ids: list[torch.Tensor]  # [pages from the first visible one to the context's end] on the device
+    planned_page_ids: list[torch.Tensor]  # likewise, without the offsets of `shifted`
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
 
@@ -107,19 +108,26 @@ class NaiveAttention:
         """Which pages each request reads. Masks are made in `run`, a tile at a time, so that they stay small."""
         first_pages = first_visible_pages(metadata.context_lens, options.window, config.page_size).tolist()
         end_pages = (-(-metadata.context_lens // config.page_size)).tolist()
+        page_ids = [
+            table[first:end].to(device)
+            for table, first, end in zip(metadata.page_tables, first_pages, end_pages, strict=True)
+        ]
         return _Plan(
             config,
             metadata,
             options,
             device,
             first_positions=[page * config.page_size for page in first_pages],
-            page_ids=[
-                table[first:end].to(device)
-                for table, first, end in zip(metadata.page_tables, first_pages, end_pages, strict=True)
-            ],
+            page_ids=page_ids,
+            planned_page_ids=page_ids,
             alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes.to(device),
             sinks=None if options.sinks is None else options.sinks.to(device),
         )
+
+    def shifted(self, plan: _Plan, page_offsets: torch.Tensor) -> _Plan:
+        """The plan with a number added to each request's page ids; see `ShiftsPages`."""
+        shifted = [ids + offset for ids, offset in zip(plan.planned_page_ids, page_offsets, strict=True)]
+        return replace(plan, page_ids=shifted)
 
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device

@@ -76,6 +76,10 @@ class TritonPagedAttention:
 
         return make_plan(config, metadata, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 
+    def shifted(self, plan: TritonPlan, page_offsets: torch.Tensor) -> TritonPlan:
+        """The plan with a number added to each request's page ids; see `ShiftsPages`."""
+        return plan.shifted(page_offsets)
+
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> FixedTritonPlan | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -83,6 +83,7 @@ class TritonPlan:
         page_tables: int32 on the device; the items say where each request's begins.
         alibi_slopes: float32 `[num_heads]` times LOG2E on the device, or None.
         sinks: likewise.
+        planned_tables: the page tables without the offsets of `shifted`; None: there are none.
         partials: by the index of the launch; made when they are first needed.
     """
 
@@ -93,7 +94,14 @@ class TritonPlan:
     page_tables: torch.Tensor
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    planned_tables: torch.Tensor | None = None
     partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def shifted(self, page_offsets: torch.Tensor) -> TritonPlan:
+        """The plan with a number added to each request's page ids, in place; see `ShiftsPages`."""
+        planned = self.page_tables.clone() if self.planned_tables is None else self.planned_tables
+        torch.add(planned, page_offsets[:, None], out=self.page_tables)
+        return self if self.planned_tables is not None else replace(self, planned_tables=planned)
 
     def run(
         self,
