@@ -76,8 +76,8 @@ class Waiting:
 
 
 @contextmanager
-def waiting() -> Iterator[Waiting]:
-    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 24), Metrics())
+def waiting(device: str = "cpu") -> Iterator[Waiting]:
+    service = build_service(ServerConfig(device=device, kv_bytes=1 << 28), Metrics())
     with attnd.Client(InprocTransport(service), timeout_s=60) as client:
         yield Waiting(service, client)
 
@@ -103,28 +103,31 @@ class Caller:
 
     def __post_init__(self) -> None:
         size = {"num_layers": self.num_layers, "num_pages": self.num_pages, "backend": self.backend}
-        self.cache = self.server.client.create_cache(**{**GEOMETRY, **size, **(self.geometry or {})})
+        self.all = {**GEOMETRY, **size, **(self.geometry or {})}
+        self.cache = self.server.client.create_cache(**self.all)
         self.random = torch.Generator().manual_seed(self.seed)
-        num_slots = self.num_pages * PAGE
+        num_slots = self.num_pages * self.all["page_size"]
         for layer in range(self.num_layers):
             self.cache.store_kv(layer, list(range(num_slots)), *self.kv(num_slots))
         self.session: AttendSession = self.server.service.open_session(PRINCIPAL)
         self.step_id = 0
 
     def normal(self, *shape: int) -> torch.Tensor:
-        dtype = getattr(torch, (self.geometry or {}).get("dtype", GEOMETRY["dtype"]))
+        dtype = getattr(torch, self.all["dtype"])
         return torch.randn(*shape, generator=self.random).to(dtype)
 
     def kv(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.normal(num_tokens, KV_HEADS, DIM), self.normal(num_tokens, KV_HEADS, DIM_V)
+        dims = self.all["head_dim"], self.all["head_dim_v"]
+        k, v = (self.normal(num_tokens, KV_HEADS, dim) for dim in dims)
+        return k, v
 
     def metadata(self) -> attnd.StepMetadata:
-        tables, slots, first = [], [], 0
+        tables, slots, first, page = [], [], 0, self.all["page_size"]
         for context_len in self.context_lens:
-            end = first + -(-(context_len + self.query_len) // PAGE)
+            end = first + -(-(context_len + self.query_len) // page)
             tables.append(list(range(first, end))[::-1])  # so that no page is where its number says
             for position in range(context_len, context_len + self.query_len):
-                slots.append(tables[-1][position // PAGE] * PAGE + position % PAGE)
+                slots.append(tables[-1][position // page] * page + position % page)
             first = end
         width = max(map(len, tables))
         tables = [[*table, *[-1] * (width - len(table))] for table in tables]
@@ -142,7 +145,7 @@ class Caller:
         num_tokens = len(self.context_lens) * self.query_len
         k, v = self.kv(num_tokens)
         self.stored = k, v
-        q = self.normal(num_tokens, HEADS, DIM)
+        q = self.normal(num_tokens, HEADS, self.all["head_dim"])
         work = self.session.request(requests.attend_call(self.step_id, layer, q, k, v, options))
         assert not isinstance(work, bytes)
         return work

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason
 def device() -> Iterator[str]:
     with interpreter.interpreter() as device:
         if device != "cpu":
-            pytest.skip("each cache of a GPU has a space of its own")
+            pytest.skip("on a GPU tests/gpu does this")
         yield device
 
 

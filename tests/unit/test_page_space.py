@@ -6,12 +6,15 @@ import random
 import resource
 import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from attnd_server import gpu_addresses, page_space
 from attnd_server.config import FP8, AttentionConfig, Layout
 from attnd_server.page_space import CachePages, PageSpaces
+from tests.unit.fake_driver import UNIT, FakeDriver
 
 CPU = torch.device("cpu")
 CONFIG = AttentionConfig(num_layers=3, num_kv_heads=2, head_dim=16, num_pages=5, page_size=4, dtype=torch.float32)
@@ -104,7 +107,7 @@ def test_memory_comes_with_what_is_written_and_goes_with_the_cache() -> None:
 
 
 def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(num_bytes: int) -> None:
+    def refuse(device: torch.device, num_bytes: int) -> None:
         raise OSError("cannot allocate memory")
 
     monkeypatch.setattr("attnd_server.page_space._addresses", refuse)
@@ -120,5 +123,58 @@ def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.
 
 def test_a_cache_bigger_than_a_space_lies_alone() -> None:
     held = spaces(CONFIG.num_bytes)
-    big = replace(CONFIG, num_pages=1000)
-    assert held.take(big).space.k.shape[0] == 3000
+    shared = held.take(CONFIG).space
+    big = replace(CONFIG, num_pages=len(shared.k))
+    assert held.take(big).space.k.shape[0] == 3 * len(shared.k)
+
+
+@pytest.fixture
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """Addresses "on a GPU" in which nothing can be stored, with room for 20 units."""
+    driver = FakeDriver(20 * UNIT)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch, "as_tensor", lambda held, device: torch.empty(*held.shape, dtype=torch.uint8))
+    monkeypatch.setattr("attnd_server.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,)))
+    monkeypatch.setattr(page_space, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
+    return driver
+
+
+def test_on_a_gpu_memory_is_mapped_for_each_cache_and_unmapped_with_it(fake_driver: FakeDriver) -> None:
+    page_bytes = 4 * 2 * 16 * 4
+    config = replace(CONFIG, num_layers=2, num_pages=UNIT // page_bytes)  # two units of K, and of V
+    held = spaces(1 << 22)
+    caches = [held.take(config) for _ in range(3)]
+    assert sorted(fake_driver.mapped.values()) == [UNIT] * 2 + [2 * UNIT] * 6
+    assert fake_driver.accessible == set(fake_driver.mapped)
+    assert fake_driver.handles == {}
+    for pages in caches:
+        for tensor, space in ((pages.k, pages.space.k), (pages.v, pages.space.v)):
+            offset = tensor.data_ptr() - space.data_ptr()
+            assert any(start - base == offset for start in fake_driver.mapped for base in fake_driver.reserved)
+    held.give_back(caches[1], config)
+    assert len(fake_driver.mapped) == 6
+    again = held.take(config)
+    assert again.first == caches[1].first
+    for pages in (again, caches[0], caches[2]):
+        held.give_back(pages, config)
+    assert (fake_driver.mapped, fake_driver.reserved, fake_driver.free) == ({}, {}, 20 * UNIT)
+
+
+def test_a_full_gpu_says_so_and_keeps_nothing(fake_driver: FakeDriver) -> None:
+    page_bytes = 4 * 2 * 16 * 4
+    config = replace(CONFIG, num_layers=1, num_pages=12 * UNIT // page_bytes)  # 12 units of K fit, then not of V
+    held = spaces(1 << 23)
+    with pytest.raises(torch.OutOfMemoryError, match="left: cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY"):
+        held.take(config)
+    assert (fake_driver.mapped, fake_driver.reserved, fake_driver.free) == ({}, {}, 20 * UNIT)
+    small = replace(config, num_pages=UNIT // page_bytes)
+    kept = held.take(small)
+    with pytest.raises(torch.OutOfMemoryError):
+        held.take(config)
+    held.give_back(kept, small)
+    assert (fake_driver.mapped, fake_driver.reserved, fake_driver.free) == ({}, {}, 20 * UNIT)
