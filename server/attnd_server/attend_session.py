@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from attnd.v1 import attention_pb2, step_pb2
 from attnd_server import validation
 from attnd_server.metadata import AttentionOptions
 from attnd_server.replies import Encode, Replies
+from attnd_server.shared_launch import Batch
 from attnd_server.steps import Call, Step
 from attnd_server.work import SharedWork, Work
 
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 MAX_OPEN_STEPS = 8
 # Tokens that a small decode call attends to, over all its rows.
 SMALL_CALL_TOKENS = 4_096
+
+
+class CallGroup:
+    """Implements `Group` for calls."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Of the calls in `batch`."""
+        self._batch = batch
+
+    def takes(self, work: Work) -> bool:
+        """Adds another if it is a call that can share the launch."""
+        return isinstance(work, CallWork) and self._batch.takes(work.call)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the launch takes less time than one for each."""
+        return self._batch.is_worth_it
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +63,10 @@ class CallWork(SharedWork):
         """Runs the call and encodes its reply."""
         return self.service.attend(self.call, self.encode, self.plane)
 
-    def joiner(self) -> Callable[[Work], bool] | None:
-        """What says of other work whether it is a call that can share this one's launch; None: it runs alone."""
+    def group(self) -> CallGroup | None:
+        """Calls that can share this one's launch; None: it runs alone."""
         batch = self.service.executor.batch(self.call)
-        if batch is None:
-            return None
-        return lambda work: isinstance(work, CallWork) and batch.takes(work.call)
+        return None if batch is None else CallGroup(batch)
 
     def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
         """Runs calls of one batch in one launch."""

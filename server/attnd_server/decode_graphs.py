@@ -7,7 +7,6 @@ device and again on the host, so that one copy takes all inputs over and one bri
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ from attnd_server.cache import Cache
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.staging import Buffer, Head, call_fields, offsets_of
 
 Capture = Callable[[Launches], Launches]
 """Runs launches in a way that only records them, and returns what launches them all at once."""
 
-# Bytes: where a buffer's tensors start, as the device's own allocations do at the least.
-_ALIGNMENT = 256
 # Steps whose copies' times are kept.
 KEPT_TIMES = 4
 
@@ -40,88 +38,17 @@ def cuda_capture(device: torch.device) -> Capture | None:
     return lambda launches: captured(launches, stream)
 
 
-class _Field(NamedTuple):
-    """A tensor of a buffer: its type, and the shape of a row."""
-
-    dtype: torch.dtype
-    row: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.row)
-
-
-class _Head(NamedTuple):
-    """The first rows of a buffer.
-
-    Attributes:
-        tensors: on the host, only these rows.
-        on_host: one piece of memory with all of them; of the last tensor these rows alone.
-        on_device: likewise, there.
-    """
-
-    tensors: list[torch.Tensor]
-    on_host: torch.Tensor
-    on_device: torch.Tensor
-
-
-class _Buffer:
-    """Tensors of `num_rows` rows side by side on the device, and again on the host.
-
-    Attributes:
-        device: the tensors there.
-        host: those here, in pinned memory if the device is a GPU.
-    """
-
-    def __init__(self, num_rows: int, fields: list[_Field], device: torch.device) -> None:
-        offsets, num_bytes = _offsets(num_rows, fields)
-        self._on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._last_offset, self._last_row_bytes = offsets[-1], fields[-1].row_bytes
-        self.device, self.host = (
-            [
-                memory[offset : offset + num_rows * field.row_bytes].view(field.dtype).view(num_rows, *field.row)
-                for field, offset in zip(fields, offsets, strict=True)
-            ]
-            for memory in (self._on_device, self._on_host)
-        )
-
-    def head(self, num_rows: int) -> _Head:
-        """The first rows, which are views."""
-        end = self._last_offset + num_rows * self._last_row_bytes
-        return _Head([tensor[:num_rows] for tensor in self.host], self._on_host[:end], self._on_device[:end])
-
-
-def _offsets(num_rows: int, fields: list[_Field]) -> tuple[list[int], int]:
-    """Where each tensor of a buffer starts, and where the last ends."""
-    offsets, end = [], 0
-    for field in fields:
-        offsets.append(end)
-        end += -(-num_rows * field.row_bytes // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-def _fields(config: AttentionConfig, options: AttentionOptions) -> tuple[list[_Field], list[_Field]]:
-    """The inputs and the results of a call; the biggest is last, of which only the rows in use are copied."""
-    heads, kv_heads = options.num_heads, config.num_kv_heads
-    slots = _Field(torch.int64, ())
-    k, v = _Field(config.dtype, (kv_heads, config.head_dim)), _Field(config.dtype, (kv_heads, config.head_dim_v))
-    q, output = _Field(config.dtype, (heads, config.head_dim)), _Field(config.dtype, (heads, config.head_dim_v))
-    lse = _Field(torch.float32, (heads,))
-    return [slots, k, v, q], [lse, output] if options.return_lse else [output]
-
-
 def buffer_bytes(config: AttentionConfig, options: AttentionOptions, shape: DecodeShape) -> int:
     """Bytes of the device's memory that the buffers of a DecodeGraphs take, beside the plan's own."""
-    return sum(_offsets(shape.num_reqs * shape.query_len, fields)[1] for fields in _fields(config, options))
+    return sum(offsets_of(shape.num_reqs * shape.query_len, fields)[1] for fields in call_fields(config, options))
 
 
 class _Memory(NamedTuple):
     """What graphs have the addresses of, beside the cache's pages."""
 
     plan: FixedPlan
-    inputs: _Buffer
-    results: _Buffer
+    inputs: Buffer
+    results: Buffer
 
 
 @dataclass
@@ -137,8 +64,8 @@ class _Loaded:
     """
 
     metadata: AttentionMetadata
-    inputs: _Head
-    results: _Head
+    inputs: Head
+    results: Head
     copies: Copies | None
 
 
@@ -156,7 +83,7 @@ class DecodeGraphs:
     ) -> None:
         """Takes the memory."""
         num_rows = shape.num_reqs * shape.query_len
-        inputs, results = (_Buffer(num_rows, fields, cache.device) for fields in _fields(cache.config, options))
+        inputs, results = (Buffer(num_rows, fields, cache.device) for fields in call_fields(cache.config, options))
         inputs.device[0].fill_(-1)  # slots: what is launched before the first call stores nothing
         self.shape = shape
         self.backend = backend

@@ -190,8 +190,7 @@ class Executor:
         with self._device_lock:
             jobs = [job]
             if isinstance(job.work, SharedWork) and self._queue.depth:
-                joins = job.work.joiner()
-                jobs += self._queue.take_others(job.lane, joins) if joins is not None else []
+                jobs += self._others_for(job.lane, job.work)
             started = time.perf_counter()
             outcomes = [self._outcome(job, started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
         # First, so that who gets the answer finds the executor idle, if it is.
@@ -216,6 +215,15 @@ class Executor:
             return None, self._exhausted(full)
         except Exception as fault:
             return None, fault
+
+    def _others_for(self, lane: bytes, work: SharedWork) -> list[Job]:
+        """The jobs that are done together with one that was taken."""
+        try:
+            group = work.group()
+            return self._queue.take_others(lane, group) if group is not None else []
+        except Exception:  # then it runs alone
+            log.exception("calls cannot be looked at together")
+            return []
 
     def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
         """What comes of jobs that joined, of which some may not be wanted any more."""

@@ -45,8 +45,8 @@ class ServerCollector(Collector):
         phases = HistogramMetricFamily(
             "attnd_call_phase_seconds",
             "Time of a call. queue: waiting for the executor; copy_in: bringing q, k and v to the device; kernel: "
-            "storing and attending; copy_out: bringing results back; of all calls "
-            "that share the launch. Copies are 0 where the device computes in place.",
+            "storing and attending; copy_out: bringing results back; of all calls that share the launch. "
+            "Copies are 0 where the device computes in place.",
             labels=[*labels, "phase"],
         )
         for tally in list(self._metrics.calls.values()):

@@ -9,29 +9,32 @@ bits of calls that are alone, because only kernels and steps that promise that t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 
 from attnd.errors import Unsupported
 from attnd_server.backends.base import ShiftsPages
 from attnd_server.config import ServerConfig
+from attnd_server.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.dispatcher import Plan, TritonAttentionOps
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.page_space import CachePages
-from attnd_server.steps import Call, Result, Step
+from attnd_server.staging import Buffer, Field, call_fields
+from attnd_server.steps import Call, Result, ShareKey, Step
 
 # Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
 _MAX_SETS = 16
 # Calls of a launch: many more than fill any device.
 MAX_CALLS = 64
+# A call that replays its graph takes 0.11 ms on an H200, one that has none up to 0.8 ms, alone or shared.
+MIN_CALLS_WITH_GRAPHS = 8
 
 
 class Batch:
     """Calls that can share a launch."""
 
-    def __init__(self, call: Call, key: object, ops: TritonAttentionOps, limits: ServerConfig) -> None:
+    def __init__(self, call: Call, key: ShareKey, ops: TritonAttentionOps, limits: ServerConfig) -> None:
         """With one call, whose `_key_of` is `key`. Together they obey the limits of one step."""
         self._key = key
         self._ops = ops
@@ -42,6 +45,11 @@ class Batch:
     def takes(self, call: Call) -> bool:
         """Adds a call if it can be. On the executor's thread."""
         return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether one launch for all takes less time than one for each."""
+        return self._num_calls >= (MIN_CALLS_WITH_GRAPHS if self._key.has_graphs else 2)
 
     def _add(self, metadata: AttentionMetadata) -> bool:
         num_reqs, num_tokens = self._num_reqs + metadata.num_reqs, self._num_tokens + metadata.num_tokens
@@ -59,7 +67,7 @@ def batch_of(call: Call, ops: TritonAttentionOps, limits: ServerConfig) -> Batch
     return None if key is None else Batch(call, key, ops, limits)
 
 
-def _key_of(call: Call, ops: TritonAttentionOps) -> object | None:
+def _key_of(call: Call, ops: TritonAttentionOps) -> ShareKey | None:
     """Equal for calls that can share a launch, of any layers; None: none can. Kept in the step for each options."""
     step, options = call.step, call.options
     if step.cache.pages is None or call.q is None or call.k is None or call.v is None:
@@ -69,7 +77,7 @@ def _key_of(call: Call, ops: TritonAttentionOps) -> object | None:
     return step.share_keys[options]
 
 
-def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: TritonAttentionOps) -> object | None:
+def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: TritonAttentionOps) -> ShareKey | None:
     metadata, config = step.metadata, step.cache.config
     if not metadata.is_decode or metadata.has_absent_pages(config.page_size):
         return None
@@ -78,15 +86,15 @@ def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: Tr
     by_own_length = query_len == 1 if split.batch_invariant is None else split.batch_invariant
     if not (by_own_length or split.chunk_size):
         return None  # bits may depend on what shares the batch
-    if step.graphs_for(options) is not None:
-        return None  # one replay of its own is faster than a step that is put together
     try:
         kernel = ops.choose(config, metadata, options)
     except Unsupported:
         return None
     if not (kernel.batch_invariant and isinstance(kernel, ShiftsPages)):
         return None
-    return (pages.space.id, kernel.backend.value, query_len, options.key)
+    return ShareKey(
+        step.graphs_for(options) is not None, (pages.space.id, kernel.backend.value, query_len, options.key)
+    )
 
 
 class _SharedStep:
@@ -102,10 +110,16 @@ class _SharedStep:
         self._steps = steps  # held, so that their ids are not given to others
         self._cache, self._space, self._kernel = cache, space, kernel
         self._state = kernel.plan(space.config, metadata, options, ops.device)
-        self._backend = kernel.backend
-        self._device = ops.device
         self._num_reqs = torch.tensor([step.metadata.num_reqs for step in steps])
-        self._num_tokens = [step.metadata.num_tokens for step in steps]
+        self._num_tokens = torch.tensor([step.metadata.num_tokens for step in steps])
+        self._token_counts: list[int] = self._num_tokens.tolist()
+        inputs, results = call_fields(space.config, options)
+        # Before the inputs of a call the pages of the space that come before those of each request's layer.
+        self._inputs = Buffer(metadata.num_tokens, [Field(torch.int32, ()), *inputs], ops.device)
+        self._results = Buffer(metadata.num_tokens, results, ops.device)
+        self._device = ops.device
+        # What the copies of the first launch took; None: there was none yet. All of them copy as many bytes.
+        self._copies = None if ops.device.type == "cuda" else NO_COPIES
         self._slots = metadata.slot_mapping
         self._stored: torch.Tensor | None = None  # the tokens that are stored, on the device; None: all
         if self._slots is not None and (self._slots < 0).any():
@@ -113,27 +127,50 @@ class _SharedStep:
 
     def attend(self, calls: list[Call]) -> list[Result]:
         """Runs a call of each step, in the order of the steps: stores all, attends all."""
-        q, k, v = (
-            torch.cat([getattr(call, name) for call in calls]).to(self._device, non_blocking=True) for name in "qkv"
-        )
-        # Pages of the space before those of each call's layer. int32 as page ids are.
-        firsts = torch.tensor([_first_page(call) for call in calls], dtype=torch.int32)
-        by_request = firsts.repeat_interleave(self._num_reqs)
+        timer = CopyTimer(self._device) if self._copies is None else None
+        self._stage(calls)
+        if timer is not None:
+            timer.mark()
+        whole = self._inputs.head(sum(self._token_counts))
+        whole.on_device.copy_(whole.on_host, non_blocking=True)
+        if timer is not None:
+            timer.mark()
+        offsets, slots, k, v, q = self._inputs.device
+        pages = self._space.k, self._space.v
         if self._slots is not None:
             for step in self._steps:
                 step.mark_written()
-            by_token = firsts.repeat_interleave(torch.tensor(self._num_tokens)).long()
-            slots = torch.where(self._slots < 0, -1, self._slots + by_token * self._space.config.page_size)
-            stored = StoredTokens(slots.to(self._device, non_blocking=True), self._stored)
-            self._cache.store_in(self._space.k, self._space.v, k, v, stored)
-        self._state = self._kernel.shifted(self._state, by_request.to(self._device, non_blocking=True))
-        scales = self._cache.k_scales, self._cache.v_scales
-        output, lse = Plan(self._kernel, self._state).run(q, k, v, self._space.k, self._space.v, *scales)
-        outputs = output.cpu().split(self._num_tokens)
-        lses: Sequence[torch.Tensor | None] = [None] * len(calls)
-        if lse is not None:
-            lses = lse.cpu().split(self._num_tokens)
-        return [Result(*tensors, self._backend) for tensors in zip(outputs, lses, strict=True)]
+            self._cache.store_in(*pages, k, v, StoredTokens(slots, self._stored))
+        self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
+        plan = Plan(self._kernel, self._state)
+        output, lse = plan.run(q, k, v, *pages, self._cache.k_scales, self._cache.v_scales)
+        tensors = [output] if lse is None else [lse, output]
+        if timer is not None:
+            timer.mark()
+        for host, tensor in zip(self._results.host, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        if timer is not None:
+            timer.mark()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        if timer is not None:
+            self._copies = timer.staged()
+        *lses, outputs = (host.split(self._token_counts) for host in self._results.host)
+        by_call = zip(outputs, lses[0] if lses else [None] * len(calls), strict=True)
+        return [Result(*each, self._kernel.backend, self._copies or NO_COPIES) for each in by_call]
+
+    def _stage(self, calls: list[Call]) -> None:
+        """Puts what is new of the calls where one copy takes it from."""
+        offsets, slots, k, v, q = self._inputs.host
+        firsts = torch.tensor([_first_page(call) for call in calls], dtype=torch.int32)
+        by_request = firsts.repeat_interleave(self._num_reqs)
+        offsets[: len(by_request)] = by_request
+        if self._slots is not None:
+            first_slots = firsts.long() * self._space.config.page_size
+            shifted = self._slots + first_slots.repeat_interleave(self._num_tokens)
+            slots.copy_(torch.where(self._slots < 0, -1, shifted))
+        for host, name in ((k, "k"), (v, "v"), (q, "q")):
+            torch.cat([getattr(call, name) for call in calls], out=host)
 
 
 def _first_page(call: Call) -> int:
@@ -206,7 +243,11 @@ class SharedLaunches:
             if len(self._sets) > _MAX_SETS:
                 self._sets.popitem(last=False)
         self._sets.move_to_end(key)
-        results = dict(zip(order, shared.attend(ordered), strict=True))
+        try:
+            results = dict(zip(order, shared.attend(ordered), strict=True))
+        except BaseException:
+            del self._sets[key]  # the device may still read what was staged
+            raise
         return [results[index] for index in range(len(calls))]
 
     def forget(self) -> None:

@@ -16,6 +16,18 @@ from attnd_server.kernels.pages import StoredTokens, stored_tokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 
+class ShareKey(NamedTuple):
+    """Equal for calls that can share a launch; see `shared_launch`.
+
+    Attributes:
+        has_graphs: whether each would be the replay of a CUDA graph.
+        rest: what else must be equal.
+    """
+
+    has_graphs: bool
+    rest: tuple[object, ...]
+
+
 @dataclass(eq=False)
 class Step:
     """A validated step of one cache. Its methods fill in what calls share, on the executor's thread.
@@ -39,7 +51,7 @@ class Step:
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
     stored: StoredTokens | None = None
-    share_keys: dict[AttentionOptions, object | None] = field(default_factory=dict)
+    share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 Work = Callable[[], bytes]
 Done = Callable[[bytes | None, BaseException | None], None]
@@ -22,19 +23,27 @@ class CacheWork(ABC):
         """The work."""
 
 
+class Group(Protocol):
+    """Works that can be done together."""
+
+    def takes(self, work: Work) -> bool:
+        """Adds another if it can be done with all that are there."""
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether that takes less time than each alone."""
+
+
 class SharedWork(CacheWork):
     """Work that can be done together with others like it, of other caches, if they wait at the same time."""
 
     @abstractmethod
-    def joiner(self) -> Callable[[Work], bool] | None:
-        """What says of other work if it can be done with this one and with all that it said yes to; None: none can.
-
-        On the executor's thread, as the rest.
-        """
+    def group(self) -> Group | None:
+        """A group with this work alone; None: it is done alone. On the executor's thread, as the rest."""
 
     @abstractmethod
     def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Does several works at once that `joiner` said yes to, or some of them.
+        """Does several works of a group at once, all or some.
 
         Args:
             works: of different caches.

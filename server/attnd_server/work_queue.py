@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnd.errors import Exhausted
-from attnd_server.work import CacheWork, Done, Work
+from attnd_server.work import CacheWork, Done, Group, Work
 
 # The lane of what belongs to no cache: making one, and the turns of warm-ups.
 NO_CACHE = b""
@@ -113,17 +113,19 @@ class WorkQueue:
                 self._lanes[name] = lane  # behind all others
         return job
 
-    def take_others(self, lane: bytes, joins: Callable[[Work], bool]) -> list[Job]:
-        """The first jobs of other lanes that join one that was taken: the two are finished together.
+    def take_others(self, lane: bytes, group: Group) -> list[Job]:
+        """The first jobs of other lanes that a group takes, if they make it worth it. Finished with the job in it.
 
         Never two of a lane: the second may need what the first leaves.
 
         Args:
             lane: of the job that was taken.
-            joins: called once with the first of each other lane, in turn.
+            group: with that job; asked about the first of each other lane, in turn.
         """
         with self._lock:
-            names = [name for name, jobs in self._lanes.items() if name != lane and joins(jobs[0].work)]
+            names = [name for name, jobs in self._lanes.items() if name != lane and group.takes(jobs[0].work)]
+            if not group.is_worth_it:
+                return []
             taken = []
             for name in names:
                 jobs = self._lanes.pop(name)

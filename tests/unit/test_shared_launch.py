@@ -12,9 +12,12 @@ import torch
 import attnd
 from attnd.errors import CacheLost, DeadlineExceeded
 from attnd.v1 import cache_pb2
+from attnd_server import shared_launch
+from attnd_server.config import AttentionBackend
 from attnd_server.shared_launch import SharedLaunches
 from attnd_server.work import Cancelled
 from tests.shared_calls import HEADS, LAYERS, PAGE, Caller, Waiting, check_same_bits, tensors, waiting
+from tests.unit.test_decode_graphs import FixedNaive
 
 PLAIN = attnd.AttentionOptions()
 EVERYTHING = attnd.AttentionOptions(
@@ -183,6 +186,21 @@ def test_what_fails_together_is_tried_alone(server: Waiting, monkeypatch: pytest
     monkeypatch.setattr(SharedLaunches, "attend", fail)
     callers = [Caller(server, [5], seed=seed) for seed in range(3)]
     assert calls_per_launch(server, callers) == {1: 3}
+
+
+def test_steps_with_graphs_share_a_launch_only_if_they_are_many(
+    server: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_launch, "MIN_CALLS_WITH_GRAPHS", 3)
+    executor = server.service.executor
+    executor.capture = lambda launches: launches
+    executor.ops._kernels[AttentionBackend.NAIVE] = FixedNaive()
+    callers = [Caller(server, [5 + seed, 3], seed=seed) for seed in range(4)]
+    for caller in callers[:3]:
+        assert caller.cache.warm_up(num_heads=HEADS, max_reqs=2, options=PLAIN).num_graphs > 0
+    assert calls_per_launch(server, callers[:2]) == {1: 2}
+    assert calls_per_launch(server, callers[1:]) == {1: 3}  # one of them has no graphs
+    check_same_bits(server, callers[:3], PLAIN)
 
 
 def test_an_idle_executor_keeps_no_steps_of_others(server: Waiting) -> None:
