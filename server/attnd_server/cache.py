@@ -6,7 +6,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,6 +83,8 @@ class Cache:
         self.v_scales = _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
+        self._holding = threading.Lock()
+        self._num_holders = 1  # the cache itself, until it is closed
         self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
         self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
         self.num_graph_bytes = 0
@@ -107,8 +110,9 @@ class Cache:
         self.expires_at = time.monotonic() + self.ttl_s
 
     def close(self) -> None:
-        """Frees pages and graphs, whoever still holds them. On the executor's thread, so that no call is running."""
-        self.is_closed = True
+        """Frees graphs and, once nobody holds them, pages. On the executor's thread, so that no call is running."""
+        with self._holding:
+            self.is_closed = True
         for captured in self.graphs.values():
             for graphs in captured:
                 graphs.close()
@@ -116,6 +120,30 @@ class Cache:
         self.k_pages = self.v_pages = torch.empty(0)
         pages, self.pages = self.pages, None
         if pages is not None:
+            self._let_go(pages)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the memory of the pages, for whoever has the device use them while the cache may be closed.
+
+        Calls need not: they run on the thread that closes caches. Raises CacheLost.
+        """
+        with self._holding:
+            self.refuse_if_closed()
+            pages = self.pages
+            self._num_holders += 1
+        try:
+            yield
+        finally:
+            if pages is not None:
+                self._let_go(pages)
+
+    def _let_go(self, pages: CachePages) -> None:
+        """One holder fewer; `close` is the last but those of `held`."""
+        with self._holding:
+            self._num_holders -= 1
+            is_last = not self._num_holders
+        if is_last:
             self._spaces.give_back(pages, self.config)
 
     def refuse_if_closed(self) -> None:

@@ -31,7 +31,7 @@ class GpuAddresses:
 
         self._driver = driver
         self._device = device
-        torch.cuda.synchronize(device)  # makes the device's context this thread's
+        self._enter()
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -53,7 +53,7 @@ class GpuAddresses:
         Raises:
             torch.OutOfMemoryError: there is none.
         """
-        torch.cuda.synchronize(self._device)
+        self._enter()
         try:
             self._map(self._base + start, end - start)
         except RuntimeError:
@@ -65,14 +65,22 @@ class GpuAddresses:
         self.tensor[start:end].zero_()
 
     def give_back(self, start: int, end: int) -> None:
-        """Takes the memory of bytes that were committed together, once the device has done what is queued."""
-        torch.cuda.synchronize(self._device)
+        """Takes the memory of bytes that were committed together.
+
+        Waits for what this thread's stream does, and for no other: whoever has others use the memory keeps it.
+        """
+        self._enter()
+        torch.cuda.current_stream(self._device).synchronize()
         self._call("cuMemUnmap", self._base + start, end - start)
 
     def close(self) -> None:
         """Gives back the rest. Nothing is committed any more, and nobody uses the tensor again."""
         self.give_back(0, self.unit_bytes)
         self._call("cuMemAddressFree", self._base, self._num_bytes)
+
+    def _enter(self) -> None:
+        """Makes the device's context this thread's, which the driver's functions need. Waits for nothing."""
+        torch.cuda.current_stream(self._device).query()
 
     def _map(self, address: int, num_bytes: int) -> None:
         """Puts new memory at addresses that have none."""

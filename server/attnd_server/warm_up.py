@@ -78,7 +78,8 @@ class WarmUp(LongWork):
         """
         started = time.perf_counter()
         try:
-            reason = self._make_all()
+            with self._cache.held():
+                reason = self._make_all()
             self._executor.take_turn(self._use)
         except BaseException:
             for graphs in self._made:

@@ -126,6 +126,26 @@ def test_deleting_frees(table: CacheTable) -> None:
         table.delete(cache.info().cache, "a")
 
 
+def test_pages_that_somebody_holds_outlive_the_cache(table: CacheTable) -> None:
+    cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
+    pages = cache.pages
+    assert pages is not None
+    with cache.held(), cache.held():
+        pages.k.fill_(1)
+        table.delete(cache.info().cache, "a")
+        assert (pages.k == 1).all()
+        other = table.create(CONFIG, principal="a", ttl_s=9, name="")
+        other.k_pages.fill_(2)
+        assert (pages.k == 1).all()
+        with pytest.raises(CacheLost), cache.held():
+            pass
+    again = table.create(CONFIG, principal="a", ttl_s=9, name="")
+    assert again.pages is not None
+    assert again.pages.first == pages.first
+    assert not again.k_pages.any()
+    assert (other.k_pages == 2).all()
+
+
 def test_written_pages_are_counted_once(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
     cache.mark_written(torch.tensor([0, 1, 5, -1, 3]))

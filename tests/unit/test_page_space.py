@@ -136,8 +136,9 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     bindings = ModuleType("cuda.bindings")
     bindings.driver = driver  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    stream = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch, "as_tensor", lambda held, device: torch.empty(*held.shape, dtype=torch.uint8))
     monkeypatch.setattr("attnd_server.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,)))
     monkeypatch.setattr(page_space, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
