@@ -222,6 +222,32 @@ def test_asyncio_calls_beyond_their_caches_share_come_back_by_themselves(
         loop.close()
 
 
+def test_a_submitted_call_that_is_refused_says_when_to_come_back(tmp_path: Path) -> None:
+    with serving(tmp_path, max_cache_queue_depth=2) as busy, attnd.connect(busy.server.address) as client:
+        with client.create_cache(**GEOMETRY) as cache, cache.session(plane="inline") as session:
+            step = session.step(DECODE)
+            with busy.held():
+                calls = [step.submit(layer, Q, K, V) for layer in range(3)]
+                wait_for(lambda: busy.num_refused() > 0, "nobody was refused")
+            assert all(torch.equal(call.wait(), V) for call in calls[:2])
+            with pytest.raises(attnd.Exhausted, match="2 calls of this cache wait, but the limit of one") as refused:
+                calls[2].wait()
+            assert refused.value.retry_after_s is not None
+            assert torch.equal(step.submit(2, Q, K, V).wait(), V)
+
+
+def test_all_calls_of_a_session_that_ends_leave_the_queue(busy: Busy) -> None:
+    with attnd.connect(busy.server.address) as client, client.create_cache(**GEOMETRY) as cache:
+        with busy.held():
+            with cache.session(plane="inline") as session:
+                step = session.step(DECODE)
+                for layer in range(3):
+                    step.submit(layer, Q, K, V)
+                busy.wait_for_depth(3)
+            busy.wait_for_depth(0)
+    assert busy.launched == []
+
+
 def test_who_has_no_time_left_is_told_how_much_waits_and_when_to_come_back(
     tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
