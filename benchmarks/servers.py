@@ -20,6 +20,11 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 
 
+def environment() -> dict[str, str]:
+    """Of a process that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
+
+
 @contextmanager
 def running(module: str, *arguments: str) -> Iterator[str]:
     """Runs `python -m module arguments` until the end of the block.
@@ -34,37 +39,28 @@ def running(module: str, *arguments: str) -> Iterator[str]:
     Raises:
         RuntimeError: it ended, or said nothing in time; the message has its last words.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
+    with started(module, *arguments) as child:
+        yield child.read(rb"serves (\S+:\d+) on", START_TIMEOUT_S)[1].decode()
+
+
+@contextmanager
+def started(module: str, *arguments: str) -> Iterator[Child]:
+    """Starts `python -m module arguments`, which ends on SIGTERM, and ends it with the block."""
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
+            bufsize=0,  # so that select sees each line that has come
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
+            env=environment(),
             start_new_session=True,  # Ctrl-C is for this process, which ends its servers in order
         )
         try:
-            yield _address(process, command, log)
+            yield Child(process, command, log)
         finally:
             _stop(process)
-
-
-def _address(process: subprocess.Popen[bytes], command: list[str], log: IO[bytes]) -> str:
-    assert process.stdout is not None
-    deadline = time.monotonic() + START_TIMEOUT_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            if not selector.select(timeout=1):
-                continue
-            line = process.stdout.readline()
-            if not line:
-                break
-            if found := re.search(rb"serves (\S+:\d+) on", line):
-                return found[1].decode()
-    log.seek(0)
-    raise RuntimeError(f"{shlex.join(command)} did not start:\n{log.read()[-4000:].decode()}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -74,5 +70,43 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+class Child:
+    """A process to talk with, in lines."""
+
+    def __init__(self, process: subprocess.Popen[bytes], command: list[str], log: IO[bytes]) -> None:
+        """Talks with `process`, which runs `command` and writes what went wrong to `log`."""
+        self._process = process
+        self._command = command
+        self._log = log
+
+    def write(self, line: str) -> None:
+        """Says something to its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+
+    def read(self, pattern: bytes, timeout_s: float) -> re.Match[bytes]:
+        """The next line of its standard output that has the pattern.
+
+        Raises:
+            RuntimeError: it ended, or said nothing in time; the message has its last words.
+        """
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                if not selector.select(timeout=1):
+                    continue
+                line = self._process.stdout.readline()
+                if not line:
+                    break
+                if found := re.search(pattern, line):
+                    return found
+        self._log.seek(0)
+        words = self._log.read()[-4000:].decode()
+        raise RuntimeError(f"{shlex.join(self._command)} did not say {pattern.decode()}:\n{words}")

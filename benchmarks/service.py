@@ -6,12 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,113 +17,42 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import attnd
 from benchmarks import report
-from benchmarks.ways import Endpoints, Way, endpoints, ways
-from benchmarks.workload import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, DecodeStep
+from benchmarks.endpoints import Endpoints, endpoints
+from benchmarks.way_timing import refuse_wrong_ways, rows, time_ways
+from benchmarks.ways import all_ways
+from benchmarks.workload import LLAMA_8B, NUM_CALLS, DecodeStep
 
 NUM_TOKENS = (1, 16, 64)
-MIN_ROUNDS = 3
 COLUMNS = {
     "tokens": "tokens",
     "way": "way",
     "p50_us": "p50",
     "p99_us": "p99",
-    "layer_us": "step/30",
+    "layer_us": f"step/{NUM_CALLS}",
     "queue_us": "queue",
     "copies_us": "copies",
     "kernel_us": "kernel",
     "floor_us": "floor",
     "ratio": "ratio",
 }
-CAPTION = """Times in us. step/30: a step of 30 calls with its opening, per call. queue, copies to and
-from the device, kernel: the server's own, mean. floor: p50 of the echo of the same kind (none for inproc) + p50 of the
-backend. ratio: p50 / floor."""
-
-
-@dataclass
-class Samples:
-    """Microseconds of each call, and of each step from its opening to its last layer."""
-
-    call_us: list[float] = field(default_factory=list)
-    step_us: list[float] = field(default_factory=list)
-
-    def add_step(self, way: Way, step: DecodeStep, num_layers: int = NUM_LAYERS) -> None:
-        """Runs a step."""
-        opened = before = time.perf_counter()
-        call = way.open()
-        for index in range(num_layers):
-            layer = index % len(step.layers)
-            before = time.perf_counter()
-            call(layer)
-            self.call_us.append((time.perf_counter() - before) * 1e6)
-        self.step_us.append((time.perf_counter() - opened) * 1e6)
-
-
-def time_ways(all_ways: Sequence[Way], step: DecodeStep, seconds: float, progress: Progress) -> dict[str, Samples]:
-    """Runs steps of all ways in turn until the time is up: what disturbs the machine disturbs all alike."""
-    task = progress.add_task(f"{step.num_reqs} tokens", total=seconds)
-    for way in all_ways:
-        Samples().add_step(way, step, num_layers=3)
-        if way.session is not None:
-            way.session.reset_timings()
-    samples = {way.name: Samples() for way in all_ways}
-    order, rng = list(all_ways), random.Random(0)
-    started, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
-        rng.shuffle(order)
-        for way in order:
-            samples[way.name].add_step(way, step)
-            # By hand, between two steps: a thread that draws would be timed too.
-            progress.update(task, completed=min(seconds, time.perf_counter() - started))
-            progress.refresh()
-        rounds += 1
-    return samples
-
-
-def rows(all_ways: Sequence[Way], samples: dict[str, Samples], num_tokens: int) -> list[dict[str, Any]]:
-    """A row of the report for each way."""
-    p50 = {name: statistics.median(sample.call_us) for name, sample in samples.items()}
-    result = []
-    for way in all_ways:
-        sample = samples[way.name]
-        floor_us = sum(p50[name] for name in way.floor) if way.floor else None
-        row = {
-            "tokens": num_tokens,
-            "way": way.name,
-            "p50_us": p50[way.name],
-            "p99_us": statistics.quantiles(sample.call_us, n=100)[98],
-            "layer_us": statistics.median(sample.step_us) / NUM_LAYERS,
-            "floor": list(way.floor),
-            "floor_us": floor_us,
-            "ratio": None if floor_us is None else p50[way.name] / floor_us,
-            "calls": len(sample.call_us),
-        }
-        result.append({**row, **_server_times(way)})
-    return result
-
-
-def _server_times(way: Way) -> dict[str, Any]:
-    """What the server says of a session's calls: averages, and bytes of a call with its share of the step."""
-    if way.session is None:
-        names = ("queue_us", "copies_us", "kernel_us", "backend", "bytes_sent", "bytes_received")
-        return dict.fromkeys(names)
-    timings = way.session.timings()
-    return {
-        "queue_us": timings.queue_us / timings.num_calls,
-        "copies_us": (timings.copy_in_us + timings.copy_out_us) / timings.num_calls,
-        "kernel_us": timings.kernel_us / timings.num_calls,
-        "backend": timings.backend,
-        "bytes_sent": timings.bytes_sent // timings.num_calls,
-        "bytes_received": timings.bytes_received // timings.num_calls,
-    }
+CAPTION = f"""Times in us. step/{NUM_CALLS}: a step of {NUM_CALLS} calls with its opening, per call.
+queue, copies to and from the device, kernel: the server's own, mean. floor: p50 of the echo of the same kind (none for
+inproc) + p50 of the backend. ratio: p50 / floor."""
 
 
 def benchmark(step: DecodeStep, ends: Endpoints, seconds: float, progress: Progress) -> list[dict[str, Any]]:
     """Checks every way of computing a step, then times them. Raises WrongResult."""
-    with ways(step, ends) as all_ways:
-        for way in all_ways:
-            if way.cache is not None:
-                step.check(way.name, way.cache, way.open())
-        return rows(all_ways, time_ways(all_ways, step, seconds, progress), step.num_reqs)
+    task = progress.add_task(f"{step.num_reqs} tokens", total=1.0)
+
+    def tick(done: float) -> None:
+        progress.update(task, completed=done)
+        progress.refresh()
+
+    tick(0.0)
+    with all_ways(step, ends, unary=True) as ways:
+        refuse_wrong_ways(step, ways)
+        samples = time_ways(ways.ways, len(step.layers), seconds, tick)
+        return [{"tokens": step.num_reqs, **row} for row in rows(ways.ways, samples)]
 
 
 def draw(path: Path, title: str, results: Sequence[dict[str, Any]]) -> None:
@@ -165,17 +90,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace, console: Console) -> None:
     """Times, prints and writes."""
     attnd.tune_process()  # inproc and the backend run here: as in the server
+    torch.set_num_threads(options.threads)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: list[dict[str, Any]] = []
     columns = TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn()
     progress = Progress(*columns, console=console, auto_refresh=False, transient=True)
-    with endpoints(device, options.threads) as ends, progress:
+    with endpoints(device, device, options.threads) as ends, progress:
         for num_tokens in options.tokens:
-            step = DecodeStep(num_tokens, options.context, dtype)
+            step = DecodeStep(num_tokens, options.context, dtype, device=device)
             results += benchmark(step, ends, options.seconds, progress)
 
-    heads = f"{NUM_HEADS}/{NUM_KV_HEADS} heads x {HEAD_DIM}"
+    heads = str(LLAMA_8B)
     dtype_name = str(dtype).removeprefix("torch.")
     title = f"decode call, {heads}, {dtype_name}, context {options.context}, {device.type}, {options.threads} threads"
     console.print(report.table(title, CAPTION, results, COLUMNS))

@@ -1,11 +1,10 @@
-"""The ways of computing a layer that `benchmarks.service` compares: the server's, the backend alone, a bare echo."""
+"""The ways of computing a layer that are compared: the server's, over each plane; the backend alone; bare echoes."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,22 +12,20 @@ import torch
 import attnd
 from attnd import requests
 from attnd.page_table_deltas import SentPageTables
+from attnd.planes.choice import plane_refusals
 from attnd.tensors import to_array
-from attnd.v1 import cache_pb2
-from attnd_server import validation
-from attnd_server.cache import Cache
-from attnd_server.config import AttentionConfig, ServerConfig
-from attnd_server.dispatcher import TritonAttentionOps
-from attnd_server.inproc import connect as connect_inproc
-from attnd_server.kernels.pages import stored_tokens
-from attnd_server.metadata import AttentionOptions
 from benchmarks import echo
-from benchmarks.doorbell_echo import DoorbellEcho
-from benchmarks.servers import running
-from benchmarks.workload import HEAD_DIM, NUM_HEADS, DecodeStep
+from benchmarks.backend_alone import BackendAlone
+from benchmarks.endpoints import Endpoints
+from benchmarks.graph_timing import synchronize
+from benchmarks.workload import DecodeStep
 
 Call = Callable[[int], Any]
 """Computes a layer and returns its output, or the echo of one."""
+
+PLANES = ("inline", "shm", "cuda")
+# Planes whose calls return before the device has computed them.
+_QUEUED = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Way:
         floor: names of the ways that it cannot be faster than, together.
         cache: where it stores, with `store_kv` and `read_kv`; None for an echo.
         session: where the server's own times are; None if nowhere.
+        finish: waits for the calls of a step; None: each call ends when it has its output.
     """
 
     name: str
@@ -48,60 +46,95 @@ class Way:
     floor: tuple[str, ...] = ()
     cache: Any = None
     session: attnd.Session | None = None
+    finish: Callable[[], None] | None = None
 
 
-@dataclass(frozen=True)
-class Endpoints:
-    """What runs for the whole benchmark."""
+@dataclass
+class Ways:
+    """All ways of computing one step.
 
-    device: torch.device
-    client: attnd.Client
-    inproc: attnd.Client
-    channel: Any  # to the echo
-    doorbell: DoorbellEcho
+    Attributes:
+        ways: that can be timed.
+        reasons: by the name of each plane that cannot be had, why.
+    """
 
+    ways: list[Way] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
 
-@contextmanager
-def endpoints(device: torch.device, num_threads: int) -> Iterator[Endpoints]:
-    """Starts the servers and connects to them; ends them with the block."""
-    config = ServerConfig(device=str(device), threads=num_threads)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attnd-"))
-        options = ["--port", "0", "--device", str(device), "--threads", str(num_threads), "--socket-dir", folder]
-        address = stack.enter_context(running("attnd_server", "serve", *options))
-        echo_address = stack.enter_context(running("benchmarks.echo"))
-        yield Endpoints(
-            device,
-            stack.enter_context(attnd.connect(address)),
-            stack.enter_context(attnd.Client(connect_inproc(config))),
-            stack.enter_context(echo.connect(echo_address)),
-            stack.enter_context(DoorbellEcho()),
-        )
+    def __getitem__(self, name: str) -> Way:
+        """The way of that name."""
+        return next(way for way in self.ways if way.name == name)
 
 
 @contextmanager
-def ways(step: DecodeStep, ends: Endpoints) -> Iterator[list[Way]]:
-    """All ways of computing `step`, its contexts stored; their caches go with the block."""
+def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Iterator[Ways]:
+    """Each plane, `inproc://`, the backend and the echoes; contexts stored, decode warmed up.
+
+    Args:
+        step: to compute.
+        ends: what it is computed with; what is made for the step alone goes with the block.
+        unary: whether calls without a session are among them.
+    """
     with ExitStack() as stack:
         cache = stack.enter_context(ends.client.create_cache(**step.geometry))
-        session = stack.enter_context(cache.session(plane="inline"))
-        shm_session = stack.enter_context(cache.session(plane="shm"))
         inproc_cache = stack.enter_context(ends.inproc.create_cache(**step.geometry))
         inproc_session = stack.enter_context(inproc_cache.session())
         backend = BackendAlone(step, ends.device)
-        for filled in (cache, inproc_cache, backend):
-            step.fill(filled)
-        stream = stack.enter_context(_echo_stream(step, cache, ends))
-        yield [
-            _echo_unary(step, cache, ends),
-            stream,
-            _echo_shm(step, ends),
-            Way("backend", backend.open, cache=backend),
-            _unary(step, cache, ends.client),
-            _session("stream", step, session, ("echo stream", "backend")),
-            _session("shm", step, shm_session, ("echo shm", "backend")),
-            _session("inproc", step, inproc_session, ("backend",)),
-        ]
+        step.fill(cache, inproc_cache, backend)
+        for warmed in (cache, inproc_cache):
+            warm_up(step, warmed, ends.device)
+        sessions, reasons = open_planes(stack, ends.client, cache, step, ends.device)
+        result = Ways([Way("backend", backend.open, cache=backend)], reasons)
+        if ends.device.type == "cuda":
+            queued = Way("backend queued", backend.open_queued, cache=backend, finish=backend.wait)
+            result.ways.append(queued)
+        if unary:
+            result.ways += [_echo_unary(step, cache, ends), _unary(step, cache, ends.client)]
+        result.ways.append(_session("inproc", step, inproc_session, ("backend",)))
+        for plane, session in sessions.items():
+            if plane in _ECHOES:
+                result.ways.append(stack.enter_context(_ECHOES[plane](step, cache, ends)))
+            result.ways.append(plane_way(plane, step, session, ends.device))
+        yield result
+
+
+def warm_up(step: DecodeStep, cache: attnd.Cache, device: torch.device) -> None:
+    """Captures decode steps of a cache on a GPU: else the first calls of each step would be planned and launched."""
+    if device.type == "cuda":
+        num_reqs, context_len = step.num_reqs, step.context_len
+        cache.warm_up(num_heads=step.heads.num_heads, max_reqs=num_reqs, max_context_len=context_len, timeout_s=600)
+
+
+def open_planes(
+    stack: ExitStack, client: attnd.Client, cache: attnd.Cache, step: DecodeStep, device: torch.device
+) -> tuple[dict[str, attnd.Session], dict[str, str]]:
+    """A session on each plane that can be had, by name, and why not for each other plane.
+
+    Args:
+        stack: ends the sessions.
+        client: of the cache.
+        cache: of the sessions.
+        step: run to see whether a plane can be had.
+        device: of its tensors, on a plane that wants them there.
+    """
+    refused = plane_refusals(client.capabilities())
+    sessions: dict[str, attnd.Session] = {}
+    reasons = {plane: refused[plane] for plane in PLANES if plane in refused}
+    for plane in PLANES:
+        if plane in refused:
+            continue
+        try:
+            session = stack.enter_context(cache.session(plane=plane))
+            way = plane_way(plane, step, session, device)
+            call = way.open()
+            for layer in range(len(step.layers)):
+                call(layer)
+            if way.finish is not None:
+                way.finish()
+            sessions[plane] = session
+        except attnd.AttndError as error:
+            reasons[plane] = str(error)
+    return sessions, reasons
 
 
 def _unary(step: DecodeStep, cache: attnd.Cache, client: attnd.Client) -> Way:
@@ -111,12 +144,40 @@ def _unary(step: DecodeStep, cache: attnd.Cache, client: attnd.Client) -> Way:
     return Way("unary", lambda: call, ("echo unary", "backend"), cache)
 
 
+def plane_way(plane: str, step: DecodeStep, session: attnd.Session, device: torch.device) -> Way:
+    """The calls of a session on a plane; on one that the device orders, with tensors there and one wait a step."""
+    if plane in _QUEUED:
+        return _queued_session(plane, step, session, device)
+    return _session(plane, step, session, (f"echo {plane}", "backend"))
+
+
 def _session(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[str, ...]) -> Way:
     def open_step() -> Call:
         opened = session.step(step.metadata)
         return lambda layer: opened.attend(layer, *step.layers[layer])
 
     return Way(name, open_step, floor, session.cache, session)
+
+
+def _queued_session(name: str, step: DecodeStep, session: attnd.Session, device: torch.device) -> Way:
+    """Its floor has no echo yet: a ping-pong of flags, which belongs into `_ECHOES`, and its name into `floor`.
+
+    The server prepares every layer of a step once. So a step is opened whenever the calls are back at layer 0.
+    """
+    layers = [(q.to(device), k.to(device), v.to(device)) for q, k, v in step.layers]
+
+    def open_step() -> Call:
+        opened: list[attnd.Step] = []
+
+        def call(layer: int) -> torch.Tensor:
+            if layer == 0:
+                opened[:] = [session.step(step.metadata)]
+            output: torch.Tensor = opened[0].attend(layer, *layers[layer])
+            return output
+
+        return call
+
+    return Way(name, open_step, ("backend queued",), session.cache, session, lambda: synchronize(device))
 
 
 def _echo_unary(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Way:
@@ -129,7 +190,7 @@ def _echo_unary(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Way:
 
 
 @contextmanager
-def _echo_stream(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
+def _echo_inline(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
     """The bytes of `session.step` once a step, answered with a few, and those of `step.attend` for each layer."""
     q, k, v = step.layers[0]
     call_data = echo.message(len(requests.attend_call(1, 0, q, k, v, requests.DEFAULT_OPTIONS)), q.nbytes)
@@ -150,7 +211,7 @@ def _echo_stream(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Itera
         return call
 
     try:
-        yield Way("echo stream", open_step)
+        yield Way("echo inline", open_step)
     finally:
         stream.close()
 
@@ -163,46 +224,12 @@ def _step_bytes(step: DecodeStep, cache: attnd.Cache) -> int:
     return step.metadata.to_message(2, cache.ref, sent_tables).ByteSize()
 
 
-def _echo_shm(step: DecodeStep, ends: Endpoints) -> Way:
+@contextmanager
+def _echo_shm(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
     """q, k and v into shared memory, q's bytes out of it again; no step, which has none there."""
     layers = [[to_array(tensor, "tensor").data for tensor in layer] for layer in step.layers]
-    return Way("echo shm", lambda: lambda layer: ends.doorbell.call(layers[layer], layers[layer][0].nbytes))
+    yield Way("echo shm", lambda: lambda layer: ends.doorbell.call(layers[layer], layers[layer][0].nbytes))
 
 
-class BackendAlone:
-    """Plan, store and run as the server's executor does them, tensors on the device already, each call to its end."""
-
-    def __init__(self, step: DecodeStep, device: torch.device) -> None:
-        self._device = device
-        self._ops = TritonAttentionOps(device)
-        config = AttentionConfig(**step.geometry)
-        self._cache = Cache(config, epoch=0, principal="", ttl_s=0.0, name="", device=device)
-        self._metadata = validation.step(step.metadata.to_message(1, cache_pb2.CacheRef()), config, ServerConfig())
-        self._options = AttentionOptions(num_heads=NUM_HEADS, scale=HEAD_DIM**-0.5)
-        self._layers = [tuple(tensor.to(device) for tensor in layer) for layer in step.layers]
-        assert self._metadata.slot_mapping is not None
-        self._stored = stored_tokens(self._metadata.slot_mapping, device)
-
-    def open(self) -> Call:
-        """Plans the step."""
-        cache = self._cache
-        plan = self._ops.plan(cache.config, self._metadata, self._options)
-
-        def call(layer: int) -> torch.Tensor:
-            q, k, v = self._layers[layer]
-            cache.store(layer, k, v, self._stored)
-            output, _ = plan.run(q, k, v, cache.k_pages[layer], cache.v_pages[layer])
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            return output
-
-        return call
-
-    def store_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """As `attnd.Cache.store_kv`."""
-        self._cache.store(layer, k.to(self._device), v.to(self._device), stored_tokens(slots, self._device))
-
-    def read_kv(self, layer: int, slots: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `attnd.Cache.read_kv`."""
-        k, v = self._cache.read(layer, slots.to(self._device))
-        return k.to(like.device), v.to(like.device)
+_ECHOES: Mapping[str, Any] = {"inline": _echo_inline, "shm": _echo_shm}
+"""By the name of a plane, the bare floor of its transport: a context manager with a Way."""

@@ -82,7 +82,7 @@ class _Forgetful:
 
 
 def test_a_way_that_stores_nothing_is_refused() -> None:
-    step = DecodeStep(2, 20, torch.float32)
+    step = DecodeStep(2, 20, torch.float32, kv_bytes=1)  # one layer
     with pytest.raises(report.WrongResult, match="stored k of layer 0"):
         step.check("way", _Forgetful(), lambda layer: step.expected[layer].float())
 

@@ -1,0 +1,121 @@
+"""Several client processes with small batches beside one with a large batch: tokens per second of a server."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.servers import Child, started
+from benchmarks.workload import KV_BYTES, LLAMA_8B
+
+SMALL_BATCH, LARGE_BATCH = 4, 64
+ROUNDS = 3
+# Of a caller's cache on a processor, so that many fit; on a GPU a caller alone must not find its KV in the L2 cache.
+CPU_KV_BYTES = 32 << 20
+# Seconds until a caller is ready, when all start at once and the server compiles for each.
+READY_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that call at the same time.
+
+    Attributes:
+        num_callers: processes.
+        batch: tokens of a step of each.
+    """
+
+    num_callers: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.num_callers} x batch {self.batch}"
+
+
+ONE_LARGE = Group(1, LARGE_BATCH)
+
+
+def benchmark(
+    address: str,
+    plane: str,
+    callers: Sequence[int],
+    *,
+    device: torch.device,
+    context_len: int,
+    num_threads: int,
+    seconds: float,
+    tick: Callable[[float], None],
+) -> list[dict[str, Any]]:
+    """Starts all processes, then lets each group of them run in turn, in some rounds.
+
+    Args:
+        address: of the server.
+        plane: that they use.
+        callers: how many have small batches, one group each.
+        device: of attention.
+        context_len: tokens of each request.
+        num_threads: of what a client computes on a processor.
+        seconds: of each group, in all rounds together.
+        tick: told how much is done, from 0 to 1.
+
+    Raises:
+        RuntimeError: a process ended; the message has its last words.
+    """
+    kv_bytes = KV_BYTES if device.type == "cuda" else CPU_KV_BYTES
+    options = ["--plane", plane, "--device", str(device), "--model", LLAMA_8B.name, "--context", str(context_len)]
+    options += ["--kv-bytes", str(kv_bytes), "--threads", str(num_threads)]
+    groups = [*(Group(num_callers, SMALL_BATCH) for num_callers in callers), ONE_LARGE]
+    rates: dict[Group, list[float]] = {group: [] for group in groups}
+    with ExitStack() as stack:
+        batches = [*[SMALL_BATCH] * max(callers), LARGE_BATCH]
+        children = [
+            stack.enter_context(started("benchmarks.caller", address, *options, "--tokens", str(batch)))
+            for batch in batches
+        ]
+        for child in children:
+            child.read(rb"^ready", READY_TIMEOUT_S)
+        order, rng = groups * ROUNDS, random.Random(0)
+        rng.shuffle(order)
+        for index, group in enumerate(order):
+            running = children[-1:] if group == ONE_LARGE else children[: group.num_callers]
+            rates[group].append(_tokens_per_second(running, group.batch, seconds / ROUNDS))
+            tick((index + 1) / len(order))
+    return rows(plane, rates)
+
+
+def _tokens_per_second(children: Sequence[Child], batch: int, seconds: float) -> float:
+    for child in children:
+        child.write(f"{seconds:g}")
+    # The answer comes after the seconds and a last step.
+    answers = [json.loads(child.read(rb"^{", READY_TIMEOUT_S + seconds).string) for child in children]
+    return sum(float(answer["steps"] * batch / answer["seconds"]) for answer in answers)
+
+
+def rows(plane: str, rates: Mapping[Group, Sequence[float]]) -> list[dict[str, Any]]:
+    """A row of the report for each group: median tokens per second, and as a share of one caller's with a large batch.
+
+    Args:
+        plane: that they used.
+        rates: tokens per second of each round, by group; `ONE_LARGE` is one.
+    """
+    medians = {group: statistics.median(each) for group, each in rates.items()}
+    return [
+        {
+            "plane": plane,
+            "callers": str(group),
+            "num_callers": group.num_callers,
+            "batch": group.batch,
+            "tokens_per_s": rate,
+            "least_tokens_per_s": min(rates[group]),
+            "most_tokens_per_s": max(rates[group]),
+            "ratio": rate / medians[ONE_LARGE],
+        }
+        for group, rate in medians.items()
+    ]
