@@ -54,18 +54,28 @@ class CopyTimer:
         host_us = (self._marked_at[0] - self._started) * 1e6
         return Copies(round(host_us + _us(before_in, after_in)), round(_us(before_out, after_out)))
 
-    def blocking(self) -> Copies:
-        """Of a call whose copies the host waits for, with one mark before its kernels and one behind.
+    def waited(self) -> Copies:
+        """Of a call that waited for its results, with marks around the copies to the device and behind its kernels.
 
-        In is the host's time until the first mark; out is its time from there to now, without the kernels'.
+        Out is what these leave of the host's time until now.
         """
-        in_s = self._marked_at[0] - self._started
-        rest_us = (time.perf_counter() - self._marked_at[0]) * 1e6
-        return Copies(round(in_s * 1e6), max(0, round(rest_us - _us(*self._events))))
+        _, after_in, after_kernels = self._events
+        total_us = (time.perf_counter() - self._started) * 1e6
+        in_us = self._in_us()
+        return Copies(round(in_us), max(0, round(total_us - in_us - _us(after_in, after_kernels))))
 
-    def blocking_in(self) -> Copies:
-        """Of a call without results, with a mark before its kernels: nobody has waited for these."""
-        return Copies(round((self._marked_at[0] - self._started) * 1e6), 0)
+    def copied(self) -> Copies:
+        """Of a call without results, with marks around the copies to the device: waits until these are done.
+
+        Whoever hears of the call's end may write to the memory that they come from.
+        """
+        self._events[1].synchronize()
+        return Copies(round(self._in_us()), 0)
+
+    def _in_us(self) -> float:
+        """The host's time for the copies, or the device's: from pinned memory the host only starts them."""
+        before_in, after_in, *_ = self._events
+        return max((self._marked_at[1] - self._started) * 1e6, _us(before_in, after_in))
 
 
 def _us(first: torch.cuda.Event, last: torch.cuda.Event) -> float:

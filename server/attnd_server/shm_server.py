@@ -7,6 +7,7 @@ time. Nobody spins.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import queue
 import select
@@ -20,7 +21,7 @@ from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
 from attnd.v1 import attention_pb2
 from attnd_server.attend_session import AttendSession, CallWork
-from attnd_server.planes import Plane, PlaneTable, SocketFolder
+from attnd_server.planes import Pinning, Plane, PlaneTable, SocketFolder, registrar_for
 from attnd_server.planes.table import end
 from attnd_server.replies import RegionReplies
 from attnd_server.service import AttentionService, error_response
@@ -51,6 +52,7 @@ class ShmServer:
         self._listener = SocketFolder(config.socket_dir).listen(for_others=bool(config.socket_uids))
         self._path: str = self._listener.getsockname()
         self._planes = service.planes = PlaneTable(self._path, config.region_bytes, config.max_planes)
+        self._pinning = Pinning(registrar_for(service.executor.device))
         self._connections: dict[_Connection, None] = {}
         self._max_connections = config.max_planes + MAX_HANDSHAKES
         self._draining = False
@@ -101,7 +103,7 @@ class ShmServer:
             raise refusal
         if len(self._connections) >= self._max_connections:
             raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
-        connection = _Connection(self._service, self._planes, accepted, self._connections)
+        connection = _Connection(self._service, self._planes, self._pinning, accepted, self._connections)
         self._connections[connection] = None
         try:
             connection.start()
@@ -117,12 +119,14 @@ class _Connection(threading.Thread):
         self,
         service: AttentionService,
         planes: PlaneTable,
+        pinning: Pinning,
         accepted: socket.socket,
         connections: dict[_Connection, None],
     ) -> None:
         super().__init__(name="shm-plane", daemon=True)
         self._service = service
         self._planes = planes
+        self._pinning = pinning
         self._socket = accepted
         self._connections = connections
         self._sending = threading.Lock()
@@ -168,7 +172,11 @@ class _Connection(threading.Thread):
             pass  # it has gone
 
     def _serve(self, plane: Plane) -> None:
-        region = self._share(plane)
+        memory = self._share()
+        with self._pinning.pinned(memory):
+            self._serve_region(plane, Region(plane.id, memory))
+
+    def _serve_region(self, plane: Plane, region: Region) -> None:
         session = self._service.open_session(plane.principal, RegionReplies(region))
         self._service.executor.prepare_thread()
         requests = doorbell.Requests(self._socket)
@@ -179,7 +187,7 @@ class _Connection(threading.Thread):
         while (request := requests.receive()) is not None:
             self._send(self._answer(session, request))
 
-    def _share(self, plane: Plane) -> Region:
+    def _share(self) -> mmap.mmap:
         """Memory for the plane. Nobody else has its descriptor, so it ends with both mappings."""
         descriptor = sockets.sealed_memory(self._planes.num_bytes)
         try:
@@ -190,7 +198,7 @@ class _Connection(threading.Thread):
         self._socket.settimeout(None)
         set_timeouts(self._socket, send_s=SEND_S)
         self._is_open = True
-        return Region(plane.id, memory)
+        return memory
 
     def _answer(self, session: AttendSession, request: doorbell.Request) -> bytes:
         try:

@@ -131,9 +131,14 @@ def attend(call: Call, ops: TritonAttentionOps) -> Result:
 def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
     step, cache, metadata = call.step, call.step.cache, call.step.metadata
     timer = CopyTimer(ops.device) if ops.device.type == "cuda" else None
-    q, k, v = (None if tensor is None else tensor.to(ops.device) for tensor in (call.q, call.k, call.v))
-    if timer is not None:
-        timer.mark()
+    mark = _no_mark if timer is None else timer.mark
+    mark()
+    # What is pinned is copied while the rest is launched, for which the call waits before it ends. What is not is
+    # in the driver's hands when this returns.
+    q, k, v = (
+        None if tensor is None else tensor.to(ops.device, non_blocking=True) for tensor in (call.q, call.k, call.v)
+    )
+    mark()
     plan = None if metadata.store_only else step.plan_for(call.options, ops)
     if metadata.slot_mapping is not None and k is not None and v is not None:
         step.mark_written()
@@ -141,10 +146,13 @@ def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
             step.stored = stored_tokens(metadata.slot_mapping, ops.device)
         cache.store(call.layer, k, v, step.stored)
     if plan is None or q is None:
-        return Result(None, None, None, NO_COPIES if timer is None else timer.blocking_in())
+        return Result(None, None, None, NO_COPIES if timer is None else timer.copied())
     k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
     output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
-    if timer is not None:
-        timer.mark()
+    mark()
     output, lse = output.cpu(), None if lse is None else lse.cpu()
-    return Result(output, lse, plan.kernel.backend, NO_COPIES if timer is None else timer.blocking())
+    return Result(output, lse, plan.kernel.backend, NO_COPIES if timer is None else timer.waited())
+
+
+def _no_mark() -> None:
+    """Of a call whose copies are not timed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ class Event:
     """Comes to each mark 100 microseconds after the one before, and answers after the call's synchronisation alone."""
 
     num_recorded = 0
+    waits: ClassVar[list[float]] = []
 
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing
@@ -24,6 +26,9 @@ class Event:
         assert stream == "stream"
         Event.num_recorded += 1
         self.ms = 0.1 * Event.num_recorded
+
+    def synchronize(self) -> None:
+        Event.waits.append(self.ms)
 
     def elapsed_time(self, other: Event) -> float:
         return other.ms - self.ms
@@ -48,24 +53,33 @@ def test_staged_copies_are_the_hosts_and_the_devices_own(host_ms: list[float]) -
     assert timer.staged() == Copies(350, 100)
 
 
-def test_blocking_copies_are_what_the_kernels_leave_of_the_hosts_time(host_ms: list[float]) -> None:
-    host_ms += [5.0, 5.4, 5.5, 6.0]
+def marked(num_marks: int) -> CopyTimer:
     timer = CopyTimer(DEVICE)
-    timer.mark()
-    timer.mark()
-    assert timer.blocking() == Copies(400, 500)
+    for _ in range(num_marks):
+        timer.mark()
+    return timer
+
+
+def test_copies_that_the_host_waits_for_take_its_time(host_ms: list[float]) -> None:
+    host_ms += [5.0, 5.0, 5.4, 5.5, 6.0]
+    assert marked(3).waited() == Copies(400, 500)
+
+
+def test_copies_that_the_host_only_starts_take_the_devices_time(host_ms: list[float]) -> None:
+    host_ms += [5.0, 5.0, 5.01, 5.02, 5.5]  # 10 us to start what takes the device 100
+    assert marked(3).waited() == Copies(100, 300)
 
 
 def test_clocks_that_differ_give_no_negative_time(host_ms: list[float]) -> None:
-    host_ms += [5.0, 5.4, 5.41, 5.42]
-    timer = CopyTimer(DEVICE)
-    timer.mark()
-    timer.mark()
-    assert timer.blocking() == Copies(400, 0)
+    host_ms += [5.0, 5.0, 5.4, 5.41, 5.42]
+    assert marked(3).waited() == Copies(400, 0)
 
 
-def test_a_call_without_results_asks_the_device_nothing(host_ms: list[float]) -> None:
-    host_ms += [5.0, 5.4]
-    timer = CopyTimer(DEVICE)
-    timer.mark()
-    assert timer.blocking_in() == Copies(400, 0)
+@pytest.mark.parametrize(("host_us", "in_us"), [(400, 400), (10, 100)])
+def test_a_call_without_results_waits_for_its_copies_alone(host_ms: list[float], host_us: int, in_us: int) -> None:
+    host_ms += [5.0, 5.0, 5.0 + host_us / 1e3]
+    timer = marked(2)
+    Event.waits.clear()
+    copied_at_ms = 0.1 * Event.num_recorded
+    assert timer.copied() == Copies(in_us, 0)
+    assert Event.waits == [copied_at_ms]

@@ -13,6 +13,7 @@ import torch
 
 import attnd
 from attnd import requests
+from attnd_server import decode_graphs
 from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.naive import NaiveAttention
 from attnd_server.cache import CacheTable
@@ -160,9 +161,13 @@ def test_sizes_of_batches() -> None:
     assert [batch_sizes(n) for n in (1, 2, 4, 5, 64)] == [[1], [1, 2], [1, 4], [1, 4, 5], [1, 4, 16, 64]]
 
 
+@pytest.mark.parametrize("is_direct", [False, True], ids=["staged", "direct"])
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("query_len", [1, 3])
-def test_warm_steps_of_two_sessions_give_what_cold_ones_give(query_len: int, return_lse: bool) -> None:
+def test_warm_steps_of_two_sessions_give_what_cold_ones_give(
+    query_len: int, return_lse: bool, is_direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_graphs, "_is_direct", lambda tensors: is_direct)  # asks a GPU's driver
     options = attnd.AttentionOptions(scale=0.3, softcap=7.0, return_lse=return_lse)
     generator = torch.Generator().manual_seed(3)
     with serving() as server, new_cache(server.client) as warm, new_cache(server.client) as cold:
