@@ -78,6 +78,13 @@ class BackendAlone:
         """Waits for the device."""
         synchronize(self._device)
 
+    def close(self) -> None:
+        """Frees graphs and pages."""
+        self.wait()
+        self._replays.clear()
+        self._plan = None
+        self._cache.close()
+
     def store_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """As `attnd.Cache.store_kv`."""
         self._cache.store(layer, k.to(self._device), v.to(self._device), stored_tokens(slots, self._device))

@@ -1,6 +1,6 @@
 """One client of `benchmarks.callers`, a process of its own: decode steps over one plane, as fast as it can.
 
-It connects, fills a cache, checks what comes back, and says `ready PLANE`. Then each line on its standard input is a
+It connects, fills a cache, checks what comes back, and says `ready`. Then each line on its standard input is a
 number of seconds; it runs whole steps for at least as long, and answers a line of JSON. It ends with its input.
 """
 
@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     attnd.tune_process()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = next(heads for heads in MODELS if heads.name == options.model)
     step = DecodeStep(options.tokens, options.context, dtype, heads, device, options.kv_bytes)
@@ -51,13 +53,15 @@ def run(options: argparse.Namespace) -> None:
         session = stack.enter_context(cache.session(plane=options.plane))
         way = plane_way(options.plane, step, session, device)
         step.check(options.plane, cache, way.open())
-        Samples().add_step(way, len(step.layers))
-        print("ready", session.plane, flush=True)
+        session.close()  # while it waits, it takes none of the planes that a server has
+        print("ready", flush=True)
         for line in sys.stdin:
+            Samples().add_step(way, len(step.layers))  # opens the plane again
             samples, started = Samples(), time.perf_counter()
             while not samples.step_us or time.perf_counter() - started < float(line):
                 samples.add_step(way, len(step.layers))
             seconds = time.perf_counter() - started
+            session.close()
             print(json.dumps({"steps": len(samples.step_us), "seconds": seconds}), flush=True)
 
 

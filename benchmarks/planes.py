@@ -215,7 +215,9 @@ def measure_callers(options: argparse.Namespace, ends: Endpoints, bar: _Bar, res
     results.reasons.update(reasons)
     context_len = 8192 if 8192 in options.context else options.context[0]
     for plane in options.caller_planes:
-        if plane in sessions:
+        if plane not in sessions:
+            continue
+        with results.noting(f"callers {plane}"):
             results.caller_rows += callers.benchmark(
                 ends.address,
                 plane,
@@ -246,8 +248,7 @@ def measure(options: argparse.Namespace, results: Results, err: Console) -> None
                 measure_cell(cell, options, ends, bar, results)
             release(device)
         if options.caller_planes:
-            with results.noting("callers"):
-                measure_callers(options, ends, bar, results)
+            measure_callers(options, ends, bar, results)
 
 
 def title_of(options: argparse.Namespace) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import WrongResult
-from benchmarks.ways import Way, Ways
+from benchmarks.way import Way, Ways
 from benchmarks.workload import NUM_CALLS, DecodeStep
 
 MIN_ROUNDS = 3
@@ -55,6 +55,8 @@ def refuse_wrong_ways(step: DecodeStep, ways: Ways) -> None:
     for way in ways.ways:
         if way.cache is not None:
             outputs[way.name] = step.check(way.name, way.cache, way.open())
+            if way.finish is not None:
+                way.finish()
     refuse_other_bits(outputs, {way.name for way in ways.ways if way.session is not None})
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,53 +16,13 @@ from attnd.tensors import to_array
 from benchmarks import echo
 from benchmarks.backend_alone import BackendAlone
 from benchmarks.endpoints import Endpoints
-from benchmarks.graph_timing import synchronize
+from benchmarks.queued_ways import captured_way, queued_way
+from benchmarks.way import Call, Way, Ways
 from benchmarks.workload import DecodeStep
-
-Call = Callable[[int], Any]
-"""Computes a layer and returns its output, or the echo of one."""
 
 PLANES = ("inline", "shm", "cuda")
 # Planes whose calls return before the device has computed them.
 _QUEUED = ("cuda",)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way.
-
-    Attributes:
-        name: for people.
-        open: starts a step; what it returns makes the calls of its layers.
-        floor: names of the ways that it cannot be faster than, together.
-        cache: where it stores, with `store_kv` and `read_kv`; None for an echo.
-        session: where the server's own times are; None if nowhere.
-        finish: waits for the calls of a step; None: each call ends when it has its output.
-    """
-
-    name: str
-    open: Callable[[], Call]
-    floor: tuple[str, ...] = ()
-    cache: Any = None
-    session: attnd.Session | None = None
-    finish: Callable[[], None] | None = None
-
-
-@dataclass
-class Ways:
-    """All ways of computing one step.
-
-    Attributes:
-        ways: that can be timed.
-        reasons: by the name of each plane that cannot be had, why.
-    """
-
-    ways: list[Way] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Way:
-        """The way of that name."""
-        return next(way for way in self.ways if way.name == name)
 
 
 @contextmanager
@@ -80,6 +39,7 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
         inproc_cache = stack.enter_context(ends.inproc.create_cache(**step.geometry))
         inproc_session = stack.enter_context(inproc_cache.session())
         backend = BackendAlone(step, ends.device)
+        stack.callback(backend.close)
         step.fill(cache, inproc_cache, backend)
         for warmed in (cache, inproc_cache):
             warm_up(step, warmed, ends.device)
@@ -95,7 +55,20 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
             if plane in _ECHOES:
                 result.ways.append(stack.enter_context(_ECHOES[plane](step, cache, ends)))
             result.ways.append(plane_way(plane, step, session, ends.device))
+            if plane in _QUEUED:
+                _add_captured(stack, f"{plane} graph", cache.session(plane=plane), step, ends.device, result)
         yield result
+
+
+def _add_captured(
+    stack: ExitStack, name: str, session: attnd.Session, step: DecodeStep, device: torch.device, result: Ways
+) -> None:
+    """Adds the calls of a session as a CUDA graph of this process, or the reason why there is none."""
+    stack.enter_context(session)
+    try:
+        result.ways.append(captured_way(name, step, session, device))
+    except (attnd.AttndError, RuntimeError) as error:
+        result.reasons[name] = str(error)
 
 
 def warm_up(step: DecodeStep, cache: attnd.Cache, device: torch.device) -> None:
@@ -147,7 +120,7 @@ def _unary(step: DecodeStep, cache: attnd.Cache, client: attnd.Client) -> Way:
 def plane_way(plane: str, step: DecodeStep, session: attnd.Session, device: torch.device) -> Way:
     """The calls of a session on a plane; on one that the device orders, with tensors there and one wait a step."""
     if plane in _QUEUED:
-        return _queued_session(plane, step, session, device)
+        return queued_way(plane, step, session, device)
     return _session(plane, step, session, (f"echo {plane}", "backend"))
 
 
@@ -157,27 +130,6 @@ def _session(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[s
         return lambda layer: opened.attend(layer, *step.layers[layer])
 
     return Way(name, open_step, floor, session.cache, session)
-
-
-def _queued_session(name: str, step: DecodeStep, session: attnd.Session, device: torch.device) -> Way:
-    """Its floor has no echo yet: a ping-pong of flags, which belongs into `_ECHOES`, and its name into `floor`.
-
-    The server prepares every layer of a step once. So a step is opened whenever the calls are back at layer 0.
-    """
-    layers = [(q.to(device), k.to(device), v.to(device)) for q, k, v in step.layers]
-
-    def open_step() -> Call:
-        opened: list[attnd.Step] = []
-
-        def call(layer: int) -> torch.Tensor:
-            if layer == 0:
-                opened[:] = [session.step(step.metadata)]
-            output: torch.Tensor = opened[0].attend(layer, *layers[layer])
-            return output
-
-        return call
-
-    return Way(name, open_step, ("backend queued",), session.cache, session, lambda: synchronize(device))
 
 
 def _echo_unary(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Way:

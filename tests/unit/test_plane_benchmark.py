@@ -12,10 +12,11 @@ from rich.console import Console
 
 from benchmarks import callers, planes, way_timing
 from benchmarks.callers import ONE_LARGE, Group
+from benchmarks.queued_ways import queued_way
 from benchmarks.report import WrongResult
 from benchmarks.servers import started
+from benchmarks.way import Way
 from benchmarks.way_timing import Samples, refuse_other_bits, rows
-from benchmarks.ways import Way
 from benchmarks.workload import LLAMA_8B, MODELS, NUM_CALLS, DecodeStep
 
 CACHE = object()  # a way that computes has one
@@ -70,6 +71,44 @@ def test_a_call_that_does_not_wait_is_a_share_of_its_step() -> None:
     samples.add_step(Way("way", lambda: lambda layer: layer, finish=lambda: waits.append("once")), num_layers=1)
     assert waits == ["once"]
     assert samples.call_us == [samples.step_us[0] / NUM_CALLS]
+
+
+class QueuedSession:
+    """A session on a plane whose steps cover each layer once, in order."""
+
+    cache = CACHE
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.num_steps = self.num_finished = 0
+
+    def step(self, metadata: object) -> QueuedSession:
+        assert self.num_steps == 0 or self.next_layer == self.num_layers, "the step before is not complete"
+        self.num_steps += 1
+        self.next_layer = 0
+        return self
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert layer == self.next_layer
+        self.next_layer += 1
+        return q
+
+    def finish(self) -> None:
+        assert self.next_layer == self.num_layers
+        self.num_finished += 1
+
+
+def test_a_queued_step_covers_each_layer_once_and_the_last_is_waited_for() -> None:
+    step = DecodeStep(1, 16, torch.float32, kv_bytes=5 << 20)
+    assert len(step.layers) == 16
+    session = QueuedSession(16)
+    queued = queued_way("cuda", step, session, torch.device("cpu"))
+    samples = Samples()
+    for _ in range(3):
+        samples.add_step(queued, num_layers=16)
+    assert (session.num_steps, session.num_finished) == (6, 3)
+    assert len(samples.call_us) == 3
+    assert torch.equal(queued.open()(0), step.layers[0][0])
 
 
 def test_ways_take_turns_until_the_time_is_up() -> None:
