@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import callers, planes, way_timing
+from benchmarks import callers, plane_options, plane_results, planes, way_timing
 from benchmarks.callers import ONE_LARGE, Group
 from benchmarks.queued_ways import queued_way
 from benchmarks.report import WrongResult
@@ -157,12 +157,12 @@ def test_callers_are_compared_with_one_large_batch() -> None:
 
 def test_only_picks_cells_and_callers() -> None:
     arguments = ["--device", "cpu", "--tokens", "1", "16", "--context", "256", "1024"]
-    options = planes.parse([*arguments, "--only", "16 x 1k"])
+    options = plane_options.parse([*arguments, "--only", "16 x 1k"])
     assert [str(cell) for cell in options.cells] == ["8B 16 x 1k", "70B 16 x 1k", "30B-A3B 16 x 1k"]
     assert options.caller_planes == []
-    options = planes.parse([*arguments, "--only", "callers shm"])
+    options = plane_options.parse([*arguments, "--only", "callers shm"])
     assert (options.cells, options.caller_planes) == ([], ["shm"])
-    options = planes.parse([*arguments, "--quick"])
+    options = plane_options.parse([*arguments, "--quick"])
     assert {cell.heads for cell in options.cells} == {LLAMA_8B}
     assert options.caller_planes == ["inline", "shm", "cuda"]
 
@@ -180,7 +180,7 @@ def test_only_picks_cells_and_callers() -> None:
 )
 def test_arguments_that_make_no_sense(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        planes.parse(arguments)
+        plane_options.parse(arguments)
     assert words in capsys.readouterr().err
 
 
@@ -196,7 +196,7 @@ def test_what_was_measured_is_written_whatever_ends_the_rest(
 ) -> None:
     measured = [{"cell": "8B 1 x 256", **row} for row in row_by_way(WAYS, CALL_US).values()]
 
-    def measure(options: object, results: planes.Results, err: Console) -> None:
+    def measure(options: object, results: plane_results.Results, err: Console) -> None:
         results.rows += measured
         results.reasons["cuda"] = "there is no GPU"
         with results.noting("8B 1 x 1k"):
@@ -204,7 +204,7 @@ def test_what_was_measured_is_written_whatever_ends_the_rest(
 
     monkeypatch.setattr(planes, "measure", measure)
     out, err = (Console(file=io.StringIO(), width=140) for _ in range(2))
-    assert planes.run(planes.parse(["--device", "cpu", "--out", str(tmp_path)]), out, err) == code
+    assert planes.run(plane_options.parse(["--device", "cpu", "--out", str(tmp_path)]), out, err) == code
     printed = out.file.getvalue()  # type: ignore[attr-defined]
     assert "cuda cannot be had: there is no GPU" in printed
     assert words in printed
