@@ -1,0 +1,129 @@
+"""Kernels of one thread by which streams of two processes wait for each other, each on a GPU of its own.
+
+A gate waits by reading a word again and again until the other side has counted it up. So each side needs a GPU that is
+running: two processes on one GPU take turns of milliseconds, and use `HostFlags` instead.
+
+Each side counts its hand-overs in memory of its own, so that a CUDA graph with gates is replayed as it is. Words have
+64 bits and never overflow. Release and acquire, for the whole system, order the tensors of both sides around them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from attnd.planes.cuda_driver import CudaError, Device, Stream, call, driver
+from attnd.planes.cuda_words import HostWords
+
+# counter: where this side counts. signal: the word that the other side waits for. flag: the word that this side waits
+# for. stop: a word of the host's that is not 0 once nothing is to wait any more; it lies behind PCIe, so it is read
+# once in 256 turns.
+_HEAD = """
+    .param .u64 counter, .param .u64 signal, .param .u64 flag, .param .u64 stop
+) {
+    .reg .pred %decided;
+    .reg .u32 %turn, %low, %stop;
+    .reg .u64 %counter, %signal, %flag, %stop_word, %next, %seen;
+    ld.param.u64 %counter, [counter];
+    ld.param.u64 %signal, [signal];
+    ld.param.u64 %flag, [flag];
+    ld.param.u64 %stop_word, [stop];
+    ld.global.u64 %next, [%counter];
+"""
+_COUNT = """
+    add.u64 %next, %next, 1;
+    st.global.u64 [%counter], %next;
+"""
+_SIGNAL = """
+    st.release.sys.global.u64 [%signal], %next;
+"""
+_WAIT = """
+    mov.u32 %turn, 0;
+AGAIN:
+    ld.acquire.sys.global.u64 %seen, [%flag];
+    setp.ge.u64 %decided, %seen, %next;
+    @%decided bra DONE;
+    add.u32 %turn, %turn, 1;
+    and.b32 %low, %turn, 255;
+    setp.ne.u32 %decided, %low, 0;
+    @%decided bra AGAIN;
+    ld.volatile.global.u32 %stop, [%stop_word];
+    setp.eq.u32 %decided, %stop, 0;
+    @%decided bra AGAIN;
+DONE:
+"""
+_BODIES = {"exchange": _COUNT + _SIGNAL + _WAIT, "wait": _COUNT + _WAIT, "signal": _SIGNAL}
+# What every GPU since 2017 runs; the driver compiles it.
+PTX = ".version 7.0\n.target sm_70\n.address_size 64\n" + "".join(
+    f".visible .entry attnd_{name}({_HEAD}{body}    ret;\n}}\n" for name, body in _BODIES.items()
+)
+
+# Bytes that a word and a counter have.
+WORD_BYTES = 8
+
+
+@cache
+def _functions(on: Device) -> dict[str, Any]:
+    """The kernels on a GPU, the thread's current one, until the process ends."""
+    module = call("cuModuleLoadData", PTX.encode() + b"\0")
+    return {name: call("cuModuleGetFunction", module, f"attnd_{name}".encode()) for name in _BODIES}
+
+
+class GateFlags:
+    """One side of the hand-overs between two GPUs. The same methods as `HostFlags`, but gates."""
+
+    def __init__(self, on: Device, signal: int, flag: int) -> None:
+        """Nothing was handed over yet.
+
+        Args:
+            on: the GPU of this side, the thread's current one.
+            signal: address of the word that this side counts up, 0 at first, in memory of either GPU.
+            flag: address of the word that the other side counts up, likewise.
+        """
+        self._kernels = _functions(on)
+        self._counter = _zeros(on, WORD_BYTES)
+        self._stop = HostWords.private()
+        addresses = (int(self._counter), signal, flag, self._stop.address)
+        self._values = [ctypes.c_uint64(address) for address in addresses]
+        self._pointers = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, self._values))
+        self._arguments = ctypes.addressof(self._pointers)
+        self._launch = driver().cuLaunchKernel
+        self.is_stopped = False
+
+    def exchange(self, stream: int, layer: int) -> None:
+        """Worker: tells the server that what `stream` did so far is done, then lets it wait for the server's answer."""
+        self._enqueue("exchange", stream)
+
+    def wait(self, stream: int, layer: int) -> None:
+        """Server: lets `stream` wait until the worker has handed over a layer."""
+        self._enqueue("wait", stream)
+
+    def signal(self, stream: int, layer: int) -> None:
+        """Server: tells the worker that what `stream` did so far is done."""
+        self._enqueue("signal", stream)
+
+    def stop(self) -> None:
+        """Lets everything that waits on this side go on, now and from now on. From any thread."""
+        self.is_stopped = True
+        self._stop.write(0, 1)
+
+    def close(self) -> None:
+        """Frees what this side has of its own; no gate may be queued."""
+        call("cuMemFree", self._counter)
+        self._stop.close()
+
+    def _enqueue(self, kernel: str, stream: int) -> None:
+        (result,) = self._launch(self._kernels[kernel], 1, 1, 1, 1, 1, 1, 0, stream, self._arguments, 0)
+        if result:
+            raise CudaError("cuLaunchKernel", result.name)
+
+
+def _zeros(on: Device, num_bytes: int) -> Any:
+    address, stream = call("cuMemAlloc", num_bytes), Stream(on)
+    try:
+        call("cuMemsetD8Async", address, 0, num_bytes, stream.handle)
+        stream.synchronize()
+    finally:
+        stream.close()
+    return address

@@ -1,0 +1,120 @@
+"""The bottom of the cuda plane: memory of one GPU in two processes, and streams that wait for each other."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from attnd.planes.cuda_driver import CudaError, call, device, device_of
+from attnd.planes.cuda_memory import DeviceMemory
+from tests.gpu.cuda_peers import Case, Peers, receive, send
+
+pytest.importorskip("cuda.bindings.driver")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+WORKER_GPUS = [
+    pytest.param(0, id="one_gpu"),
+    pytest.param(1, id="two_gpus", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+]
+# Gates on one GPU work, but the two processes take turns of milliseconds.
+SLOW_STEPS = 8
+
+
+def num_steps(flags: str, gpu: int) -> int:
+    return SLOW_STEPS if flags == "gates" and gpu == 0 else 250
+
+
+def test_a_gpu_is_found_by_the_uuid_that_torch_says() -> None:
+    for index in range(torch.cuda.device_count()):
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        found = device_of(uuid)
+        assert found is not None
+        assert found.index == index
+        assert found.uuid == uuid
+    assert device_of("00000000-0000-0000-0000-000000000000") is None
+
+
+@pytest.mark.parametrize("gpu", WORKER_GPUS)
+def test_memory_of_one_process_is_read_and_written_by_another(gpu: int) -> None:
+    with Peers(Case("host", gpu, num_elements=1 << 17), "copy") as peers:
+        half = peers.region.num_bytes // 2
+        ours = torch.randint(0, 256, (half,), dtype=torch.uint8)
+        call("cuMemcpy", peers.region.address, ours.data_ptr(), half)
+        call("cuCtxSynchronize")
+        assert receive(peers.connection)[0] == "copied"
+        theirs = torch.empty(half, dtype=torch.uint8)
+        call("cuMemcpy", theirs.data_ptr(), peers.region.address + half, half)
+        assert torch.equal(theirs, ours.flip(0))
+        send(peers.connection, "done")
+
+
+def test_new_memory_is_zero_and_refuses_what_it_cannot_be() -> None:
+    gpu = device(0)
+    gpu.make_current()
+    memory = DeviceMemory.created(gpu, 1000)
+    assert memory.num_bytes >= 1000
+    host = torch.ones(memory.num_bytes, dtype=torch.uint8)
+    call("cuMemcpy", host.data_ptr(), memory.address, memory.num_bytes)
+    assert not host.any()
+    memory.close()
+    memory.close()
+    with pytest.raises(CudaError, match="cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY"):
+        DeviceMemory.created(gpu, 1 << 45)
+    descriptor = os.memfd_create("no memory of a GPU")
+    with pytest.raises(CudaError, match="cuMemImportFromShareableHandle failed"):
+        DeviceMemory.imported(gpu, descriptor, memory.num_bytes)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_memory_made_and_freed_a_hundred_times_leaves_nothing() -> None:
+    gpu = device(0)
+    gpu.make_current()
+    torch.zeros(1, device="cuda:0")
+    DeviceMemory.created(gpu, 64 << 20).close()
+    before, descriptors = torch.cuda.mem_get_info(0)[0], len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        memory = DeviceMemory.created(gpu, 64 << 20)
+        os.close(memory.exported())
+        memory.close()
+    assert torch.cuda.mem_get_info(0)[0] >= before - (8 << 20)  # others on the GPU may take some
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("flags", ["host", "gates", "gates_own_words"])
+@pytest.mark.parametrize("gpu", WORKER_GPUS)
+def test_a_thousand_hand_overs_each_bring_the_whole_tensor(gpu: int, flags: str, graph: bool) -> None:
+    kind = flags.removesuffix("_own_words")
+    case = Case(kind, gpu, num_steps=num_steps(kind, gpu), graph=graph, own_words=flags.endswith("words"))
+    with Peers(case, "run") as peers:
+        told = peers.run()
+    assert not told["stopped"]
+    # Each side adds 1 to what it was handed, so that a hand-over lost or made too early shows at the end.
+    assert told["worker"] == [2 * case.num_rounds] * 2
+    assert told["server"] == [2 * case.num_rounds] * 2
+
+
+@pytest.mark.parametrize("flags", ["host", "gates"])
+@pytest.mark.parametrize("gpu", WORKER_GPUS)
+@pytest.mark.parametrize("waits_as", ["server", "worker"])
+def test_who_waits_for_a_killed_peer_is_let_go(gpu: int, flags: str, waits_as: str) -> None:
+    with Peers(Case(flags, gpu, num_layers=3), "wait") as peers:
+        handle = peers.side.stream.cuda_stream
+        for layer in range(3):
+            (peers.flags.wait if waits_as == "server" else peers.flags.exchange)(handle, layer)
+        time.sleep(0.2)
+        assert not peers.side.stream.query()
+        peers.process.kill()
+        with pytest.raises((EOFError, ConnectionResetError)):
+            receive(peers.connection)
+        deadline = time.monotonic() + 20
+        while not peers.side.stream.query() and time.monotonic() < deadline:
+            peers.flags.stop()
+            time.sleep(0.001)
+        assert peers.side.stream.query()
+        # The memory is this process' own and still there.
+        call("cuMemcpy", torch.empty(8, dtype=torch.uint8).data_ptr(), peers.region.address, 8)
