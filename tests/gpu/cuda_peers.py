@@ -69,6 +69,9 @@ class Side:
     def copy(self, target: int, source: int) -> None:
         call("cuMemcpyAsync", target, source, self.state.nbytes, self.stream.cuda_stream)
 
+    def is_last(self, layer: int) -> bool:
+        return layer == self.case.num_layers - 1
+
     def work(self, layer: int) -> None:
         """One layer, on the current stream."""
         raise NotImplementedError
@@ -106,12 +109,12 @@ class Side:
 class ServerSide(Side):
     def work(self, layer: int) -> None:
         handle = self.stream.cuda_stream
-        self.flags.wait(handle, layer)
+        self.flags.wait(handle, layer, self.is_last(layer))
         if self.case.num_elements:
             self.copy(self.state.data_ptr(), self.inputs)
             self.state.add_(1)
             self.copy(self.outputs, self.state.data_ptr())
-        self.flags.signal(handle, layer)
+        self.flags.signal(handle, layer, self.is_last(layer))
 
 
 class WorkerSide(Side):
@@ -119,7 +122,7 @@ class WorkerSide(Side):
         if self.case.num_elements:
             self.state.add_(1)
             self.copy(self.inputs, self.state.data_ptr())
-        self.flags.exchange(self.stream.cuda_stream, layer)
+        self.flags.exchange(self.stream.cuda_stream, layer, self.is_last(layer))
         if self.case.num_elements:
             self.copy(self.state.data_ptr(), self.outputs)
 
@@ -175,7 +178,7 @@ def worker_process(connection: socket.socket, case: Case, task: str) -> None:
             flag = own.address
         flags = GateFlags(gpu, region.address + TO_SERVER, flag)
     else:
-        flags = HostFlags(words, HOST_TO_SERVER, HOST_TO_WORKER, case.num_layers)
+        flags = HostFlags(words, HOST_TO_SERVER, HOST_TO_WORKER)
     side = WorkerSide(case, case.gpu, region, flags)
     send(connection, import_us)
     if task == "run":
@@ -227,7 +230,7 @@ class Peers:
                 signal = self.workers_words.address
             self.flags = GateFlags(gpu, signal, self.region.address + TO_SERVER)
         else:
-            self.flags = HostFlags(words, HOST_TO_WORKER, HOST_TO_SERVER, case.num_layers)
+            self.flags = HostFlags(words, HOST_TO_WORKER, HOST_TO_SERVER)
         self.import_us, _ = receive(ours)
         self.side = ServerSide(case, 0, self.region, self.flags)
 

@@ -105,7 +105,7 @@ def test_who_waits_for_a_killed_peer_is_let_go(gpu: int, flags: str, waits_as: s
     with Peers(Case(flags, gpu, num_layers=3), "wait") as peers:
         handle = peers.side.stream.cuda_stream
         for layer in range(3):
-            (peers.flags.wait if waits_as == "server" else peers.flags.exchange)(handle, layer)
+            (peers.flags.wait if waits_as == "server" else peers.flags.exchange)(handle, layer, layer == 2)
         time.sleep(0.2)
         assert not peers.side.stream.query()
         peers.process.kill()

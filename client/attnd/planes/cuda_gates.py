@@ -91,15 +91,15 @@ class GateFlags:
         self._launch = driver().cuLaunchKernel
         self.is_stopped = False
 
-    def exchange(self, stream: int, layer: int) -> None:
+    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
         """Worker: tells the server that what `stream` did so far is done, then lets it wait for the server's answer."""
         self._enqueue("exchange", stream)
 
-    def wait(self, stream: int, layer: int) -> None:
+    def wait(self, stream: int, layer: int, is_last: bool) -> None:
         """Server: lets `stream` wait until the worker has handed over a layer."""
         self._enqueue("wait", stream)
 
-    def signal(self, stream: int, layer: int) -> None:
+    def signal(self, stream: int, layer: int, is_last: bool) -> None:
         """Server: tells the worker that what `stream` did so far is done."""
         self._enqueue("signal", stream)
 

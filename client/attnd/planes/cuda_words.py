@@ -73,33 +73,31 @@ class HostFlags:
     them is replayed as it is.
     """
 
-    def __init__(self, words: HostWords, signal: int, flag: int, num_layers: int) -> None:
+    def __init__(self, words: HostWords, signal: int, flag: int) -> None:
         """Nothing was handed over yet.
 
         Args:
             words: that both sides have; owned by this object from now on.
             signal: index of the word that this side writes, 0 at first.
             flag: index of the word that the other side writes, likewise.
-            num_layers: hand-overs of a step.
         """
         self._words = words
         self._signal, self._flag = signal, flag
-        self._last = num_layers - 1
-        self._operations: dict[tuple[str, int], list[Any]] = {}
+        self._operations: dict[tuple[str, int, bool], list[Any]] = {}
         self._enqueue = driver().cuStreamBatchMemOp
         self.is_stopped = False
 
-    def exchange(self, stream: int, layer: int) -> None:
+    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
         """Worker: tells the server that what `stream` did so far is done, then lets it wait for the server's answer."""
-        self._run("exchange", stream, layer)
+        self._run("exchange", stream, layer, is_last)
 
-    def wait(self, stream: int, layer: int) -> None:
+    def wait(self, stream: int, layer: int, is_last: bool) -> None:
         """Server: lets `stream` wait until the worker has handed over a layer."""
-        self._run("wait", stream, layer)
+        self._run("wait", stream, layer, is_last)
 
-    def signal(self, stream: int, layer: int) -> None:
+    def signal(self, stream: int, layer: int, is_last: bool) -> None:
         """Server: tells the worker that what `stream` did so far is done."""
-        self._run("signal", stream, layer)
+        self._run("signal", stream, layer, is_last)
 
     def stop(self) -> None:
         """Lets everything that waits on this side go on. From any thread.
@@ -113,22 +111,23 @@ class HostFlags:
         """Gives the words up; nothing that uses them may be queued."""
         self._words.close()
 
-    def _run(self, kind: str, stream: int, layer: int) -> None:
-        operations = self._operations.get((kind, layer))
+    def _run(self, kind: str, stream: int, layer: int, is_last: bool) -> None:
+        key = kind, layer, is_last
+        operations = self._operations.get(key)
         if operations is None:
-            operations = self._operations[kind, layer] = self._made(kind, layer)
+            operations = self._operations[key] = self._made(*key)
         (result,) = self._enqueue(stream, len(operations), operations, 0)
         if result:
             raise CudaError("cuStreamBatchMemOp", result.name)
 
-    def _made(self, kind: str, layer: int) -> list[Any]:
+    def _made(self, kind: str, layer: int, is_last: bool) -> list[Any]:
         operations = []
         if kind != "wait":
             operations.append(_write(self._words.address_of(self._signal), layer + 1))
         if kind != "signal":
             flag = self._words.address_of(self._flag)
             operations.append(_wait(flag, layer + 1))
-            if layer == self._last:
+            if is_last:
                 operations.append(_write(flag, 0))
         return operations
 

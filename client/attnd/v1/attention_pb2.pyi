@@ -9,7 +9,9 @@ import attnd.v1.error_pb2
 import attnd.v1.step_pb2
 import attnd.v1.tensor_pb2
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
 
@@ -202,25 +204,96 @@ class AttendRequest(google.protobuf.message.Message):
 
     STEP_FIELD_NUMBER: builtins.int
     CALL_FIELD_NUMBER: builtins.int
+    CUDA_STEP_FIELD_NUMBER: builtins.int
     @property
     def step(self) -> attnd.v1.step_pb2.Step:
-        """Opens a step."""
+        """Opens a step. Not on a cuda plane."""
 
     @property
     def call(self) -> attnd.v1.step_pb2.Call:
-        """Runs one layer of an open step."""
+        """Runs one layer of an open step. Not on a cuda plane."""
+
+    @property
+    def cuda_step(self) -> global___CudaStep:
+        """Runs a step. On a cuda plane only."""
 
     def __init__(
         self,
         *,
         step: attnd.v1.step_pb2.Step | None = ...,
         call: attnd.v1.step_pb2.Call | None = ...,
+        cuda_step: global___CudaStep | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["call", b"call", "message", b"message", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "message", b"message", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call"] | None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "cuda_step"] | None: ...
 
 global___AttendRequest = AttendRequest
+
+@typing.final
+class CudaStep(google.protobuf.message.Message):
+    """A step on a cuda plane: all its layers, 0 first, whose tensors come and go through the plane's memory (see CudaPlane)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    NUM_HEADS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    num_heads: builtins.int
+    """Query heads of each layer; a multiple of num_kv_heads. 0 in a store-only step."""
+    @property
+    def step(self) -> attnd.v1.step_pb2.Step:
+        """What its layers share."""
+
+    @property
+    def options(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[attnd.v1.step_pb2.AttentionOptions]:
+        """Options of the layers: one for all, or one for each. None: every default."""
+
+    def __init__(
+        self,
+        *,
+        step: attnd.v1.step_pb2.Step | None = ...,
+        num_heads: builtins.int = ...,
+        options: collections.abc.Iterable[attnd.v1.step_pb2.AttentionOptions] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["num_heads", b"num_heads", "options", b"options", "step", b"step"]) -> None: ...
+
+global___CudaStep = CudaStep
+
+@typing.final
+class CudaStepReply(google.protobuf.message.Message):
+    """Answers a step on a cuda plane, when its last layer is done."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_ID_FIELD_NUMBER: builtins.int
+    TAKES_DELTAS_FIELD_NUMBER: builtins.int
+    BACKEND_FIELD_NUMBER: builtins.int
+    QUEUE_US_FIELD_NUMBER: builtins.int
+    STEP_US_FIELD_NUMBER: builtins.int
+    step_id: builtins.int
+    """As in the step."""
+    takes_deltas: builtins.bool
+    """As in StepReply."""
+    backend: attnd.v1.backend_pb2.Backend.ValueType
+    """The backend that ran; not set in a store-only step."""
+    queue_us: builtins.int
+    """Microseconds from the step's arrival until the server's executor took it."""
+    step_us: builtins.int
+    """Microseconds from then until its last layer was done: those in which the worker computed between the layers, too."""
+    def __init__(
+        self,
+        *,
+        step_id: builtins.int = ...,
+        takes_deltas: builtins.bool = ...,
+        backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
+        queue_us: builtins.int = ...,
+        step_us: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "queue_us", b"queue_us", "step_id", b"step_id", "step_us", b"step_us", "takes_deltas", b"takes_deltas"]) -> None: ...
+
+global___CudaStepReply = CudaStepReply
 
 @typing.final
 class StepReply(google.protobuf.message.Message):
@@ -274,6 +347,7 @@ class AttendResponse(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     GOING_AWAY_FIELD_NUMBER: builtins.int
+    CUDA_STEP_FIELD_NUMBER: builtins.int
     @property
     def step(self) -> global___StepReply:
         """Answers a step."""
@@ -290,6 +364,10 @@ class AttendResponse(google.protobuf.message.Message):
     def going_away(self) -> global___GoingAway:
         """Answers nothing: sent once when the server drains."""
 
+    @property
+    def cuda_step(self) -> global___CudaStepReply:
+        """Answers a step on a cuda plane."""
+
     def __init__(
         self,
         *,
@@ -297,10 +375,11 @@ class AttendResponse(google.protobuf.message.Message):
         call: attnd.v1.step_pb2.CallReply | None = ...,
         error: attnd.v1.error_pb2.Error | None = ...,
         going_away: global___GoingAway | None = ...,
+        cuda_step: global___CudaStepReply | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["call", b"call", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "error", "going_away"] | None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "error", "going_away", "cuda_step"] | None: ...
 
 global___AttendResponse = AttendResponse
 

@@ -47,6 +47,40 @@ PLANE_CUDA: Plane.ValueType  # 3
 """In GPU memory of the server that both processes map."""
 global___Plane = Plane
 
+class _CudaFlags:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _CudaFlagsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_CudaFlags.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    CUDA_FLAGS_UNSPECIFIED: _CudaFlags.ValueType  # 0
+    """Not set: never sent."""
+    CUDA_FLAGS_HOST: _CudaFlags.ValueType  # 1
+    """By operations of streams (cuStreamBatchMemOp) on words of host memory, 32 bits each: the word to the server at byte 0
+    of the words, the word to the worker at byte 256. Whoever hands layer l of a step over writes l + 1. Whoever waited
+    for the last layer's writes 0 to the word that it waited for, before it hands anything over itself.
+    """
+    CUDA_FLAGS_GATES: _CudaFlags.ValueType  # 2
+    """By kernels that wait on words of the region, 64 bits each: the word to the server at byte 0, the word to the worker
+    at byte 256. Each hand-over of a plane's life counts its word up by 1.
+    """
+
+class CudaFlags(_CudaFlags, metaclass=_CudaFlagsEnumTypeWrapper):
+    """How the streams of a cuda plane's two sides wait for each other."""
+
+CUDA_FLAGS_UNSPECIFIED: CudaFlags.ValueType  # 0
+"""Not set: never sent."""
+CUDA_FLAGS_HOST: CudaFlags.ValueType  # 1
+"""By operations of streams (cuStreamBatchMemOp) on words of host memory, 32 bits each: the word to the server at byte 0
+of the words, the word to the worker at byte 256. Whoever hands layer l of a step over writes l + 1. Whoever waited
+for the last layer's writes 0 to the word that it waited for, before it hands anything over itself.
+"""
+CUDA_FLAGS_GATES: CudaFlags.ValueType  # 2
+"""By kernels that wait on words of the region, 64 bits each: the word to the server at byte 0, the word to the worker
+at byte 256. Each hand-over of a plane's life counts its word up by 1.
+"""
+global___CudaFlags = CudaFlags
+
 @typing.final
 class OpenPlaneRequest(google.protobuf.message.Message):
     """Request of OpenPlane."""
@@ -54,16 +88,41 @@ class OpenPlaneRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PLANE_FIELD_NUMBER: builtins.int
+    CUDA_FIELD_NUMBER: builtins.int
     plane: global___Plane.ValueType
     """The plane that is wanted. Named and not to be had: UNIMPLEMENTED with the reason, never a lesser plane."""
+    @property
+    def cuda(self) -> global___CudaPlaneRequest:
+        """For CUDA, which is given only where it is named."""
+
     def __init__(
         self,
         *,
         plane: global___Plane.ValueType = ...,
+        cuda: global___CudaPlaneRequest | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["plane", b"plane"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cuda", b"cuda"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cuda", b"cuda", "plane", b"plane"]) -> None: ...
 
 global___OpenPlaneRequest = OpenPlaneRequest
+
+@typing.final
+class CudaPlaneRequest(google.protobuf.message.Message):
+    """What a client says of itself that wants a cuda plane."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GPU_UUID_FIELD_NUMBER: builtins.int
+    gpu_uuid: builtins.str
+    """UUID of the client's GPU, such as "8f0e3a7c-0c5d-...": lower case, no prefix."""
+    def __init__(
+        self,
+        *,
+        gpu_uuid: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gpu_uuid", b"gpu_uuid"]) -> None: ...
+
+global___CudaPlaneRequest = CudaPlaneRequest
 
 @typing.final
 class PlaneRefusal(google.protobuf.message.Message):
@@ -125,6 +184,48 @@ class ShmPlane(google.protobuf.message.Message):
 global___ShmPlane = ShmPlane
 
 @typing.final
+class CudaPlane(google.protobuf.message.Message):
+    """How to get at the memory of a cuda plane. The socket, the ticket and the first 4 bytes of the answer are those of
+    ShmPlane, but two descriptors come: that of the region, memory of the server's GPU (CU_MEM_HANDLE_TYPE_POSIX_FILE_
+    DESCRIPTOR), and that of 4096 bytes of host memory, sealed, where the words of CUDA_FLAGS_HOST lie. From then on the
+    socket carries AttendRequests with cuda_step and their AttendResponses, framed as for ShmPlane. The tensors of every
+    layer lie in the region, from byte 4096 on: q, k, v, output and lse, in this order, each at the next multiple of 256,
+    as Call and CallReply describe them; room is left for all, whichever of them the step has. The worker hands over a
+    layer, 0 first, when its q, k and v are there; the server hands it back when its output and lse are. An error ends the
+    plane, and so does the end of the socket: both sides let go of the streams that wait.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: builtins.int
+    SOCKET_PATH_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    GPU_UUID_FIELD_NUMBER: builtins.int
+    FLAGS_FIELD_NUMBER: builtins.int
+    ticket: builtins.bytes
+    """Good for one connection, for a few seconds."""
+    socket_path: builtins.str
+    """The Unix socket, as the server sees it; another container may see its folder elsewhere."""
+    num_bytes: builtins.int
+    """Bytes of the region."""
+    gpu_uuid: builtins.str
+    """UUID of the server's GPU, as in CudaPlaneRequest."""
+    flags: global___CudaFlags.ValueType
+    """HOST if both sides have the same GPU, else GATES."""
+    def __init__(
+        self,
+        *,
+        ticket: builtins.bytes = ...,
+        socket_path: builtins.str = ...,
+        num_bytes: builtins.int = ...,
+        gpu_uuid: builtins.str = ...,
+        flags: global___CudaFlags.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["flags", b"flags", "gpu_uuid", b"gpu_uuid", "num_bytes", b"num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
+
+global___CudaPlane = CudaPlane
+
+@typing.final
 class OpenPlaneResponse(google.protobuf.message.Message):
     """Response of OpenPlane."""
 
@@ -134,6 +235,7 @@ class OpenPlaneResponse(google.protobuf.message.Message):
     PLANE_FIELD_NUMBER: builtins.int
     REFUSALS_FIELD_NUMBER: builtins.int
     SHM_FIELD_NUMBER: builtins.int
+    CUDA_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Names the plane in ClosePlane, and its memory in Region; 0 for the inline plane, which needs no closing."""
     plane: global___Plane.ValueType
@@ -146,6 +248,10 @@ class OpenPlaneResponse(google.protobuf.message.Message):
     def shm(self) -> global___ShmPlane:
         """Set if plane is SHM."""
 
+    @property
+    def cuda(self) -> global___CudaPlane:
+        """Set if plane is CUDA."""
+
     def __init__(
         self,
         *,
@@ -153,9 +259,10 @@ class OpenPlaneResponse(google.protobuf.message.Message):
         plane: global___Plane.ValueType = ...,
         refusals: collections.abc.Iterable[global___PlaneRefusal] | None = ...,
         shm: global___ShmPlane | None = ...,
+        cuda: global___CudaPlane | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["shm", b"shm"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "plane", b"plane", "refusals", b"refusals", "shm", b"shm"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cuda", b"cuda", "shm", b"shm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cuda", b"cuda", "id", b"id", "plane", b"plane", "refusals", b"refusals", "shm", b"shm"]) -> None: ...
 
 global___OpenPlaneResponse = OpenPlaneResponse
 
