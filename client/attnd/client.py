@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 from attnd import requests, wire
+from attnd.cuda_session import CudaSession
 from attnd.errors import AttndError, CacheLost
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
@@ -33,8 +34,9 @@ def connect(
         timeout_s: deadline of each request, in seconds.
         connect_timeout_s: how long to wait for a server that is not there yet.
         plane: how the tensors of a session's calls travel: "inline" in messages; "shm" in memory that server and client
-            share, on one host; "auto" in the best way that can be had. "shm" where it cannot be had is an error of the
-            session's first step; what "auto" came to is in `Session.plane`, and why in `Session.refusals`.
+            share, on one host; "cuda" in memory of the server's GPU, from a GPU of the same host (see `CudaSession`);
+            "auto" in the better of the first two that can be had. One that was named and cannot be had is an error of
+            the session's first step; what "auto" came to is in `Session.plane`, and why in `Session.refusals`.
         socket_dir: the folder of the server's sockets as this process sees it, if that is not where the server does.
 
     Raises:
@@ -234,11 +236,17 @@ class Cache:
         """The client's connection."""
         return self._client.transport
 
-    def session(self, *, plane: str = "") -> Session:
+    @overload
+    def session(self, *, plane: Literal["cuda"]) -> CudaSession: ...  # type: ignore[overload-overlap]  # a str, too
+
+    @overload
+    def session(self, *, plane: str = "") -> Session: ...
+
+    def session(self, *, plane: str = "") -> Session | CudaSession:
         """A session: the way to run steps.
 
         Args:
-            plane: how tensors travel, as in `attnd.connect`; "" is what was said there.
+            plane: how tensors travel, as in `attnd.connect`; "" is what was said there. Of "cuda" it is a CudaSession.
 
         Raises:
             InvalidRequest: no such plane.
@@ -246,7 +254,8 @@ class Cache:
         wanted = self._client.plane
         if plane:
             wanted = wanted._replace(name=check_plane(plane))
-        return Session(self, self._client.timeout_s, wanted)
+        kind = CudaSession if wanted.name == "cuda" else Session
+        return kind(self, self._client.timeout_s, wanted)
 
     def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> OpenedStream:
         """A stream for a session."""

@@ -13,24 +13,26 @@ from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
 
+NO_SOCKET = "the server was started without --socket-dir"
 
-def plane_reasons(has_socket: bool) -> dict[plane_pb2.Plane.ValueType, str]:
+
+def plane_reasons(has_socket: bool, no_cuda: str | None) -> dict[plane_pb2.Plane.ValueType, str]:
     """Planes that OpenPlane refuses, with the reason for people.
 
     Args:
         has_socket: whether clients can get at memory of this server.
+        no_cuda: why they cannot get at that of its GPU; None: they can.
     """
-    reasons = {plane_pb2.PLANE_CUDA: "this version has no cuda plane"}
+    reasons = {} if no_cuda is None else {plane_pb2.PLANE_CUDA: no_cuda}
     if not has_socket:
-        reasons[plane_pb2.PLANE_SHM] = "the server was started without --socket-dir"
+        reasons[plane_pb2.PLANE_SHM] = NO_SOCKET
     return reasons
 
 
 def capabilities(
-    config: ServerConfig, executor: Executor, caches: CacheTable, has_socket: bool
+    config: ServerConfig, executor: Executor, caches: CacheTable, reasons: dict[plane_pb2.Plane.ValueType, str]
 ) -> capabilities_pb2.GetCapabilitiesResponse:
-    """The answer to GetCapabilities."""
-    reasons = plane_reasons(has_socket)
+    """The answer to GetCapabilities, with the `plane_reasons`."""
     planes = [plane_pb2.PLANE_INLINE, plane_pb2.PLANE_SHM, plane_pb2.PLANE_CUDA]
     return capabilities_pb2.GetCapabilitiesResponse(
         version=__version__,

@@ -41,6 +41,15 @@ def let_idle_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def let_streams_have_queues() -> None:
+    """Before CUDA starts, unless the operator has said otherwise.
+
+    A GPU has up to 32 hardware queues for the streams of a process, which uses 8 of them by default. A stream that
+    waits for the worker of a cuda plane holds up others in its queue.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
 def limit(envvar: str, text: str) -> Any:
     """A whole number from 1."""
     return setting(envvar, text, panel=LIMITS, parser=whole(1), metavar="N")
@@ -133,6 +142,21 @@ def serve(
         int,
         setting("ATTND_MAX_PLANES", "Sessions with shared memory.", panel=SHARED, parser=whole(1), metavar="N"),
     ] = 64,
+    cuda_region_bytes: Annotated[
+        int,
+        setting(
+            "ATTND_CUDA_REGION_BYTES",
+            "Memory of the GPU that a session with a cuda plane takes for its tensors.",
+            panel=SHARED,
+            parser=options.num_bytes,
+            metavar="BYTES|8GiB",
+            show_default="64MiB",
+        ),
+    ] = 64 << 20,
+    max_cuda_planes: Annotated[
+        int,
+        setting("ATTND_MAX_CUDA_PLANES", "Sessions with a cuda plane.", panel=SHARED, parser=whole(1), metavar="N"),
+    ] = 16,
     log_level: Annotated[
         options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=OBSERVATION)
     ] = options.LogLevel.INFO,
@@ -174,7 +198,10 @@ def serve(
         )
     if not region_bytes:
         raise typer.BadParameter("region_bytes is 0, but must be at least 1", param_hint="--region-bytes")
+    if not cuda_region_bytes:
+        raise typer.BadParameter("cuda_region_bytes is 0, but must be at least 1", param_hint="--cuda-region-bytes")
     let_idle_threads_sleep()
+    let_streams_have_queues()
     from attnd_server import logs
     from attnd_server.app import run_server
     from attnd_server.config import ServerConfig
@@ -203,6 +230,8 @@ def serve(
         socket_uids=socket_uids,
         region_bytes=region_bytes,
         max_planes=max_planes,
+        cuda_region_bytes=cuda_region_bytes,
+        max_cuda_planes=max_cuda_planes,
     )
     raise typer.Exit(run_server(config))
 

@@ -239,6 +239,9 @@ class ServerConfig:
         socket_uids: users besides the server's own who may connect there.
         region_bytes: shared memory of one session; what is never written to takes none.
         max_planes: sessions with shared memory at one time.
+        cuda_region_bytes: memory of the GPU that a session with a cuda plane takes for its tensors.
+        max_cuda_planes: sessions with a cuda plane at one time. Each has a stream that waits, and a GPU has 32 hardware
+            queues for streams: one that shares the queue of a waiting one waits too.
     """
 
     host: str = "127.0.0.1"
@@ -261,3 +264,5 @@ class ServerConfig:
     socket_uids: frozenset[int] = frozenset()
     region_bytes: int = 512 << 20
     max_planes: int = 64
+    cuda_region_bytes: int = 64 << 20
+    max_cuda_planes: int = 16

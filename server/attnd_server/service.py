@@ -22,13 +22,14 @@ from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 from attnd_server import validation
 from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.cache import Cache, CacheTable
-from attnd_server.capabilities import capabilities, plane_reasons
+from attnd_server.capabilities import NO_SOCKET, capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.metrics import Metrics
 from attnd_server.planes import PlaneTable
+from attnd_server.planes.cuda import CudaPlanes
 from attnd_server.replies import Encode, InlineReplies, Replies
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
@@ -46,7 +47,8 @@ class AttentionService:
     """The operations on one device's caches.
 
     Attributes:
-        planes: the shm planes; None: the server has no socket for them.
+        planes: the planes with a socket; None: the server has none for them.
+        cuda: the cuda planes among them, or why there are none, for people.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class AttentionService:
         self.caches = caches
         self.metrics = metrics
         self.planes: PlaneTable | None = None
+        self.cuda: CudaPlanes | str = NO_SOCKET
         self.draining = False
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
@@ -76,7 +79,7 @@ class AttentionService:
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
-        return capabilities(self.config, self.executor, self.caches, self.planes is not None).SerializeToString()
+        return capabilities(self.config, self.executor, self.caches, self._plane_reasons()).SerializeToString()
 
     def create_cache(self, data: bytes, principal: str) -> Work:
         """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
@@ -170,15 +173,17 @@ class AttentionService:
         step.cache.renew()
         config = step.cache.config
         checked = validation.call(message, tensors, config, step.metadata)
-        options = self._checked_options(message, config, checked.num_heads)
+        options = self.checked_options(message.options, config, checked.num_heads)
         return Call(step, message.layer, options, checked.q, checked.k, checked.v)
 
-    def _checked_options(self, message: step_pb2.Call, config: AttentionConfig, num_heads: int) -> AttentionOptions:
+    def checked_options(
+        self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int
+    ) -> AttentionOptions:
         """A model's layers send the same few options again and again, so checked ones are kept by their bytes."""
-        key = (message.options.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
+        key = (message.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
         options = self._options.get(key)
         if options is None:
-            options = validation.options(message.options, config, num_heads)
+            options = validation.options(message, config, num_heads)
             if len(self._options) >= MAX_KEPT_OPTIONS:
                 self._options.clear()
             if len(key[0]) <= MAX_KEPT_OPTION_BYTES:
@@ -254,13 +259,17 @@ class AttentionService:
     def open_plane(self, data: bytes, principal: str) -> bytes:
         """OpenPlane. The inline plane needs no opening."""
         self.refuse_if_draining()
-        wanted = wire.parse(plane_pb2.OpenPlaneRequest, data).plane
+        request = wire.parse(plane_pb2.OpenPlaneRequest, data)
+        wanted = request.plane
         if wanted not in plane_pb2.Plane.values():
             raise InvalidRequest(f"plane is {wanted}, but must be a value of Plane", field="plane")
-        reasons = plane_reasons(self.planes is not None)
+        reasons = self._plane_reasons()
         if wanted in reasons:
             name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
             raise Unsupported(f"plane is {name}, but {reasons[wanted]}", field="plane")
+        if wanted == plane_pb2.PLANE_CUDA:
+            return self._open_cuda(request.cuda.gpu_uuid, principal).SerializeToString()
+        reasons.setdefault(plane_pb2.PLANE_CUDA, "it is given only where it is asked for by name")
         response = plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE)
         if self.planes is not None and wanted != plane_pb2.PLANE_INLINE:
             try:
@@ -277,6 +286,29 @@ class AttentionService:
         if wanted != plane_pb2.PLANE_INLINE:
             response.refusals.extend(plane_pb2.PlaneRefusal(plane=key, reason=why) for key, why in reasons.items())
         return response.SerializeToString()
+
+    def _open_cuda(self, worker_gpu: str, principal: str) -> plane_pb2.OpenPlaneResponse:
+        cuda, planes = self.cuda, self.planes
+        assert planes is not None
+        assert not isinstance(cuda, str)
+        if not worker_gpu:
+            raise InvalidRequest("cuda.gpu_uuid is empty, but must name the GPU of the worker", field="cuda.gpu_uuid")
+        plane = planes.open(principal, worker_gpu)
+        flags = plane_pb2.CUDA_FLAGS_HOST if worker_gpu == cuda.gpu_uuid else plane_pb2.CUDA_FLAGS_GATES
+        return plane_pb2.OpenPlaneResponse(
+            id=plane.id,
+            plane=plane_pb2.PLANE_CUDA,
+            cuda=plane_pb2.CudaPlane(
+                ticket=plane.ticket,
+                socket_path=planes.socket_path,
+                num_bytes=cuda.num_bytes,
+                gpu_uuid=cuda.gpu_uuid,
+                flags=flags,
+            ),
+        )
+
+    def _plane_reasons(self) -> dict[plane_pb2.Plane.ValueType, str]:
+        return plane_reasons(self.planes is not None, self.cuda if isinstance(self.cuda, str) else None)
 
     def close_plane(self, data: bytes, principal: str) -> bytes:
         """ClosePlane."""

@@ -1,4 +1,4 @@
-"""The server's end of shm planes: a socket that lets clients in, and a thread for each that is.
+"""The server's end of shm and cuda planes: a socket that lets clients in, and a thread for each that is.
 
 Not in gRPC's event loop: a thread that sleeps in the kernel until its client's bytes come answers in a fraction of the
 time. Nobody spins.
@@ -21,6 +21,7 @@ from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
 from attnd.v1 import attention_pb2
 from attnd_server.attend_session import AttendSession, CallWork
+from attnd_server.cuda_server import cuda_planes, serve_cuda
 from attnd_server.planes import Pinning, Plane, PlaneTable, SocketFolder, registrar_for
 from attnd_server.planes.table import end
 from attnd_server.replies import RegionReplies
@@ -38,7 +39,7 @@ MAX_HANDSHAKES = 64
 
 
 class ShmServer:
-    """Listens in `config.socket_dir` and serves shm planes until `stop`."""
+    """Listens in `config.socket_dir` and serves planes until `stop`."""
 
     def __init__(self, service: AttentionService) -> None:
         """Starts to listen; from now on OpenPlane gives planes.
@@ -51,7 +52,10 @@ class ShmServer:
         self._users = {os.geteuid(), *config.socket_uids}
         self._listener = SocketFolder(config.socket_dir).listen(for_others=bool(config.socket_uids))
         self._path: str = self._listener.getsockname()
-        self._planes = service.planes = PlaneTable(self._path, config.region_bytes, config.max_planes)
+        self._planes = service.planes = PlaneTable(
+            self._path, config.region_bytes, config.max_planes, config.max_cuda_planes
+        )
+        service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes)
         self._pinning = Pinning(registrar_for(service.executor.device))
         self._connections: dict[_Connection, None] = {}
         self._max_connections = config.max_planes + MAX_HANDSHAKES
@@ -172,6 +176,9 @@ class _Connection(threading.Thread):
             pass  # it has gone
 
     def _serve(self, plane: Plane) -> None:
+        if plane.worker_gpu:
+            serve_cuda(self._service, plane, self._socket, self._let_in_cuda, self._send)
+            return
         memory = self._share()
         with self._pinning.pinned(memory):
             self._serve_region(plane, Region(plane.id, memory))
@@ -195,10 +202,21 @@ class _Connection(threading.Thread):
             memory = sockets.map_memory(os.dup(descriptor), self._planes.num_bytes)
         finally:
             os.close(descriptor)
+        self._opened()
+        return memory
+
+    def _let_in_cuda(self, descriptors: list[int]) -> None:
+        try:
+            sockets.send_memory(self._socket, *descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._opened()
+
+    def _opened(self) -> None:
         self._socket.settimeout(None)
         set_timeouts(self._socket, send_s=SEND_S)
         self._is_open = True
-        return memory
 
     def _answer(self, session: AttendSession, request: doorbell.Request) -> bytes:
         try:

@@ -37,7 +37,7 @@ def test_auto_takes_shm_and_says_what_else_there_is_not(shm_server: ServerProces
             session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")).attend(0, *tensors(1))
             assert session.plane == "shm"
             assert session.timings().plane == "shm"
-            assert session.refusals == {"cuda": "this version has no cuda plane"}
+            assert session.refusals == {"cuda": "the server's device is cpu, and it needs a GPU"}
 
 
 def test_outputs_are_those_of_inline_bit_for_bit(shm_server: ServerProcess) -> None:

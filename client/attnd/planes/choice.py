@@ -11,14 +11,14 @@ from attnd.errors import Exhausted, InvalidRequest, PermissionDenied, Unsupporte
 from attnd.transport import Stream, Transport
 from attnd.v1 import cache_pb2, capabilities_pb2, plane_pb2
 
-PLANES = ("auto", "inline", "shm")
+PLANES = ("auto", "inline", "shm", "cuda")
 
 
 class PlaneOptions(NamedTuple):
     """What is asked for.
 
     Attributes:
-        name: "inline", "shm", or "auto" for the best that can be had.
+        name: "inline", "shm", "cuda", or "auto" for the better of the first two that can be had.
         socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
     """
 
@@ -79,6 +79,7 @@ def open_stream(
     """
     if wanted.name == "inline":
         return OpenedStream(transport.attend(), {})
+    refused = {"cuda": "it is given only where it is asked for by name", **refused}
     if wanted.name == "auto" and "shm" in refused:
         return OpenedStream(transport.attend(), refused)
     try:

@@ -6,6 +6,8 @@ Imported where a plane is opened and nowhere else: neither the client nor the se
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -84,6 +86,20 @@ class Device:
     def make_current(self) -> None:
         """Makes what the calling thread asks of CUDA go to this GPU, until it says otherwise."""
         call("cuCtxSetCurrent", self._context)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Likewise inside, and as it was afterwards."""
+        call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            call("cuCtxPopCurrent")
+
+    def synchronize(self) -> None:
+        """Waits until the process' work on this GPU is done."""
+        with self.current():
+            call("cuCtxSynchronize")
 
     def attribute(self, name: str) -> int:
         """An attribute by its name without "CU_DEVICE_ATTRIBUTE_"."""

@@ -10,9 +10,12 @@ Each side counts its hand-overs in memory of its own, so that a CUDA graph with 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from attnd.errors import Exhausted
 from attnd.planes.cuda_driver import CudaError, Device, Stream, call, driver
 from attnd.planes.cuda_words import HostWords
 
@@ -82,9 +85,10 @@ class GateFlags:
             flag: address of the word that the other side counts up, likewise.
         """
         self._kernels = _functions(on)
+        self._device = on
         self._counter = _zeros(on, WORD_BYTES)
-        self._stop = HostWords.private()
-        addresses = (int(self._counter), signal, flag, self._stop.address)
+        self._stop = _STOP_WORDS.taken()
+        addresses = (int(self._counter), signal, flag, _STOP_WORDS.address_of(self._stop))
         self._values = [ctypes.c_uint64(address) for address in addresses]
         self._pointers = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, self._values))
         self._arguments = ctypes.addressof(self._pointers)
@@ -106,12 +110,14 @@ class GateFlags:
     def stop(self) -> None:
         """Lets everything that waits on this side go on, now and from now on. From any thread."""
         self.is_stopped = True
-        self._stop.write(0, 1)
+        _STOP_WORDS.write(self._stop, 1)
 
     def close(self) -> None:
-        """Frees what this side has of its own; no gate may be queued."""
-        call("cuMemFree", self._counter)
-        self._stop.close()
+        """Frees what this side has of its own, once; no gate may be queued."""
+        if self._stop >= 0:
+            _STOP_WORDS.give_back(self._stop)
+            self._stop = -1
+            _on_stream(self._device, lambda stream: call("cuMemFreeAsync", self._counter, stream))
 
     def _enqueue(self, kernel: str, stream: int) -> None:
         (result,) = self._launch(self._kernels[kernel], 1, 1, 1, 1, 1, 1, 0, stream, self._arguments, 0)
@@ -120,10 +126,61 @@ class GateFlags:
 
 
 def _zeros(on: Device, num_bytes: int) -> Any:
-    address, stream = call("cuMemAlloc", num_bytes), Stream(on)
+    """Memory of `on`. Allocated and freed in the order of a stream: `cuMemFree` would wait for everybody's streams."""
+
+    def allocate(stream: int) -> Any:
+        address = call("cuMemAllocAsync", num_bytes, stream)
+        call("cuMemsetD8Async", address, 0, num_bytes, stream)
+        return address
+
+    return _on_stream(on, allocate)
+
+
+def _on_stream(on: Device, work: Callable[[int], Any]) -> Any:
+    """Does `work` on a stream of its own, waits for it, and returns what it gave."""
+    stream = Stream(on)
     try:
-        call("cuMemsetD8Async", address, 0, num_bytes, stream.handle)
+        result = work(stream.handle)
         stream.synchronize()
+        return result
     finally:
         stream.close()
-    return address
+
+
+class _StopWords:
+    """The words by which the processor stops gates: one page for the process, because registering may wait for GPUs."""
+
+    def __init__(self) -> None:
+        self._words: HostWords | None = None
+        self._free: list[int] = []
+        self._lock = threading.Lock()
+
+    def taken(self) -> int:
+        """The index of a word that nobody has, which is 0."""
+        with self._lock:
+            if self._words is None:
+                self._words = HostWords.private()
+                self._free = list(range(self._words.num_words))
+            if not self._free:
+                raise Exhausted("this process has as many cuda planes as there are words to stop them")
+            index = self._free.pop()
+            self._words.write(index, 0)
+            return index
+
+    def give_back(self, index: int) -> None:
+        """Nobody needs it any more."""
+        with self._lock:
+            self._free.append(index)
+
+    def address_of(self, index: int) -> int:
+        """Of a word that was taken, for GPUs."""
+        assert self._words is not None
+        return self._words.address_of(index)
+
+    def write(self, index: int, value: int) -> None:
+        """Writes a word that was taken."""
+        assert self._words is not None
+        self._words.write(index, value)
+
+
+_STOP_WORDS = _StopWords()

@@ -1,4 +1,4 @@
-"""Where the words and the tensors of a cuda plane lie: what client and server both go by (see CudaPlane in plane.proto).
+"""Where the words and tensors of a cuda plane lie: what client and server both go by (see CudaPlane in plane.proto).
 
 No torch: a place is an offset, a dtype and a shape.
 """
@@ -89,7 +89,7 @@ def step_layout(num_tokens: int, num_heads: int, geometry: Geometry, region_byte
         end = -(-(end + num_bytes) // ALIGNMENT) * ALIGNMENT
     if end > region_bytes:
         raise InvalidRequest(
-            f"the step has {num_tokens} tokens of {num_heads} heads, which take {end} bytes of the cuda plane's region, "
+            f"the step has {num_tokens} tokens of {num_heads} heads, which take {end} bytes of a cuda plane's region, "
             f"but it has {region_bytes}; the server's --cuda-region-bytes gives more",
             field="step",
         )

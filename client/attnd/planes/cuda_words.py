@@ -22,6 +22,7 @@ class HostWords:
 
     Attributes:
         address: of the first, for GPUs.
+        num_words: their number.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -31,6 +32,7 @@ class HostWords:
             CudaError: it cannot be made reachable.
         """
         self._memory = memory
+        self.num_words = len(memory) // _WORD_BYTES
         self._held = ctypes.c_char.from_buffer(memory)  # keeps the memory mapped
         self._host_address = ctypes.addressof(self._held)
         module = driver()

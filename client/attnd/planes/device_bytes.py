@@ -1,4 +1,4 @@
-"""Memory that this process has mapped, as a tensor of any library that speaks DLPack; torch is not needed to make one."""
+"""Memory that this process has mapped, as a tensor of any library that speaks DLPack; none is needed to make one."""
 
 from __future__ import annotations
 

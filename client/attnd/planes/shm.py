@@ -38,7 +38,7 @@ def open_shm(
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.settimeout(timeout_s)
-        _connect(connection, path)
+        connect(connection, path)
         try:
             connection.sendall(plane.shm.ticket)
         except BrokenPipeError:
@@ -55,7 +55,8 @@ def open_shm(
     return ShmStream(connection, Region(plane.id, memory), lanes, path, timeout_s)
 
 
-def _connect(connection: socket.socket, path: str) -> None:
+def connect(connection: socket.socket, path: str) -> None:
+    """Connects to the server's socket. Raises Unsupported: it cannot be reached, or a stranger listens."""
     try:
         connection.connect(path)
     except OSError as error:  # a path that is too long, too

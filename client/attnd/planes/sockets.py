@@ -81,9 +81,9 @@ def map_memory(descriptor: int, num_bytes: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-def send_memory(connection: socket.socket, descriptor: int) -> None:
+def send_memory(connection: socket.socket, *descriptors: int) -> None:
     """Lets the peer in."""
-    socket.send_fds(connection, [_LENGTH.pack(0)], [descriptor])
+    socket.send_fds(connection, [_LENGTH.pack(0)], list(descriptors))
 
 
 def send_refusal(connection: socket.socket, error: AttndError) -> None:
@@ -93,13 +93,19 @@ def send_refusal(connection: socket.socket, error: AttndError) -> None:
 
 
 def receive_memory(connection: socket.socket) -> int:
-    """The descriptor that the peer sent with `send_memory`.
+    """The descriptor that the peer sent with `send_memory`; raises as `receive_memories` does."""
+    (descriptor,) = receive_memories(connection, 1)
+    return descriptor
+
+
+def receive_memories(connection: socket.socket, count: int) -> list[int]:
+    """The descriptors that the peer sent with `send_memory`.
 
     Raises:
         AttndError: what it sent with `send_refusal`.
         OSError: the connection broke or timed out.
     """
-    data, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1)
+    data, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, count)
     try:
         while 0 < len(data) < _LENGTH.size:
             data += connection.recv(_LENGTH.size - len(data))
@@ -108,9 +114,11 @@ def receive_memory(connection: socket.socket) -> int:
         (num_bytes,) = _LENGTH.unpack(data)
         if num_bytes:
             raise _refusal(connection, num_bytes)
-        if not descriptors:
-            raise ServerFault("the server let the client in, but sent no descriptor")
-        return descriptors.pop()
+        if len(descriptors) != count:
+            told = f"sent {len(descriptors) or 'no'} descriptors, and must send {count}"
+            raise ServerFault(f"the server let the client in, but {told}")
+        received, descriptors = list(descriptors), []
+        return received
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

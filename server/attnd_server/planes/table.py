@@ -14,13 +14,14 @@ from attnd.planes.sockets import TICKET_BYTES
 
 @dataclass(eq=False)
 class Plane:
-    """One shm plane.
+    """One plane with a socket.
 
     Attributes:
         id: names it and its region; no other plane of this server ever has it.
         principal: who asked for it.
         ticket: opens it once.
         expires_at: `time.monotonic` when the ticket is no longer good.
+        worker_gpu: of a cuda plane, UUID of its worker's GPU; "" of a shm plane.
         connection: the socket, once it is open.
     """
 
@@ -28,25 +29,27 @@ class Plane:
     principal: str
     ticket: bytes
     expires_at: float
+    worker_gpu: str = ""
     connection: socket.socket | None = None
 
 
 class PlaneTable:
-    """All shm planes. Any thread may use it.
+    """All planes with a socket. Any thread may use it.
 
     Attributes:
         socket_path: where to bring the ticket.
-        num_bytes: of each region.
+        num_bytes: of each shm plane's region.
     """
 
     # Seconds from OpenPlane to the connection; clients connect at once.
     TICKET_S = 10.0
 
-    def __init__(self, socket_path: str, num_bytes: int, max_planes: int) -> None:
+    def __init__(self, socket_path: str, num_bytes: int, max_planes: int, max_cuda_planes: int = 0) -> None:
         """Starts empty."""
         self.socket_path = socket_path
         self.num_bytes = num_bytes
         self._max_planes = max_planes
+        self._max_cuda_planes = max_cuda_planes
         self._planes: dict[int, Plane] = {}
         self._last_id = 0
         self._lock = threading.Lock()
@@ -57,21 +60,22 @@ class PlaneTable:
             self._expire()
             return len(self._planes)
 
-    def open(self, principal: str) -> Plane:
+    def open(self, principal: str, worker_gpu: str = "") -> Plane:
         """A new plane with its ticket.
+
+        Args:
+            principal: who asks for it.
+            worker_gpu: for a cuda plane, UUID of its worker's GPU.
 
         Raises:
             Exhausted: there are as many as there may be.
         """
         with self._lock:
             self._expire()
-            if len(self._planes) >= self._max_planes:
-                raise Exhausted(
-                    f"{len(self._planes)} shm planes are open, which is the limit; close a session, or wait"
-                )
+            self._refuse_if_full(is_cuda=bool(worker_gpu))
             self._last_id += 1
             expires_at = time.monotonic() + self.TICKET_S
-            plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at)
+            plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at, worker_gpu)
             self._planes[plane.id] = plane
             return plane
 
@@ -111,6 +115,17 @@ class PlaneTable:
         """Its connection has ended."""
         with self._lock:
             self._planes.pop(plane.id, None)
+
+    def _refuse_if_full(self, is_cuda: bool) -> None:
+        count = sum(bool(plane.worker_gpu) == is_cuda for plane in self._planes.values())
+        if is_cuda and count >= self._max_cuda_planes:
+            # A stream that waits holds up whatever shares its hardware queue, of which a process has 32.
+            raise Exhausted(
+                f"{count} cuda planes are open, which is the limit: each has a stream that waits for its worker, and a "
+                "GPU has few hardware queues for streams; close a session, or wait, or see --max-cuda-planes"
+            )
+        if not is_cuda and count >= self._max_planes:
+            raise Exhausted(f"{count} shm planes are open, which is the limit; close a session, or wait")
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -1,0 +1,330 @@
+"""The worker's end of a cuda plane: memory of the server's GPU, mapped here, and what waits for the server's streams.
+
+Tensors are copied to and fro in the order of the worker's own stream; nothing here waits for it. A thread reads the
+server's answers from the socket, and lets the worker's stream go on if the server goes away or fails a step.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from attnd import requests
+from attnd.errors import (
+    AttndError,
+    DeadlineExceeded,
+    Disconnected,
+    InvalidRequest,
+    ServerFault,
+    Unsupported,
+    from_message,
+)
+from attnd.planes import cuda_driver, doorbell, sockets
+from attnd.planes.cuda_driver import CudaError, Device, call
+from attnd.planes.cuda_gates import GateFlags
+from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
+from attnd.planes.cuda_memory import DeviceMemory
+from attnd.planes.cuda_words import HostFlags, HostWords
+from attnd.planes.device_bytes import CUDA, DeviceBytes
+from attnd.planes.shm import connect
+from attnd.v1 import attention_pb2, plane_pb2
+
+
+def worker_gpu() -> Device:
+    """The GPU that is torch's current one in this process.
+
+    Raises:
+        Unsupported: there is none, or it cannot have a cuda plane; the message says why.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        raise Unsupported("plane is cuda, but this process has no torch with a GPU", field="plane")
+    index = torch.cuda.current_device()
+    try:
+        gpu = cuda_driver.device(index)
+        refusal = gpu.refusal()
+    except CudaError as error:
+        raise Unsupported(f"plane is cuda, but GPU {index} cannot be used: {error}", field="plane") from None
+    if refusal is not None:
+        raise Unsupported(f"plane is cuda, but {refusal}", field="plane")
+    return gpu
+
+
+def check_reach(gpu: Device, servers_uuid: str) -> None:
+    """Raises Unsupported if a worker's GPU cannot get at the memory of the server's; the message says why."""
+    servers = cuda_driver.device_of(servers_uuid)
+    if servers is None:
+        rule = "must be among those that this process sees; see CUDA_VISIBLE_DEVICES, or the container's devices"
+        raise Unsupported(f"plane is cuda, but the server's GPU is {servers_uuid}, which {rule}", field="plane")
+    if not gpu.reaches(servers):
+        rule = "must reach it directly, over NVLink or PCIe"
+        raise Unsupported(f"plane is cuda, but GPU {gpu.uuid} does not reach the server's {servers_uuid}, and {rule}")
+
+
+def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, timeout_s: float) -> CudaPlane:
+    """Connects to a plane that OpenPlane gave.
+
+    Args:
+        plane: the answer.
+        gpu: the worker's.
+        socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
+        timeout_s: how long the server may take, in seconds.
+
+    Raises:
+        Unsupported: this process cannot reach the socket, or not map the memory; the message says why.
+        AttndError: what the server answered.
+    """
+    check_reach(gpu, plane.cuda.gpu_uuid)
+    path = plane.cuda.socket_path
+    if socket_dir:
+        path = os.path.join(socket_dir, os.path.basename(path))
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(timeout_s)
+        connect(connection, path)
+        try:
+            connection.sendall(plane.cuda.ticket)
+        except BrokenPipeError:
+            pass  # refused before it was asked, and told why
+        region, words = sockets.receive_memories(connection, 2)
+        memory = sockets.map_memory(words, WORDS_BYTES)
+        connection.settimeout(None)
+        with gpu.current():
+            mapped = DeviceMemory.imported(gpu, region, plane.cuda.num_bytes)
+    except OSError as error:
+        connection.close()
+        raise Disconnected(f"the server at {path} hung up: {error}") from None
+    except CudaError as error:
+        connection.close()
+        raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None
+    except BaseException:
+        connection.close()
+        raise
+    flags: HostFlags | GateFlags
+    try:
+        with gpu.current():
+            if plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST:
+                flags = HostFlags(HostWords(memory), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
+            else:
+                flags = GateFlags(gpu, signal=mapped.address + TO_SERVER, flag=mapped.address + TO_WORKER)
+    except CudaError as error:
+        connection.close()
+        mapped.close()
+        raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
+    return CudaPlane(connection, gpu, mapped, flags, path)
+
+
+class Answer(NamedTuple):
+    """What the server said of a step.
+
+    Attributes:
+        reply: if the step is done.
+        error: if it failed.
+    """
+
+    reply: attention_pb2.CudaStepReply | None
+    error: AttndError | None
+
+
+class CudaPlane:
+    """One plane. One thread at a time.
+
+    Attributes:
+        num_bytes: of the region.
+        going_away: why the server takes no more steps; "" while it does.
+    """
+
+    # Seconds between two looks at the clock and, once nothing is to wait any more, between two tries to let go.
+    PERIOD_S, STOP_PERIOD_S = 0.25, 0.001
+
+    def __init__(
+        self, connection: socket.socket, gpu: Device, region: DeviceMemory, flags: HostFlags | GateFlags, path: str
+    ) -> None:
+        """Owns all of it; starts the thread."""
+        self.num_bytes = region.num_bytes
+        self.going_away = ""
+        self._connection = connection
+        self._gpu = gpu
+        self._region = region
+        self._flags = flags
+        self._path = path
+        self._replies = doorbell.Replies(connection)
+        self._bytes = DeviceBytes(region.address, region.num_bytes, (CUDA, gpu.index))
+        # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
+        self._deadlines: dict[int, float] = {}
+        self._answers: dict[int, Answer] = {}
+        self._failure: AttndError | None = None
+        self._news = threading.Condition()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="attnd-cuda-plane", daemon=True)
+        self._thread.start()
+
+    def send(self, step: attention_pb2.CudaStep, timeout_s: float) -> None:
+        """Sends a step, which the server must have answered after `timeout_s`. Does not wait.
+
+        Raises:
+            AttndError: the plane failed before.
+        """
+        with self._news:
+            if self._failure is not None:
+                raise self._failure
+            self._deadlines[step.step.id] = time.monotonic() + timeout_s
+        message = attention_pb2.AttendRequest(cuda_step=step).SerializeToString()
+        try:
+            self._connection.sendall(doorbell.request_bytes(message))
+        except OSError as error:
+            self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
+            assert self._failure is not None
+            raise self._failure from None
+
+    def answer(self, step_id: int, wait: bool) -> Answer | None:
+        """What the server said of a step that was sent, once; None if nothing yet, and it is not to be waited for.
+
+        A failure of the plane is that of all its steps.
+        """
+        with self._news:
+            while step_id not in self._answers and self._failure is None:
+                if not wait:
+                    return None
+                self._news.wait()
+            return self._answers.pop(step_id, Answer(None, self._failure))
+
+    def hand_over(self, stream: int, layer: int, is_last: bool) -> None:
+        """Enqueues: the tensors of a layer are in the region; wait until its output is. Raises CudaError."""
+        self._flags.exchange(stream, layer, is_last)
+
+    @property
+    def torch_device(self) -> Any:
+        """Where the worker's tensors are."""
+        return sys.modules["torch"].device("cuda", self._gpu.index)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Torch's current stream of the worker's GPU, for what is enqueued inside."""
+        cuda = sys.modules["torch"].cuda
+        with cuda.device(self._gpu.index):
+            yield cuda.current_stream().cuda_stream
+
+    @property
+    def failure(self) -> AttndError | None:
+        """Why the plane is of no use any more; None: it is."""
+        return self._failure
+
+    def copy_in(self, place: Place, address: int, stream: int) -> None:
+        """Enqueues a copy of `place.num_bytes` from this GPU's memory to the region. Raises CudaError."""
+        if place.num_bytes:
+            call("cuMemcpyAsync", self._region.address + place.offset, address, place.num_bytes, stream)
+
+    def copy_out(self, address: int, place: Place, stream: int) -> None:
+        """Likewise from the region."""
+        if place.num_bytes:
+            call("cuMemcpyAsync", address, self._region.address + place.offset, place.num_bytes, stream)
+
+    @property
+    def memory(self) -> DeviceBytes:
+        """The region, for `from_dlpack`: gone after `close`."""
+        return self._bytes
+
+    def close(self) -> None:
+        """Ends the plane. Waits until the worker's GPU is idle; what waits for the server there is let go first."""
+        if self._closed.is_set():
+            return
+        self._fail(Disconnected("the session was closed"))
+        try:
+            self._gpu.synchronize()
+        finally:
+            self._closed.set()
+            _end(self._connection)
+            self._thread.join()
+            self._connection.close()
+            with self._gpu.current():
+                self._flags.close()
+                self._region.close()
+
+    def _fail(self, failure: AttndError) -> None:
+        """From any thread: the first failure is the plane's; its thread lets go of what waits."""
+        with self._news:
+            if self._failure is None:
+                self._failure = failure
+            self._flags.stop()
+            self._news.notify_all()
+
+    def _read(self) -> None:
+        """The thread: answers, until the plane fails; then lets go of whatever waits, until it is closed."""
+        try:
+            self._read_answers()
+        except AttndError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
+        except Exception as error:
+            self._fail(ServerFault(f"the server's answer cannot be read: {error}"))
+        while not self._closed.wait(self.STOP_PERIOD_S):
+            self._flags.stop()
+
+    def _read_answers(self) -> None:
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        while self._failure is None:
+            if poll.poll(self.PERIOD_S * 1e3):
+                reply = self._replies.receive()
+                if reply is None:
+                    raise Disconnected(f"no connection to the server at {self._path}: end of file")
+                self._take(requests.attend_reply(reply.message))
+            late = [step_id for step_id, deadline in list(self._deadlines.items()) if time.monotonic() > deadline]
+            if late:
+                raise DeadlineExceeded(f"step {late[0]} was not done in time: by the server, or by this worker")
+
+    def _take(self, reply: requests.AttendReply) -> None:
+        if reply.kind == "going_away":
+            self.going_away = reply.message.reason
+        elif reply.kind == "error":
+            raise from_message(reply.message)
+        elif reply.kind == "cuda_step":
+            with self._news:
+                self._deadlines.pop(reply.message.step_id, None)
+                self._answers[reply.message.step_id] = Answer(reply.message, None)
+                self._news.notify_all()
+        else:
+            raise ServerFault(f"the server answered a step on a cuda plane with {reply.kind}")
+
+
+def _end(connection: socket.socket) -> None:
+    """Ends both directions, whoever reads."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # ended already
+
+
+def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -> Any:
+    """`value`, contiguous, if it is what lies at `place`.
+
+    Args:
+        name: to use in errors.
+        value: a torch tensor.
+        place: where it goes.
+        dtype: torch's.
+        device: torch's.
+
+    Raises:
+        InvalidRequest: it is another shape, dtype or device.
+    """
+    found: tuple[Any, ...] = (
+        tuple(getattr(value, "shape", ())),
+        getattr(value, "dtype", None),
+        getattr(value, "device", None),
+    )
+    for what, is_so, must in zip(("shape", "dtype", "device"), found, (place.shape, dtype, device), strict=True):
+        if is_so != must:
+            given = f"{what} {list(is_so) if what == 'shape' else is_so}"
+            rule = f"must have {list(must) if what == 'shape' else must} on this step's cuda plane"
+            raise InvalidRequest(f"{name} has {given}, but {rule}", field=name)
+    return value.contiguous()
