@@ -143,6 +143,8 @@ class CudaPlane:
 
     # Seconds between two looks at the clock and, once nothing is to wait any more, between two tries to let go.
     PERIOD_S, STOP_PERIOD_S = 0.25, 0.001
+    # Seconds for reading what a server said before it hung up.
+    LAST_WORDS_S = 1.0
 
     def __init__(
         self, connection: socket.socket, gpu: Device, region: DeviceMemory, flags: HostFlags | GateFlags, path: str
@@ -180,6 +182,8 @@ class CudaPlane:
         try:
             self._connection.sendall(doorbell.request_bytes(message))
         except OSError as error:
+            with self._news:  # the thread may yet read why the server hung up
+                self._news.wait_for(lambda: self._failure is not None, timeout=self.LAST_WORDS_S)
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
             assert self._failure is not None
             raise self._failure from None

@@ -1,0 +1,325 @@
+"""Sessions on a cuda plane, both ends in this process and without a GPU: messages, steps, errors, ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnd
+from attnd.cuda_session import CudaSession, CudaStep
+from attnd_server import cuda_server
+from tests import host_lanes, interpreter
+
+pytestmark = pytest.mark.skipif(
+    interpreter.reason_against() is not None or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
+
+GEOMETRY = {
+    "num_layers": 3,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "num_pages": 16,
+    "page_size": 16,
+    "dtype": "float32",
+    "backend": "triton_grouped",
+}
+HEADS = 4
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with interpreter.interpreter():
+        yield
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[attnd.Client, host_lanes.HostPlanes]]:
+    with host_lanes.serving(tmp_path, monkeypatch) as (client, planes, _):
+        yield client, planes
+
+
+def new_tokens(num_tokens: int, heads: int = HEADS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.randn(num_tokens, heads, 16)
+    return q, torch.randn(num_tokens, 2, 16), torch.randn(num_tokens, 2, 16)
+
+
+def metadata(context_len: int, num_tokens: int, **more: object) -> attnd.StepMetadata:
+    slots = range(context_len, context_len + num_tokens)
+    return attnd.StepMetadata([num_tokens], [context_len], [[0, 1, 2]], slots, **more)
+
+
+def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    layers = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3), attnd.AttentionOptions(return_lse=True)]
+    with (
+        client.create_cache(**GEOMETRY) as one,
+        client.create_cache(**GEOMETRY) as other,
+        one.session() as ours,
+        other.session(plane="inline") as theirs,
+    ):
+        assert isinstance(ours, CudaSession)
+        context_len = 0
+        for num_tokens in (7, 1, 1, 3):
+            step = ours.step(metadata(context_len, num_tokens), num_heads=HEADS, options=layers)
+            calls = [new_tokens(num_tokens) for _ in layers]
+            outputs = [step.attend(layer, *call) for layer, call in enumerate(calls)]
+            if num_tokens != 1:
+                step.finish()
+            reference = theirs.step(metadata(context_len, num_tokens))
+            for layer, (options, call) in enumerate(zip(layers, calls, strict=True)):
+                pair = outputs[layer], reference.attend(layer, *call, options)
+                for one_of_ours, one_of_theirs in zip(*pair, strict=True) if options.return_lse else [pair]:
+                    assert torch.equal(one_of_ours, one_of_theirs)
+            context_len += num_tokens
+        assert ours.plane == "cuda"
+        assert ours.timings().backend == "triton_grouped"
+        assert ours.timings().num_steps == 4
+        assert ours.timings().num_calls == 12
+        assert one.info().num_pages_written == other.info().num_pages_written
+        for layer in range(3):
+            for k_or_v in range(2):
+                stored = [cache.read_kv(layer, range(12), torch.empty(0))[k_or_v] for cache in (one, other)]
+                assert torch.equal(*stored)
+
+
+def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, planes = opened
+    options = attnd.AttentionOptions(softcap=5.0)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        for context_len in range(3):
+            step = session.step(metadata(context_len, 1))
+            for layer in range(3):
+                assert step.attend(layer, *new_tokens(1), options).shape == (1, HEADS, 16)
+        step.finish()
+        assert len(planes.lanes) == 1
+
+
+def test_cache_only_and_store_only_steps(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 2, store_only=True), num_heads=HEADS)
+        stored = [new_tokens(2)[1:] for _ in range(3)]
+        for layer, (k, v) in enumerate(stored):
+            assert step.attend(layer, None, k, v) is None
+        step.finish()
+        step = session.step(attnd.StepMetadata([1], [1], [[0]], cache_only=True))
+        for layer, (_, v) in enumerate(stored):
+            output = step.attend(layer, new_tokens(1)[0], None, None)
+            assert torch.equal(output, v[:1].repeat_interleave(2, dim=1))
+        step.finish()
+
+
+def one_step(session: CudaSession, context_len: int = 0) -> None:
+    step = session.step(metadata(context_len, 1), num_heads=HEADS)
+    for layer in range(3):
+        step.attend(layer, *new_tokens(1))
+    step.finish()
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "page", "error"),
+    [
+        (3, 0, "num_heads is 3, but must be a multiple of the cache's 2 KV heads"),
+        (0, 0, "num_heads is 0, but must be a multiple of the cache's 2 KV heads"),
+        (4, 99, r"page_tables\[0, 0\] is 99"),
+    ],
+)
+def test_a_refused_step_is_told_by_finish_and_the_next_step_works(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], num_heads: int, page: int, error: str
+) -> None:
+    client, planes = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        one_step(session)
+        bad = session.step(attnd.StepMetadata([1], [1], [[page]], [1]), num_heads=num_heads)
+        with pytest.raises(attnd.InvalidRequest, match=error):
+            bad.finish()
+        with pytest.raises(attnd.InvalidRequest, match=error):
+            bad.attend(0, *new_tokens(1, num_heads))
+        one_step(session, 1)
+        assert len(planes.lanes) == 2
+    assert wait_until(lambda: all(lane.is_closed for lane in planes.lanes))
+
+
+def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        session.step(attnd.StepMetadata([1], [0], [[99]], [0]), num_heads=HEADS)
+        with pytest.raises(attnd.InvalidRequest, match="is 99"):  # noqa: PT012  # at the second, or sooner
+            for _ in range(2):
+                session.step(metadata(0, 1))
+        one_step(session)
+
+
+@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+def test_a_backend_that_makes_the_executor_wait_is_refused(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], backend: str
+) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 1), num_heads=HEADS, options=attnd.AttentionOptions(backend=backend))
+        with pytest.raises(attnd.Unsupported, match=f"backend {backend} serves this step, but on a cuda plane must be"):
+            step.finish()
+
+
+def test_calls_that_are_not_the_steps_are_refused_before_anything_is_enqueued(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+) -> None:
+    client, _ = opened
+    q, k, v = new_tokens(1)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 1), num_heads=HEADS)
+        wrong = [
+            ((1, q, k, v), "layer is 1, but on a cuda plane must be the next, 0 of 3"),
+            ((0, q[:, :2], k, v), r"q has shape \[1, 2, 16\], but must have \[1, 4, 16\]"),
+            ((0, q, k.half(), v), "k has dtype torch.float16, but must have torch.float32"),
+            ((0, q, k, v.to("meta")), "v has device meta, but must have cpu"),
+            ((0, q, None, v), "k is None, but must be given to this step"),
+            ((0, q, k, v, attnd.AttentionOptions(window=2)), "options of layer 0 are not those of the step"),
+        ]
+        for call, error in wrong:
+            with pytest.raises(attnd.InvalidRequest, match=error):
+                step.attend(*call)
+        for layer in range(3):
+            step.attend(layer, q, k, v)
+        with pytest.raises(attnd.InvalidRequest, match="layer is 3, but no more of 3"):
+            step.attend(3, q, k, v)
+        step.finish()
+        with pytest.raises(attnd.InvalidRequest, match=r"the step has 4096 tokens of 4 heads, which take \d+ bytes"):
+            session.step(attnd.StepMetadata([4096], [0], [[0] * 256], None), num_heads=HEADS)
+
+
+def test_two_options_for_three_layers_are_refused(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 1), num_heads=HEADS, options=[attnd.AttentionOptions()] * 2)
+        with pytest.raises(attnd.InvalidRequest, match="options has 2 elements, but must have one for all layers"):
+            step.finish()
+
+
+def wait_until(is_so: object) -> bool:
+    deadline = time.monotonic() + host_lanes.PATIENCE_S
+    while not is_so():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_a_worker_that_leaves_in_the_middle_of_a_step_frees_its_plane_and_the_executor(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+) -> None:
+    client, planes = opened
+    with client.create_cache(**GEOMETRY) as cache:
+        for _ in range(5):
+            session = cache.session()
+            step = session.step(metadata(0, 1), num_heads=HEADS)
+            step.attend(0, *new_tokens(1))
+            session.close()
+            with pytest.raises(attnd.Disconnected, match="the session was closed"):
+                step.attend(1, *new_tokens(1))
+        with cache.session() as session:
+            one_step(session)
+        assert wait_until(lambda: len(planes.lanes) == 6 and all(lane.is_closed for lane in planes.lanes))
+
+
+def test_a_step_that_takes_too_long_fails_on_both_sides(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, planes = opened
+    monkeypatch.setattr(cuda_server, "STEP_S", 0.2)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 1), num_heads=HEADS)
+        with pytest.raises(attnd.DeadlineExceeded, match=r"did not hand over every layer within 0\.2 s"):
+            step.finish()
+        assert planes.lanes[0].flags.is_stopped
+        assert wait_until(lambda: planes.lanes[0].workers_flags.is_stopped)
+
+
+def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = opened
+    never = threading.Event()
+    with client.create_cache(**GEOMETRY) as cache:
+        session = cache.session()
+        one_step(session)
+        session.timeout_s = 0.3
+        monkeypatch.setattr(cuda_server.CudaSession, "run", lambda self, data: never.wait(5) or b"")
+        step = session.step(metadata(1, 1), num_heads=HEADS)
+        started = time.monotonic()
+        step.attend(0, *new_tokens(1))  # would wait for ever
+        with pytest.raises(attnd.DeadlineExceeded, match="step 2 was not done in time"):
+            step.finish()
+        assert time.monotonic() - started < 4
+        never.set()
+        session.close()
+
+
+def test_a_draining_server_ends_the_session_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_lanes.serving(tmp_path, monkeypatch) as (client, _, server):
+        with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+            one_step(session)
+            server.drain()
+            assert wait_until(lambda: session._plane.going_away)
+            with pytest.raises(attnd.Disconnected, match="the server is draining; the next step reconnects"):
+                session.step(metadata(1, 1))
+
+
+def test_cuda_planes_have_a_limit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_lanes.serving(tmp_path, monkeypatch, max_cuda_planes=1, max_planes=1) as (client, _, _):
+        with client.create_cache(**GEOMETRY) as cache, cache.session() as one, cache.session(plane="shm") as shm:
+            one_step(one)
+            other = cache.session()
+            with pytest.raises(attnd.Exhausted, match="1 cuda planes are open, which is the limit: each has a stream"):
+                one_step(other)
+            shm.step(metadata(1, 1)).attend(0, *new_tokens(1))
+            assert shm.plane == "shm"
+            assert shm.refusals == {"cuda": "it is given only where it is asked for by name"}
+            one.close()
+
+            def is_free() -> bool:
+                try:
+                    one_step(other)
+                except attnd.Exhausted:
+                    return False
+                return True
+
+            assert wait_until(is_free)
+            other.close()
+
+
+def test_a_cache_deleted_in_the_middle_of_a_step_fails_it(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    cache = client.create_cache(**GEOMETRY)
+    with cache.session() as session:
+        one_step(session)
+        real = CudaStep.attend
+
+        def attend(step: CudaStep, layer: int) -> torch.Tensor:
+            output: torch.Tensor = real(step, layer, *new_tokens(1))
+            return output
+
+        step = session.step(metadata(1, 1))
+        attend(step, 0)
+        client.transport._service.caches.all()[0].is_closed = True  # what closing does to those who look
+        attend(step, 1)
+        attend(step, 2)
+        with pytest.raises(attnd.CacheLost, match="was deleted, or its lease ended, while a step ran"):
+            step.finish()
+
+
+def test_a_process_without_a_gpu_says_so(tmp_path: Path) -> None:
+    from attnd_server.app import build_service
+    from attnd_server.config import ServerConfig
+    from attnd_server.inproc import InprocTransport
+
+    service = build_service(ServerConfig(device="cpu"))
+    with attnd.Client(InprocTransport(service), plane="cuda") as client, client.create_cache(**GEOMETRY) as cache:
+        with pytest.raises(attnd.Unsupported, match="plane is cuda, but this process has no torch with a GPU"):
+            cache.session().step(metadata(0, 1))
+    service.executor.close()
