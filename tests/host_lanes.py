@@ -61,6 +61,8 @@ class EventFlags:
 class HostLane:
     """The server's end."""
 
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.handle = 0
@@ -82,6 +84,9 @@ class HostLane:
 
     def mark(self) -> Callable[[], None]:
         return lambda: None
+
+    def drain(self) -> None:
+        self.flags.stop()
 
 
 class HostPlanes(CudaPlanes):

@@ -23,7 +23,8 @@ from attnd import wire
 from attnd.errors import DeadlineExceeded, InvalidRequest, Unsupported
 from attnd.planes import doorbell
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
-from attnd_server.cuda_steps import CudaStep, layer_options
+from attnd_server.cuda_graphs import StepGraphs
+from attnd_server.cuda_steps import BACKENDS, CudaStep, layer_options
 from attnd_server.metadata import AttentionMetadata
 from attnd_server.planes import Plane
 from attnd_server.planes.cuda import CudaPlanes, Flags, Lane
@@ -70,6 +71,15 @@ def serve_cuda(
     try:
         let_in(lane.descriptors())
         session = CudaSession(service, plane.principal, lane, connection)
+        _serve(service, session, connection, send)
+    finally:
+        service.cuda.close(lane)
+
+
+def _serve(
+    service: AttentionService, session: CudaSession, connection: socket.socket, send: Callable[[bytes], None]
+) -> None:
+    try:
         requests = doorbell.Requests(connection)
         while (request := requests.receive()) is not None:
             try:
@@ -79,7 +89,7 @@ def serve_cuda(
                 return
             send(doorbell.reply_bytes(answer))
     finally:
-        service.cuda.close(lane)
+        session.close()
 
 
 class CudaSession:
@@ -91,6 +101,7 @@ class CudaSession:
         self._principal = principal
         self._lane = lane
         self._connection = connection
+        self._graphs = StepGraphs(lane, service.caches, service.executor.ops, BACKENDS)
         self._kept: OrderedDict[int, AttentionMetadata] = OrderedDict()
         self._last_id = -1
 
@@ -121,6 +132,11 @@ class CudaSession:
         )
         return attention_pb2.AttendResponse(cuda_step=reply).SerializeToString()
 
+    def close(self) -> None:
+        """Lets go of what waits for the worker, and frees the graphs."""
+        self._lane.drain()
+        self._graphs.close()
+
     def _checked(self, message: attention_pb2.AttendRequest) -> CudaStep:
         if message.WhichOneof("message") != "cuda_step":
             raise InvalidRequest("message is not cuda_step, which it must be on a cuda plane", field="message")
@@ -149,7 +165,7 @@ class CudaSession:
         outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def work() -> bytes:
-            step.enqueue(self._lane, executor.ops)
+            step.enqueue(self._lane, self._graphs, executor.ops)
             return b""
 
         executor.submit(work, lambda result, error: outcome.put(error))

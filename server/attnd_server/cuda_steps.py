@@ -26,6 +26,7 @@ from attnd.errors import CacheLost, InvalidRequest, Unsupported
 from attnd.planes.cuda_layout import Geometry, StepLayout, step_layout
 from attnd.tensors import DTYPES
 from attnd_server.config import AttentionBackend
+from attnd_server.cuda_graphs import StepGraphs
 from attnd_server.dispatcher import Plan, TritonAttentionOps
 from attnd_server.kernels.pages import stored_tokens
 from attnd_server.metadata import AttentionOptions
@@ -63,7 +64,7 @@ class CudaStep:
         geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
         return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, lane.num_bytes)
 
-    def enqueue(self, lane: Lane, ops: TritonAttentionOps) -> None:
+    def enqueue(self, lane: Lane, graphs: StepGraphs, ops: TritonAttentionOps) -> None:
         """Enqueues all layers. On the executor's thread; does not wait for the worker.
 
         Raises:
@@ -74,9 +75,17 @@ class CudaStep:
         self.step.cache.refuse_if_closed()
         layout = self.layout(lane)
         with lane.current():
+            self.step.mark_written()
+            # Held until the step is over, see above.
+            self._pages = self.step.cache.k_pages, self.step.cache.v_pages
             # Before the first layer waits, while the stream is idle: plans are copied to the device.
-            plans = {} if self.step.metadata.store_only else self._plans(ops)
-            self._enqueue_layers(lane, layout, plans, ops.device)
+            graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
+            if graph is not None:
+                self.backend = graph.backend
+                graph.run(self.step.metadata)
+            else:
+                plans = {} if self.step.metadata.store_only else self._plans(ops)
+                self._enqueue_layers(lane, layout, plans, ops.device)
             self.wait = lane.mark()
 
     def refuse_if_lost(self) -> None:
@@ -103,9 +112,6 @@ class CudaStep:
         q, k, v, output, lse = (lane.tensor(place) for place in layout)
         slots = metadata.slot_mapping
         stored = None if slots is None or metadata.cache_only else stored_tokens(slots, device)
-        self.step.mark_written()
-        # Held until the step is over, see above.
-        self._pages = cache.k_pages, cache.v_pages
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
             lane.flags.wait(lane.handle, layer, is_last)

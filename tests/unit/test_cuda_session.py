@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ import torch
 import attnd
 from attnd.cuda_session import CudaSession, CudaStep
 from attnd_server import cuda_server
+from attnd_server.backends.base import DecodeShape
+from attnd_server.backends.triton import TritonPagedAttention
+from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from tests import host_lanes, interpreter
 
 pytestmark = pytest.mark.skipif(
@@ -85,6 +90,68 @@ def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, hos
             for k_or_v in range(2):
                 stored = [cache.read_kv(layer, range(12), torch.empty(0))[k_or_v] for cache in (one, other)]
                 assert torch.equal(*stored)
+
+
+class ReplannedPlan:
+    """A fixed plan that plans each step anew, where the real one needs a Hopper GPU."""
+
+    num_bytes = 1000
+
+    def __init__(self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions) -> None:
+        self.shape = shape
+        self._config, self._options = config, options
+
+    def refusal(self, metadata: AttentionMetadata) -> str | None:
+        return "its context is too long" if metadata.max_context_len > self.shape.max_context_len else None
+
+    def update(self, metadata: AttentionMetadata) -> None:
+        kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
+        self._plan = kernel.plan(self._config, metadata, self._options, torch.device("cpu"))
+
+    def run(self, *tensors: Any) -> None:
+        self._plan.launch(*tensors)
+
+
+def test_captured_steps_give_the_same_bits(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, planes = opened
+    made: list[DecodeShape] = []
+
+    def fixed_plan(kernel: object, config: Any, shape: DecodeShape, options: Any, device: object) -> ReplannedPlan:
+        made.append(shape)
+        return ReplannedPlan(config, shape, options)
+
+    replays: list[int] = []
+
+    def captured(launches: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (replays.append(1), launches())[1]
+
+    monkeypatch.setattr(TritonPagedAttention, "fixed_plan", fixed_plan)
+    monkeypatch.setattr(host_lanes.HostLane, "capture", staticmethod(captured))
+    layers = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3), attnd.AttentionOptions(return_lse=True)]
+    with client.create_cache(**GEOMETRY) as one, client.create_cache(**GEOMETRY) as other:
+        with one.session() as ours, other.session(plane="inline") as theirs:
+            for context_len, num_tokens in ((0, 1), (1, 1), (2, 1), (3, 2), (5, 1), (6, 2), (8, 1)):
+                slots = [context_len] if context_len == 2 else range(context_len, context_len + num_tokens)
+                slots = None if context_len == 5 else slots
+                decode = attnd.StepMetadata([num_tokens], [context_len], [[0, 1, 2]], slots, kind="decode")
+                calls = [new_tokens(num_tokens) for _ in layers]
+                step = ours.step(decode, num_heads=HEADS, options=layers)
+                outputs = [step.attend(layer, *call) for layer, call in enumerate(calls)]
+                step.finish()
+                reference = theirs.step(decode)
+                for layer, (options, call) in enumerate(zip(layers, calls, strict=True)):
+                    pair = outputs[layer], reference.attend(layer, *call, options)
+                    for one_of_ours, one_of_theirs in zip(*pair, strict=True) if options.return_lse else [pair]:
+                        assert torch.equal(one_of_ours, one_of_theirs), (context_len, layer)
+            assert len(replays) == 4 + 1  # all but the first step of each of the two shapes
+            assert made == [DecodeShape(1, 1, 256)] * 3 + [DecodeShape(1, 2, 256)] * 3  # 256 slots, three options
+            used = client.capabilities().devices[0].num_bytes_used
+            assert used == one.info().num_bytes + other.info().num_bytes + 6 * ReplannedPlan.num_bytes
+        assert wait_until(lambda: planes.lanes[0].is_closed)
+        used = client.capabilities().devices[0].num_bytes_used
+        assert used == one.info().num_bytes + other.info().num_bytes
 
 
 def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:

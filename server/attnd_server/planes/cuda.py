@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from attnd.planes import sockets
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
 from attnd.planes.device_bytes import CUDA, DeviceBytes
 from attnd.tensors import DTYPE_NAMES
+from attnd_server.backends.cuda_graph import captured
 
 if TYPE_CHECKING:
     from attnd.planes.cuda_driver import Device, Stream
@@ -53,11 +55,14 @@ class Lane(Protocol):
         num_bytes: of the region.
         flags: of this side.
         handle: the stream, for the flags.
+        capture: runs launches on the stream in a way that only records them, and returns what launches them all at
+            once; None: there is no such thing.
     """
 
     num_bytes: int
     flags: Flags
     handle: int
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None
 
     def tensor(self, place: Place) -> torch.Tensor:
         """A tensor of the region."""
@@ -68,9 +73,14 @@ class Lane(Protocol):
     def mark(self) -> Callable[[], None]:
         """What waits until all that was enqueued up to now is done."""
 
+    def drain(self) -> None:
+        """Lets go of what waits for the worker, until the stream is idle."""
+
 
 class CudaLane:
     """Implements `Lane` on a GPU. Made by `CudaPlanes.open`."""
+
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None
 
     def __init__(self, device: Device, stream: Stream, num_bytes: int, on_same_gpu: bool) -> None:
         """Takes the memory. The device must be the thread's current one.
@@ -86,6 +96,7 @@ class CudaLane:
         self.handle = stream.handle
         self._device = torch.device("cuda", device.index)
         self._torch_stream = torch.cuda.ExternalStream(stream.handle, device=self._device)
+        self.capture = partial(captured, stream=self._torch_stream)
         self._region = DeviceMemory.created(device, num_bytes)
         self.num_bytes = self._region.num_bytes
         self._words = -1
@@ -128,11 +139,15 @@ class CudaLane:
         event.record(self._torch_stream)
         return event.synchronize
 
-    def close(self) -> Stream:
-        """Frees the memory; what is enqueued and waits is let go. Gives back the stream. The device is current."""
+    def drain(self) -> None:
+        """Lets go of what waits for the worker, until the stream is idle."""
         while not self._stream.is_idle():
             self.flags.stop()
             time.sleep(_STOP_PERIOD_S)
+
+    def close(self) -> Stream:
+        """Frees the memory; what is enqueued and waits is let go. Gives back the stream. The device is current."""
+        self.drain()
         self._bytes = torch.empty(0)
         self._close_words()
         self.flags.close()
