@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from attnd import aio, errors
 from attnd._version import __version__
 from attnd.client import Cache, Client, connect
+from attnd.cuda_session import CudaSession, CudaStep
 from attnd.diffulex import (
     AttnMetaDataBase,
     fetch_attn_metadata,
@@ -57,6 +58,8 @@ __all__ = [
     "Cache",
     "CacheLost",
     "Client",
+    "CudaSession",
+    "CudaStep",
     "DeadlineExceeded",
     "Disconnected",
     "EpochMismatch",

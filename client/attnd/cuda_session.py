@@ -305,15 +305,12 @@ class CudaStep:
             if not is_absent
         ]
         with plane.stream() as stream:
-            for place, value in held:
-                plane.copy_in(place, value.data_ptr(), stream)
-            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1)
-            if q is None:
-                return None
-            output = q.new_empty(layout.output.shape)
-            plane.copy_out(output.data_ptr(), layout.output, stream)
-            if not return_lse:
-                return output
-            lse = q.new_empty(layout.lse.shape, dtype=torch.float32)
-            plane.copy_out(lse.data_ptr(), layout.lse, stream)
-            return output, lse
+            outputs = []
+            if q is not None:
+                outputs.append((layout.output, q.new_empty(layout.output.shape)))
+                if return_lse:
+                    outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=torch.float32)))
+            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
+        if q is None:
+            return None
+        return (outputs[0][1], outputs[1][1]) if return_lse else outputs[0][1]

@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+from attnd.planes.cuda import _copy_in
+from attnd.planes.cuda_copies import Copier
 from attnd.planes.cuda_driver import CudaError, call, device, device_of
 from attnd.planes.cuda_memory import DeviceMemory
 from tests.gpu.cuda_peers import Case, Peers, receive, send
@@ -82,6 +84,26 @@ def test_memory_made_and_freed_a_hundred_times_leaves_nothing() -> None:
         memory.close()
     assert torch.cuda.mem_get_info(0)[0] >= before - (8 << 20)  # others on the GPU may take some
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 700])
+def test_copies_of_tensors_whose_tokens_lie_apart(num_tokens: int) -> None:
+    gpu = device(0)
+    gpu.make_current()
+    qkv = torch.randn(num_tokens, 8 * 64 + 2 * 64 + 2 * 32, device="cuda:0").bfloat16()
+    parts = [
+        part.view(num_tokens, -1, dim) for part, dim in zip(qkv.split([512, 128, 64], dim=1), (64, 64, 32), strict=True)
+    ]
+    copies = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in parts]
+    wanted = [_copy_in(copy.data_ptr(), part) for copy, part in zip(copies, parts, strict=True)]
+    assert all(copy is not None and copy.is_possible for copy in wanted)
+    stream = torch.cuda.current_stream().cuda_stream
+    copier = Copier(gpu)
+    copier.copy(stream, wanted[:2])
+    assert not copies[2].any()
+    copier.copy(stream, wanted[2:])
+    for copy, part in zip(copies, parts, strict=True):
+        assert torch.equal(copy, part)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])

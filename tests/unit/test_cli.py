@@ -124,6 +124,8 @@ def test_the_exit_code_is_the_servers(monkeypatch, served):
         (("--default-ttl-s", "9", "--max-ttl-s", "8"), "default_ttl_s is 9, but must be at most max_ttl_s, 8"),
         (("--socket-uids", "root"), "'--socket-uids': it is 'root', but must be numbers of users as in 1000,1001"),
         (("--region-bytes", "0"), "region_bytes is 0, but must be at least 1"),
+        (("--cuda-region-bytes", "0"), "cuda_region_bytes is 0, but must be at least 1"),
+        (("--max-cuda-planes", "0"), "'--max-cuda-planes': it is 0, but must be a whole number from 1"),
         (("--max-planes", "0"), "'--max-planes': it is 0, but must be a whole number from 1"),
         (("--log-format", "xml"), "'xml' is not one of 'auto', 'text', 'json'"),
         (("--host", "0.0.0.0"), "host is 0.0.0.0, but must be a loopback address unless --insecure is given"),

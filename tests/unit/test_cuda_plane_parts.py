@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes import cuda, cuda_driver, cuda_gates, cuda_words
+from attnd.planes import cuda, cuda_copies, cuda_driver, cuda_gates, cuda_words
 from attnd.planes.cuda_layout import ALIGNMENT, WORDS_BYTES, Geometry, step_layout
 from attnd.planes.cuda_memory import rounded
 from attnd.planes.device_bytes import CPU, DeviceBytes
@@ -69,6 +69,30 @@ def test_the_gates_assemble(tmp_path: Path, architecture: str) -> None:
     subprocess.run(command, check=True)
     for name in ("exchange", "wait", "signal"):
         assert f"attnd_{name}".encode() in (tmp_path / "gates.cubin").read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+def test_the_copies_assemble(tmp_path: Path, architecture: str) -> None:
+    (tmp_path / "copies.ptx").write_text(cuda_copies.PTX)
+    files = [str(tmp_path / "copies.ptx"), "-o", str(tmp_path / "copies.cubin")]
+    subprocess.run([triton_assembler(), f"-arch={architecture}", *files], check=True)
+    for name in ("copy", "hand_over"):
+        assert f"attnd_{name}".encode() in (tmp_path / "copies.cubin").read_bytes()
+
+
+def test_what_a_kernel_copies_of_a_tensor() -> None:
+    qkv = torch.zeros(5, 4 * 16 + 2 * 2 * 16, dtype=torch.bfloat16)
+    q = qkv[:, :64].view(5, 4, 16)
+    copy = cuda._copy_in(4096, q)
+    assert copy == (4096, q.data_ptr(), 5, 128, 256)
+    assert copy.is_possible
+    assert cuda._copy_in(4096, q[2:3]) == (4096, q.data_ptr() + 512, 1, 128, 128)
+    assert cuda._copy_in(4096, q[:, ::2]) is None
+    assert cuda._copy_in(4096, q.transpose(1, 2)) is None
+    odd = torch.zeros(5 * 64 + 1, dtype=torch.bfloat16)[1:].view(5, 4, 16)
+    copy = cuda._copy_in(4096, odd)
+    assert copy is not None
+    assert not copy.is_possible
 
 
 def triton_assembler() -> str:

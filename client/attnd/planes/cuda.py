@@ -27,6 +27,7 @@ from attnd.errors import (
     from_message,
 )
 from attnd.planes import cuda_driver, doorbell, sockets
+from attnd.planes.cuda_copies import Copier, Copy, HandOver
 from attnd.planes.cuda_driver import CudaError, Device, call
 from attnd.planes.cuda_gates import GateFlags
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
@@ -114,11 +115,11 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
                 flags = HostFlags(HostWords(memory), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
             else:
                 flags = GateFlags(gpu, signal=mapped.address + TO_SERVER, flag=mapped.address + TO_WORKER)
+            return CudaPlane(connection, gpu, mapped, flags, path)
     except CudaError as error:
         connection.close()
         mapped.close()
         raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
-    return CudaPlane(connection, gpu, mapped, flags, path)
 
 
 class Answer(NamedTuple):
@@ -156,6 +157,11 @@ class CudaPlane:
         self._gpu = gpu
         self._region = region
         self._flags = flags
+        self._kernel: HandOver | None = None
+        if isinstance(flags, GateFlags):
+            self._kernel = HandOver(gpu, *flags.addresses)
+        else:
+            self._copier = Copier(gpu)
         self._path = path
         self._replies = doorbell.Replies(connection)
         self._bytes = DeviceBytes(region.address, region.num_bytes, (CUDA, gpu.index))
@@ -200,9 +206,49 @@ class CudaPlane:
                 self._news.wait()
             return self._answers.pop(step_id, Answer(None, self._failure))
 
-    def hand_over(self, stream: int, layer: int, is_last: bool) -> None:
-        """Enqueues: the tensors of a layer are in the region; wait until its output is. Raises CudaError."""
-        self._flags.exchange(stream, layer, is_last)
+    def hand_over(
+        self, stream: int, layer: int, is_last: bool, inputs: list[tuple[Place, Any]], outputs: list[tuple[Place, Any]]
+    ) -> None:
+        """Enqueues one layer: tensors to the region, their hand-over, and the server's tensors back. Raises CudaError.
+
+        Args:
+            stream: of the worker's GPU, which is the current one.
+            layer: of the step.
+            is_last: whether it is the step's last.
+            inputs: places, and torch tensors that go there.
+            outputs: places, and dense torch tensors that come from there.
+        """
+        there, by_driver = [], []
+        for place, tensor in inputs:
+            copy = _copy_in(self._region.address + place.offset, tensor)
+            if copy is None or not copy.is_possible:
+                by_driver.append((place, tensor.contiguous()))
+            else:
+                there.append(copy)
+        for place, tensor in by_driver:
+            self._copy(self._region.address + place.offset, tensor.data_ptr(), place.num_bytes, stream)
+        back, by_driver = [], []
+        for place, tensor in outputs:
+            address = self._region.address + place.offset
+            copy = Copy(tensor.data_ptr(), address, 1, place.num_bytes, place.num_bytes)
+            if copy.is_possible:
+                back.append(copy)
+            else:
+                by_driver.append((place, tensor))
+        if self._kernel is not None:
+            self._kernel.run(stream, there, back)
+        else:
+            if there:
+                self._copier.copy(stream, there)
+            self._flags.exchange(stream, layer, is_last)
+            if back:
+                self._copier.copy(stream, back)
+        for place, tensor in by_driver:
+            self._copy(tensor.data_ptr(), self._region.address + place.offset, place.num_bytes, stream)
+
+    def _copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        if num_bytes:
+            call("cuMemcpyAsync", target, source, num_bytes, stream)
 
     @property
     def torch_device(self) -> Any:
@@ -220,16 +266,6 @@ class CudaPlane:
     def failure(self) -> AttndError | None:
         """Why the plane is of no use any more; None: it is."""
         return self._failure
-
-    def copy_in(self, place: Place, address: int, stream: int) -> None:
-        """Enqueues a copy of `place.num_bytes` from this GPU's memory to the region. Raises CudaError."""
-        if place.num_bytes:
-            call("cuMemcpyAsync", self._region.address + place.offset, address, place.num_bytes, stream)
-
-    def copy_out(self, address: int, place: Place, stream: int) -> None:
-        """Likewise from the region."""
-        if place.num_bytes:
-            call("cuMemcpyAsync", address, self._region.address + place.offset, place.num_bytes, stream)
 
     @property
     def memory(self) -> DeviceBytes:
@@ -308,8 +344,19 @@ def _end(connection: socket.socket) -> None:
         pass  # ended already
 
 
+def _copy_in(address: int, tensor: Any) -> Copy | None:
+    """How a tensor `[num_tokens, num_heads, head_dim]` gets to `address`; None: its tokens are not dense."""
+    num_tokens, num_heads, head_dim = tensor.shape
+    token, head, element = tensor.stride()
+    if (head_dim > 1 and element != 1) or (num_heads > 1 and head != head_dim):
+        return None
+    size = tensor.element_size()
+    row_bytes = num_heads * head_dim * size
+    return Copy(address, tensor.data_ptr(), num_tokens, row_bytes, row_bytes if num_tokens == 1 else token * size)
+
+
 def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -> Any:
-    """`value`, contiguous, if it is what lies at `place`.
+    """`value`, if it is what lies at `place`.
 
     Args:
         name: to use in errors.
@@ -331,4 +378,4 @@ def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -
             given = f"{what} {list(is_so) if what == 'shape' else is_so}"
             rule = f"must have {list(must) if what == 'shape' else must} on this step's cuda plane"
             raise InvalidRequest(f"{name} has {given}, but {rule}", field=name)
-    return value.contiguous()
+    return value

@@ -86,9 +86,12 @@ class GateFlags:
         """
         self._kernels = _functions(on)
         self._device = on
-        self._counter = _zeros(on, WORD_BYTES)
+        self._counter = _zeros(on, 2 * WORD_BYTES)
         self._stop = _STOP_WORDS.taken()
-        addresses = (int(self._counter), signal, flag, _STOP_WORDS.address_of(self._stop))
+        counter = int(self._counter)
+        addresses = (counter, signal, flag, _STOP_WORDS.address_of(self._stop))
+        # The counter, the word beside it, and the others: for `HandOver`.
+        self.addresses = (counter, counter + WORD_BYTES, *addresses[1:])
         self._values = [ctypes.c_uint64(address) for address in addresses]
         self._pointers = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, self._values))
         self._arguments = ctypes.addressof(self._pointers)
