@@ -14,8 +14,8 @@ from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
 from attnd.planes.cuda_layout import Geometry, StepLayout, step_layout
 from attnd.requests import DEFAULT_OPTIONS
-from attnd.session import Timings
 from attnd.tensors import DTYPE_NAMES
+from attnd.timings import Timings
 from attnd.v1 import attention_pb2, backend_pb2, plane_pb2
 
 if TYPE_CHECKING:
@@ -274,7 +274,10 @@ class CudaStep:
             raise InvalidRequest(f"options of layer {layer} are not those of the step, but {rule}", field="options")
         output = self._enqueue(layer, q, k, v, told.return_lse)
         self._next_layer += 1
-        self._session.timings().call_us.append((time.perf_counter() - started) * 1e6)
+        timings, call_us = self._session.timings(), (time.perf_counter() - started) * 1e6
+        timings.num_calls += 1
+        timings.call_us.append(call_us)
+        timings.total_us += call_us
         return output
 
     def finish(self) -> None:

@@ -112,6 +112,8 @@ class CudaStep:
         q, k, v, output, lse = (lane.tensor(place) for place in layout)
         slots = metadata.slot_mapping
         stored = None if slots is None or metadata.cache_only else stored_tokens(slots, device)
+        if plans:
+            self._load_kernels(plans, q, k, v, output, lse)
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
             lane.flags.wait(lane.handle, layer, is_last)
@@ -123,6 +125,30 @@ class CudaStep:
                 # A plan of Triton's, which writes where it is told.
                 plans[options].state.launch(output, lse if options.return_lse else None, q, *new, *pages)
             lane.flags.signal(lane.handle, layer, is_last)
+
+    def _load_kernels(
+        self,
+        plans: dict[AttentionOptions, Plan],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Launches every kernel of the step once, to no effect, before anything waits.
+
+        To load a kernel that is not on the device yet the driver may wait for all that is there: for the worker, too.
+        The results go elsewhere, because the worker may still be reading those of the step before.
+        """
+        cache, metadata = self.step.cache, self.step.metadata
+        new: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if not metadata.cache_only:
+            new = k, v
+            cache.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
+        pages = cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales
+        for options, plan in plans.items():
+            results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
+            plan.state.launch(*results, q, *new, *pages)
 
 
 def layer_options(options: list[AttentionOptions], num_layers: int) -> list[AttentionOptions]:

@@ -16,7 +16,7 @@ from attnd._version import __version__
 from attnd.errors import AttndError
 from attnd.planes.choice import plane_refusals
 
-# The best first. "auto" takes the first that works.
+# The best first. "auto" takes the first that works, after cuda, which is only for who asks for it.
 PLANES = ("cuda", "shm", "inline")
 # Requests of a call, each with one new token after so many.
 NUM_REQS, CONTEXT_LEN = (1, 16), 64
@@ -69,7 +69,7 @@ def run_doctor(address: str, socket_dir: str, timeout_s: float, console: Console
     for plane, finding in findings.items():
         if why := finding.fault or finding.reason:
             console.print(f"[bold]{plane}[/]: {escape(why)}", highlight=False, soft_wrap=True)
-    best = next((plane for plane in PLANES if findings[plane].call_us), None)
+    best = next((plane for plane in PLANES[1:] if findings[plane].call_us), None)
     if best:
         console.print(f"A session from here takes [bold]{best}[/], unless it asks for another plane.")
     return 2 if any(finding.fault for finding in findings.values()) else 0
@@ -149,21 +149,44 @@ def _try(cache: attnd.Cache, plane: str, case: _Case) -> Finding:
     return finding
 
 
-def _time(session: attnd.Session, num_reqs: int, case: _Case, finding: Finding) -> float:
+def _time(session: attnd.Session | attnd.CudaSession, num_reqs: int, case: _Case, finding: Finding) -> float:
+    if isinstance(session, attnd.CudaSession):
+        return _time_steps(session, num_reqs, case, finding)
     q, k, v = (tensor[:num_reqs].contiguous() for tensor in (case.q, case.k, case.v))
     expected = case.expected(num_reqs)
     call_us = []
     for _ in range(NUM_STEPS):
         step = session.step(case.metadata(num_reqs))
         output = step.attend(0, q, k, v)  # the step's first call waits for its planning
-        error = ((output - expected).norm() / expected.norm()).item()
-        if not error < MAX_ERROR:  # NaN too
-            finding.fault = f"{num_reqs} requests: off by {error:.1e}, but at most {MAX_ERROR:g} is right"
+        _compare(output, expected, num_reqs, finding)
         for _ in range(NUM_CALLS):
             started = time.perf_counter()
             step.attend(0, q, k, v)
             call_us.append((time.perf_counter() - started) * 1e6)
     return statistics.median(call_us)
+
+
+def _time_steps(session: attnd.CudaSession, num_reqs: int, case: _Case, finding: Finding) -> float:
+    """The same on a cuda plane, where each call is a step of its own, its message and its answer included."""
+    if not torch.cuda.is_available():
+        raise attnd.Unsupported("plane is cuda, but this process has no torch with a GPU", field="plane")
+    q, k, v = (tensor[:num_reqs].cuda() for tensor in (case.q, case.k, case.v))
+    expected = case.expected(num_reqs)
+    call_us = []
+    for _ in range(NUM_STEPS + NUM_CALLS):
+        started = time.perf_counter()
+        step = session.step(case.metadata(num_reqs), num_heads=NUM_HEADS)
+        output = step.attend(0, q, k, v)
+        step.finish()
+        call_us.append((time.perf_counter() - started) * 1e6)
+        _compare(output.cpu(), expected, num_reqs, finding)
+    return statistics.median(call_us)
+
+
+def _compare(output: torch.Tensor, expected: torch.Tensor, num_reqs: int, finding: Finding) -> None:
+    error = ((output - expected).norm() / expected.norm()).item()
+    if not error < MAX_ERROR:  # NaN too
+        finding.fault = f"{num_reqs} requests: off by {error:.1e}, but at most {MAX_ERROR:g} is right"
 
 
 def _table(findings: dict[str, Finding]) -> Table:

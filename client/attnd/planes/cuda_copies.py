@@ -13,7 +13,7 @@ import struct
 from functools import cache
 from typing import Any, NamedTuple
 
-from attnd.planes.cuda_driver import CudaError, Device, call, driver
+from attnd.planes.cuda_driver import CudaError, Device, driver, kernels
 
 # Bytes that a thread copies at a time; addresses, rows and strides are multiples of it.
 VECTOR_BYTES = 16
@@ -155,8 +155,7 @@ _COPY_FIELDS = "QQIIQ"
 @cache
 def _functions(on: Device) -> dict[str, Any]:
     """The kernels on a GPU, the thread's current one, until the process ends."""
-    module = call("cuModuleLoadData", PTX.encode() + b"\0")
-    return {name: call("cuModuleGetFunction", module, name.encode()) for name in ("attnd_copy", "attnd_hand_over")}
+    return kernels(PTX, ("attnd_copy", "attnd_hand_over"))
 
 
 class _Launch:

@@ -64,6 +64,19 @@ def call(function: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
+def kernels(ptx: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Kernels by name, compiled for the thread's current GPU and on it at once.
+
+    Left to itself the driver loads a kernel when it is first launched, and may wait for the whole GPU then: for kernels
+    that wait, too.
+    """
+    module = call("cuModuleLoadData", ptx.encode() + b"\0")
+    functions = {name: call("cuModuleGetFunction", module, name.encode()) for name in names}
+    for function in functions.values():
+        call("cuFuncLoad", function)
+    return functions
+
+
 class Device:
     """A GPU that this process sees, and its primary context, which torch uses too.
 

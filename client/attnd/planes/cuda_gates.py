@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from attnd.errors import Exhausted
-from attnd.planes.cuda_driver import CudaError, Device, Stream, call, driver
+from attnd.planes.cuda_driver import CudaError, Device, Stream, call, driver, kernels
 from attnd.planes.cuda_words import HostWords
 
 # counter: where this side counts. signal: the word that the other side waits for. flag: the word that this side waits
@@ -69,8 +69,7 @@ WORD_BYTES = 8
 @cache
 def _functions(on: Device) -> dict[str, Any]:
     """The kernels on a GPU, the thread's current one, until the process ends."""
-    module = call("cuModuleLoadData", PTX.encode() + b"\0")
-    return {name: call("cuModuleGetFunction", module, f"attnd_{name}".encode()) for name in _BODIES}
+    return kernels(PTX, tuple(f"attnd_{name}" for name in _BODIES))
 
 
 class GateFlags:
@@ -123,7 +122,7 @@ class GateFlags:
             _on_stream(self._device, lambda stream: call("cuMemFreeAsync", self._counter, stream))
 
     def _enqueue(self, kernel: str, stream: int) -> None:
-        (result,) = self._launch(self._kernels[kernel], 1, 1, 1, 1, 1, 1, 0, stream, self._arguments, 0)
+        (result,) = self._launch(self._kernels[f"attnd_{kernel}"], 1, 1, 1, 1, 1, 1, 0, stream, self._arguments, 0)
         if result:
             raise CudaError("cuLaunchKernel", result.name)
 
