@@ -188,6 +188,7 @@ def worker_process(connection: socket.socket, case: Case, task: str) -> None:
         send(connection, told)
         receive(connection)
     elif task == "copy":
+        receive(connection)
         half = region.num_bytes // 2
         host = torch.empty(half, dtype=torch.uint8)
         call("cuMemcpy", host.data_ptr(), region.address, half)
@@ -219,7 +220,7 @@ class Peers:
         self.process.start()
         theirs.close()
         host = sockets.sealed_memory(WORDS_BYTES)
-        words = HostWords(sockets.map_memory(os.dup(host), WORDS_BYTES))
+        self.words = words = HostWords(sockets.map_memory(os.dup(host), WORDS_BYTES))
         send(ours, (self.region.num_bytes, WORDS_BYTES), self.region.exported(), host)
         self.flags: GateFlags | HostFlags
         if case.flags == "gates":
@@ -257,6 +258,7 @@ class Peers:
         self.process.join()
         torch.cuda.synchronize()
         self.flags.close()
+        self.words.close()
         self.region.close()
 
     def __enter__(self) -> Peers:

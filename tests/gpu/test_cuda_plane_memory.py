@@ -46,6 +46,7 @@ def test_memory_of_one_process_is_read_and_written_by_another(gpu: int) -> None:
         ours = torch.randint(0, 256, (half,), dtype=torch.uint8)
         call("cuMemcpy", peers.region.address, ours.data_ptr(), half)
         call("cuCtxSynchronize")
+        send(peers.connection, "go")
         assert receive(peers.connection)[0] == "copied"
         theirs = torch.empty(half, dtype=torch.uint8)
         call("cuMemcpy", theirs.data_ptr(), peers.region.address + half, half)

@@ -39,8 +39,12 @@ class HostWords:
         flags = module.CU_MEMHOSTREGISTER_PORTABLE | module.CU_MEMHOSTREGISTER_DEVICEMAP
         call("cuMemHostRegister", self._host_address, len(memory), flags)
         self._is_registered = True
-        self.address = int(call("cuMemHostGetDevicePointer", self._host_address, 0))
         self._words = memoryview(memory).cast("I")
+        try:
+            self.address = int(call("cuMemHostGetDevicePointer", self._host_address, 0))
+        except CudaError:
+            self.close()
+            raise
 
     @classmethod
     def private(cls) -> HostWords:
