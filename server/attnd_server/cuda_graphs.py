@@ -50,14 +50,14 @@ class StepGraph:
         lane: Lane,
         layout: StepLayout,
     ) -> None:
-        """Takes memory for the slots; captures nothing yet.
+        """Takes memory for the slots; captures nothing yet. As the rest, on the stream of all other work.
 
         Args:
             cache: that the steps read and write.
             options: of each layer.
             plans: by options.
             backend: of the plans.
-            lane: whose stream is the current one.
+            lane: of the session.
             layout: of the steps' tensors.
         """
         self.cache = cache
@@ -75,8 +75,8 @@ class StepGraph:
         return all(plan.refusal(metadata) is None for plan in self._plans.values())
 
     def capture(self, capture: Callable[[Launches], Launches], metadata: AttentionMetadata) -> None:
-        """Captures a step that fits. The lane's stream is the current one, and idle."""
-        self._load(metadata)
+        """Captures a step that fits. The lane is idle."""
+        self.load(metadata)
         # A kernel that is not on the device yet cannot be captured. Nothing is stored: slots are -1. The region's own
         # output may still be read by the worker.
         self._slots.fill_(-1)
@@ -84,13 +84,13 @@ class StepGraph:
             self._store_and_attend(0, options, torch.empty_like(self._output), torch.empty_like(self._lse))
         self._replay = capture(self._layers)
 
-    def run(self, metadata: AttentionMetadata) -> None:
-        """Enqueues a step that fits, once it was captured. The lane's stream is the current one, and idle."""
+    def replay(self) -> None:
+        """Enqueues the layers of the step that was loaded, once it was captured. The lane's stream is the current."""
         assert self._replay is not None
-        self._load(metadata)
         self._replay()
 
-    def _load(self, metadata: AttentionMetadata) -> None:
+    def load(self, metadata: AttentionMetadata) -> None:
+        """Makes a step that fits the one that is replayed. The lane is idle."""
         for plan in self._plans.values():
             plan.update(metadata)
         if metadata.slot_mapping is None:
@@ -137,7 +137,7 @@ class StepGraphs:
     ) -> StepGraph | None:
         """The graph of a step, captured now if the shape was seen before; None: launch it layer by layer.
 
-        On the executor's thread; the lane's stream is the current one, and idle.
+        On the executor's thread; the lane is idle.
         """
         capture = self._lane.capture
         if capture is None or not metadata.is_decode or metadata.store_only or metadata.cache_only:

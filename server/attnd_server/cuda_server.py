@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import select
 import socket
 import threading
 import time
@@ -28,7 +27,9 @@ from attnd_server.cuda_steps import BACKENDS, CudaStep, layer_options
 from attnd_server.metadata import AttentionMetadata
 from attnd_server.planes import Plane
 from attnd_server.planes.cuda import CudaPlanes, Flags, Lane
+from attnd_server.planes.table import has_ended
 from attnd_server.service import AttentionService, error_response
+from attnd_server.work import OnCache
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ STEP_S = 60.0
 MAX_KEPT_STEPS = 8
 
 
-def cuda_planes(device: torch.device, num_bytes: int) -> CudaPlanes | str:
+def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPlanes | str:
     """The cuda planes of a server with a socket, or why there are none, for people."""
     try:
-        return CudaPlanes(device, num_bytes)
+        return CudaPlanes(device, num_bytes, max_planes)
     except Unsupported as error:
         return str(error)
     except RuntimeError as error:  # of the driver
@@ -113,10 +114,9 @@ class CudaSession:
         """
         arrived = time.perf_counter()
         step = self._checked(wire.parse(attention_pb2.AttendRequest, data))
-        with WATCHDOG.watching(self._lane.flags, self._connection, time.monotonic() + STEP_S):
-            self._enqueue(step)
-            assert step.wait is not None
-            step.wait()
+        # Held until the stream is done with the pages, also if the step fails: deleted meanwhile, they would be unmapped.
+        with step.step.cache.held():
+            self._run_on_lane(step)
         if self._lane.flags.is_stopped:
             raise DeadlineExceeded(f"the worker has gone, or did not hand over every layer within {STEP_S:g} s")
         step.refuse_if_lost()
@@ -131,6 +131,16 @@ class CudaSession:
             step_us=int((time.perf_counter() - step.started_at) * 1e6),
         )
         return attention_pb2.AttendResponse(cuda_step=reply).SerializeToString()
+
+    def _run_on_lane(self, step: CudaStep) -> None:
+        with WATCHDOG.watching(self._lane.flags, self._connection, time.monotonic() + STEP_S):
+            try:
+                self._enqueue(step)
+                assert step.wait is not None
+                step.wait()
+            except BaseException:
+                self._lane.drain()
+                raise
 
     def close(self) -> None:
         """Lets go of what waits for the worker, and frees the graphs."""
@@ -168,7 +178,8 @@ class CudaSession:
             step.enqueue(self._lane, self._graphs, executor.ops)
             return b""
 
-        executor.submit(work, lambda result, error: outcome.put(error))
+        # In its turn among the cache's calls, copies and deletion.
+        executor.submit(OnCache(step.step.cache.id, work), lambda result, error: outcome.put(error))
         error = outcome.get()
         if error is not None:
             raise error
@@ -177,7 +188,7 @@ class CudaSession:
 class Watchdog:
     """Lets streams go that wait for workers which have gone or are too late. One thread for all planes."""
 
-    # Seconds between two looks, and between two tries to let go of what waits.
+    # Seconds until a look at steps that began meanwhile and at the clock, and between two tries to let go of what waits.
     PERIOD_S, STOP_PERIOD_S = 0.05, 0.001
 
     def __init__(self) -> None:
@@ -212,22 +223,15 @@ class Watchdog:
                     continue
             stopped = False
             for flags, (connection, deadline) in watched:
-                if flags.is_stopped or time.monotonic() > deadline or _has_ended(connection):
+                if flags.is_stopped or time.monotonic() > deadline or has_ended(connection):
                     stopped = True
                     with self._lock:  # or its memory may have gone
                         if flags in self._watched:
                             flags.stop()
-            time.sleep(self.STOP_PERIOD_S if stopped else self.PERIOD_S)
-
-
-def _has_ended(connection: socket.socket) -> bool:
-    """Whether the other side has closed, or is gone; what it sent before may still be unread."""
-    poll = select.poll()
-    try:
-        poll.register(connection, select.POLLRDHUP)
-    except (OSError, ValueError):  # closed on this side
-        return True
-    return bool(poll.poll(0))
+            if stopped:
+                time.sleep(self.STOP_PERIOD_S)
+            else:
+                has_ended(*(connection for _, (connection, _) in watched), timeout_s=self.PERIOD_S)
 
 
 WATCHDOG = Watchdog()

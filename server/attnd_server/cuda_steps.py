@@ -11,7 +11,10 @@ What the executor promises everybody else still holds:
   step's message and its answer nothing else is ordered against it, as between two calls under way at once; the client
   waits for the answer (`CudaStep.finish`) before it asks for anything else of the cache.
 - A cache that is deleted meanwhile, or whose lease ends, is closed at once for everybody; the step keeps hold of its
-  pages, so that their memory is no other cache's before the step is over, and is answered with CacheLost.
+  pages (`Cache.held`), so that their memory is no other cache's before the step is over, and is answered with CacheLost.
+- It waits for no other session's worker: a step is planned, and its kernels are loaded, on the stream of all other work
+  and with memory of that stream; the session's own has the layers alone. Only kernels that no step has used before may
+  make the driver wait for the whole GPU, and so for steps that are running.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from attnd.planes.cuda_layout import Geometry, StepLayout, step_layout
 from attnd.tensors import DTYPES
 from attnd_server.config import AttentionBackend
 from attnd_server.cuda_graphs import StepGraphs
-from attnd_server.dispatcher import Plan, TritonAttentionOps
+from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.kernels.pages import stored_tokens
 from attnd_server.metadata import AttentionOptions
 from attnd_server.planes.cuda import Lane
@@ -74,79 +77,70 @@ class CudaStep:
         self.started_at = time.perf_counter()
         self.step.cache.refuse_if_closed()
         layout = self.layout(lane)
-        with lane.current():
-            self.step.mark_written()
-            # Held until the step is over, see above.
-            self._pages = self.step.cache.k_pages, self.step.cache.v_pages
-            # Before the first layer waits, while the stream is idle: plans are copied to the device.
-            graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
-            if graph is not None:
-                self.backend = graph.backend
-                graph.run(self.step.metadata)
-            else:
-                plans = {} if self.step.metadata.store_only else self._plans(ops)
-                self._enqueue_layers(lane, layout, plans, ops.device)
-            self.wait = lane.mark()
+        self.step.mark_written()
+        graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
+        if graph is not None:
+            self.backend = graph.backend
+            graph.load(self.step.metadata)
+            with lane.current():
+                graph.replay()
+        else:
+            self._plan(lane, layout, ops)
+            with lane.current():
+                self._enqueue_layers(lane, layout)
+        self.wait = lane.mark()
 
     def refuse_if_lost(self) -> None:
         """After the step. Raises CacheLost: its cache was closed while it ran."""
         if self.step.cache.is_closed:
             raise CacheLost("the cache was deleted, or its lease ended, while a step ran", field="cache.id")
 
-    def _plans(self, ops: TritonAttentionOps) -> dict[AttentionOptions, Plan]:
-        plans = {options: self.step.plan_for(options, ops) for options in self.options}
-        for plan in plans.values():
+    def _plan(self, lane: Lane, layout: StepLayout, ops: TritonAttentionOps) -> None:
+        """Plans the layers; what they need is the step's own until it is over."""
+        step, metadata = self.step, self.step.metadata
+        if metadata.slot_mapping is not None and not metadata.cache_only:
+            step.stored = stored_tokens(metadata.slot_mapping, ops.device)
+        for options in () if metadata.store_only else dict.fromkeys(self.options):
+            plan = ops.plan(step.cache.config, metadata, options, BACKENDS)
             if plan.backend not in BACKENDS:
                 names = ", ".join(backend.value for backend in BACKENDS)
                 raise Unsupported(
                     f"backend {plan.backend.value} serves this step, but on a cuda plane must be one of {names}",
                     field="backend",
                 )
+            step.plans[options] = plan
             self.backend = plan.backend
-        return plans
+        self._load_kernels(*(lane.tensor(place) for place in layout))
 
-    def _enqueue_layers(
-        self, lane: Lane, layout: StepLayout, plans: dict[AttentionOptions, Plan], device: torch.device
-    ) -> None:
-        cache, metadata = self.step.cache, self.step.metadata
+    def _enqueue_layers(self, lane: Lane, layout: StepLayout) -> None:
+        step, cache = self.step, self.step.cache
         q, k, v, output, lse = (lane.tensor(place) for place in layout)
-        slots = metadata.slot_mapping
-        stored = None if slots is None or metadata.cache_only else stored_tokens(slots, device)
-        if plans:
-            self._load_kernels(plans, q, k, v, output, lse)
+        new = (None, None) if step.metadata.cache_only else (k, v)
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
             lane.flags.wait(lane.handle, layer, is_last)
-            if stored is not None:
-                cache.store(layer, k, v, stored)
-            if plans:
-                new = (None, None) if metadata.cache_only else (k, v)
+            if step.stored is not None:
+                cache.store(layer, k, v, step.stored)
+            if options in step.plans:
                 pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
                 # A plan of Triton's, which writes where it is told.
-                plans[options].state.launch(output, lse if options.return_lse else None, q, *new, *pages)
+                step.plans[options].state.launch(output, lse if options.return_lse else None, q, *new, *pages)
             lane.flags.signal(lane.handle, layer, is_last)
 
     def _load_kernels(
-        self,
-        plans: dict[AttentionOptions, Plan],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """Launches every kernel of the step once, to no effect, before anything waits.
+        """Launches every kernel of the step once, to no effect, before anything of it waits.
 
         To load a kernel that is not on the device yet the driver may wait for all that is there: for the worker, too.
         The results go elsewhere, because the worker may still be reading those of the step before.
         """
         cache, metadata = self.step.cache, self.step.metadata
-        new: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        if not metadata.cache_only:
-            new = k, v
+        if self.step.stored is not None:
             cache.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
+        new = (None, None) if metadata.cache_only else (k, v)
         pages = cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales
-        for options, plan in plans.items():
+        for options, plan in self.step.plans.items():
             results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
             plan.state.launch(*results, q, *new, *pages)
 

@@ -131,9 +131,13 @@ class TritonAttentionOps:
         return [(backend, self._reasons.get(backend)) for backend in _LOADERS]
 
     def choose(
-        self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions
+        self,
+        config: AttentionConfig,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        among: tuple[AttentionBackend, ...] = tuple(AttentionBackend),
     ) -> AttentionKernel:
-        """The kernel for a step: the call's backend, else the cache's, else the fastest that supports it.
+        """The kernel for a step: the call's backend, else the cache's, else the fastest `among` those that support it.
 
         Raises:
             Unsupported: the named backend is off or cannot serve the step, and why.
@@ -141,7 +145,8 @@ class TritonAttentionOps:
         backend = config.backend if options.backend is None else options.backend
         refusals = []
         if backend is AttentionBackend.AUTO:
-            candidates = self._orders[kind_of(config, metadata, options, self.device)]
+            order = self._orders[kind_of(config, metadata, options, self.device)]
+            candidates = tuple(candidate for candidate in order if candidate in among)
         else:
             candidates = (backend,)
         for candidate in candidates:
@@ -154,13 +159,19 @@ class TritonAttentionOps:
             field="backend",
         )
 
-    def plan(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> Plan:
-        """Chooses a kernel and lets it plan the step.
+    def plan(
+        self,
+        config: AttentionConfig,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        among: tuple[AttentionBackend, ...] = tuple(AttentionBackend),
+    ) -> Plan:
+        """Chooses a kernel as `choose` does and lets it plan the step.
 
         Raises:
             Unsupported: see `choose`.
         """
-        kernel = self.choose(config, metadata, options)
+        kernel = self.choose(config, metadata, options, among)
         return Plan(kernel, kernel.plan(config, metadata, options, self.device))
 
     def kernel_for(self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions) -> AttentionKernel:

@@ -5,9 +5,9 @@ Needs the package cuda-bindings; `page_space` does without where it is not insta
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from attnd.planes.cuda_driver import call, driver
 
 
 class GpuAddresses:
@@ -24,26 +24,24 @@ class GpuAddresses:
         """Takes at least so many addresses, and memory for the first unit.
 
         Raises:
-            ImportError: cuda-bindings is not installed.
+            Unsupported: cuda-bindings is not installed.
             RuntimeError: the driver refuses.
         """
-        from cuda.bindings import driver
-
-        self._driver = driver
+        self._driver = module = driver()
         self._device = device
         self._enter()
-        self._properties = driver.CUmemAllocationProp()
-        self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties = module.CUmemAllocationProp()
+        self._properties.type = module.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = module.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = device.index
-        flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        self.unit_bytes = int(self._call("cuMemGetAllocationGranularity", self._properties, flag))
+        flag = module.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.unit_bytes = int(call("cuMemGetAllocationGranularity", self._properties, flag))
         self._num_bytes = (-(-num_bytes // self.unit_bytes) + 1) * self.unit_bytes
-        self._base = int(self._call("cuMemAddressReserve", self._num_bytes, 0, 0, 0))
+        self._base = int(call("cuMemAddressReserve", self._num_bytes, 0, 0, 0))
         try:
             self._map(self._base, self.unit_bytes)
         except BaseException:
-            self._call("cuMemAddressFree", self._base, self._num_bytes)
+            call("cuMemAddressFree", self._base, self._num_bytes)
             raise
         self.tensor = torch.as_tensor(_Bytes(self._base, self._num_bytes), device=device)
 
@@ -71,12 +69,12 @@ class GpuAddresses:
         """
         self._enter()
         torch.cuda.current_stream(self._device).synchronize()
-        self._call("cuMemUnmap", self._base + start, end - start)
+        call("cuMemUnmap", self._base + start, end - start)
 
     def close(self) -> None:
         """Gives back the rest. Nothing is committed any more, and nobody uses the tensor again."""
         self.give_back(0, self.unit_bytes)
-        self._call("cuMemAddressFree", self._base, self._num_bytes)
+        call("cuMemAddressFree", self._base, self._num_bytes)
 
     def _enter(self) -> None:
         """Makes the device's context this thread's, which the driver's functions need. Waits for nothing."""
@@ -84,25 +82,19 @@ class GpuAddresses:
 
     def _map(self, address: int, num_bytes: int) -> None:
         """Puts new memory at addresses that have none."""
-        handle = self._call("cuMemCreate", num_bytes, self._properties, 0)
+        handle = call("cuMemCreate", num_bytes, self._properties, 0)
         try:
-            self._call("cuMemMap", address, num_bytes, 0, handle, 0)
+            call("cuMemMap", address, num_bytes, 0, handle, 0)
         finally:
-            self._call("cuMemRelease", handle)  # it lives as long as it is mapped
+            call("cuMemRelease", handle)  # it lives as long as it is mapped
         access = self._driver.CUmemAccessDesc()
         access.location = self._properties.location
         access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         try:
-            self._call("cuMemSetAccess", address, num_bytes, [access], 1)
+            call("cuMemSetAccess", address, num_bytes, [access], 1)
         except RuntimeError:
-            self._call("cuMemUnmap", address, num_bytes)
+            call("cuMemUnmap", address, num_bytes)
             raise
-
-    def _call(self, function: str, *arguments: Any) -> Any:
-        result, *values = getattr(self._driver, function)(*arguments)
-        if int(result):
-            raise RuntimeError(f"{function} failed: {result.name}")
-        return values[0] if values else None
 
 
 class _Bytes:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from attnd.errors import Unsupported
 from attnd_server.config import AttentionConfig
 
 # Addresses of a space, as a multiple of the memory that all caches may take: holes between caches cost nothing.
@@ -126,7 +127,7 @@ class SharedSpace(PageSpace):
             device: of the pages.
 
         Raises:
-            ImportError: there is no such thing on this device.
+            Unsupported: there is no such thing on this device.
             OSError: likewise, or the system has too few of them.
             RuntimeError: likewise.
         """
@@ -286,7 +287,7 @@ class PageSpaces:
         most = min(_ADDRESSES * self._num_bytes // (config.num_bytes // num_pages), _MAX_SLOTS // config.page_size)
         try:
             space = SharedSpace(config, most, self._device)
-        except (ImportError, OSError, OverflowError, RuntimeError) as error:
+        except (Unsupported, OSError, OverflowError, RuntimeError) as error:
             log.info("caches lie alone, and their calls share no launches: %s", error)
         else:
             try:

@@ -55,7 +55,7 @@ class ShmServer:
         self._planes = service.planes = PlaneTable(
             self._path, config.region_bytes, config.max_planes, config.max_cuda_planes
         )
-        service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes)
+        service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
         self._pinning = Pinning(registrar_for(service.executor.device))
         self._connections: dict[_Connection, None] = {}
         self._max_connections = config.max_planes + MAX_HANDSHAKES

@@ -212,7 +212,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_without_a_gpu_says_so() -> None:
-    assert cuda_planes(torch.device("cpu"), 1 << 20) == "the server's device is cpu, and it needs a GPU"
+    assert cuda_planes(torch.device("cpu"), 1 << 20, 16) == "the server's device is cpu, and it needs a GPU"
 
 
 def gpu(uuid: str, reaches: bool = True) -> Any:

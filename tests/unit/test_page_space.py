@@ -6,11 +6,12 @@ import random
 import resource
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from attnd.planes import cuda_driver
 from attnd_server import gpu_addresses, page_space
 from attnd_server.config import FP8, AttentionConfig, Layout
 from attnd_server.page_space import CachePages, PageSpaces
@@ -132,10 +133,8 @@ def test_a_cache_bigger_than_a_space_lies_alone() -> None:
 def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     """Addresses "on a GPU" in which nothing can be stored, with room for 20 units."""
     driver = FakeDriver(20 * UNIT)
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    bindings = ModuleType("cuda.bindings")
-    bindings.driver = driver  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    for module in (cuda_driver, gpu_addresses):
+        monkeypatch.setattr(module, "driver", lambda: driver)
     stream = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

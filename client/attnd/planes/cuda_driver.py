@@ -38,7 +38,7 @@ def driver() -> Any:
         from cuda.bindings import driver as module
     except ImportError as error:
         rule = "needs the package cuda-bindings: pip install 'attnd[cuda]'"
-        raise Unsupported(f"the cuda plane {rule} ({error})", field="plane") from None
+        raise Unsupported(f"what shares or maps memory of a GPU {rule} ({error})", field="plane") from None
     try:
         (result,) = module.cuInit(0)
     except RuntimeError as error:  # there is no libcuda

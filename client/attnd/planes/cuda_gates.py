@@ -75,22 +75,23 @@ def _functions(on: Device) -> dict[str, Any]:
 class GateFlags:
     """One side of the hand-overs between two GPUs. The same methods as `HostFlags`, but gates."""
 
-    def __init__(self, on: Device, signal: int, flag: int) -> None:
+    def __init__(self, on: Device, signal: int, flag: int, counter: Counter | None = None) -> None:
         """Nothing was handed over yet.
 
         Args:
             on: the GPU of this side, the thread's current one.
             signal: address of the word that this side counts up, 0 at first, in memory of either GPU.
             flag: address of the word that the other side counts up, likewise.
+            counter: where this side counts, zero by the time of the first gate; None: its own, freed by `close`.
         """
         self._kernels = _functions(on)
-        self._device = on
-        self._counter = _zeros(on, 2 * WORD_BYTES)
+        self._own = counter is None
+        self._counter = counter or Counter(on)
         self._stop = _STOP_WORDS.taken()
-        counter = int(self._counter)
-        addresses = (counter, signal, flag, _STOP_WORDS.address_of(self._stop))
+        first = self._counter.address
+        addresses = (first, signal, flag, _STOP_WORDS.address_of(self._stop))
         # The counter, the word beside it, and the others: for `HandOver`.
-        self.addresses = (counter, counter + WORD_BYTES, *addresses[1:])
+        self.addresses = (first, first + WORD_BYTES, *addresses[1:])
         self._values = [ctypes.c_uint64(address) for address in addresses]
         self._pointers = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, self._values))
         self._arguments = ctypes.addressof(self._pointers)
@@ -119,7 +120,8 @@ class GateFlags:
         if self._stop >= 0:
             _STOP_WORDS.give_back(self._stop)
             self._stop = -1
-            _on_stream(self._device, lambda stream: call("cuMemFreeAsync", self._counter, stream))
+            if self._own:
+                self._counter.close()
 
     def _enqueue(self, kernel: str, stream: int) -> None:
         (result,) = self._launch(self._kernels[f"attnd_{kernel}"], 1, 1, 1, 1, 1, 1, 0, stream, self._arguments, 0)
@@ -127,15 +129,40 @@ class GateFlags:
             raise CudaError("cuLaunchKernel", result.name)
 
 
-def _zeros(on: Device, num_bytes: int) -> Any:
-    """Memory of `on`. Allocated and freed in the order of a stream: `cuMemFree` would wait for everybody's streams."""
+class Counter:
+    """Where one side counts: two words of its GPU, zeros at first.
 
-    def allocate(stream: int) -> Any:
-        address = call("cuMemAllocAsync", num_bytes, stream)
-        call("cuMemsetD8Async", address, 0, num_bytes, stream)
-        return address
+    Allocated and freed in the order of a stream, because `cuMemFree` would wait for everybody's.
 
-    return _on_stream(on, allocate)
+    Attributes:
+        address: of the first.
+    """
+
+    def __init__(self, on: Device) -> None:
+        """`on` must be the thread's current GPU."""
+
+        def allocate(stream: int) -> Any:
+            address = call("cuMemAllocAsync", 2 * WORD_BYTES, stream)
+            call("cuMemsetD8Async", address, 0, 2 * WORD_BYTES, stream)
+            return address
+
+        self._device = on
+        self._memory = _on_stream(on, allocate)
+        self.address = int(self._memory)
+
+    def reset(self, stream: int) -> None:
+        """Makes it zeros, in the order of `stream`."""
+        call("cuMemsetD8Async", self._memory, 0, 2 * WORD_BYTES, stream)
+
+    def close(self) -> None:
+        """Frees it, once; no gate may be queued."""
+        _on_stream(self._device, lambda stream: call("cuMemFreeAsync", self._memory, stream))
+
+
+def prepare(on: Device) -> None:
+    """Does what the first gate of a process would do, for which the driver may wait for all that runs on the GPU."""
+    _functions(on)
+    _STOP_WORDS.give_back(_STOP_WORDS.taken())
 
 
 def _on_stream(on: Device, work: Callable[[int], Any]) -> Any:

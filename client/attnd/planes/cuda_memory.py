@@ -40,8 +40,13 @@ class DeviceMemory:
             raise
 
     @classmethod
-    def created(cls, owner: Device, num_bytes: int) -> DeviceMemory:
+    def created(cls, owner: Device, num_bytes: int, stream: Stream | None = None) -> DeviceMemory:
         """New memory of `owner`, which must be the thread's current GPU: zeros, at least `num_bytes` of them.
+
+        Args:
+            owner: the GPU.
+            num_bytes: of the memory.
+            stream: an idle one of `owner`, on which it is cleared and which is waited for; None: one made for that.
 
         Raises:
             CudaError: there is not so much, or the driver cannot do it.
@@ -51,7 +56,7 @@ class DeviceMemory:
         size = rounded(num_bytes, int(call("cuMemGetAllocationGranularity", wanted, minimum)))
         memory = cls(call("cuMemCreate", size, wanted, 0), size, owner)
         try:
-            memory._clear(owner)
+            memory._clear(owner, stream)
         except BaseException:
             memory.close()
             raise
@@ -91,14 +96,15 @@ class DeviceMemory:
         if handle is not None:
             call("cuMemRelease", handle)
 
-    def _clear(self, owner: Device) -> None:
-        """Nobody shall see what was there. On a stream of its own, for which nobody waits."""
-        stream = Stream(owner)
+    def _clear(self, owner: Device, given: Stream | None) -> None:
+        """Nobody shall see what was there. On a stream for which nobody else waits."""
+        stream = given or Stream(owner)
         try:
             call("cuMemsetD8Async", self._reserved, 0, self.num_bytes, stream.handle)
             stream.synchronize()
         finally:
-            stream.close()
+            if given is None:
+                stream.close()
 
 
 def rounded(num_bytes: int, granularity: int) -> int:

@@ -1,12 +1,17 @@
 """What a cuda plane has on the server: memory of the GPU that its worker maps too, a stream, and words between them.
 
-A session's steps run on a stream of its own, of which the driver lets no other stream wait. Streams are kept when a
-session ends, for the next: torch keeps what it allocated on a stream for work on that stream.
+A session's steps run on a stream of its own, of which the driver lets no other stream wait. While it waits for its
+worker, nobody may ask the driver for what waits for the whole GPU, or they wait too. So what sessions need of that kind
+is made ahead, when the server starts: streams and counters, which the next session takes over, kernels, and pages of
+the host's words. A session's memory is made for it and never another's, because its worker may keep it mapped: only
+virtual memory management makes it, which waits for nobody's work, and a thread of its own frees it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -25,9 +30,16 @@ from attnd_server.backends.cuda_graph import captured
 
 if TYPE_CHECKING:
     from attnd.planes.cuda_driver import Device, Stream
+    from attnd.planes.cuda_gates import Counter
+    from attnd.planes.cuda_words import HostWords
+
+log = logging.getLogger(__name__)
 
 # How often a stream that must not wait any more is let go, in seconds.
 _STOP_PERIOD_S = 0.001
+# What torch's allocators are given to keep at the start, so that steps find memory there: bytes and number of blocks.
+_PINNED_BLOCKS = tuple((1 << bits, 8) for bits in range(9, 21))
+_DEVICE_BLOCKS = ((1 << 20, 16), (64 << 20, 1))
 
 
 class Flags(Protocol):
@@ -77,42 +89,87 @@ class Lane(Protocol):
         """Lets go of what waits for the worker, until the stream is idle."""
 
 
+class Slot:
+    """What sessions have one after the other.
+
+    Attributes:
+        stream: idle between sessions.
+        counter: of the gates.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """The device must be the thread's current one."""
+        from attnd.planes import cuda_driver, cuda_gates
+
+        self.stream: Stream = cuda_driver.Stream(device)
+        self.counter: Counter = cuda_gates.Counter(device)
+
+
+class SharedWords:
+    """A page of words of the host, mapped here, and its descriptor for the worker.
+
+    Attributes:
+        words: here.
+        descriptor: for the worker; -1 once it was taken.
+    """
+
+    def __init__(self) -> None:
+        """Makes the page."""
+        from attnd.planes import cuda_words
+
+        self.descriptor = sockets.sealed_memory(WORDS_BYTES)
+        try:
+            self.words: HostWords = cuda_words.HostWords(sockets.map_memory(os.dup(self.descriptor), WORDS_BYTES))
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def taken(self) -> int:
+        """The descriptor, which is the caller's from now on. Once."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
+    def close(self) -> None:
+        """Nobody's stream may wait for a word."""
+        self.words.close()
+        if self.descriptor >= 0:
+            os.close(self.taken())
+
+
 class CudaLane:
     """Implements `Lane` on a GPU. Made by `CudaPlanes.open`."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None
 
-    def __init__(self, device: Device, stream: Stream, num_bytes: int, on_same_gpu: bool) -> None:
-        """Takes the memory. The device must be the thread's current one.
+    def __init__(self, device: Device, slot: Slot, words: SharedWords, num_bytes: int, on_same_gpu: bool) -> None:
+        """Takes the memory, and owns `words`, whatever happens. The device must be the thread's current one.
 
         Raises:
             CudaError: there is not so much.
         """
         from attnd.planes.cuda_gates import GateFlags
         from attnd.planes.cuda_memory import DeviceMemory
-        from attnd.planes.cuda_words import HostFlags, HostWords
+        from attnd.planes.cuda_words import HostFlags
 
-        self._stream = stream
-        self.handle = stream.handle
+        self.slot = slot
+        self.handle = slot.stream.handle
         self._device = torch.device("cuda", device.index)
-        self._torch_stream = torch.cuda.ExternalStream(stream.handle, device=self._device)
+        self._torch_stream = torch.cuda.ExternalStream(self.handle, device=self._device)
         self.capture = partial(captured, stream=self._torch_stream)
-        self._region = DeviceMemory.created(device, num_bytes)
-        self.num_bytes = self._region.num_bytes
-        self._words = -1
-        self.flags: Flags
+        self._words = words
         try:
-            self._words = sockets.sealed_memory(WORDS_BYTES)
-            if on_same_gpu:
-                words = HostWords(sockets.map_memory(os.dup(self._words), WORDS_BYTES))
-                self.flags = HostFlags(words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
-            else:
-                address = self._region.address
-                self.flags = GateFlags(device, signal=address + TO_WORKER, flag=address + TO_SERVER)
+            self._region = DeviceMemory.created(device, num_bytes, slot.stream)
         except BaseException:
-            self._close_words()
-            self._region.close()
+            words.close()
             raise
+        self.num_bytes = self._region.num_bytes
+        self.flags: Flags
+        if on_same_gpu:
+            self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
+        else:
+            slot.counter.reset(self.handle)
+            address = self._region.address
+            self.flags = GateFlags(device, address + TO_WORKER, address + TO_SERVER, slot.counter)
         # torch's own DLPack import, because it takes our word for the device.
         self._bytes = torch.utils.dlpack.from_dlpack(
             DeviceBytes(self._region.address, self.num_bytes, (CUDA, device.index))
@@ -120,8 +177,7 @@ class CudaLane:
 
     def descriptors(self) -> list[int]:
         """Of the region and of the host's words; the caller closes them. Once."""
-        words, self._words = self._words, -1
-        return [self._region.exported(), words]
+        return [self._region.exported(), self._words.taken()]
 
     def tensor(self, place: Place) -> torch.Tensor:
         """A tensor of the region."""
@@ -141,23 +197,16 @@ class CudaLane:
 
     def drain(self) -> None:
         """Lets go of what waits for the worker, until the stream is idle."""
-        while not self._stream.is_idle():
+        while not self.slot.stream.is_idle():
             self.flags.stop()
             time.sleep(_STOP_PERIOD_S)
 
-    def close(self) -> Stream:
-        """Frees the memory; what is enqueued and waits is let go. Gives back the stream. The device is current."""
-        self.drain()
+    def free(self) -> None:
+        """Frees the memory of a lane that is drained. May wait for everybody's steps. The device is current."""
         self._bytes = torch.empty(0)
-        self._close_words()
         self.flags.close()
+        self._words.close()
         self._region.close()
-        return self._stream
-
-    def _close_words(self) -> None:
-        if self._words >= 0:
-            os.close(self._words)
-            self._words = -1
 
 
 class CudaPlanes:
@@ -168,15 +217,21 @@ class CudaPlanes:
         num_bytes: of each region.
     """
 
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        """Looks whether there can be any.
+    def __init__(self, device: torch.device, num_bytes: int, max_planes: int) -> None:
+        """Looks whether there can be any, and makes what they need.
+
+        Args:
+            device: the server's.
+            num_bytes: of each region.
+            max_planes: that are open at once.
 
         Raises:
             Unsupported: not on this device, or not with what is installed; the message says why.
+            CudaError: the driver refused something.
         """
         if device.type != "cuda":
             raise Unsupported(f"the server's device is {device}, and it needs a GPU", field="plane")
-        from attnd.planes import cuda_driver
+        from attnd.planes import cuda_driver, cuda_gates
 
         torch.cuda.init()
         found = cuda_driver.device_of(str(torch.cuda.get_device_properties(device).uuid))
@@ -186,11 +241,20 @@ class CudaPlanes:
         self._device = found
         self.gpu_uuid = found.uuid
         self.num_bytes = num_bytes
-        self._idle: list[Stream] = []
-        self._lock = threading.Lock()
+        _let_torch_keep_memory(device)
+        found.make_current()
+        cuda_gates.prepare(found)
+        self._slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
+        for _ in range(max_planes):
+            self._slots.put(Slot(found))
+            self._words.put(SharedWords())
+        # What may wait for everybody's steps: nobody waits for it.
+        self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._do_slow_work, name="cuda-planes", daemon=True).start()
 
     def open(self, worker_gpu: str) -> CudaLane:
-        """Memory, words and a stream for a session.
+        """Memory, words and a stream for a session. No more than `max_planes` at once.
 
         Args:
             worker_gpu: UUID of the worker's GPU.
@@ -198,27 +262,45 @@ class CudaPlanes:
         Raises:
             Exhausted: the GPU's memory is full.
         """
-        from attnd.planes.cuda_driver import CudaError, Stream
+        from attnd.planes.cuda_driver import CudaError
 
         self._device.make_current()
-        with self._lock:
-            stream = self._idle.pop() if self._idle else None
+        slot = self._slots.get()
         try:
-            if stream is None:
-                stream = Stream(self._device)
-            return CudaLane(self._device, stream, self.num_bytes, worker_gpu == self.gpu_uuid)
+            try:
+                words = self._words.get_nowait()
+            except queue.Empty:  # sessions came faster than words
+                words = SharedWords()
+            self._slow_work.put(lambda: self._words.put(SharedWords()))
+            return CudaLane(self._device, slot, words, self.num_bytes, worker_gpu == self.gpu_uuid)
         except BaseException as error:
-            self._give_back(stream)
+            self._slots.put(slot)
             if isinstance(error, CudaError):
                 raise Exhausted(f"no memory for a cuda plane's region of {self.num_bytes} bytes: {error}") from None
             raise
 
     def close(self, lane: CudaLane) -> None:
-        """Frees what `open` gave; what is enqueued and waits for the worker is let go."""
+        """Takes back what `open` gave; what is enqueued and waits for the worker is let go."""
         self._device.make_current()
-        self._give_back(lane.close())
+        try:
+            lane.drain()
+        finally:
+            self._slow_work.put(lane.free)
+            self._slots.put(lane.slot)
 
-    def _give_back(self, stream: Stream | None) -> None:
-        with self._lock:
-            if stream is not None:
-                self._idle.append(stream)
+    def _do_slow_work(self) -> None:
+        self._device.make_current()
+        while True:
+            work = self._slow_work.get()
+            try:
+                work()
+            except Exception:
+                log.exception("a cuda plane's memory cannot be made or freed")
+            del work  # holds the lane
+
+
+def _let_torch_keep_memory(device: torch.device) -> None:
+    """Blocks that torch keeps once they are free: its next ones of such sizes do not come from the driver."""
+    pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size, num in _PINNED_BLOCKS for _ in range(num)]
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size, num in _DEVICE_BLOCKS for _ in range(num)]
+    del pinned, held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import select
 import socket
 import threading
 import time
@@ -43,6 +44,8 @@ class PlaneTable:
 
     # Seconds from OpenPlane to the connection; clients connect at once.
     TICKET_S = 10.0
+    # Seconds after which to ask again where a plane is on its way out.
+    RETRY_S = 0.01
 
     def __init__(self, socket_path: str, num_bytes: int, max_planes: int, max_cuda_planes: int = 0) -> None:
         """Starts empty."""
@@ -117,12 +120,16 @@ class PlaneTable:
             self._planes.pop(plane.id, None)
 
     def _refuse_if_full(self, is_cuda: bool) -> None:
-        count = sum(bool(plane.worker_gpu) == is_cuda for plane in self._planes.values())
+        planes = [plane for plane in self._planes.values() if bool(plane.worker_gpu) == is_cuda]
+        count = len(planes)
         if is_cuda and count >= self._max_cuda_planes:
+            # Who has closed one session and opens the next need not know that the server is still cleaning up.
+            is_leaving = any(plane.connection is not None and has_ended(plane.connection) for plane in planes)
             # A stream that waits holds up whatever shares its hardware queue, of which a process has 32.
             raise Exhausted(
                 f"{count} cuda planes are open, which is the limit: each has a stream that waits for its worker, and a "
-                "GPU has few hardware queues for streams; close a session, or wait, or see --max-cuda-planes"
+                "GPU has few hardware queues for streams; close a session, or wait, or see --max-cuda-planes",
+                retry_after_s=self.RETRY_S if is_leaving else None,
             )
         if not is_cuda and count >= self._max_planes:
             raise Exhausted(f"{count} shm planes are open, which is the limit; close a session, or wait")
@@ -132,6 +139,22 @@ class PlaneTable:
         for plane in list(self._planes.values()):
             if plane.connection is None and now > plane.expires_at:
                 del self._planes[plane.id]
+
+
+def has_ended(*connections: socket.socket, timeout_s: float = 0) -> bool:
+    """Whether the other side of one has closed, or is gone; what it sent before may still be unread.
+
+    Args:
+        connections: that this side may have closed, too.
+        timeout_s: seconds to wait for that.
+    """
+    poll = select.poll()
+    for connection in connections:
+        try:
+            poll.register(connection, select.POLLRDHUP)
+        except (OSError, ValueError):  # closed on this side
+            return True
+    return bool(poll.poll(timeout_s * 1e3))
 
 
 def end(connection: socket.socket) -> None:
