@@ -114,7 +114,7 @@ class CudaSession:
         """
         arrived = time.perf_counter()
         step = self._checked(wire.parse(attention_pb2.AttendRequest, data))
-        # Held until the stream is done with the pages, also if the step fails: deleted meanwhile, they would be unmapped.
+        # Until the stream is done with the pages, also if the step fails: of a deleted cache they would be unmapped.
         with step.step.cache.held():
             self._run_on_lane(step)
         if self._lane.flags.is_stopped:
@@ -188,7 +188,7 @@ class CudaSession:
 class Watchdog:
     """Lets streams go that wait for workers which have gone or are too late. One thread for all planes."""
 
-    # Seconds until a look at steps that began meanwhile and at the clock, and between two tries to let go of what waits.
+    # Seconds until a look at new steps and at the clock, and between two tries to let go of what waits.
     PERIOD_S, STOP_PERIOD_S = 0.05, 0.001
 
     def __init__(self) -> None:

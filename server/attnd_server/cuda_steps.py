@@ -11,7 +11,7 @@ What the executor promises everybody else still holds:
   step's message and its answer nothing else is ordered against it, as between two calls under way at once; the client
   waits for the answer (`CudaStep.finish`) before it asks for anything else of the cache.
 - A cache that is deleted meanwhile, or whose lease ends, is closed at once for everybody; the step keeps hold of its
-  pages (`Cache.held`), so that their memory is no other cache's before the step is over, and is answered with CacheLost.
+  pages (`Cache.held`), so that their memory stays until the step is over, and is answered with CacheLost.
 - It waits for no other session's worker: a step is planned, and its kernels are loaded, on the stream of all other work
   and with memory of that stream; the session's own has the layers alone. Only kernels that no step has used before may
   make the driver wait for the whole GPU, and so for steps that are running.

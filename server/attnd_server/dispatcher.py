@@ -147,6 +147,8 @@ class TritonAttentionOps:
         if backend is AttentionBackend.AUTO:
             order = self._orders[kind_of(config, metadata, options, self.device)]
             candidates = tuple(candidate for candidate in order if candidate in among)
+            if not candidates:
+                refusals.append(f"none of {', '.join(each.value for each in among)} is chosen on {self.device}")
         else:
             candidates = (backend,)
         for candidate in candidates:

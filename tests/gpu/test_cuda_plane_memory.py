@@ -140,4 +140,5 @@ def test_who_waits_for_a_killed_peer_is_let_go(gpu: int, flags: str, waits_as: s
             time.sleep(0.001)
         assert peers.side.stream.query()
         # The memory is this process' own and still there.
-        call("cuMemcpy", torch.empty(8, dtype=torch.uint8).data_ptr(), peers.region.address, 8)
+        host = torch.empty(8, dtype=torch.uint8)
+        call("cuMemcpy", host.data_ptr(), peers.region.address, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,34 @@ def test_shm_and_cuda_planes_are_counted_apart() -> None:
         planes.open("me", "a")
     with pytest.raises(attnd.Exhausted, match="1 shm planes are open, which is the limit"):
         planes.open("me")
+
+
+def test_a_capture_on_another_gpu_is_refused() -> None:
+    """torch makes the stream of its captures once, on the GPU that is current then."""
+
+    def torch_cuda(current: int, capturing: bool) -> SimpleNamespace:
+        return SimpleNamespace(current_device=lambda: current, is_current_stream_capturing=lambda: capturing)
+
+    for current, capturing in ((1, False), (1, True), (0, False)):
+        cuda.check_capture(torch_cuda(current, capturing), 1)
+    with pytest.raises(attnd.InvalidRequest, match="captured on a stream of cuda:0, but a session on cuda:1 needs"):
+        cuda.check_capture(torch_cuda(0, True), 1)
+
+
+def test_who_opens_a_plane_while_another_is_on_its_way_out_is_told_to_ask_again() -> None:
+    table = PlaneTable("/socket", 1 << 20, max_planes=1, max_cuda_planes=1)
+    ours, theirs = socket.socketpair()
+    with ours:
+        plane = table.open("me", "gpu")
+        with pytest.raises(attnd.Exhausted) as refused:
+            table.open("me", "gpu")
+        assert refused.value.retry_after_s is None  # its ticket may yet be brought
+        table.claim(plane.ticket, ours)
+        with theirs, pytest.raises(attnd.Exhausted) as refused:
+            table.open("me", "gpu")
+        assert refused.value.retry_after_s is None
+        with pytest.raises(attnd.Exhausted) as refused:
+            table.open("me", "gpu")
+        assert refused.value.retry_after_s == PlaneTable.RETRY_S
+        table.forget(plane)
+        table.open("me", "gpu")

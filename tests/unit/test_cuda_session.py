@@ -380,6 +380,44 @@ def test_a_cache_deleted_in_the_middle_of_a_step_fails_it(opened: tuple[attnd.Cl
             step.finish()
 
 
+def test_the_memory_of_a_deleted_cache_is_kept_until_its_step_is_over(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+) -> None:
+    client, planes = opened
+    cache = client.create_cache(**GEOMETRY)
+    held = client.transport._service.caches.all()[0]
+    freed: list[bool] = []
+    held._spaces.give_back = lambda *_: freed.append(planes.lanes[0].flags.is_stopped)
+    session = cache.session()
+    one_step(session)
+    step = session.step(metadata(1, 1))
+    step.attend(0, *new_tokens(1))
+    assert wait_until(lambda: held._num_holders == 2)
+    held.close()  # as when its lease ends
+    assert not freed
+    session.close()  # and the step fails
+    assert wait_until(lambda: freed == [True])
+
+
+def test_steps_take_their_turn_among_the_work_on_their_cache(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = opened
+    executor = client.transport._service.executor
+    lanes: list[bytes] = []
+    real = executor.submit
+
+    def submit(work: Any, *rest: Any, **more: Any) -> Any:
+        lanes.append(work.cache_id())
+        return real(work, *rest, **more)
+
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        monkeypatch.setattr(executor, "submit", submit)
+        one_step(session)
+        assert lanes == [cache.ref.id]
+        monkeypatch.undo()
+
+
 def test_a_process_without_a_gpu_says_so(tmp_path: Path) -> None:
     from attnd_server.app import build_service
     from attnd_server.config import ServerConfig

@@ -152,6 +152,15 @@ def test_auto_looks_the_kind_of_the_step_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert ops.choose(CASE.config(), blocks.metadata(), PLAIN).backend is AttentionBackend.SDPA
 
 
+def test_auto_may_be_told_what_to_choose_among(ops: TritonAttentionOps) -> None:
+    config, metadata = CASE.config(), CASE.metadata()
+    naive = (AttentionBackend.NAIVE,)
+    assert ops.choose(config, metadata, PLAIN, naive).backend is AttentionBackend.NAIVE
+    assert ops.plan(config, metadata, PLAIN, naive).backend is AttentionBackend.NAIVE
+    with pytest.raises(Unsupported, match="can serve this step: none of triton, triton_grouped is chosen on cpu"):
+        ops.choose(config, metadata, PLAIN, (AttentionBackend.TRITON, AttentionBackend.TRITON_GROUPED))
+
+
 def test_the_call_names_a_backend_before_the_cache(ops: TritonAttentionOps) -> None:
     config = replace(CASE.config(), backend=AttentionBackend.NAIVE)
     assert chosen(ops, PLAIN, config) == "naive"

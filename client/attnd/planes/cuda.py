@@ -257,8 +257,9 @@ class CudaPlane:
 
     @contextmanager
     def stream(self) -> Iterator[int]:
-        """Torch's current stream of the worker's GPU, for what is enqueued inside."""
+        """Torch's current stream of the worker's GPU, for what is enqueued inside. Raises as `check_capture` does."""
         cuda = sys.modules["torch"].cuda
+        check_capture(cuda, self._gpu.index)
         with cuda.device(self._gpu.index):
             yield cuda.current_stream().cuda_stream
 
@@ -353,6 +354,24 @@ def _copy_in(address: int, tensor: Any) -> Copy | None:
     size = tensor.element_size()
     row_bytes = num_heads * head_dim * size
     return Copy(address, tensor.data_ptr(), num_tokens, row_bytes, row_bytes if num_tokens == 1 else token * size)
+
+
+def check_capture(cuda: Any, index: int) -> None:
+    """Refuses a capture that would go without what is enqueued on a GPU.
+
+    Args:
+        cuda: `torch.cuda`.
+        index: of the worker's GPU.
+
+    Raises:
+        InvalidRequest: a CUDA graph is being captured on a stream of another GPU.
+    """
+    current = cuda.current_device()
+    if current != index and cuda.is_current_stream_capturing():
+        rule = (
+            f"a session on cuda:{index} needs one of its own: torch.cuda.graph(..., stream=torch.cuda.Stream({index}))"
+        )
+        raise InvalidRequest(f"a CUDA graph is being captured on a stream of cuda:{current}, but {rule}", field="q")
 
 
 def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -> Any:

@@ -164,12 +164,17 @@ class CudaLane:
             raise
         self.num_bytes = self._region.num_bytes
         self.flags: Flags
-        if on_same_gpu:
-            self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
-        else:
-            slot.counter.reset(self.handle)
-            address = self._region.address
-            self.flags = GateFlags(device, address + TO_WORKER, address + TO_SERVER, slot.counter)
+        try:
+            if on_same_gpu:
+                self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
+            else:
+                slot.counter.reset(self.handle)
+                address = self._region.address
+                self.flags = GateFlags(device, address + TO_WORKER, address + TO_SERVER, slot.counter)
+        except BaseException:
+            self._region.close()
+            words.close()
+            raise
         # torch's own DLPack import, because it takes our word for the device.
         self._bytes = torch.utils.dlpack.from_dlpack(
             DeviceBytes(self._region.address, self.num_bytes, (CUDA, device.index))
@@ -242,13 +247,13 @@ class CudaPlanes:
         self.gpu_uuid = found.uuid
         self.num_bytes = num_bytes
         _let_torch_keep_memory(device)
-        found.make_current()
-        cuda_gates.prepare(found)
         self._slots: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
-        for _ in range(max_planes):
-            self._slots.put(Slot(found))
-            self._words.put(SharedWords())
+        with found.current():
+            cuda_gates.prepare(found)
+            for _ in range(max_planes):
+                self._slots.put(Slot(found))
+                self._words.put(SharedWords())
         # What may wait for everybody's steps: nobody waits for it.
         self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._do_slow_work, name="cuda-planes", daemon=True).start()
