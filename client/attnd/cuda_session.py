@@ -117,7 +117,12 @@ class CudaSession:
         step.opened(plane, step_layout(num_tokens, heads, self.geometry, plane.num_bytes), options)
         told = [] if options == (DEFAULT_OPTIONS,) else [each.message for each in options]
         request = attention_pb2.CudaStep(step=message, num_heads=heads, options=told)
-        plane.send(request, self.timeout_s)
+        try:
+            plane.send(request, self.timeout_s)
+        except AttndError as error:
+            step.error = error
+            self._fail(error)
+            raise
         self._timings.bytes_sent += request.ByteSize()
         self._unanswered.append(step)
 
@@ -183,11 +188,9 @@ class CudaSession:
             return False
         self._unanswered.popleft()
         if answer.reply is None:
-            step.error = answer.error
-            for other in self._unanswered:
-                other.error = answer.error
-            self.close()
             assert answer.error is not None
+            step.error = answer.error
+            self._fail(answer.error)
             raise answer.error
         if answer.reply.takes_deltas:
             self._tables.accept(step.id)
@@ -197,6 +200,12 @@ class CudaSession:
             name = backend_pb2.Backend.Name(answer.reply.backend)
             self._timings.backend = name.removeprefix("BACKEND_").lower()
         return True
+
+    def _fail(self, error: AttndError) -> None:
+        """Ends the plane; what went wrong is told once, and by the `finish` of each step that was not answered."""
+        for step in self._unanswered:
+            step.error = error
+        self.close()
 
     def _open(self) -> None:
         if sys.platform != "linux":

@@ -21,7 +21,7 @@ from attnd.errors import Exhausted
 from attnd.planes import cuda_driver, cuda_gates, cuda_memory, cuda_words
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES
 from attnd.planes.device_bytes import CPU
-from attnd_server.planes import cuda
+from attnd_server.planes import cuda, cuda_streams
 from attnd_server.planes.cuda import CudaLane, CudaPlanes
 
 # What may wait for all that runs on a GPU.
@@ -45,12 +45,16 @@ class NotingDriver:
         asked: names of functions, by the thread that asked.
         is_full: whether there is no memory.
         busy: how often a stream is still found busy.
+        held_up: streams that are always.
+        others_get_on: whether the stream of all other work does.
     """
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, str]] = []
         self.is_full = False
         self.busy = 0
+        self.held_up: set[int] = set()
+        self.others_get_on = True
         self._numbers = itertools.count(1)
         self._memory: list[Any] = []
 
@@ -84,9 +88,10 @@ class NotingDriver:
     def _cuMemExportToShareableHandle(self, *_: Any) -> int:
         return os.memfd_create("region")
 
-    def _cuStreamQuery(self, _: Any) -> Any:
+    def _cuStreamQuery(self, stream: int) -> Any:
         self.busy -= 1
-        return SimpleNamespace(name="CUDA_ERROR_NOT_READY") if self.busy >= 0 else 0
+        is_busy = self.busy >= 0 or stream in self.held_up
+        return SimpleNamespace(name="CUDA_ERROR_NOT_READY") if is_busy else 0
 
     def asked_here(self) -> Counter[str]:
         """By this thread, since it last asked."""
@@ -109,6 +114,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> NotingDriver:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
     monkeypatch.setattr(cuda, "_let_torch_keep_memory", lambda device: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **where: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: noting.others_get_on)
+    )
     monkeypatch.setattr(cuda, "CUDA", CPU)  # for torch, which has no GPU here
     return noting
 
@@ -135,7 +145,7 @@ def take(opened: CudaPlanes, worker_gpu: str) -> CudaLane:
 def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: NotingDriver, worker_gpu: str) -> None:
     opened = planes()
     made = driver.asked_here()
-    assert made["cuStreamCreate"] == 4  # and two for the counters, which are destroyed
+    assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
     assert made["cuModuleLoadData"] == 1
     for _ in range(5):
         lanes = [take(opened, worker_gpu) for _ in range(2)]
@@ -150,6 +160,28 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
         assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] % 2 == 0 and opened._words.qsize() == 2)
     assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] == 10)
     assert driver.asked_elsewhere()["cuMemHostRegister"] == driver.asked_elsewhere()["cuMemHostUnregister"] == 10
+
+
+def test_streams_that_share_a_queue_are_not_taken(driver: NotingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_streams, "_HELD_UP_S", 0.01)
+    on, device = cuda_driver.Device(0), torch.device("cuda", 0)
+    first = cuda_streams.independent_streams(on, device, 3)
+    handles = [stream.handle for stream in first]
+    # The driver's numbers rise; of the streams to come, some are held up by those that wait.
+    driver.held_up = {handle for handle in range(handles[-1] + 1, handles[-1] + 40) if handle // 2 % 2}
+    second = cuda_streams.independent_streams(on, device, 3)
+    assert not {stream.handle for stream in second} & driver.held_up
+    assert driver.asked_here()["cuMemHostUnregister"] == 2
+
+
+def test_a_server_with_too_few_queues_says_so_and_does_without(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_streams, "_HELD_UP_S", 0.01)
+    driver.others_get_on = False
+    streams = cuda_streams.independent_streams(cuda_driver.Device(0), torch.device("cuda", 0), 3)
+    assert len({stream.handle for stream in streams}) == 3
+    assert "only 0 of 3 streams for cuda planes are independent" in caplog.text
 
 
 def test_a_lane_is_let_go_before_it_is_freed(driver: NotingDriver) -> None:

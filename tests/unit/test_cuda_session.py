@@ -222,6 +222,26 @@ def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_l
         one_step(session)
 
 
+def test_a_failure_that_is_found_while_a_step_is_sent_is_told_once(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        one_step(session)
+        plane = session._plane
+        answer, plane.answer = plane.answer, lambda step_id, wait: None  # `step` looks before the answer is there
+        bad = session.step(attnd.StepMetadata([1], [0], [[99]], [0]), num_heads=HEADS)
+        assert wait_until(lambda: plane.failure is not None)
+        session._settle = lambda: None
+        with pytest.raises(attnd.InvalidRequest, match="is 99"):
+            session.step(metadata(1, 1))
+        del session._settle
+        plane.answer = answer
+        with pytest.raises(attnd.InvalidRequest, match="is 99"):
+            bad.finish()
+        one_step(session, 1)
+
+
 @pytest.mark.parametrize("backend", ["naive", "sdpa"])
 def test_a_backend_that_makes_the_executor_wait_is_refused(
     opened: tuple[attnd.Client, host_lanes.HostPlanes], backend: str

@@ -97,11 +97,11 @@ class Slot:
         counter: of the gates.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, stream: Stream) -> None:
         """The device must be the thread's current one."""
-        from attnd.planes import cuda_driver, cuda_gates
+        from attnd.planes import cuda_gates
 
-        self.stream: Stream = cuda_driver.Stream(device)
+        self.stream = stream
         self.counter: Counter = cuda_gates.Counter(device)
 
 
@@ -237,6 +237,7 @@ class CudaPlanes:
         if device.type != "cuda":
             raise Unsupported(f"the server's device is {device}, and it needs a GPU", field="plane")
         from attnd.planes import cuda_driver, cuda_gates
+        from attnd_server.planes.cuda_streams import independent_streams
 
         torch.cuda.init()
         found = cuda_driver.device_of(str(torch.cuda.get_device_properties(device).uuid))
@@ -251,8 +252,8 @@ class CudaPlanes:
         self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
         with found.current():
             cuda_gates.prepare(found)
-            for _ in range(max_planes):
-                self._slots.put(Slot(found))
+            for stream in independent_streams(found, device, max_planes):
+                self._slots.put(Slot(found, stream))
                 self._words.put(SharedWords())
         # What may wait for everybody's steps: nobody waits for it.
         self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
