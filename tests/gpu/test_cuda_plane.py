@@ -304,6 +304,7 @@ def test_a_cache_that_is_deleted_in_the_middle_of_a_step(client: attnd.Client, g
         step = session.step(step_of([0], [1]), num_heads=HEADS)
         calls = calls_of(1, gpu)
         step.attend(0, *calls[0])
+        torch.cuda.synchronize(gpu)  # the step is under way, and not only its message
         cache.delete()
         with client.create_cache(**GEOMETRY) as next_cache:  # its pages are zeros, whatever the step stores
             for layer in range(1, LAYERS):
