@@ -28,7 +28,10 @@ class Tile(NamedTuple):
 # Requests with at most so many new tokens are decode; those with more than the other number are never cut into chunks.
 FEW_NEW_TOKENS, MAX_SPLIT_TOKENS = 16, 256
 # Hopper's kernels: most rows of a decode program, rows of one of the other kernel, and keys in which parts are counted.
-HOPPER_DECODE_ROWS, HOPPER_ROWS, HOPPER_KEYS = 64, 128, 128
+# More rows than these leave a multiprocessor no registers for two programs, and the other kernel is faster then.
+HOPPER_DECODE_ROWS, HOPPER_ROWS, HOPPER_KEYS = 32, 128, 128
+# Most rows of a decode program over FP8 pages, times its head dim.
+_FP8_ELEMENTS = 64 * 128
 # Shared memory of a multiprocessor for tiles of K and V under way in decode, in bytes: more would fit beside queries
 # and weights, and measured worse.
 _RING_BYTES = 131_072
@@ -72,20 +75,17 @@ class HopperLaunch(NamedTuple):
 def hopper_launch(rows: int, head_dim: int, head_dim_v: int) -> HopperLaunch:
     """The launch shape for items of so many rows.
 
-    Where they fit, two decode programs share a multiprocessor: while one begins or ends an item, the other multiplies.
+    Two decode programs share a multiprocessor: while one begins or ends an item, the other multiplies.
     """
-    is_wide = max(head_dim, head_dim_v) > 128
     if rows == HOPPER_ROWS:
-        return HopperLaunch(64 if is_wide else 128, 2, 1, None)
-    num_programs, max_registers = (2, 128) if rows <= 32 and not is_wide else (1, None)
+        return HopperLaunch(64 if max(head_dim, head_dim_v) > 128 else 128, 2, 1, None)
     tile_bytes = 2 * 64 * (head_dim + head_dim_v)
-    num_stages = min(MAX_STAGES, _RING_BYTES // num_programs // tile_bytes)
-    return HopperLaunch(64, num_stages, num_programs, max_registers)
+    return HopperLaunch(64, min(MAX_STAGES, _RING_BYTES // 2 // tile_bytes), 2, 128)
 
 
 def fits_hopper_fp8(rows: int, head_dim: int) -> bool:
     """Whether Hopper's kernel for FP8 has registers for items of so many rows."""
-    return rows * head_dim <= HOPPER_DECODE_ROWS * 128
+    return rows * head_dim <= _FP8_ELEMENTS
 
 
 def hopper_fp8_launch(rows: int, head_dim: int) -> HopperLaunch:
