@@ -61,7 +61,7 @@ def test_asks_for_grpc_and_protobuf_only(wheel):
     metadata = email.message_from_string(text)
     requirements = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"[\w-]+", line)[0] for line in requirements) == ["grpcio", "protobuf"]
-    assert set(metadata.get_all("Provides-Extra")) == {"torch", "server", "transformers", "demo", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"torch", "cuda", "server", "transformers", "demo", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
 
 
