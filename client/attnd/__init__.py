@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from attnd import aio, errors
 from attnd._version import __version__
 from attnd.client import Cache, Client, connect
+from attnd.credentials import Credentials
 from attnd.cuda_session import CudaSession, CudaStep
 from attnd.diffulex import (
     AttnMetaDataBase,
@@ -33,6 +34,7 @@ from attnd.errors import (
     InvalidRequest,
     PermissionDenied,
     ServerFault,
+    Unauthenticated,
     Unsupported,
 )
 from attnd.kv_split import KVSplit
@@ -58,6 +60,7 @@ __all__ = [
     "Cache",
     "CacheLost",
     "Client",
+    "Credentials",
     "CudaSession",
     "CudaStep",
     "DeadlineExceeded",
@@ -75,6 +78,7 @@ __all__ = [
     "Step",
     "StepMetadata",
     "Timings",
+    "Unauthenticated",
     "Unsupported",
     "WarmUp",
     "__version__",

@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 
 from attnd import requests, wire
+from attnd.credentials import NO_CREDENTIALS, Credentials
 from attnd.errors import (
     AttndError,
     CacheLost,
@@ -35,18 +36,22 @@ from attnd.options import AttentionOptions
 from attnd.page_table_deltas import SentPageTables
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.retries import Patience
-from attnd.transport import GRPC_OPTIONS, SERVICE, translate
+from attnd.transport import GRPC_OPTIONS, SERVICE, WHY_S, explained, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
 
 
 async def connect(
-    address: str = "localhost:7411", *, timeout_s: float = 30.0, connect_timeout_s: float = 10.0
+    address: str = "localhost:7411",
+    *,
+    timeout_s: float = 30.0,
+    connect_timeout_s: float = 10.0,
+    credentials: Credentials | None = None,
 ) -> AsyncClient:
     """Connects to a server. Arguments and errors as `attnd.connect`; "inproc://" has the sync client only."""
     if "://" in address:
         raise InvalidRequest(f'address is {address}, but must be "host:port" for the asyncio client', field="address")
-    client = AsyncClient(address, timeout_s, connect_timeout_s)
+    client = AsyncClient(address, timeout_s, connect_timeout_s, credentials or NO_CREDENTIALS)
     try:
         await client.capabilities()
     except AttndError:
@@ -58,13 +63,20 @@ async def connect(
 class AsyncClient:
     """A connection to one server, used from one event loop."""
 
-    def __init__(self, address: str, timeout_s: float, connect_timeout_s: float) -> None:
+    def __init__(
+        self, address: str, timeout_s: float, connect_timeout_s: float, credentials: Credentials = NO_CREDENTIALS
+    ) -> None:
         """Made by `connect`."""
         self.timeout_s = timeout_s
         self.epoch = 0
         self.address = address
         self._connect_timeout_s = connect_timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+        self._metadata = credentials.metadata
+        if credentials.tls:
+            options = [*GRPC_OPTIONS, *credentials.channel_options()]
+            self._channel = grpc.aio.secure_channel(address, credentials.channel_credentials(), options=options)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
 
     async def capabilities(self) -> capabilities_pb2.GetCapabilitiesResponse:
         """What the server is and can do; waits for a server that restarts."""
@@ -174,20 +186,33 @@ class AsyncClient:
         left_s = timeout_s
         while True:
             try:
-                return await call(request, timeout=left_s, wait_for_ready=wait)  # type: ignore[no-any-return]
+                return await call(  # type: ignore[no-any-return]
+                    request, timeout=left_s, metadata=self._metadata(), wait_for_ready=wait
+                )
             except grpc.RpcError as error:
                 told = translate(error, self.address, timeout_s if wait else 0)
                 pause_s = patience.pause_s(told)
                 if pause_s is None:
-                    raise told from None
+                    raise (await self._explained(told) if wait else told) from None
             await asyncio.sleep(pause_s)
             left_s = patience.left_s
+
+    async def _explained(self, told: AttndError) -> AttndError:
+        """Adds why there is no connection, as the sync client does."""
+        if isinstance(told, Disconnected):
+            call: Any = self._channel.unary_unary(SERVICE + "GetCapabilities")
+            try:
+                await call(b"", timeout=WHY_S)
+            except grpc.RpcError as error:
+                return explained(told, error)
+        return told
 
     def stream(self, method: str, request: Any = None) -> Any:
         """Opens a stream of bytes."""
         if request is not None:
-            return self._channel.unary_stream(SERVICE + method)(request, timeout=self.timeout_s)
-        return self._channel.stream_stream(SERVICE + method)()
+            call: Any = self._channel.unary_stream(SERVICE + method)
+            return call(request, timeout=self.timeout_s, metadata=self._metadata())
+        return self._channel.stream_stream(SERVICE + method)(metadata=self._metadata())
 
 
 class AsyncCache:

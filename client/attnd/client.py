@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, overload
 
 from attnd import requests, wire
+from attnd.credentials import Credentials
 from attnd.cuda_session import CudaSession
 from attnd.errors import AttndError, CacheLost
 from attnd.kv_split import KVSplit
@@ -26,6 +27,7 @@ def connect(
     connect_timeout_s: float = 10.0,
     plane: str = "auto",
     socket_dir: str = "",
+    credentials: Credentials | None = None,
 ) -> Client:
     """Connects to a server.
 
@@ -38,13 +40,15 @@ def connect(
             "auto" in the better of the first two that can be had. One that was named and cannot be had is an error of
             the session's first step; what "auto" came to is in `Session.plane`, and why in `Session.refusals`.
         socket_dir: the folder of the server's sockets as this process sees it, if that is not where the server does.
+        credentials: TLS, and who the client is; None: the connection is not encrypted, and nobody's.
 
     Raises:
-        Disconnected: nobody answers at the address.
+        Disconnected: nobody answers at the address, or the two ends do not trust each other's certificates.
+        Unauthenticated: the server asks for a token, or does not know this one.
     """
     check_plane(plane)
     return Client(
-        open_transport(address),
+        open_transport(address, credentials),
         timeout_s=timeout_s,
         connect_timeout_s=connect_timeout_s,
         plane=plane,

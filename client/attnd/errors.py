@@ -5,7 +5,7 @@
     ├── Unsupported         ask for something else: this server, plane or backend cannot do it, and says why
     ├── CacheLost           create another cache and store again: this one has gone
     ├── Exhausted           free something or wait: the message names limit, use and what is free
-    ├── PermissionDenied    use other credentials
+    ├── PermissionDenied    use other credentials; Unauthenticated: the server asks who you are
     ├── DeadlineExceeded    retry with more time
     ├── Disconnected        reconnect: the server is away, starting or draining
     └── ServerFault         report it: a bug, with the id under which the server logged it
@@ -91,6 +91,13 @@ class PermissionDenied(AttndError):
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
+class Unauthenticated(PermissionDenied):
+    """The server asks who calls, and no or an unknown token, or a certificate without a name, is no answer."""
+
+    reason = error_pb2.ERROR_REASON_UNAUTHENTICATED
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class DeadlineExceeded(AttndError, TimeoutError):
     """The answer did not come in time. Any request may be sent again."""
 
@@ -121,6 +128,7 @@ _BY_REASON: dict[int, type[AttndError]] = {
         EpochMismatch,
         Exhausted,
         PermissionDenied,
+        Unauthenticated,
         DeadlineExceeded,
         Disconnected,
         ServerFault,
@@ -130,7 +138,6 @@ _BY_REASON: dict[int, type[AttndError]] = {
 # What a status without our details means: sent by gRPC itself, a proxy or another server.
 _BY_CODE: dict[grpc.StatusCode, type[AttndError]] = {
     **{cls.code: cls for cls in _BY_REASON.values()},
-    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.CANCELLED: Disconnected,
     grpc.StatusCode.UNKNOWN: ServerFault,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grpc
 
 from attnd import requests, wire
+from attnd.credentials import NO_CREDENTIALS, Credentials
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, Unsupported, from_rpc
 from attnd.options import AttentionOptions
 from attnd.retries import patiently
@@ -33,6 +34,9 @@ GRPC_OPTIONS = [
     # Retries are ours to decide: the contract says what may be sent twice.
     ("grpc.enable_retries", 0),
 ]
+
+# Seconds for asking why there is no connection.
+WHY_S = 0.5
 
 
 class Stream(Protocol):
@@ -84,8 +88,12 @@ class Transport(Protocol):
         """Ends the connection."""
 
 
-def open_transport(address: str) -> Transport:
+def open_transport(address: str, credentials: Credentials | None = None) -> Transport:
     """The transport of "host:port", or of "scheme://" as an installed package defines it.
+
+    Args:
+        address: which.
+        credentials: for "host:port"; None: it is not encrypted, and nobody's.
 
     Raises:
         InvalidRequest: nothing like that.
@@ -93,7 +101,10 @@ def open_transport(address: str) -> Transport:
     """
     scheme, separator, _ = address.partition("://")
     if not separator:
-        return GrpcTransport(address)
+        return GrpcTransport(address, credentials or NO_CREDENTIALS)
+    if credentials is not None:
+        rule = "must be absent: there is no connection to protect, and nobody else to be told from"
+        raise InvalidRequest(f"credentials are given for {address}, but {rule}", field="credentials")
     for entry in entry_points(group="attnd.transports"):
         if entry.name == scheme:
             try:
@@ -110,10 +121,15 @@ def open_transport(address: str) -> Transport:
 class GrpcTransport:
     """A channel to a server."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials = NO_CREDENTIALS) -> None:
         """Connects lazily."""
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        self._metadata = credentials.metadata
+        if credentials.tls:
+            options = [*GRPC_OPTIONS, *credentials.channel_options()]
+            self._channel = grpc.secure_channel(address, credentials.channel_credentials(), options=options)
+        else:
+            self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
         self._unary: dict[str, Any] = {}
         self._attend: Any = self._channel.stream_stream(SERVICE + "Attend")
         self._store_kv: Any = self._channel.stream_stream(SERVICE + "StoreKv")
@@ -127,23 +143,36 @@ class GrpcTransport:
 
         def send(left_s: float) -> bytes:
             try:
-                return call(request, timeout=left_s, wait_for_ready=wait)  # type: ignore[no-any-return]
+                return call(  # type: ignore[no-any-return]
+                    request, timeout=left_s, metadata=self._metadata(), wait_for_ready=wait
+                )
             except grpc.RpcError as error:
-                raise translate(error, self._address, timeout_s if wait else 0) from None
+                told = translate(error, self._address, timeout_s if wait else 0)
+            raise self._explained(told) if wait else told
 
         return patiently(send, timeout_s)
 
+    def _explained(self, told: AttndError) -> AttndError:
+        """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""
+        if isinstance(told, Disconnected):
+            call: Any = self._channel.unary_unary(SERVICE + "GetCapabilities")
+            try:
+                call(b"", timeout=WHY_S)
+            except grpc.RpcError as error:
+                return explained(told, error)
+        return told
+
     def attend(self) -> Stream:
         """Opens an Attend stream."""
-        return GrpcStream(self._attend, self._address)
+        return GrpcStream(self._attend, self._address, self._metadata())
 
     def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
         """Calls StoreKv."""
-        return self._responses(self._store_kv(iter(requests), timeout=timeout_s))
+        return self._responses(self._store_kv(iter(requests), timeout=timeout_s, metadata=self._metadata()))
 
     def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
         """Calls ReadKv."""
-        return self._responses(self._read_kv(request, timeout=timeout_s))
+        return self._responses(self._read_kv(request, timeout=timeout_s, metadata=self._metadata()))
 
     def _responses(self, call: Iterator[bytes]) -> Iterator[bytes]:
         try:
@@ -172,14 +201,19 @@ def translate(error: grpc.RpcError, address: str, waited_s: float = 0) -> AttndE
     return told
 
 
+def explained(told: AttndError, error: grpc.RpcError) -> AttndError:
+    """`told`, with what a call that did not wait for the server was told."""
+    return Disconnected(f"{told}: {error.details()}") if error.code() is grpc.StatusCode.UNAVAILABLE else told
+
+
 class GrpcStream(Stream):
     """An Attend stream over gRPC. gRPC reads the requests on a thread of its own, from a queue."""
 
-    def __init__(self, method: Any, address: str) -> None:
+    def __init__(self, method: Any, address: str, metadata: Any = None) -> None:
         """Opens the stream."""
         self._address = address
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call = method(iter(self._requests.get, None))
+        self._call = method(iter(self._requests.get, None), metadata=metadata)
         self._overdue = False
 
     def send(self, request: bytes) -> None:

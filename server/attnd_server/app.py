@@ -20,6 +20,7 @@ from attnd.tuning import tune_process
 from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
+from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
 from attnd_server.metrics import Metrics
 from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.service import AttentionService
@@ -42,6 +43,10 @@ GRPC_OPTIONS = [
     # Two servers on one port would each answer for caches of the other.
     ("grpc.so_reuseport", 0),
 ]
+
+
+# Seconds after which changed tokens and certificates count at the latest.
+RELOAD_S = 1.0
 
 
 def select_device(name: str) -> torch.device:
@@ -88,25 +93,27 @@ class Server:
         self.config = config
         self.address = self.metrics_address = ""
         self._endpoint: MetricsEndpoint | None = None
+        self._watched: list[WatchedFiles] = []
 
     async def __aenter__(self) -> Server:
         """Starts to listen."""
         metrics = Metrics() if self.config.metrics else None
         self.service = build_service(self.config, metrics)
         self.service.executor.prepare_thread()
-        self._servicer = AttentionServicer(self.service)
+        self._servicer = AttentionServicer(self.service, self._principals())
         self._health = health.aio.HealthServicer()
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
         self._server = grpc.aio.server(interceptors=counters, options=GRPC_OPTIONS)
         self._server.add_generic_rpc_handlers((self._servicer,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        port = self._server.add_insecure_port(f"{self.config.host}:{self.config.port}")
+        port = self._add_port(f"{self.config.host}:{self.config.port}")
         self.address = f"{self.config.host}:{port}"
         if metrics is not None:
             self._open_endpoint(metrics)
         self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
         await self._server.start()
+        self._reloading = asyncio.ensure_future(self._reload_for_ever())
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}
         log.info("serving", extra=told)
@@ -117,6 +124,7 @@ class Server:
     ) -> None:
         """Drains: no new steps; what runs has `drain_s` to finish."""
         log.info("draining", extra={"drain_s": self.config.drain_s})
+        self._reloading.cancel()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
         if self._shm is not None:
@@ -129,6 +137,26 @@ class Server:
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
         log.info("stopped")
+
+    def _principals(self) -> Principals:
+        tokens = TokenFile(self.config.tokens) if self.config.tokens else None
+        if tokens is not None:
+            self._watched.append(tokens)
+        return Principals(tokens, by_certificate=bool(self.config.tls_client_ca))
+
+    def _add_port(self, address: str) -> int:
+        config = self.config
+        if not config.tls_cert:
+            return self._server.add_insecure_port(address)
+        certificates = ServerCertificates(config.tls_cert, config.tls_key, config.tls_client_ca)
+        self._watched.append(certificates)
+        return self._server.add_secure_port(address, certificates.credentials())
+
+    async def _reload_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            for files in self._watched:
+                files.reload()
 
     def _open_endpoint(self, metrics: Metrics) -> None:
         from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector

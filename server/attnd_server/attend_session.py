@@ -13,6 +13,7 @@ from attnd.requests import MAX_CALLS_UNDER_WAY
 from attnd.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
 from attnd_server import validation
+from attnd_server.identity import refuse_if_revoked
 from attnd_server.metadata import AttentionOptions
 from attnd_server.replies import Encode, Replies
 from attnd_server.shared_launch import Batch
@@ -101,6 +102,7 @@ class AttendSession:
 
     def request(self, data: bytes, lane: int = 0) -> bytes | Work:
         """Answers a message of the stream: a step at once, a call of `lane` by work for the executor."""
+        refuse_if_revoked(self._principal)
         message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region)
         kind = message.WhichOneof("message")
         if kind == "call":
@@ -116,6 +118,7 @@ class AttendSession:
 
     def repeat(self, layer: int, step_id: int, lane: int) -> Work:
         """The last call of `lane` again, of another step or layer; checked as if it had come whole."""
+        refuse_if_revoked(self._principal)
         last_call, last = self._last_calls.get(lane), self._last_works.get(lane)
         if last_call is None:
             raise InvalidRequest(

@@ -12,6 +12,7 @@ from attnd_server.models import Model
 from attnd_server.worker import start
 
 if TYPE_CHECKING:
+    from attnd.credentials import Credentials
     from attnd.integrations.transformers import RemoteCache
 
 MAX_TOKENS = 4096
@@ -26,6 +27,7 @@ def run_chat(
     address: str | None,
     model_path: str | None,
     temperature: float,
+    credentials: Credentials | None = None,
 ) -> int:
     """Runs the chat.
 
@@ -36,6 +38,7 @@ def run_chat(
         address: a server that runs already; None starts one.
         model_path: a model's folder or GGUF file; None is SmolLM2.
         temperature: 0 takes the likeliest token.
+        credentials: what to show the server at `address`.
 
     Returns:
         The exit code: 0, or 1 after an error.
@@ -43,7 +46,13 @@ def run_chat(
     try:
         with ExitStack() as stack:
             model, client, address = start(
-                stack, console, device=device, dtype="float32", model_path=model_path, address=address
+                stack,
+                console,
+                device=device,
+                dtype="float32",
+                model_path=model_path,
+                address=address,
+                credentials=credentials,
             )
             from attnd.integrations.transformers import RemoteCache
 

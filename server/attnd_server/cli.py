@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from attnd_server import cli_options as options
+from attnd_server.cli_access import Access
+from attnd_server.cli_credentials import with_credentials
 from attnd_server.cli_options import number, setting, whole
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ app = typer.Typer(
 
 LIMITS = "Limits of a step and of the server"
 LEASES = "Leases and shutdown"
+SECURITY = "Who may call, and encryption"
 SHARED = "Shared memory for clients on this host"
 OBSERVATION = "Logs and metrics"
 
@@ -60,6 +63,11 @@ def seconds(envvar: str, text: str, *, low: float) -> Any:
     return setting(envvar, text, panel=LEASES, parser=number(low), metavar="SECONDS")
 
 
+def file(envvar: str, text: str) -> Any:
+    """A file that says who may call."""
+    return setting(envvar, text, panel=SECURITY, metavar="FILE", show_default="none")
+
+
 @app.command()
 def serve(
     host: Annotated[str, setting("ATTND_HOST", "Address to listen on.")] = "127.0.0.1",
@@ -70,7 +78,7 @@ def serve(
         bool,
         setting(
             "ATTND_INSECURE",
-            "Listen where other machines reach it, though nothing is encrypted and nobody is asked who they are.",
+            "Listen where other machines reach it, though without TLS, or without asking anybody who they are.",
             flag="--insecure",
         ),
     ] = False,
@@ -157,6 +165,24 @@ def serve(
         int,
         setting("ATTND_MAX_CUDA_PLANES", "Sessions with a cuda plane.", panel=SHARED, parser=whole(1), metavar="N"),
     ] = 16,
+    tls_cert: Annotated[str, file("ATTND_TLS_CERT", "The server's certificate, PEM; read again when it changes.")] = "",
+    tls_key: Annotated[str, file("ATTND_TLS_KEY", "Its key, PEM, which others must not be able to read.")] = "",
+    tls_client_ca: Annotated[
+        str,
+        file(
+            "ATTND_TLS_CLIENT_CA",
+            "Clients must have a certificate that one of these authorities, PEM, has signed. Without --tokens its "
+            "name is whose their caches are.",
+        ),
+    ] = "",
+    tokens: Annotated[
+        str,
+        file(
+            "ATTND_TOKENS",
+            "Clients must have a token whose digest is in this file; it says whose their caches are, and is read "
+            "again when it changes. See attnd token.",
+        ),
+    ] = "",
     log_level: Annotated[
         options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=OBSERVATION)
     ] = options.LogLevel.INFO,
@@ -179,10 +205,16 @@ def serve(
 
     Every option is also read from the environment: ATTND_PORT is --port, ATTND_KV_BYTES is --kv-bytes, and so on.
     """
-    if not insecure and not options.is_loopback(host):
+    access = Access(
+        is_encrypted=bool(tls_cert), asks_for_certificates=bool(tls_client_ca), asks_for_tokens=bool(tokens)
+    )
+    if bool(tls_cert) != bool(tls_key) or (tls_client_ca and not tls_cert):
         raise typer.BadParameter(
-            f"host is {host}, but must be a loopback address unless --insecure is given: whoever reaches the port can "
-            "use the server, and read and write what others send to it",
+            "tls_cert and tls_key must be given together, and tls_client_ca only with them", param_hint="--tls-cert"
+        )
+    if not insecure and not options.is_loopback(host) and (danger := access.danger):
+        raise typer.BadParameter(
+            f"host is {host}, but must be a loopback address unless --insecure is given, or {access.remedy}: {danger}",
             param_hint="--host",
         )
     if metrics and not insecure and not options.is_loopback(metrics.rpartition(":")[0]):
@@ -207,8 +239,8 @@ def serve(
     from attnd_server.config import ServerConfig
 
     logs.setup(log_level.value, log_format.value)
-    if not options.is_loopback(host):
-        log.warning("listening without encryption and authentication", extra={"host": host})
+    if access.missing and not options.is_loopback(host):
+        log.warning("listening without %s", " and ".join(access.missing), extra={"host": host})
     config = ServerConfig(
         host=host,
         port=port,
@@ -232,17 +264,23 @@ def serve(
         max_planes=max_planes,
         cuda_region_bytes=cuda_region_bytes,
         max_cuda_planes=max_cuda_planes,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        tokens=tokens,
     )
     raise typer.Exit(run_server(config))
 
 
 @app.command()
+@with_credentials
 def demo(
     device: options.Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Tokens of each answer.")] = 48,
     dtype: Annotated[options.Dtype, typer.Option(help="Type of the model and its KV.")] = options.Dtype.FLOAT32,
     model_path: options.ModelPath = None,
     address: options.Address = None,
+    credentials: Any = None,
 ) -> None:
     """Let a real model answer with attention from a server, then with its own, and compare."""
     from attnd_server.demo import run_demo
@@ -254,11 +292,13 @@ def demo(
         dtype=dtype.value,
         model_path=model_path,
         address=address,
+        credentials=credentials,
     )
     raise typer.Exit(code)
 
 
 @app.command()
+@with_credentials
 def chat(
     device: options.Device = "auto",
     max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Most tokens of an answer.")] = 512,
@@ -267,6 +307,7 @@ def chat(
     ] = 0.7,
     model_path: options.ModelPath = None,
     address: options.Address = None,
+    credentials: Any = None,
 ) -> None:
     """Talk with the demo's model, its attention served by a server."""
     from attnd_server.chat import run_chat
@@ -278,11 +319,13 @@ def chat(
         address=address,
         model_path=model_path,
         temperature=temperature,
+        credentials=credentials,
     )
     raise typer.Exit(code)
 
 
 @app.command()
+@with_credentials
 def info(
     address: Annotated[
         str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to ask.")
@@ -290,14 +333,16 @@ def info(
     timeout_s: Annotated[
         float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for it.")
     ] = 5.0,
+    credentials: Any = None,
 ) -> None:
     """Show what a server can do, and its caches with the pages in use."""
     from attnd_server.info import run_info
 
-    raise typer.Exit(run_info(address, timeout_s, Console(), Console(stderr=True)))
+    raise typer.Exit(run_info(address, timeout_s, Console(), Console(stderr=True), credentials))
 
 
 @app.command()
+@with_credentials
 def doctor(
     address: Annotated[
         str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to examine.")
@@ -311,11 +356,30 @@ def doctor(
     timeout_s: Annotated[
         float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for each answer.")
     ] = 5.0,
+    credentials: Any = None,
 ) -> None:
     """Try every plane from this process to a server: which work, how fast they are, and why others do not."""
     from attnd_server.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(address, socket_dir, timeout_s, Console(), Console(stderr=True)))
+    raise typer.Exit(run_doctor(address, socket_dir, timeout_s, Console(), Console(stderr=True), credentials))
+
+
+@app.command()
+def token(
+    principal: Annotated[str, typer.Argument(metavar="PRINCIPAL", help="Whose token it is.")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The file that serve --tokens reads.")],
+) -> None:
+    """Make a token, add its digest to a file, and print it: nothing has it afterwards.
+
+    A new file is this user's alone. A server takes the token within a second. To revoke it, remove its line.
+    """
+    from attnd_server.identity.tokens import add_token
+    from attnd_server.identity.watched_files import FileRefused
+
+    try:
+        typer.echo(add_token(path, principal))
+    except FileRefused as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command("version")

@@ -242,6 +242,10 @@ class ServerConfig:
         cuda_region_bytes: memory of the GPU that a session with a cuda plane takes for its tensors.
         max_cuda_planes: sessions with a cuda plane at one time. Each has a stream that waits, and a GPU has 32 hardware
             queues for streams: one that shares the queue of a waiting one waits too.
+        tls_cert: file of the server's certificate, PEM; "": nothing is encrypted.
+        tls_key: file of its key.
+        tls_client_ca: file of the authorities that sign clients' certificates; "": clients need none.
+        tokens: file of bearer tokens and whose they are; "": nobody needs one.
     """
 
     host: str = "127.0.0.1"
@@ -266,3 +270,7 @@ class ServerConfig:
     max_planes: int = 64
     cuda_region_bytes: int = 64 << 20
     max_cuda_planes: int = 16
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    tokens: str = ""

@@ -17,6 +17,7 @@ from attnd_server.worker import start
 
 if TYPE_CHECKING:
     from attnd.client import Client
+    from attnd.credentials import Credentials
     from attnd.timings import Timings
     from attnd_server.answers import Answer
 
@@ -42,7 +43,14 @@ class Remote(NamedTuple):
 
 
 def run_demo(
-    *, console: Console, device: str, max_new_tokens: int, dtype: str, model_path: str | None, address: str | None
+    *,
+    console: Console,
+    device: str,
+    max_new_tokens: int,
+    dtype: str,
+    model_path: str | None,
+    address: str | None,
+    credentials: Credentials | None = None,
 ) -> int:
     """Runs the demo.
 
@@ -53,6 +61,7 @@ def run_demo(
         dtype: of the model.
         model_path: a model's folder or GGUF file; None is SmolLM2.
         address: a server that runs already; None starts one.
+        credentials: what to show that server.
 
     Returns:
         The exit code: 0 if both answered with the same tokens, 130 after Ctrl-C, else 1.
@@ -60,7 +69,13 @@ def run_demo(
     try:
         with ExitStack() as stack:
             model, client, address = start(
-                stack, console, device=device, dtype=dtype, model_path=model_path, address=address
+                stack,
+                console,
+                device=device,
+                dtype=dtype,
+                model_path=model_path,
+                address=address,
+                credentials=credentials,
             )
             return _compare(console, model, client, address, max_new_tokens)
     except AttndError as error:

@@ -45,7 +45,14 @@ class Finding:
     call_us: dict[int, float] = field(default_factory=dict)
 
 
-def run_doctor(address: str, socket_dir: str, timeout_s: float, console: Console, errors: Console) -> int:
+def run_doctor(
+    address: str,
+    socket_dir: str,
+    timeout_s: float,
+    console: Console,
+    errors: Console,
+    credentials: attnd.Credentials | None = None,
+) -> int:
     """Examines the way to the server at `address` and prints what it found.
 
     Args:
@@ -54,12 +61,19 @@ def run_doctor(address: str, socket_dir: str, timeout_s: float, console: Console
         timeout_s: how long to wait for the server, and for each answer, in seconds.
         console: where findings go.
         errors: where the one line goes if the server does not answer or takes no cache.
+        credentials: what to show the server.
 
     Returns:
         The exit code: 0; 1 if the server cannot be used; 2 if a plane gave a wrong answer.
     """
     try:
-        with attnd.connect(address, timeout_s=timeout_s, connect_timeout_s=timeout_s, socket_dir=socket_dir) as client:
+        with attnd.connect(
+            address,
+            timeout_s=timeout_s,
+            connect_timeout_s=timeout_s,
+            socket_dir=socket_dir,
+            credentials=credentials,
+        ) as client:
             findings = _examine(client, console)
     except AttndError as error:
         # gRPC's details may come on several lines.

@@ -13,7 +13,13 @@ from attnd.errors import AttndError
 from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
 
 
-def run_info(address: str, timeout_s: float, console: Console, errors: Console) -> int:
+def run_info(
+    address: str,
+    timeout_s: float,
+    console: Console,
+    errors: Console,
+    credentials: attnd.Credentials | None = None,
+) -> int:
     """Asks the server at `address` and prints the answers.
 
     Args:
@@ -21,12 +27,15 @@ def run_info(address: str, timeout_s: float, console: Console, errors: Console) 
         timeout_s: how long to wait for it, in seconds.
         console: where the tables go.
         errors: where the one line goes if there is nothing to show.
+        credentials: what to show the server.
 
     Returns:
         The exit code: 0, or 1 if the server did not answer.
     """
     try:
-        with attnd.connect(address, timeout_s=timeout_s, connect_timeout_s=timeout_s) as client:
+        with attnd.connect(
+            address, timeout_s=timeout_s, connect_timeout_s=timeout_s, credentials=credentials
+        ) as client:
             capabilities, caches = client.capabilities(), client.list_caches()
     except AttndError as error:
         # gRPC's details may come on several lines.

@@ -28,7 +28,7 @@ class RpcCounter(grpc.aio.ServerInterceptor):
         """Counts the RPCs of `service_name` in `metrics`."""
         self._metrics = metrics
         self._prefix = f"{service_name}/"
-        self._counted: dict[str, Any] = {}
+        self._counted: dict[tuple[str, Any], Any] = {}  # a method has another handler for those who are refused
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -42,9 +42,9 @@ class RpcCounter(grpc.aio.ServerInterceptor):
             return None
         if not method.startswith(self._prefix):
             return handler
-        counted = self._counted.get(method)
+        counted = self._counted.get((method, handler))
         if counted is None:
-            counted = self._counted[method] = self._count(method, handler)
+            counted = self._counted[method, handler] = self._count(method, handler)
         return counted
 
     def _count(self, method: str, handler: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 from google.protobuf import any_pb2
 
-from attnd.errors import STATUS_DETAILS_KEY, AttndError, to_message
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, Unauthenticated, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.executor import Executor
+from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.ordered_answers import OrderedAnswers
 from attnd_server.service import AttentionService, error_response
 from attnd_server.work import Work
@@ -21,8 +22,6 @@ SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].ful
 # Messages pass as bytes, both ways.
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
-# Who owns a cache on a server without authentication.
-ANYBODY = "anybody"
 
 
 class AttentionServicer(grpc.GenericRpcHandler):
@@ -31,9 +30,12 @@ class AttentionServicer(grpc.GenericRpcHandler):
     Messages pass as bytes: `service` parses them, because a deserializer that fails inside gRPC can only say INTERNAL.
     """
 
-    def __init__(self, service: AttentionService) -> None:
-        """Serves `service`."""
+    def __init__(self, service: AttentionService, principals: Principals | None = None) -> None:
+        """Serves `service` to those whom `principals` lets in; None: to everybody."""
         self._service = service
+        self._principals = principals or Principals()
+        # Of a method with messages either way: gRPC does not read the first one, however large, before it asks for it.
+        self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
         self._drain = asyncio.Event()
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
@@ -53,7 +55,10 @@ class AttentionServicer(grpc.GenericRpcHandler):
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """The handler of a method, or None if it is not ours."""
         service, _, method = details.method.lstrip("/").partition("/")
-        return self._handlers.get(method) if service == SERVICE_NAME else None
+        if service != SERVICE_NAME or method not in self._handlers:
+            return None
+        refusal = self._principals.refusal(details.invocation_metadata or ())
+        return self._handlers[method] if refusal is None else self._refusing
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
@@ -63,11 +68,16 @@ class AttentionServicer(grpc.GenericRpcHandler):
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
         async def handler(data: bytes, context: Context) -> bytes:
             try:
-                return await self._finish(method(data, ANYBODY), context)
+                return await self._finish(method(data, self._principals.of(context)), context)
             except Exception as error:
                 await self._abort(context, error)
 
         return handler
+
+    async def _refuse(self, _: AsyncIterator[bytes], context: Context) -> None:
+        """An RPC of nobody: ends it and reads nothing of it."""
+        refusal = self._principals.refusal(context.invocation_metadata() or ())
+        await self._abort(context, refusal or Unauthenticated("the tokens have just changed; send it again"))
 
     async def attend(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Attend: each message gets one answer, in order; an error is an answer too.
@@ -75,7 +85,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         The next message is read, checked and queued while a call runs.
         """
         try:
-            session = self._service.open_session(ANYBODY)
+            session = self._service.open_session(self._principals.of(context))
         except AttndError as error:
             await self._abort(context, error)
         self._num_streams += 1
@@ -125,9 +135,14 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
     async def store_kv(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """StoreKv: each chunk gets one answer, in order."""
+        try:
+            principal = self._principals.of(context)
+        except AttndError as error:
+            await self._abort(context, error)
         async for data in requests:
             try:
-                answer = await self._finish(self._service.store_kv(data, ANYBODY), context)
+                refuse_if_revoked(principal)
+                answer = await self._finish(self._service.store_kv(data, principal), context)
             except Exception as error:
                 answer = error_response(attention_pb2.StoreKvResponse, self._service.told(error))
             await context.write(answer)
@@ -135,7 +150,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
     async def read_kv(self, data: bytes, context: Context) -> None:
         """ReadKv: one chunk after the other, so that no more than one waits in memory."""
         try:
-            for work in self._service.read_kv(data, ANYBODY):
+            for work in self._service.read_kv(data, self._principals.of(context)):
                 await context.write(await self._finish(work, context))
         except Exception as error:
             await self._abort(context, error)

@@ -13,7 +13,14 @@ from attnd_server.models import Model, find_model, load_model
 
 
 def start(
-    stack: ExitStack, console: Console, *, device: str, dtype: str, model_path: str | None, address: str | None
+    stack: ExitStack,
+    console: Console,
+    *,
+    device: str,
+    dtype: str,
+    model_path: str | None,
+    address: str | None,
+    credentials: attnd.Credentials | None = None,
 ) -> tuple[Model, attnd.Client, str]:
     """Loads a model, and connects to a server or starts one meanwhile.
 
@@ -24,6 +31,7 @@ def start(
         dtype: of the model: "float32", "float16" or "bfloat16".
         model_path: a model's folder or GGUF file; None is SmolLM2.
         address: a server that runs already; None starts one.
+        credentials: what to show that server.
 
     Returns:
         The model, the connection, and the server's address.
@@ -35,7 +43,7 @@ def start(
     attnd.tune_process()
     path = find_model(model_path)
     if address is not None:  # before the model, so that a wrong address is told at once
-        client = stack.enter_context(attnd.connect(address))
+        client = stack.enter_context(attnd.connect(address, credentials=credentials))
         return load_model(path, device=device, dtype=dtype, console=console), client, address
     server = stack.enter_context(LocalServer(device=device))
     model = load_model(path, device=device, dtype=dtype, console=console)

@@ -15,7 +15,7 @@ from attnd._version import __version__
 from attnd_server import __main__, app, cli, cli_options
 from attnd_server.config import ServerConfig
 
-COMMANDS = {"serve", "demo", "doctor", "chat", "info", "version"}
+COMMANDS = {"serve", "demo", "doctor", "chat", "info", "token", "version"}
 
 
 def run(*arguments, env=None):
@@ -186,7 +186,14 @@ def test_demo_hands_its_options_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "attnd_server.demo", module)
     assert run("demo", "--max-new-tokens", 3, "--dtype", "bfloat16", "--address", "h:1").exit_code == 5
     del calls[0]["console"]
-    expected = {"device": "auto", "max_new_tokens": 3, "dtype": "bfloat16", "model_path": None, "address": "h:1"}
+    expected = {
+        "device": "auto",
+        "max_new_tokens": 3,
+        "dtype": "bfloat16",
+        "model_path": None,
+        "address": "h:1",
+        "credentials": None,
+    }
     assert calls == [expected]
 
 
@@ -196,7 +203,14 @@ def test_chat_hands_its_options_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "attnd_server.chat", module)
     assert run("chat", "--temperature", 0, "--model-path", "m.gguf", env={"ATTND_DEVICE": "cpu"}).exit_code == 0
     del calls[0]["console"]
-    expected = {"device": "cpu", "max_new_tokens": 512, "address": None, "model_path": "m.gguf", "temperature": 0.0}
+    expected = {
+        "device": "cpu",
+        "max_new_tokens": 512,
+        "address": None,
+        "model_path": "m.gguf",
+        "temperature": 0.0,
+        "credentials": None,
+    }
     assert calls == [expected]
 
 

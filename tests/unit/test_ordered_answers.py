@@ -14,9 +14,10 @@ from attnd import requests, wire
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.identity import ANYBODY
 from attnd_server.ordered_answers import OrderedAnswers
 from attnd_server.service import AttentionService
-from attnd_server.servicer import ANYBODY, AttentionServicer
+from attnd_server.servicer import AttentionServicer
 
 
 def ordered(written: list[bytes]) -> OrderedAnswers:

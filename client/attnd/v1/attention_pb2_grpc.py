@@ -31,6 +31,10 @@ if _version_not_supported:
 class AttentionServiceStub(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     def __init__(self, channel):
@@ -114,6 +118,10 @@ class AttentionServiceStub(object):
 class AttentionServiceServicer(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     def GetCapabilities(self, request, context):
@@ -301,6 +309,10 @@ def add_AttentionServiceServicer_to_server(servicer, server):
 class AttentionService(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     @staticmethod

@@ -23,6 +23,10 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class AttentionServiceStub:
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -118,6 +122,10 @@ class AttentionServiceStub:
 class AttentionServiceAsyncStub:
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     GetCapabilities: grpc.aio.UnaryUnaryMultiCallable[
@@ -212,6 +220,10 @@ class AttentionServiceAsyncStub:
 class AttentionServiceServicer(metaclass=abc.ABCMeta):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
     twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+
+    A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
+    with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
+    are answered as if there were none. Health checking and reflection need no token: they tell nothing of anybody.
     """
 
     @abc.abstractmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/error.proto\x12\x08\x61ttnd.v1\x1a\x19google/protobuf/any.proto\"f\n\x05\x45rror\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.attnd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*\xcb\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\x02\x12 \n\x1c\x45RROR_REASON_CACHE_NOT_FOUND\x10\x03\x12\x1f\n\x1b\x45RROR_REASON_EPOCH_MISMATCH\x10\x04\x12\x1a\n\x16\x45RROR_REASON_EXHAUSTED\x10\x05\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x06\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x07\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x08\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/error.proto\x12\x08\x61ttnd.v1\x1a\x19google/protobuf/any.proto\"f\n\x05\x45rror\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.attnd.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any*\xed\x02\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1c\n\x18\x45RROR_REASON_UNSUPPORTED\x10\x02\x12 \n\x1c\x45RROR_REASON_CACHE_NOT_FOUND\x10\x03\x12\x1f\n\x1b\x45RROR_REASON_EPOCH_MISMATCH\x10\x04\x12\x1a\n\x16\x45RROR_REASON_EXHAUSTED\x10\x05\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x06\x12\"\n\x1e\x45RROR_REASON_DEADLINE_EXCEEDED\x10\x07\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x08\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\t\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.error_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=246
-  _globals['_ERRORREASON']._serialized_end=577
+  _globals['_ERRORREASON']._serialized_end=611
   _globals['_ERROR']._serialized_start=61
   _globals['_ERROR']._serialized_end=163
   _globals['_STATUS']._serialized_start=165

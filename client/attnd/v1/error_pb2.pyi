@@ -39,13 +39,15 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_EXHAUSTED: _ErrorReason.ValueType  # 5
     """RESOURCE_EXHAUSTED. Free something or wait: the message names limit, use and what is free."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 6
-    """PERMISSION_DENIED or UNAUTHENTICATED. Use other credentials."""
+    """PERMISSION_DENIED. Use other credentials."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 7
     """DEADLINE_EXCEEDED. Retry with more time."""
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 8
     """UNAVAILABLE. Starting or draining: reconnect."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 9
     """INTERNAL. A bug of the server: report it with the id in the message."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 10
+    """UNAUTHENTICATED. The server asks who calls: give a token or certificate that it knows."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """What went wrong, by what the caller can do about it."""
@@ -63,13 +65,15 @@ ERROR_REASON_EPOCH_MISMATCH: ErrorReason.ValueType  # 4
 ERROR_REASON_EXHAUSTED: ErrorReason.ValueType  # 5
 """RESOURCE_EXHAUSTED. Free something or wait: the message names limit, use and what is free."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 6
-"""PERMISSION_DENIED or UNAUTHENTICATED. Use other credentials."""
+"""PERMISSION_DENIED. Use other credentials."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 7
 """DEADLINE_EXCEEDED. Retry with more time."""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 8
 """UNAVAILABLE. Starting or draining: reconnect."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 9
 """INTERNAL. A bug of the server: report it with the id in the message."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 10
+"""UNAUTHENTICATED. The server asks who calls: give a token or certificate that it knows."""
 global___ErrorReason = ErrorReason
 
 @typing.final

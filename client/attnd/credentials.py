@@ -1,0 +1,87 @@
+"""What a client shows a server, and asks of it: TLS, a certificate of its own, a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from attnd.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How a connection is encrypted, and who the client is.
+
+    ```
+    attnd.connect("attention.example:7411", credentials=attnd.Credentials(ca="ca.pem", token=token))
+    ```
+
+    Attributes:
+        token: the bearer token, or what gives it: called for each RPC that begins, so that a token may be renewed, from
+            any thread, and expected not to wait. "": none.
+        ca: file of the authorities that may have signed the server's certificate, PEM; "": those that gRPC knows.
+        cert: file of the client's own certificate, PEM, for a server that asks for one; "": none.
+        key: file of its key, PEM.
+        server_name: the name that the server's certificate must have; "": that of the address.
+        tls: False leaves TLS to somebody else, a proxy beside each end, say; or takes a token over loopback without it.
+    """
+
+    token: str | Callable[[], str] = field(default="", repr=False)
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    server_name: str = ""
+    tls: bool = True
+
+    def __post_init__(self) -> None:
+        if bool(self.cert) != bool(self.key):
+            absent, given = ("key", "cert") if self.cert else ("cert", "key")
+            raise InvalidRequest(f"{absent} is absent, but must be given, as {given} is", field=absent)
+        for name in ("ca", "cert", "server_name"):
+            if getattr(self, name) and not self.tls:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}, but must be absent without tls", field=name)
+        if isinstance(self.token, str):
+            self.metadata()
+
+    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """GRPC's metadata of an RPC that begins now.
+
+        Raises:
+            InvalidRequest: what gives the token gave something else.
+        """
+        token = self.token if isinstance(self.token, str) else self.token()
+        if not token and token is self.token:
+            return None
+        # gRPC would refuse other characters too, in a message that repeats them.
+        if not token or not all("!" <= character <= "~" for character in token):
+            raise InvalidRequest("token must be characters of ASCII without spaces, and at least one", field="token")
+        return (("authorization", f"Bearer {token}"),)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """GRPC's credentials of a channel.
+
+        Raises:
+            InvalidRequest: a file cannot be read.
+        """
+        ca, cert, key = (self._read(name) for name in ("ca", "cert", "key"))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+    def channel_options(self) -> list[tuple[str, str]]:
+        """GRPC's options of a channel."""
+        return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+
+    def _read(self, name: str) -> bytes | None:
+        path = getattr(self, name)
+        if not path:
+            return None
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise InvalidRequest(f"{name} is {path}, which cannot be read: {error.strerror}", field=name) from None
+
+
+# A connection without any: neither encrypted nor anybody's.
+NO_CREDENTIALS = Credentials(tls=False)
