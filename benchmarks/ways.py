@@ -49,8 +49,9 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
             queued = Way("backend queued", backend.open_queued, cache=backend, finish=backend.wait)
             result.ways.append(queued)
         if unary:
-            result.ways += [_echo_unary(step, cache, ends), _unary(step, cache, ends.client)]
-        result.ways.append(_session("inproc", step, inproc_session, ("backend",)))
+            unary_floor = ("echo unary", "backend")
+            result.ways += [_echo_unary(step, cache, ends), unary_way("unary", step, cache, ends.client, unary_floor)]
+        result.ways.append(session_way("inproc", step, inproc_session, ("backend",)))
         for plane, session in sessions.items():
             if plane in _ECHOES:
                 result.ways.append(stack.enter_context(_ECHOES[plane](step, cache, ends)))
@@ -110,21 +111,25 @@ def open_planes(
     return sessions, reasons
 
 
-def _unary(step: DecodeStep, cache: attnd.Cache, client: attnd.Client) -> Way:
+def unary_way(name: str, step: DecodeStep, cache: attnd.Cache, client: attnd.Client, floor: tuple[str, ...]) -> Way:
+    """Calls of `client.decode`."""
+
     def call(layer: int) -> Any:
         return client.decode(cache, step.metadata, layer, *step.layers[layer])
 
-    return Way("unary", lambda: call, ("echo unary", "backend"), cache)
+    return Way(name, lambda: call, floor, cache)
 
 
 def plane_way(plane: str, step: DecodeStep, session: attnd.Session, device: torch.device) -> Way:
     """The calls of a session on a plane; on one that the device orders, with tensors there and one wait a step."""
     if plane in _QUEUED:
         return queued_way(plane, step, session, device)
-    return _session(plane, step, session, (f"echo {plane}", "backend"))
+    return session_way(plane, step, session, (f"echo {plane}", "backend"))
 
 
-def _session(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[str, ...]) -> Way:
+def session_way(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[str, ...]) -> Way:
+    """Calls of steps of `session`."""
+
     def open_step() -> Call:
         opened = session.step(step.metadata)
         return lambda layer: opened.attend(layer, *step.layers[layer])

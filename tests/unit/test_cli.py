@@ -12,7 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 from attnd._version import __version__
-from attnd_server import __main__, app, cli, cli_options
+from attnd.credentials import Credentials
+from attnd_server import __main__, app, cli, cli_credentials, cli_options
 from attnd_server.config import ServerConfig
 
 COMMANDS = {"serve", "demo", "doctor", "chat", "info", "token", "version"}
@@ -135,6 +136,10 @@ def test_the_exit_code_is_the_servers(monkeypatch, served):
         (("--metrics", "127.0.0.1:65536"), "'--metrics': it is 127.0.0.1:65536, but must be HOST:PORT or PORT"),
         (("--metrics", "::1:9464"), "'--metrics': it is ::1:9464, but must be HOST:PORT or PORT"),
         (("--metrics", "0.0.0.0:9464"), "metrics is 0.0.0.0:9464, but must be at a loopback address unless --insecure"),
+        (("--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k"), "or --tokens or --tls-client-ca: TLS alone hides"),
+        (("--host", "0.0.0.0", "--tokens", "t"), "or --tls-cert: tokens, and what they protect, would cross"),
+        (("--tls-cert", "c"), "tls_cert and tls_key must be given together, and tls_client_ca only with them"),
+        (("--tls-client-ca", "c"), "tls_cert and tls_key must be given together, and tls_client_ca only with them"),
         (("--bogus",), "No such option: --bogus"),
     ],
 )
@@ -155,6 +160,62 @@ def test_insecure_serves_any_host_and_says_so(served):
     result = run("serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json", "--metrics", "[::]:9464")
     assert [(config.host, config.metrics) for config in served] == [("0.0.0.0", "[::]:9464")]
     assert "listening without encryption and authentication" in result.output
+
+
+@pytest.mark.parametrize("who", ["--tokens", "--tls-client-ca"])
+def test_with_tls_and_a_way_to_tell_clients_apart_any_host_is_served(served, who):
+    result = run("serve", "--host", "0.0.0.0", "--tls-cert", "c.pem", "--tls-key", "c.key", who, "who")
+    assert result.exit_code == 0, result.output
+    assert [(config.host, config.tls_cert, config.tls_key) for config in served] == [("0.0.0.0", "c.pem", "c.key")]
+    assert (served[0].tokens or served[0].tls_client_ca) == "who"
+    assert "listening without" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(("--tls-cert", "c", "--tls-key", "k"), "authentication"), (("--tokens", "t"), "encryption")],
+)
+def test_insecure_says_what_is_missing(served, arguments, missing):
+    result = run("serve", "--host", "0.0.0.0", "--insecure", "--log-format", "json", *arguments)
+    assert f'"listening without {missing}"' in result.output
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "demo", "chat"])
+def test_commands_hand_credentials_on(monkeypatch, tmp_path, command):
+    handed_on = []
+    name = f"run_{command}"
+    module = types.SimpleNamespace(**{name: lambda *values, **named: handed_on.extend((*values, *named.values())) or 0})
+    monkeypatch.setitem(sys.modules, f"attnd_server.{command}", module)
+    token_file = tmp_path / "token"
+    arguments = ["--tls-ca", "ca.pem", "--tls-client-cert", "c.pem", "--tls-client-key", "c.key"]
+    assert run(command, *arguments, env={"ATTND_TOKEN_FILE": str(token_file)}).exit_code == 0
+    (shown,) = [value for value in handed_on if isinstance(value, Credentials)]
+    assert (shown.ca, shown.cert, shown.key, shown.tls) == ("ca.pem", "c.pem", "c.key", True)
+    for text in ("one\n", "two"):  # read anew each time
+        token_file.write_text(text)
+        assert shown.metadata() == (("authorization", f"Bearer {text.strip()}"),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h:1", "--tls-server-name", "n"), "tls_ca is absent, but must be given, as another option of TLS is"),
+        (("h:1", "--tls-ca", "c", "--tls-client-cert", "c"), "key is absent, but must be given, as cert is"),
+        (("h:1", "--token-file", "t"), "tls_ca is absent, but must be given with token_file unless the address is a"),
+    ],
+)
+def test_commands_refuse_credentials_that_do_not_go_together(arguments, message):
+    result = run("info", *arguments)
+    assert result.exit_code == 2
+    assert message in result.text
+
+
+def test_the_system_knows_authorities_too_and_loopback_needs_none():
+    shown = cli_credentials.credentials({"tls_ca": "system"})
+    assert (shown.tls, shown.ca, shown.metadata()) == (True, "", None)
+    assert not cli_credentials.credentials({"token_file": "t"}).tls
+    assert cli_credentials.credentials({}) is None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])

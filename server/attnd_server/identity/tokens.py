@@ -96,7 +96,7 @@ class TokenFile(WatchedFiles):
 
 def digest(token: str) -> bytes:
     """What the file keeps of a token."""
-    return hashlib.sha256(token.encode()).digest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).digest()  # whatever a client sends
 
 
 def add_token(path: str, principal: str) -> str:
