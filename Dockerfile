@@ -38,6 +38,7 @@ ENV PATH=/opt/attnd/bin:$PATH \
 USER 10001:10001
 VOLUME /var/cache/attnd
 EXPOSE 7411
+# With TLS it needs ATTND_TLS_CA, and ATTND_TLS_SERVER_NAME where the certificate is not for localhost; no token.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-m", "attnd_server.health_probe", "localhost:7411"]
 # The process itself gets SIGTERM, and drains.

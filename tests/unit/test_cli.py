@@ -15,6 +15,7 @@ from attnd._version import __version__
 from attnd.credentials import Credentials
 from attnd_server import __main__, app, cli, cli_credentials, cli_options
 from attnd_server.config import ServerConfig
+from attnd_server.identity import TokenFile
 
 COMMANDS = {"serve", "demo", "doctor", "chat", "info", "token", "version"}
 
@@ -273,6 +274,18 @@ def test_chat_hands_its_options_on(monkeypatch):
         "credentials": None,
     }
     assert calls == [expected]
+
+
+def test_token_is_printed_once_and_its_digest_kept(tmp_path):
+    path = tmp_path / "tokens"
+    result = run("token", "alice", path)
+    assert result.exit_code == 0, result.output
+    token = result.output.strip()
+    assert TokenFile(str(path)).principal(token) == "alice"
+    assert token not in path.read_text()
+    assert run("token", "bob", tmp_path).exit_code == 2
+    assert "which cannot be written: Is a directory" in run("token", "bob", tmp_path).text
+    assert "principal is 'a b', but must be letters" in run("token", "a b", path).text
 
 
 def test_version():

@@ -7,9 +7,12 @@ import re
 
 import pytest
 import torch
+import typer
 import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
+from attnd_server import cli
+from attnd_server.cli_credentials import CREDENTIAL_OPTIONS
 from attnd_server.config import AttentionBackend
 from attnd_server.metrics import Metrics
 from attnd_server.steps import Call, Result
@@ -108,3 +111,13 @@ def test_what_is_published_is_published_to_this_host_only():
     services = {**load("compose.yaml")["services"], **load("metrics.yaml")["services"]}
     for name, service in services.items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+
+
+def test_tls_sets_variables_that_the_server_and_its_probe_read():
+    service = load("tls.yaml")["services"]["attnd"]
+    read = {parameter.envvar for parameter in typer.main.get_command(cli.app).commands["serve"].params}
+    read |= {option.envvar for option in CREDENTIAL_OPTIONS.values()}
+    own = set(service["environment"])
+    assert own <= read
+    assert "--insecure" not in service["command"]
+    assert all(port.startswith("${ATTND_PUBLIC_ADDRESS:?") for port in service["ports"])
