@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from attnd_server.identity.tokens import add_token
 from benchmarks import report
 from benchmarks.servers import running
 from benchmarks.way import Way
-from benchmarks.way_timing import rows, time_ways
+from benchmarks.way_timing import Samples, time_ways
 from benchmarks.ways import session_way, unary_way
 from benchmarks.workload import LLAMA_8B, NUM_CALLS, DecodeStep
 
@@ -80,6 +81,22 @@ def ways(step: DecodeStep, connected: dict[str, attnd.Client]) -> Iterator[list[
             found.append(session_way(f"stream, {name}", step, session, ("stream, plain",)))
             found.append(unary_way(f"unary, {name}", step, cache, client, ("unary, plain",)))
         yield found
+
+
+def rows(all_ways: Sequence[Way], samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
+    """What a call of each way took, and beside its floor."""
+    p50 = {name: statistics.median(sample.call_us) for name, sample in samples.items()}
+    return [
+        {
+            "way": way.name,
+            "p50_us": p50[way.name],
+            "p99_us": statistics.quantiles(samples[way.name].call_us, n=100)[98],
+            "layer_us": statistics.median(samples[way.name].step_us) / NUM_CALLS,
+            "ratio": p50[way.name] / sum(p50[name] for name in way.floor),
+            "calls": len(samples[way.name].call_us),
+        }
+        for way in all_ways
+    ]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -38,6 +38,7 @@ _REASONS = (
     errors.EpochMismatch,
     errors.Exhausted,
     errors.PermissionDenied,
+    errors.Unauthenticated,
     errors.DeadlineExceeded,
     errors.Disconnected,
     errors.ServerFault,

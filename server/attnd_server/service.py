@@ -25,6 +25,7 @@ from attnd_server.cache import Cache, CacheTable
 from attnd_server.capabilities import NO_SOCKET, capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor
+from attnd_server.identity import refuse_if_revoked
 from attnd_server.kernels.pages import StoredTokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.metrics import Metrics
@@ -164,6 +165,7 @@ class AttentionService:
     ) -> Step:
         """Checks a step of a stream with `open_steps`, or of a unary request; its cache's lease starts again."""
         self.refuse_if_draining()
+        refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         return Step(message.id, cache, metadata, call_timeout_s=message.call_timeout_ms / 1e3 or None)

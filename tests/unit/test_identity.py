@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+import attnd
 from attnd.errors import Unauthenticated
+from attnd_server.app import build_service
+from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.identity import ANYBODY, FileRefused, Principals, ServerCertificates, TokenFile, refuse_if_revoked
 from attnd_server.identity.tokens import add_token, digest
 from tests.certificates import Authority, needs_openssl
@@ -128,6 +132,25 @@ def test_a_changed_file_counts_once_it_is_read_again(path, caplog):
     file.reload()
     refuse_if_revoked(alice)  # back again
     assert caplog.text.count("read again") == 2
+
+
+def test_no_plane_opens_a_step_with_a_removed_token(path):
+    path.write_text(line("alice", "1") + line("bob", "2"))
+    file = TokenFile(str(path))
+    alice = file.principal("1")
+    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20))
+    try:
+        config = AttentionConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=1, dtype=torch.float32)
+        cache = service.caches.create(config, principal=alice, ttl_s=9, name="")
+        ref = cache.info().cache
+        message = attnd.StepMetadata([1], [0], [[0]], [0]).to_message(1, ref)
+        assert service.step(message, alice).cache is cache
+        path.write_text(line("bob", "2"))
+        file.reload()
+        with pytest.raises(Unauthenticated, match="no longer known"):
+            service.step(message, alice)
+    finally:
+        service.executor.close()
 
 
 def test_a_token_that_is_given_to_another_is_revoked_for_the_first(path):

@@ -111,7 +111,7 @@ def test_says_that_there_are_no_caches(monkeypatch):
 
 
 def test_nobody_answers(monkeypatch):
-    def connect(address, timeout_s, connect_timeout_s):
+    def connect(address, timeout_s, connect_timeout_s, credentials):
         raise Disconnected(f"no connection to {address}:\n[refused] within {connect_timeout_s:g} s")
 
     assert run(monkeypatch, connect) == (1, "", "attnd info: no connection to host:1: [refused] within 2 s\n")
