@@ -82,3 +82,22 @@ def test_a_length_beyond_the_limit_is_refused_before_it_arrives(pair: tuple[sock
     pair[0].sendall(struct.pack("<IIQI", wire.MAX_MESSAGE_BYTES + 1, 0, 0, 0))
     with pytest.raises(InvalidRequest, match=f"must have at most {wire.MAX_MESSAGE_BYTES}"):
         doorbell.Requests(pair[1]).receive()
+
+
+@pytest.mark.parametrize("piece", [1, 7, 32, 33, 90])
+def test_a_socket_that_does_not_block_gives_each_message_once_it_is_whole(
+    pair: tuple[socket.socket, socket.socket], piece: int
+) -> None:
+    one, other = pair
+    other.setblocking(False)
+    replies = doorbell.Replies(other)
+    sent = [doorbell.Reply(0, 0, 0, 0, 0, 0, bytes(range(50))), doorbell.Reply(1, 2, 3, 4, 5, 6, b"")]
+    data = doorbell.reply_bytes(sent[0].message) + doorbell.repeated_reply(*sent[1][:6])
+    received, whole = [], [32 + 50, 32 + 50 + 32]
+    for start in range(0, len(data), piece):
+        one.sendall(data[start : start + piece])
+        with pytest.raises(BlockingIOError):
+            while True:
+                received.append(replies.receive())
+        assert len(received) == sum(end <= start + piece for end in whole)
+    assert received == sent

@@ -85,3 +85,13 @@ def test_calls_under_way_never_overlap_nor_share_a_lane(events: list[tuple[int, 
             assert call.lane != other.lane
             assert call.place.stop <= other.place.start or other.place.stop <= call.place.start
         under_way.append(call)
+
+
+def test_whoever_finds_no_lane_is_told_to_wait() -> None:
+    lanes = Lanes(NUM_BYTES, head_dim_v=8)
+    for _ in range(4):
+        send(lanes, 1)
+    with pytest.raises(attnd.Exhausted, match="4 calls of the session are under way, which is the limit; wait for one"):
+        send(lanes, 1)
+    assert lanes.answered() == 0
+    assert send(lanes, 1).lane == 0

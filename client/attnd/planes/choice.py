@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd import wire
-from attnd.errors import Exhausted, InvalidRequest, PermissionDenied, Unsupported
+from attnd.errors import AttndError, Exhausted, InvalidRequest, PermissionDenied, Unsupported
 from attnd.transport import Stream, Transport
 from attnd.v1 import cache_pb2, capabilities_pb2, plane_pb2
 
@@ -77,28 +77,56 @@ def open_stream(
         Unsupported: the plane cannot be had; the message says why.
         AttndError: the server refused or is away.
     """
-    if wanted.name == "inline":
-        return OpenedStream(transport.attend(), {})
-    refused = {"cuda": "it is given only where it is asked for by name", **refused}
-    if wanted.name == "auto" and "shm" in refused:
-        return OpenedStream(transport.attend(), refused)
+    untried = inline_refusals(wanted, refused)
+    if untried is not None:
+        return OpenedStream(transport.attend(), untried)
     try:
-        return _open_shm(transport, config, wanted.socket_dir, timeout_s)
-    except (Unsupported, PermissionDenied, Exhausted) as error:
-        if wanted.name == "shm":
-            raise
-        return OpenedStream(transport.attend(), {**refused, "shm": str(error)})
+        plane, refusals = opened_shm(transport.unary("OpenPlane", open_shm_request(), timeout_s))
+        from attnd.planes.shm import open_shm  # has modules that other systems have not
+
+        return OpenedStream(open_shm(plane, config, wanted.socket_dir, timeout_s), refusals)
+    except REFUSALS as error:
+        return OpenedStream(transport.attend(), refusals_after(error, wanted, refused))
 
 
-def _open_shm(transport: Transport, config: cache_pb2.CacheConfig, socket_dir: str, timeout_s: float) -> OpenedStream:
+# What says that a plane is not to be had, while the server is there.
+REFUSALS = (Unsupported, PermissionDenied, Exhausted)
+
+
+def inline_refusals(wanted: PlaneOptions, refused: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Why each better plane is not given, if the stream is inline anyway; None: shm is to be tried.
+
+    Args:
+        wanted: what is asked for.
+        refused: `plane_refusals` of the server.
+    """
+    if wanted.name == "inline":
+        return {}
+    return _with_cuda(refused) if wanted.name == "auto" and "shm" in refused else None
+
+
+def open_shm_request() -> bytes:
+    """The request of OpenPlane for a shm plane. Raises Unsupported where there is none."""
     if sys.platform != "linux":
         raise Unsupported(f"plane is shm, but this process runs on {sys.platform}, and it needs Linux", field="plane")
-    request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_SHM).SerializeToString()
-    plane = wire.parse(plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request, timeout_s))
-    from attnd.planes.shm import open_shm  # has modules that other systems have not
+    return plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_SHM).SerializeToString()
 
-    refusals = {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
-    return OpenedStream(open_shm(plane, config, socket_dir, timeout_s), refusals)
+
+def opened_shm(data: bytes) -> tuple[plane_pb2.OpenPlaneResponse, Mapping[str, str]]:
+    """What OpenPlane answered, and why each better plane is not given."""
+    plane = wire.parse(plane_pb2.OpenPlaneResponse, data)
+    return plane, {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
+
+
+def refusals_after(error: AttndError, wanted: PlaneOptions, refused: Mapping[str, str]) -> Mapping[str, str]:
+    """Why each better plane is not given after shm was refused with `error`; raises that if shm was pinned."""
+    if wanted.name == "shm":
+        raise error
+    return {**_with_cuda(refused), "shm": str(error)}
+
+
+def _with_cuda(refused: Mapping[str, str]) -> Mapping[str, str]:
+    return {"cuda": "it is given only where it is asked for by name", **refused}
 
 
 def _short(plane: int) -> str:

@@ -124,14 +124,15 @@ class _Frames:
 
         Raises:
             InvalidRequest: longer than a message may be.
-            OSError: of the socket; BlockingIOError or TimeoutError if nothing came in time.
+            OSError: of the socket; BlockingIOError or TimeoutError if nothing came in time. What came in part is kept
+                for the next call.
         """
         received = self._received
         while len(received) < self._numbers.size:
             chunk = self._connection.recv(_CHUNK_BYTES)
             if not chunk:
                 return None
-            received = received + chunk if received else chunk
+            received = self._received = received + chunk if received else chunk
         num_bytes, *numbers = self._numbers.unpack_from(received)
         if num_bytes > wire.MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"a message has {num_bytes} bytes, but must have at most {wire.MAX_MESSAGE_BYTES}")
@@ -139,12 +140,14 @@ class _Frames:
         if len(received) < end:
             # Memory is taken as bytes come, whatever length was announced.
             chunks, missing = [received], end - len(received)
-            while missing > 0:
-                chunk = self._connection.recv(_CHUNK_BYTES)
-                if not chunk:
-                    return None
-                chunks.append(chunk)
-                missing -= len(chunk)
-            received = b"".join(chunks)
+            try:
+                while missing > 0:
+                    chunk = self._connection.recv(_CHUNK_BYTES)
+                    if not chunk:
+                        return None
+                    chunks.append(chunk)
+                    missing -= len(chunk)
+            finally:
+                received = self._received = b"".join(chunks)
         self._received = received[end:]
         return numbers, received[self._numbers.size : end]

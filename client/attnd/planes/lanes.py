@@ -61,15 +61,18 @@ class Lanes:
         """A lane and a place for a call with these tensors and its reply.
 
         Raises:
-            Exhausted: those under way leave no room for it. A call that is alone always has its place;
+            Exhausted: those under way leave no lane or no room for it. A call that is alone always has its place;
                 whether it fits there, the region and the server say.
         """
+        lane = self._free_lane()
+        if lane == MAX_CALLS_UNDER_WAY:
+            raise Exhausted(f"{lane} calls of the session are under way, which is the limit; wait for one first")
         num_bytes = self._call_bytes(arrays, return_lse)
         taken = self._places()
         for start in sorted([0, *(place.stop for place in taken)]):
             place = range(start, start + num_bytes)
             if not taken or (place.stop <= self._num_bytes and self._is_free(place)):
-                return self._free_lane(), place
+                return lane, place
         places = " and ".join(f"{place.start}..{place.stop - 1}" for place in taken)
         raise Exhausted(
             f"call needs {num_bytes} bytes of the plane's region of {self._num_bytes}, but calls under way have bytes "
