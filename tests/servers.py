@@ -90,3 +90,10 @@ class ServerProcess:
                     return found[1]
         self.stop()
         raise RuntimeError(f"the server did not start: {self.log}")
+
+
+def mapped(pid: int) -> int:
+    """Mappings and descriptors of shared regions that a process has."""
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return maps.count("memfd:attnd") + sum("memfd:attnd" in link for link in links)

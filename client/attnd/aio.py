@@ -11,9 +11,7 @@ async with await attnd.aio.connect("localhost:7411") as client:
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,24 +19,19 @@ import grpc
 import grpc.aio
 
 from attnd import requests, wire
+from attnd.aio_session import AsyncSession, AsyncStep
 from attnd.credentials import NO_CREDENTIALS, Credentials
-from attnd.errors import (
-    AttndError,
-    CacheLost,
-    DeadlineExceeded,
-    Disconnected,
-    InvalidRequest,
-    ServerFault,
-    from_message,
-)
+from attnd.errors import AttndError, CacheLost, Disconnected, InvalidRequest, Unsupported
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
-from attnd.page_table_deltas import SentPageTables
+from attnd.planes.choice import PlaneOptions, check_plane, plane_refusals
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.retries import Patience
 from attnd.transport import GRPC_OPTIONS, SERVICE, WHY_S, explained, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
+
+__all__ = ["AsyncCache", "AsyncClient", "AsyncSession", "AsyncStep", "connect"]
 
 
 async def connect(
@@ -46,12 +39,15 @@ async def connect(
     *,
     timeout_s: float = 30.0,
     connect_timeout_s: float = 10.0,
+    plane: str = "auto",
+    socket_dir: str = "",
     credentials: Credentials | None = None,
 ) -> AsyncClient:
-    """Connects to a server. Arguments and errors as `attnd.connect`; "inproc://" has the sync client only."""
+    """Connects to a server. Arguments and errors as `attnd.connect`, but without "inproc://" and the cuda plane."""
     if "://" in address:
         raise InvalidRequest(f'address is {address}, but must be "host:port" for the asyncio client', field="address")
-    client = AsyncClient(address, timeout_s, connect_timeout_s, credentials or NO_CREDENTIALS)
+    planes = PlaneOptions(_check_plane(plane), socket_dir)
+    client = AsyncClient(address, timeout_s, connect_timeout_s, planes, credentials or NO_CREDENTIALS)
     try:
         await client.capabilities()
     except AttndError:
@@ -60,16 +56,33 @@ async def connect(
     return client
 
 
+def _check_plane(name: str) -> str:
+    if check_plane(name) == "cuda":
+        raise Unsupported("plane is cuda, which the sync client alone has", field="plane")
+    return name
+
+
 class AsyncClient:
-    """A connection to one server, used from one event loop."""
+    """A connection to one server, used from one event loop.
+
+    Attributes:
+        refusals: by the name of each better plane than inline, why the server does not give it.
+    """
 
     def __init__(
-        self, address: str, timeout_s: float, connect_timeout_s: float, credentials: Credentials = NO_CREDENTIALS
+        self,
+        address: str,
+        timeout_s: float,
+        connect_timeout_s: float,
+        plane: PlaneOptions,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """Made by `connect`."""
         self.timeout_s = timeout_s
         self.epoch = 0
         self.address = address
+        self.plane = plane
+        self.refusals: dict[str, str] = {}
         self._connect_timeout_s = connect_timeout_s
         self._metadata = credentials.metadata
         if credentials.tls:
@@ -83,6 +96,7 @@ class AsyncClient:
         data = await self.unary("GetCapabilities", b"", self._connect_timeout_s, wait=True)
         message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self.epoch = message.epoch
+        self.refusals = plane_refusals(message)
         return message
 
     async def create_cache(
@@ -226,9 +240,18 @@ class AsyncCache:
         self.client = client
         self._renewal = asyncio.ensure_future(self._renew_for_ever())
 
-    def session(self) -> AsyncSession:
-        """A session: the way to run steps."""
-        return AsyncSession(self)
+    def session(self, *, plane: str = "") -> AsyncSession:
+        """A session: the way to run steps.
+
+        Args:
+            plane: how tensors travel, as in `connect`; "" is what was said there.
+
+        Raises:
+            InvalidRequest: no such plane.
+            Unsupported: the asyncio client does not have it.
+        """
+        wanted = self.client.plane
+        return AsyncSession(self, wanted._replace(name=_check_plane(plane)) if plane else wanted)
 
     async def info(self) -> cache_pb2.CacheInfo:
         """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""
@@ -315,147 +338,3 @@ class AsyncCache:
                 return  # the next step says so to the caller
             except AttndError:
                 pass  # away for now; the lease may outlast it
-
-
-class AsyncSession:
-    """One Attend stream of one cache. Calls of several tasks may be under way: answers come in order.
-
-    With two halves of a batch as two steps of two tasks, the one's q, k and v are computed while the server attends the
-    other's. The server reads 4 requests ahead; more wait their turn.
-    """
-
-    def __init__(self, cache: AsyncCache) -> None:
-        """Opens no stream yet: the first step does."""
-        self.cache = cache
-        self._call: Any = None
-        self._last_step_id = 0
-        self._waiting: deque[asyncio.Future[tuple[str, Any, Any]]] = deque()
-        self._reader: asyncio.Task[None] | None = None
-        self._sent_tables = SentPageTables()
-        self._going_away = ""
-        self._writing = asyncio.Lock()  # gRPC allows one write at a time
-
-    async def step(self, metadata: Any) -> AsyncStep:
-        """Opens a step. Sends its metadata once, of page tables what changed; a refusal comes with its first call."""
-        if self._going_away:
-            reason, self._going_away = self._going_away, ""
-            await self.close()
-            raise Disconnected(f"{reason}; the next step reconnects")
-        if self._call is None:
-            self._sent_tables.forget()
-        step_id = self._last_step_id = self._last_step_id + 1
-        message = requests.as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
-        message.call_timeout_ms = requests.timeout_ms(self.cache.client.timeout_s)
-        if self._call is None:
-            self._call = self.cache.client.stream("Attend")
-            self._reader = asyncio.ensure_future(self._read(self._call))
-        answer = await self._send(wire.step_request(message), self._call)
-        answer.add_done_callback(partial(self._opened, step_id))
-        return AsyncStep(self, step_id, answer)
-
-    def _opened(self, step_id: int, answer: asyncio.Future[tuple[str, Any, Any]]) -> None:
-        """What a step's answer says of its page tables."""
-        if answer.cancelled() or answer.exception() is not None:
-            return  # so has the stream ended
-        kind, message, _ = answer.result()
-        if kind == "error":
-            self._sent_tables.forget()
-        elif kind == "step" and message.takes_deltas:
-            self._sent_tables.accept(step_id)
-
-    async def close(self) -> None:
-        """Ends the stream. The cache stays. The next step opens another stream."""
-        call, self._call = self._call, None
-        reader, self._reader = self._reader, None
-        if call is not None:
-            call.cancel()
-        if reader is not None:
-            await asyncio.wait([reader])
-
-    async def __aenter__(self) -> AsyncSession:
-        """The session itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes."""
-        await self.close()
-
-    async def attend(self, request: bytes) -> tuple[str, Any, Any]:
-        """Sends a call and waits for its answer."""
-        answer = await self._send(request)
-        try:
-            return await asyncio.wait_for(answer, self.cache.client.timeout_s)
-        except asyncio.TimeoutError:
-            await self.close()
-            raise DeadlineExceeded(f"no answer within {self.cache.client.timeout_s:g} s") from None
-
-    async def _send(self, request: bytes, stream: Any = None) -> asyncio.Future[tuple[str, Any, Any]]:
-        """Sends to the stream that is open, which must be `stream` if that is given."""
-        answer: asyncio.Future[tuple[str, Any, Any]] = asyncio.get_running_loop().create_future()
-        async with self._writing:
-            if self._call is None or stream not in (None, self._call):
-                raise Disconnected("the step's stream has ended; open the step again")
-            self._waiting.append(answer)
-            try:
-                await self._call.write(request)
-            except (grpc.RpcError, asyncio.InvalidStateError):
-                pass  # the reader learns why, and tells whoever waits
-        return answer
-
-    async def _read(self, call: Any) -> None:
-        """Gives each answer to the oldest request without one; when the stream ends, all learn why."""
-        told: AttndError = Disconnected("the server ended the stream")
-        try:
-            while (data := await call.read()) is not grpc.aio.EOF:
-                answer = requests.attend_reply(data)[:3]
-                if answer[0] == "going_away":
-                    self._going_away = answer[1].reason
-                elif not self._waiting:
-                    told = ServerFault(f"the server sent {answer[0]} unasked")
-                    break
-                else:
-                    future = self._waiting.popleft()
-                    if not future.done():
-                        future.set_result(answer)
-        except grpc.RpcError as error:
-            told = translate(error, self.cache.client.address)
-        except (AttndError, asyncio.CancelledError) as error:
-            told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
-        if self._call is call:
-            self._call = None
-        while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(told)
-                future.exception()  # read: a step whose reply nobody awaits is no reason to complain
-
-
-class AsyncStep:
-    """One forward pass: what its layers share has been sent."""
-
-    def __init__(self, session: AsyncSession, step_id: int, answer: asyncio.Future[tuple[str, Any, Any]]) -> None:
-        """Made by `AsyncSession.step`."""
-        self.id = step_id
-        self._session = session
-        self._answer = answer
-
-    async def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
-        """Attention of one layer. Arguments, result and errors as `attnd.Step.attend`."""
-        request = requests.attend_call(self.id, layer, q, k, v, options)
-        patience = Patience(self._session.cache.client.timeout_s)
-        while True:
-            kind, message, tensors = await self._session.attend(request)
-            if kind != "error":
-                break
-            opened, refusal, _ = self._answer.result() if self._answer.done() else ("", message, None)
-            error = from_message(refusal if opened == "error" else message)
-            pause_s = patience.pause_s(error)
-            if pause_s is None:
-                raise error
-            await asyncio.sleep(pause_s)
-        if kind != "call" or (message.step_id, message.layer) != (self.id, layer):
-            await self._session.close()  # nobody knows whose the next answer is
-            raise ServerFault(f"the server answered layer {layer} of step {self.id} with {kind} {message}")
-        return requests.reply(message, tensors, q, options.return_lse).output

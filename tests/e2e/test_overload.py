@@ -185,13 +185,15 @@ def test_a_unary_call_beyond_its_caches_share_comes_back_by_itself(tmp_path: Pat
         overload(busy, call, call)
 
 
+@pytest.mark.parametrize("plane", PLANES)
 def test_asyncio_calls_beyond_their_caches_share_come_back_by_themselves(
-    tmp_path: Path, threads: ThreadPoolExecutor
+    tmp_path: Path, threads: ThreadPoolExecutor, plane: str
 ) -> None:
     with serving(tmp_path, max_cache_queue_depth=1) as busy:
         loop = asyncio.new_event_loop()
         running = threads.submit(loop.run_forever)
-        client = asyncio.run_coroutine_threadsafe(attnd.aio.connect(busy.server.address), loop).result(30)
+        connected = attnd.aio.connect(busy.server.address, plane=plane)
+        client = asyncio.run_coroutine_threadsafe(connected, loop).result(30)
 
         async def make() -> attnd.aio.AsyncCache:
             return await client.create_cache(**GEOMETRY)
@@ -220,6 +222,64 @@ def test_asyncio_calls_beyond_their_caches_share_come_back_by_themselves(
         loop.call_soon_threadsafe(loop.stop)
         running.result(30)
         loop.close()
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_whoever_gives_up_a_call_takes_nobody_elses_answer_and_frees_no_lane(busy: Busy, plane: str) -> None:
+    """Of asyncio: a call that runs, calls that wait behind it, and on the shm plane one for which there is no lane."""
+    inputs = [(torch.randn(1, 2, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)) for _ in range(7)]
+
+    async def give_up() -> None:
+        async with await attnd.aio.connect(busy.server.address, plane=plane) as client:
+            async with await client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+                step = await session.step(DECODE)
+                with busy.held():
+                    calls = [asyncio.ensure_future(step.attend(0, *inputs[0]))]
+                    while busy.executor.queue_depth == 0:
+                        await asyncio.sleep(0.005)
+                    calls += [asyncio.ensure_future(step.attend(layer, *inputs[layer])) for layer in (1, 2, 3)]
+                    await asyncio.sleep(0.05)
+                    calls += [asyncio.ensure_future(step.attend(layer - 4, *inputs[layer])) for layer in (4, 5, 6)]
+                    await asyncio.sleep(0.05)
+                    for call in (0, 2, 5):
+                        calls[call].cancel()
+                    await asyncio.sleep(0.05)
+                for index, call in enumerate(calls):
+                    if index in (0, 2, 5):
+                        with pytest.raises(asyncio.CancelledError):
+                            await call
+                    else:
+                        assert torch.equal(await call, inputs[index][2])
+                # What the last call of each layer that was not given up has stored.
+                for layer, sent in ((0, 4), (3, 3), (2, 6)):
+                    assert torch.equal((await cache.read_kv(layer, [0], like=V))[1], inputs[sent][2])
+                assert torch.equal(await step.attend(0, *inputs[0]), inputs[0][2])
+                assert session.plane == plane
+
+    asyncio.run(asyncio.wait_for(give_up(), 60))
+    # The sixth was sent before it was given up only where gRPC holds the messages.
+    assert len(busy.launched) == (7 if plane == "shm" else 8)
+
+
+def test_a_call_given_up_keeps_its_place_in_the_region_until_it_was_answered(busy: Busy) -> None:
+    async def give_up() -> None:
+        async with await attnd.aio.connect(busy.server.address, plane="shm") as client:
+            async with await client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+                step = await session.step(DECODE)
+                with busy.held():
+                    given_up = asyncio.ensure_future(step.attend(0, Q, K, V))
+                    while busy.executor.queue_depth == 0:
+                        await asyncio.sleep(0.005)
+                    given_up.cancel()
+                    after = asyncio.ensure_future(step.attend(1, 2 * Q, 2 * K, 2 * V))
+                    await asyncio.sleep(0.05)
+                assert torch.equal(await after, 2 * V)
+                assert given_up.cancelled()
+                read_k, read_v = await cache.read_kv(0, [0], like=V)
+                assert torch.equal(read_k, K)
+                assert torch.equal(read_v, V)
+
+    asyncio.run(asyncio.wait_for(give_up(), 60))
 
 
 def test_a_submitted_call_that_is_refused_says_when_to_come_back(tmp_path: Path) -> None:

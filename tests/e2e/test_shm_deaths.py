@@ -18,7 +18,7 @@ import torch
 import attnd
 from attnd.planes import doorbell, sockets
 from attnd.v1 import attention_pb2, plane_pb2, step_pb2
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, mapped
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
@@ -58,13 +58,6 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) ->
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-def mapped(pid: int) -> int:
-    """Mappings and descriptors of shared regions that a process has."""
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
-    maps = Path(f"/proc/{pid}/maps").read_text()
-    return maps.count("memfd:attnd") + sum("memfd:attnd" in link for link in links)
 
 
 def test_killed_clients_leave_nothing_with_the_server(shm_server: ServerProcess) -> None:

@@ -1,0 +1,124 @@
+"""The asyncio client's end of a shm plane's socket, by a server that takes its time or goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from attnd import wire
+from attnd.errors import DeadlineExceeded, Disconnected, ServerFault
+from attnd.planes import doorbell
+from attnd.planes.aio_shm import AsyncShmStream
+from attnd.planes.lanes import Lanes
+from attnd.planes.shm import Handshake
+from attnd.regions import Region
+from attnd.v1 import attention_pb2, step_pb2
+
+MIB = 1 << 20
+REPLY = attention_pb2.AttendResponse(step=attention_pb2.StepReply(step_id=7)).SerializeToString()
+
+
+def run(test: Callable[[AsyncShmStream, socket.socket], Awaitable[None]], timeout_s: float = 30) -> None:
+    async def with_stream() -> None:
+        one, other = socket.socketpair()
+        other.setblocking(False)
+        with other:
+            region = Region(1, mmap.mmap(-1, 4096))
+            stream = AsyncShmStream(Handshake(one, region, Lanes(4096, 16), "/somewhere/a.sock"), timeout_s)
+            await test(stream, other)
+            await stream.close()
+            assert one.fileno() == -1
+            assert region.num_bytes == 0
+
+    asyncio.run(asyncio.wait_for(with_stream(), 60))
+
+
+async def drained(peer: socket.socket) -> bytes:
+    """All that comes until nothing more does."""
+    data = b""
+    while True:
+        try:
+            data += await asyncio.wait_for(asyncio.get_running_loop().sock_recv(peer, MIB), 0.2)
+        except asyncio.TimeoutError:
+            return data
+
+
+def test_a_message_that_the_socket_takes_in_parts_arrives_whole_and_before_the_next() -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        big, small = b"a" * (4 * MIB), doorbell.repeated_call(1, 2, 0)
+        sending = [asyncio.ensure_future(stream.ask(lambda data=data: data, 30)) for data in (big, small)]  # type: ignore[misc]
+        await asyncio.sleep(0.05)
+        assert not any(each.done() for each in sending)
+        assert await drained(peer) == big + small
+        first, second = await asyncio.gather(*sending)
+        peer.send(2 * doorbell.reply_bytes(REPLY))
+        assert (await first).message.step_id == (await second).message.step_id == 7
+
+    run(test)
+
+
+def test_a_server_that_takes_no_more_ends_the_stream_in_time() -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        waiting = await stream.ask(lambda: b"first", 30)
+        with pytest.raises(DeadlineExceeded, match=r"took no message within 0\.1 s"):
+            await stream.ask(lambda: b"a" * (4 * MIB), 30)
+        assert isinstance(waiting.exception(), DeadlineExceeded)
+        with pytest.raises(Disconnected, match="open the step again"):
+            await stream.ask(lambda: b"next", 30)
+
+    run(test, timeout_s=0.1)
+
+
+def test_whoever_is_interrupted_in_the_middle_of_a_message_ends_the_stream() -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        waiting = await stream.ask(lambda: b"first", 30)
+        sending = asyncio.ensure_future(stream.ask(lambda: b"a" * (4 * MIB), 30))
+        await asyncio.sleep(0.05)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert isinstance(waiting.exception(), Disconnected)
+        assert not stream.is_open
+
+    run(test)
+
+
+def test_closing_lets_whoever_is_sending_go() -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        sending = asyncio.ensure_future(stream.ask(lambda: b"a" * (4 * MIB), 30))
+        await asyncio.sleep(0.05)
+        await stream.close()
+        with pytest.raises(Disconnected, match="the session was closed"):
+            await (await sending)
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_asked", [0, 1])
+def test_what_no_server_sends_ends_the_stream(num_asked: int) -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        waiting = [await stream.ask(lambda: b"first", 30) for _ in range(num_asked)]
+        # Unasked, and then a reply like the one before, of which there was none.
+        peer.send(doorbell.repeated_reply(0, 1, 0, 0, 0, 0) if num_asked else doorbell.reply_bytes(REPLY))
+        while stream.is_open:
+            await asyncio.sleep(0.01)
+        assert all(isinstance(each.exception(), ServerFault) for each in waiting)
+
+    run(test)
+
+
+def test_the_end_of_the_socket_in_the_middle_of_a_message_disconnects() -> None:
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        waiting = await stream.ask(lambda: wire.step_request(step_pb2.Step(id=7)), 30)
+        peer.send(doorbell.reply_bytes(REPLY)[:-1])
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(Disconnected, match=r"no connection to the server at /somewhere/a\.sock: end of file"):
+            await waiting
+
+    run(test)
