@@ -271,6 +271,8 @@ def test_a_call_given_up_keeps_its_place_in_the_region_until_it_was_answered(bus
                     while busy.executor.queue_depth == 0:
                         await asyncio.sleep(0.005)
                     given_up.cancel()
+                    await asyncio.wait([given_up])
+                    await asyncio.sleep(0)
                     after = asyncio.ensure_future(step.attend(1, 2 * Q, 2 * K, 2 * V))
                     await asyncio.sleep(0.05)
                 assert torch.equal(await after, 2 * V)
