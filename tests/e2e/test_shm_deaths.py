@@ -199,15 +199,15 @@ def test_only_a_fresh_ticket_opens_the_door_and_garbage_ends_the_plane(shm_serve
         assert plane.shm.num_bytes == 512 << 20
         with knock(plane, bytes(32)) as stranger:
             with pytest.raises(attnd.PermissionDenied, match="the ticket is unknown, used or older than 10 s"):
-                sockets.receive_memory(stranger)
+                sockets.receive_memories(stranger, 1)[0]
         with knock(plane, plane.shm.ticket[:31]) as impatient:
             impatient.shutdown(socket.SHUT_WR)
             with pytest.raises(attnd.PermissionDenied):
-                sockets.receive_memory(impatient)
+                sockets.receive_memories(impatient, 1)[0]
         with knock(plane, plane.shm.ticket) as connection:
-            memory = sockets.map_memory(sockets.receive_memory(connection), plane.shm.num_bytes)
+            memory = sockets.map_memory(sockets.receive_memories(connection, 1)[0], plane.shm.num_bytes)
             with knock(plane, plane.shm.ticket) as second, pytest.raises(attnd.PermissionDenied):
-                sockets.receive_memory(second)
+                sockets.receive_memories(second, 1)[0]
             replies = doorbell.Replies(connection)
             for request, field in (
                 (doorbell.repeated_call(0, 1, 0), ""),

@@ -134,7 +134,7 @@ def test_memory_travels_over_a_socket_and_is_the_same() -> None:
         descriptor = sockets.sealed_memory(NUM_BYTES)
         sockets.send_memory(one, descriptor)
         here = sockets.map_memory(descriptor, NUM_BYTES)
-        there = sockets.map_memory(sockets.receive_memory(other), NUM_BYTES)
+        there = sockets.map_memory(sockets.receive_memories(other, 1)[0], NUM_BYTES)
         here[:5] = b"hello"
         assert there[:5] == b"hello"
         assert sockets.peer_of(one) == (os.getpid(), os.geteuid())
@@ -145,7 +145,7 @@ def test_a_refusal_travels_instead() -> None:
     with one, other:
         sockets.send_refusal(one, PermissionDenied("not you"))
         with pytest.raises(PermissionDenied, match="not you"):
-            sockets.receive_memory(other)
+            sockets.receive_memories(other, 1)[0]
         one.close()
         with pytest.raises(ConnectionResetError):
-            sockets.receive_memory(other)
+            sockets.receive_memories(other, 1)[0]

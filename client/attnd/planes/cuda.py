@@ -6,7 +6,6 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import sys
@@ -34,7 +33,7 @@ from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
 from attnd.planes.cuda_memory import DeviceMemory
 from attnd.planes.cuda_words import HostFlags, HostWords
 from attnd.planes.device_bytes import CUDA, DeviceBytes
-from attnd.planes.shm import connect
+from attnd.planes.tickets import show_ticket
 from attnd.v1 import attention_pb2, plane_pb2
 
 
@@ -83,25 +82,11 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
         AttndError: what the server answered.
     """
     check_reach(gpu, plane.cuda.gpu_uuid)
-    path = plane.cuda.socket_path
-    if socket_dir:
-        path = os.path.join(socket_dir, os.path.basename(path))
-    connection = socket.socket(socket.AF_UNIX)
+    connection, (region, words), path = show_ticket(plane.cuda.ticket, plane.cuda.socket_path, socket_dir, 2, timeout_s)
     try:
-        connection.settimeout(timeout_s)
-        connect(connection, path)
-        try:
-            connection.sendall(plane.cuda.ticket)
-        except BrokenPipeError:
-            pass  # refused before it was asked, and told why
-        region, words = sockets.receive_memories(connection, 2)
         memory = sockets.map_memory(words, WORDS_BYTES)
-        connection.settimeout(None)
         with gpu.current():
             mapped = DeviceMemory.imported(gpu, region, plane.cuda.num_bytes)
-    except OSError as error:
-        connection.close()
-        raise Disconnected(f"the server at {path} hung up: {error}") from None
     except CudaError as error:
         connection.close()
         raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import NamedTuple
 
 from attnd import requests
-from attnd.errors import DeadlineExceeded, Disconnected, Unsupported
+from attnd.errors import DeadlineExceeded, Disconnected
 from attnd.planes import doorbell, sockets
 from attnd.planes.lanes import Lanes
 from attnd.planes.shm_messages import ShmMessages
+from attnd.planes.tickets import show_ticket
 from attnd.regions import Region
 from attnd.transport import Stream
 from attnd.v1 import cache_pb2, plane_pb2
@@ -54,40 +54,14 @@ def shake_hands(
         Unsupported: this process cannot reach the socket, or does not trust who listens; the message says why.
         AttndError: what the server answered.
     """
-    path = plane.shm.socket_path
-    if socket_dir:
-        path = os.path.join(socket_dir, os.path.basename(path))
-    connection = socket.socket(socket.AF_UNIX)
+    connection, (descriptor,), path = show_ticket(plane.shm.ticket, plane.shm.socket_path, socket_dir, 1, timeout_s)
     try:
-        connection.settimeout(timeout_s)
-        connect(connection, path)
-        try:
-            connection.sendall(plane.shm.ticket)
-        except BrokenPipeError:
-            pass  # refused before it was asked, and told why
-        memory = sockets.map_memory(sockets.receive_memory(connection), plane.shm.num_bytes)
-        connection.settimeout(None)
-    except OSError as error:
-        connection.close()
-        raise Disconnected(f"the server at {path} hung up: {error}") from None
+        memory = sockets.map_memory(descriptor, plane.shm.num_bytes)
     except BaseException:
         connection.close()
         raise
     lanes = Lanes(plane.shm.num_bytes, config.head_dim_v or config.head_dim)
     return Handshake(connection, Region(plane.id, memory), lanes, path)
-
-
-def connect(connection: socket.socket, path: str) -> None:
-    """Connects to the server's socket. Raises Unsupported: it cannot be reached, or a stranger listens."""
-    try:
-        connection.connect(path)
-    except OSError as error:  # a path that is too long, too
-        rule = "client and server must share the folder, which socket_dir names here if it lies elsewhere"
-        raise Unsupported(f"socket {path} cannot be reached: {error}; {rule}", field="plane") from None
-    user = sockets.peer_of(connection).user
-    if user not in (os.geteuid(), 0):
-        rule = f"must be this process' user {os.geteuid()} or root"
-        raise Unsupported(f"user {user} listens at {path}, but {rule}", field="plane")
 
 
 class ShmStream(ShmMessages, Stream):

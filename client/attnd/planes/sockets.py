@@ -92,12 +92,6 @@ def send_refusal(connection: socket.socket, error: AttndError) -> None:
     connection.sendall(_LENGTH.pack(len(message)) + message)
 
 
-def receive_memory(connection: socket.socket) -> int:
-    """The descriptor that the peer sent with `send_memory`; raises as `receive_memories` does."""
-    (descriptor,) = receive_memories(connection, 1)
-    return descriptor
-
-
 def receive_memories(connection: socket.socket, count: int) -> list[int]:
     """The descriptors that the peer sent with `send_memory`.
 
