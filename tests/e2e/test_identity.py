@@ -54,8 +54,14 @@ class Secured:
     def connect(self, principal: str) -> attnd.Client:
         return attnd.connect(self.server.address, credentials=self.credentials(principal), connect_timeout_s=20)
 
-    def scrape(self) -> Scrape:
-        return Scrape.of(re.search(r"metrics on (\S+)$", self.server.banner)[1])
+    def scrape(self, num_calls: int = 0) -> Scrape:
+        """The metrics, once so many RPCs were counted: their callers know of their end a little earlier."""
+        deadline = time.monotonic() + 10
+        while True:
+            scrape = Scrape.of(re.search(r"metrics on (\S+)$", self.server.banner)[1])
+            if scrape.value("grpc_server_call_duration_seconds_count") >= num_calls or time.monotonic() > deadline:
+                return scrape
+            time.sleep(0.01)
 
     def channel(self) -> grpc.Channel:
         return grpc.secure_channel(self.server.address, self.credentials("").channel_credentials())
@@ -148,7 +154,7 @@ def test_no_or_a_wrong_token_is_unauthenticated_and_counted_without_a_name(secur
             assert isinstance(told, attnd.PermissionDenied)
             assert why in str(told)
             assert wrong not in str(told)
-    scrape = secured.scrape()
+    scrape = secured.scrape(num_calls=4)
     assert scrape.by("attnd_refusals_total", "reason") == {"Unauthenticated": 4}
     ended = scrape.by("grpc_server_call_duration_seconds_count", "grpc_status")
     assert ended == {"UNAUTHENTICATED": 4}
@@ -164,7 +170,7 @@ def test_nothing_is_read_of_a_message_of_nobody(secured: Secured) -> None:
     with secured.channel() as channel, pytest.raises(grpc.RpcError) as raised:
         channel.unary_unary(f"{SERVICE}CreateCache")(bytes(64 << 20), timeout=20)
     assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    received = secured.scrape().samples["grpc_server_call_rcvd_total_compressed_message_size_bytes_sum"]
+    received = secured.scrape(num_calls=1).samples["grpc_server_call_rcvd_total_compressed_message_size_bytes_sum"]
     assert [(labels["grpc_status"], value) for labels, value in received] == [("UNAUTHENTICATED", 0)]
 
 
