@@ -139,7 +139,7 @@ def serve(
         int,
         setting(
             "ATTND_REGION_BYTES",
-            "Shared memory of one session; what is never written to takes none.",
+            "Shared memory of one session; what is never written to takes none, but with a GPU it is pinned whole.",
             panel=SHARED,
             parser=options.num_bytes,
             metavar="BYTES|8GiB",

@@ -237,7 +237,8 @@ class ServerConfig:
         metrics: address for Prometheus, "host:port", where port 0 lets the system pick; "" is none.
         socket_dir: folder of the Unix socket over which clients on this host get shared memory; "": there is none.
         socket_uids: users besides the server's own who may connect there.
-        region_bytes: shared memory of one session; what is never written to takes none.
+        region_bytes: shared memory of one session; what is never written to takes none, but with a GPU it is pinned
+            whole.
         max_planes: sessions with shared memory at one time.
         cuda_region_bytes: memory of the GPU that a session with a cuda plane takes for its tensors.
         max_cuda_planes: sessions with a cuda plane at one time. Each has a stream that waits, and a GPU has 32 hardware

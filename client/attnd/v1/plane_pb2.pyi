@@ -171,7 +171,9 @@ class ShmPlane(google.protobuf.message.Message):
     socket_path: builtins.str
     """The Unix socket, as the server sees it; another container may see its folder elsewhere."""
     num_bytes: builtins.int
-    """Bytes of the region. It cannot shrink or grow. Memory is taken when it is first written to."""
+    """Bytes of the region. It cannot shrink or grow. Memory is taken when it is first written to, or, by a
+    server with a GPU, at once.
+    """
     def __init__(
         self,
         *,
