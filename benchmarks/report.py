@@ -10,13 +10,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -35,6 +36,20 @@ _MATTERS = re.compile(r"(CUDA|GLIBC|GOMP|KMP|MALLOC|MKL|OMP|PYTORCH)_")
 
 class WrongResult(Exception):
     """What was to be timed computes something else."""
+
+
+def exit_code(run: Callable[[Console], None]) -> int:
+    """Runs a benchmark that stops at the first wrong result. Returns the exit code of its command."""
+    console = Console()
+    try:
+        run(console)
+    except WrongResult as error:
+        console.print(f"[red]wrong result:[/] {error}")
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    return 0
 
 
 def refuse_wrong(what: str, output: torch.Tensor, expected: torch.Tensor, limit: float | None = None) -> None:

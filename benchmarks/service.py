@@ -118,16 +118,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    console = Console()
-    try:
-        run(parse(arguments), console)
-    except report.WrongResult as error:
-        console.print(f"[red]wrong result:[/] {error}")
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped")
-        return 130
-    return 0
+    return report.exit_code(lambda console: run(parse(arguments), console))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from attnd.planes.cuda_driver import CudaError, Device, driver, kernels
+from attnd.planes.cuda_gates import WAIT
 
 # Bytes that a thread copies at a time; addresses, rows and strides are multiples of it.
 VECTOR_BYTES = 16
@@ -66,10 +67,11 @@ _REGISTERS = """
 """
 # One thread of each block. It reads the count before it arrives, and the last to arrive writes it, after all have read.
 # The fence makes what its block wrote visible to the whole system, before the word that the last one releases.
-_HAND_OVER = """
+_HAND_OVER = (
+    """
     bar.sync 0;
     setp.ne.u32 %decided, %thread, 0;
-    @%decided bra TOGETHER;
+    @%decided bra DONE;
     ld.param.u64 %counter, [counter];
     ld.param.u64 %arrived, [arrived];
     ld.param.u64 %signal, [signal];
@@ -86,22 +88,11 @@ _HAND_OVER = """
     st.global.u64 [%counter], %next;
     fence.acq_rel.sys;
     st.release.sys.global.u64 [%signal], %next;
-WAIT:
-    mov.u32 %turn, 0;
-AGAIN:
-    ld.acquire.sys.global.u64 %seen, [%flag];
-    setp.ge.u64 %decided, %seen, %next;
-    @%decided bra TOGETHER;
-    add.u32 %turn, %turn, 1;
-    and.b32 %low, %turn, 255;
-    setp.ne.u32 %decided, %low, 0;
-    @%decided bra AGAIN;
-    ld.volatile.global.u32 %stop, [%stop_word];
-    setp.eq.u32 %decided, %stop, 0;
-    @%decided bra AGAIN;
-TOGETHER:
-    bar.sync 0;
+WAIT:"""
+    + WAIT
+    + """    bar.sync 0;
 """
+)
 _WORDS = """
     .param .u64 counter, .param .u64 arrived, .param .u64 signal, .param .u64 flag, .param .u64 stop"""
 

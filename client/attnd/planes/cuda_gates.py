@@ -41,7 +41,8 @@ _COUNT = """
 _SIGNAL = """
     st.release.sys.global.u64 [%signal], %next;
 """
-_WAIT = """
+# For `cuda_copies`, too, whose kernel names the same registers.
+WAIT = """
     mov.u32 %turn, 0;
 AGAIN:
     ld.acquire.sys.global.u64 %seen, [%flag];
@@ -56,7 +57,7 @@ AGAIN:
     @%decided bra AGAIN;
 DONE:
 """
-_BODIES = {"exchange": _COUNT + _SIGNAL + _WAIT, "wait": _COUNT + _WAIT, "signal": _SIGNAL}
+_BODIES = {"exchange": _COUNT + _SIGNAL + WAIT, "wait": _COUNT + WAIT, "signal": _SIGNAL}
 # What every GPU since 2017 runs; the driver compiles it.
 PTX = ".version 7.0\n.target sm_70\n.address_size 64\n" + "".join(
     f".visible .entry attnd_{name}({_HEAD}{body}    ret;\n}}\n" for name, body in _BODIES.items()
