@@ -73,7 +73,7 @@ class HostLane:
         self.is_closed = False
 
     def descriptors(self) -> list[int]:
-        return [os.memfd_create("region"), sockets.sealed_memory(WORDS_BYTES)]
+        return [sockets.sealed_memory(WORDS_BYTES), os.memfd_create("region")]
 
     def tensor(self, place: Place) -> torch.Tensor:
         part = self.region[place.offset : place.offset + place.num_bytes]
@@ -103,6 +103,9 @@ class HostPlanes(CudaPlanes):
 
     def close(self, lane: Any) -> None:
         lane.is_closed = True
+
+    def results_num_bytes(self, worker_gpu: str) -> int:
+        return 0
 
 
 class _Gpu:
@@ -139,10 +142,10 @@ class HostPlane(cuda.CudaPlane):
 
     def hand_over(self, stream: int, layer: int, is_last: bool, inputs: Any, outputs: Any) -> None:
         for place, tensor in inputs:
-            ctypes.memmove(self._region.address + place.offset, tensor.contiguous().data_ptr(), place.num_bytes)
+            ctypes.memmove(self._address(place), tensor.contiguous().data_ptr(), place.num_bytes)
         self._flags.exchange(stream, layer, is_last)
         for place, tensor in outputs:
-            ctypes.memmove(tensor.data_ptr(), self._region.address + place.offset, place.num_bytes)
+            ctypes.memmove(tensor.data_ptr(), self._address(place), place.num_bytes)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from attnd.errors import AttndError
 from attnd.planes.cuda_layout import StepLayout
 from attnd_server.backends.base import DecodeShape, FixedPlan
 from attnd_server.backends.cuda_graph import Launches
+from attnd_server.backends.staged_tensor import StagedTensor
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import AttentionBackend
 from attnd_server.dispatcher import TritonAttentionOps
@@ -65,9 +66,8 @@ class StepGraph:
         self.num_bytes = sum(plan.num_bytes for plan in plans.values())
         self._options, self._plans, self._lane = options, plans, lane
         self._q, self._k, self._v, self._output, self._lse = (lane.tensor(place) for place in layout)
-        num_tokens, on_gpu = self._q.shape[0], cache.device.type == "cuda"
-        self._slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=cache.device)
-        self._host_slots = torch.full((num_tokens,), -1, dtype=torch.int64, pin_memory=on_gpu)
+        self._slots = torch.full((self._q.shape[0],), -1, dtype=torch.int64, device=cache.device)
+        self._staged_slots = [StagedTensor(self._slots) for _ in range(2)]
         self._replay: Launches | None = None
 
     def fits(self, metadata: AttentionMetadata) -> bool:
@@ -75,8 +75,8 @@ class StepGraph:
         return all(plan.refusal(metadata) is None for plan in self._plans.values())
 
     def capture(self, capture: Callable[[Launches], Launches], metadata: AttentionMetadata) -> None:
-        """Captures a step that fits. The lane is idle."""
-        self.load(metadata)
+        """Captures a step that fits, which is still to be loaded."""
+        self.load(metadata)  # loads the kernels that do it
         # A kernel that is not on the device yet cannot be captured. Nothing is stored: slots are -1. The region's own
         # output may still be read by the worker.
         self._slots.fill_(-1)
@@ -90,14 +90,20 @@ class StepGraph:
         self._replay()
 
     def load(self, metadata: AttentionMetadata) -> None:
-        """Makes a step that fits the one that is replayed. The lane is idle."""
+        """Makes a step that fits the one that is replayed next, in the order of the current stream.
+
+        Unless it is two steps ahead of the device, it does not wait for it.
+        """
         for plan in self._plans.values():
             plan.update(metadata)
+        staged = self._staged_slots[0]
+        self._staged_slots.reverse()
+        staged.wait()
         if metadata.slot_mapping is None:
-            self._host_slots.fill_(-1)
+            staged.host.fill_(-1)
         else:
-            self._host_slots.copy_(metadata.slot_mapping)
-        self._slots.copy_(self._host_slots, non_blocking=True)
+            staged.host.copy_(metadata.slot_mapping)
+        staged.send(len(self._slots))
 
     def _layers(self) -> None:
         lane, last = self._lane, len(self._options) - 1
@@ -137,7 +143,7 @@ class StepGraphs:
     ) -> StepGraph | None:
         """The graph of a step, captured now if the shape was seen before; None: launch it layer by layer.
 
-        On the executor's thread; the lane is idle.
+        On the executor's thread, and the stream of all other work. Whoever replays it keeps it until that is over.
         """
         capture = self._lane.capture
         if capture is None or not metadata.is_decode or metadata.store_only or metadata.cache_only:

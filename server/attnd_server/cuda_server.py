@@ -1,8 +1,9 @@
 """The server's end of cuda planes: a step is a message of the socket, and is answered when its last layer is done.
 
-While a step runs, its thread sleeps until the stream is done, and the watchdog looks at its worker: if that goes away,
-or lets too much time pass, nothing waits for it any more. Such a step failed, whatever the stream made of it, and any
-error ends the plane, because the two sides' words may not agree afterwards.
+One thread checks and enqueues steps as they come, the next while one runs, so that the worker never waits for that.
+Another sleeps until the stream is done with a step, and the watchdog looks at its worker: if that goes away, or lets
+too much time pass, nothing waits for it any more. Such a step failed, whatever the stream made of it, and any error
+ends the plane, because the two sides' words may not agree afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 
@@ -22,21 +24,22 @@ from attnd import wire
 from attnd.errors import DeadlineExceeded, InvalidRequest, Unsupported
 from attnd.planes import doorbell
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
+from attnd_server import cuda_watchdog
 from attnd_server.cuda_graphs import StepGraphs
 from attnd_server.cuda_steps import BACKENDS, CudaStep, layer_options
 from attnd_server.metadata import AttentionMetadata
 from attnd_server.planes import Plane
-from attnd_server.planes.cuda import CudaPlanes, Flags, Lane
-from attnd_server.planes.table import has_ended
+from attnd_server.planes.cuda import CudaPlanes, Lane
+from attnd_server.planes.table import end
 from attnd_server.service import AttentionService, error_response
 from attnd_server.work import OnCache
 
 log = logging.getLogger(__name__)
 
-# Seconds that a step may take, the worker's work between the layers included.
-STEP_S = 60.0
 # As at `service.MAX_OPEN_STEPS`: steps whose page tables later ones may be told by.
 MAX_KEPT_STEPS = 8
+# Steps of a session that are enqueued at once: one that runs, and one that runs after it. Graphs have room for two.
+MAX_STEPS_UNDER_WAY = 2
 
 
 def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPlanes | str:
@@ -80,21 +83,35 @@ def serve_cuda(
 def _serve(
     service: AttentionService, session: CudaSession, connection: socket.socket, send: Callable[[bytes], None]
 ) -> None:
+    """Begins steps as they come, while a thread waits for those that were begun and answers them."""
+    answers = _Answers(service, session, connection, send)
     try:
         requests = doorbell.Requests(connection)
-        while (request := requests.receive()) is not None:
-            try:
-                answer = session.run(request.message)
-            except Exception as error:
-                send(doorbell.reply_bytes(error_response(attention_pb2.AttendResponse, service.told(error))))
-                return
-            send(doorbell.reply_bytes(answer))
+        while (request := requests.receive()) is not None and answers.begin(request.message):
+            pass
     finally:
+        answers.close()
         session.close()
 
 
+class StepUnderWay(NamedTuple):
+    """A step that was begun.
+
+    Attributes:
+        step: enqueued.
+        arrived: when its message came, `time.perf_counter`.
+        watch: by which the watchdog knows it.
+        held: what is let go when it is over.
+    """
+
+    step: CudaStep
+    arrived: float
+    watch: cuda_watchdog.Watch
+    held: ExitStack
+
+
 class CudaSession:
-    """The steps of one cuda plane, one at a time. On the plane's thread."""
+    """The steps of one cuda plane, in order. A step is begun while the one before it runs."""
 
     def __init__(self, service: AttentionService, principal: str, lane: Lane, connection: socket.socket) -> None:
         """Starts without steps. The socket is only looked at, to see whether the worker is there."""
@@ -105,20 +122,45 @@ class CudaSession:
         self._graphs = StepGraphs(lane, service.caches, service.executor.ops, BACKENDS)
         self._kept: OrderedDict[int, AttentionMetadata] = OrderedDict()
         self._last_id = -1
+        self._over_at = 0.0  # when the last step was over, `time.perf_counter`
 
-    def run(self, data: bytes) -> bytes:
-        """Runs the step of a message, and answers it once it is over.
+    def begin(self, data: bytes) -> StepUnderWay:
+        """Checks and enqueues the step of a message, behind those that were begun before.
 
         Raises:
-            AttndError: it was refused, or failed. The plane is of no use any more.
+            AttndError: it is refused. The plane is of no use any more.
         """
         arrived = time.perf_counter()
+        self._refuse_if_stopped()
         step = self._checked(wire.parse(attention_pb2.AttendRequest, data))
-        # Until the stream is done with the pages, also if the step fails: of a deleted cache they would be unmapped.
-        with step.step.cache.held():
-            self._run_on_lane(step)
-        if self._lane.flags.is_stopped:
-            raise DeadlineExceeded(f"the worker has gone, or did not hand over every layer within {STEP_S:g} s")
+        with ExitStack() as held:
+            # Until the stream is done with the pages, whatever happens: of a deleted cache they would be unmapped.
+            held.enter_context(step.step.cache.held())
+            watch = held.enter_context(cuda_watchdog.WATCHDOG.watching(self._lane.flags, self._connection))
+            try:
+                self._enqueue(step)
+            except BaseException:
+                self._lane.drain()
+                raise
+            return StepUnderWay(step, arrived, watch, held.pop_all())
+
+    def finish(self, under_way: StepUnderWay) -> bytes:
+        """Waits until a step is over, those before it being so, and answers it. On one thread.
+
+        Raises:
+            AttndError: it failed. The plane is of no use any more.
+        """
+        step = under_way.step
+        with under_way.held:
+            under_way.watch.restart()
+            try:
+                assert step.wait is not None
+                step.wait()
+            except BaseException:
+                self._lane.drain()
+                raise
+        started_at, self._over_at = max(step.started_at, self._over_at), time.perf_counter()
+        self._refuse_if_stopped()
         step.refuse_if_lost()
         backend = backend_pb2.BACKEND_UNSPECIFIED
         if step.backend is not None:
@@ -127,25 +169,26 @@ class CudaSession:
             step_id=step.step.id,
             takes_deltas=True,
             backend=backend,
-            queue_us=int((step.started_at - arrived) * 1e6),
-            step_us=int((time.perf_counter() - step.started_at) * 1e6),
+            queue_us=int((step.started_at - under_way.arrived) * 1e6),
+            step_us=int((self._over_at - started_at) * 1e6),
         )
         return attention_pb2.AttendResponse(cuda_step=reply).SerializeToString()
 
-    def _run_on_lane(self, step: CudaStep) -> None:
-        with WATCHDOG.watching(self._lane.flags, self._connection, time.monotonic() + STEP_S):
-            try:
-                self._enqueue(step)
-                assert step.wait is not None
-                step.wait()
-            except BaseException:
-                self._lane.drain()
-                raise
+    def drop(self, under_way: StepUnderWay) -> None:
+        """Lets a step go after one before it failed, and everything else that waits for the worker."""
+        with under_way.held:
+            self._lane.drain()
 
     def close(self) -> None:
         """Lets go of what waits for the worker, and frees the graphs."""
         self._lane.drain()
         self._graphs.close()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._lane.flags.is_stopped:
+            raise DeadlineExceeded(
+                f"the worker has gone, or did not hand over every layer within {cuda_watchdog.STEP_S:g} s"
+            )
 
     def _checked(self, message: attention_pb2.AttendRequest) -> CudaStep:
         if message.WhichOneof("message") != "cuda_step":
@@ -185,53 +228,63 @@ class CudaSession:
             raise error
 
 
-class Watchdog:
-    """Lets streams go that wait for workers which have gone or are too late. One thread for all planes."""
+class _Answers:
+    """Answers steps in order, on a thread of its own, until one fails."""
 
-    # Seconds until a look at new steps and at the clock, and between two tries to let go of what waits.
-    PERIOD_S, STOP_PERIOD_S = 0.05, 0.001
+    def __init__(
+        self,
+        service: AttentionService,
+        session: CudaSession,
+        connection: socket.socket,
+        send: Callable[[bytes], None],
+    ) -> None:
+        """Starts the thread."""
+        self._service, self._session, self._connection, self._send = service, session, connection, send
+        self._under_way: queue.SimpleQueue[StepUnderWay | Exception | None] = queue.SimpleQueue()
+        self._places = threading.Semaphore(MAX_STEPS_UNDER_WAY)
+        self._thread = threading.Thread(target=self._run, name="cuda-plane-answers", daemon=True)
+        self._thread.start()
 
-    def __init__(self) -> None:
-        """The thread starts with the first step."""
-        self._watched: dict[Flags, tuple[socket.socket, float]] = {}
-        self._lock = threading.Lock()
-        self._news = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    @contextmanager
-    def watching(self, flags: Flags, connection: socket.socket, deadline: float) -> Iterator[None]:
-        """Stops `flags` if the worker's side of the socket ends meanwhile, or `time.monotonic` passes `deadline`."""
-        with self._lock:
-            self._watched[flags] = connection, deadline
-            self._news.set()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="cuda-watchdog", daemon=True)
-                self._thread.start()
+    def begin(self, data: bytes) -> bool:
+        """Begins the step of a message, once not too many are under way. False: there was an error, the last answer."""
+        self._places.acquire()
         try:
-            yield
-        finally:
-            with self._lock:
-                del self._watched[flags]
+            self._under_way.put(self._session.begin(data))
+        except Exception as error:
+            self._under_way.put(error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Waits until all that was begun is over."""
+        self._under_way.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            self._news.wait()
-            with self._lock:
-                watched = list(self._watched.items())
-                if not watched:
-                    self._news.clear()
-                    continue
-            stopped = False
-            for flags, (connection, deadline) in watched:
-                if flags.is_stopped or time.monotonic() > deadline or has_ended(connection):
-                    stopped = True
-                    with self._lock:  # or its memory may have gone
-                        if flags in self._watched:
-                            flags.stop()
-            if stopped:
-                time.sleep(self.STOP_PERIOD_S)
+        self._service.executor.prepare_thread()
+        failed = False
+        while (under_way := self._under_way.get()) is not None:
+            if failed:
+                if not isinstance(under_way, Exception):
+                    self._session.drop(under_way)
             else:
-                has_ended(*(connection for _, (connection, _) in watched), timeout_s=self.PERIOD_S)
+                failed = not self._answered(under_way)
+            del under_way  # holds the step's tensors
+            self._places.release()
 
-
-WATCHDOG = Watchdog()
+    def _answered(self, under_way: StepUnderWay | Exception) -> bool:
+        """Answers a step; False: with an error, and the plane has ended."""
+        error = under_way if isinstance(under_way, Exception) else None
+        try:
+            if not isinstance(under_way, Exception):
+                self._send(doorbell.reply_bytes(self._session.finish(under_way)))
+                return True
+        except Exception as failure:
+            error = failure
+        assert error is not None
+        try:
+            self._send(doorbell.reply_bytes(error_response(attention_pb2.AttendResponse, self._service.told(error))))
+        except OSError:
+            pass  # the worker has gone
+        end(self._connection)
+        return False

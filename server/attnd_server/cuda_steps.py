@@ -4,7 +4,7 @@ For each layer the stream waits for the worker, stores, attends, writes the outp
 What the executor promises everybody else still holds:
 
 - It enqueues a step as any other work, in its turn, on its thread; it never waits for a worker. Only the session's own
-  stream does, and no other stream waits for that one. A session's next step is enqueued when its last one is over.
+  stream does, and no other stream waits for that one. A session's next step may be enqueued while one runs, after it.
 - What the executor enqueued before a step, on the stream of all other work, comes before it: the session's stream waits
   for an event there. So caches are created, filled and copied before the step reads them.
 - What comes after the step's answer comes after the step: the answer is sent when its stream is done. Between the
@@ -13,8 +13,8 @@ What the executor promises everybody else still holds:
 - A cache that is deleted meanwhile, or whose lease ends, is closed at once for everybody; the step keeps hold of its
   pages (`Cache.held`), so that their memory stays until the step is over, and is answered with CacheLost.
 - It waits for no other session's worker: a step is planned, and its kernels are loaded, on the stream of all other work
-  and with memory of that stream; the session's own has the layers alone. Only kernels that no step has used before may
-  make the driver wait for the whole GPU, and so for steps that are running.
+  and with memory of that stream; the session's own has the layers alone, and kernels that bring a graph its step. Only
+  kernels that no step has used before may make the driver wait for the whole GPU, and so for steps that are running.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnd.errors import CacheLost, InvalidRequest, Unsupported
 from attnd.planes.cuda_layout import Geometry, StepLayout, step_layout
 from attnd.tensors import DTYPES
 from attnd_server.config import AttentionBackend
-from attnd_server.cuda_graphs import StepGraphs
+from attnd_server.cuda_graphs import StepGraph, StepGraphs
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.kernels.pages import stored_tokens
 from attnd_server.metadata import AttentionOptions
@@ -51,6 +51,7 @@ class CudaStep:
         wait: waits until the step is over, once it was enqueued.
         backend: what computes it; None in a store-only step.
         started_at: when the executor took it, `time.perf_counter`.
+        graph: that runs it, and stays until it is over; None: its layers are launched one by one.
     """
 
     step: Step
@@ -59,6 +60,7 @@ class CudaStep:
     wait: Callable[[], None] | None = None
     backend: AttentionBackend | None = None
     started_at: float = 0.0
+    graph: StepGraph | None = None
 
     def layout(self, lane: Lane) -> StepLayout:
         """Where its tensors lie. Raises InvalidRequest: the region does not hold them."""
@@ -78,11 +80,11 @@ class CudaStep:
         self.step.cache.refuse_if_closed()
         layout = self.layout(lane)
         self.step.mark_written()
-        graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
+        self.graph = graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
         if graph is not None:
             self.backend = graph.backend
-            graph.load(self.step.metadata)
-            with lane.current():
+            with lane.current():  # after the step before, which may still read what the graph has of it
+                graph.load(self.step.metadata)
                 graph.replay()
         else:
             self._plan(lane, layout, ops)

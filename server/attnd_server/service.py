@@ -306,6 +306,7 @@ class AttentionService:
                 num_bytes=cuda.num_bytes,
                 gpu_uuid=cuda.gpu_uuid,
                 flags=flags,
+                results_num_bytes=cuda.results_num_bytes(worker_gpu),
             ),
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,6 +73,29 @@ def test_new_memory_is_zero_and_refuses_what_it_cannot_be() -> None:
         DeviceMemory.imported(gpu, descriptor, memory.num_bytes)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_memory_of_another_gpu_is_made_without_a_context_there() -> None:
+    code = """
+import torch
+from attnd.planes.cuda_driver import call, device, driver
+from attnd.planes.cuda_memory import DeviceMemory
+torch.cuda.set_device(0)
+torch.zeros(1, device="cuda:0")
+user, owner = device(0), device(1)
+user.make_current()
+memory = DeviceMemory.created(owner, 1 << 20, user=user)
+call("cuMemsetD8Async", memory.address, 7, memory.num_bytes, 0)
+host = torch.zeros(memory.num_bytes, dtype=torch.uint8)
+call("cuMemcpy", host.data_ptr(), memory.address, memory.num_bytes)
+assert host.eq(7).all()
+_, is_active = call("cuDevicePrimaryCtxGetState", owner._device)
+assert not is_active
+memory.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_memory_made_and_freed_a_hundred_times_leaves_nothing() -> None:

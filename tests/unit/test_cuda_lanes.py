@@ -158,7 +158,8 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
         assert not SLOW & set(driver.asked_here())
         # By the thread that nobody waits for.
         assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] % 2 == 0 and opened._words.qsize() == 2)
-    assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] == 10)
+    num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
+    assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] == 10 * num_memories)
     assert driver.asked_elsewhere()["cuMemHostRegister"] == driver.asked_elsewhere()["cuMemHostUnregister"] == 10
 
 
@@ -199,10 +200,23 @@ def test_a_lane_is_let_go_before_it_is_freed(driver: NotingDriver) -> None:
 def test_words_are_where_the_contract_says(driver: NotingDriver) -> None:
     opened = planes()
     lane = take(opened, OTHER_GPU)
-    base = lane._region.address
-    assert lane.flags.addresses[2:4] == (base + TO_WORKER, base + TO_SERVER)
+    region, results = lane._memory
+    assert lane.flags.addresses[2:4] == (results.address + TO_WORKER, region.address + TO_SERVER)
     lane = take(opened, GPU)
     assert lane._words.words.num_words == WORDS_BYTES // 4
+
+
+def test_a_worker_that_the_server_cannot_reach_finds_results_in_the_region(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = planes()
+    assert opened.results_num_bytes(OTHER_GPU) == opened.num_bytes
+    assert opened.results_num_bytes(GPU) == 0
+    monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: None)
+    assert opened.results_num_bytes(OTHER_GPU) == 0
+    lane = take(opened, OTHER_GPU)
+    (region,) = lane._memory
+    assert lane.flags.addresses[2:4] == (region.address + TO_WORKER, region.address + TO_SERVER)
 
 
 def test_a_full_gpu_costs_no_stream(driver: NotingDriver) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import attnd
 from attnd.cuda_session import CudaSession, CudaStep
-from attnd_server import cuda_server
+from attnd_server import cuda_server, cuda_watchdog
 from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.triton import TritonPagedAttention
 from attnd_server.config import AttentionBackend, AttentionConfig
@@ -318,7 +318,7 @@ def test_a_step_that_takes_too_long_fails_on_both_sides(
     opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, planes = opened
-    monkeypatch.setattr(cuda_server, "STEP_S", 0.2)
+    monkeypatch.setattr(cuda_watchdog, "STEP_S", 0.2)
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         step = session.step(metadata(0, 1), num_heads=HEADS)
         with pytest.raises(attnd.DeadlineExceeded, match=r"did not hand over every layer within 0\.2 s"):
@@ -336,7 +336,7 @@ def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(
         session = cache.session()
         one_step(session)
         session.timeout_s = 0.3
-        monkeypatch.setattr(cuda_server.CudaSession, "run", lambda self, data: never.wait(5) or b"")
+        monkeypatch.setattr(cuda_server.CudaSession, "finish", lambda self, under_way: never.wait(5) or b"")
         step = session.step(metadata(1, 1), num_heads=HEADS)
         started = time.monotonic()
         step.attend(0, *new_tokens(1))  # would wait for ever

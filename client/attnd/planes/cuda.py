@@ -6,6 +6,7 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import sys
@@ -32,7 +33,6 @@ from attnd.planes.cuda_gates import GateFlags
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
 from attnd.planes.cuda_memory import DeviceMemory
 from attnd.planes.cuda_words import HostFlags, HostWords
-from attnd.planes.device_bytes import CUDA, DeviceBytes
 from attnd.planes.tickets import show_ticket
 from attnd.v1 import attention_pb2, plane_pb2
 
@@ -82,11 +82,14 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
         AttndError: what the server answered.
     """
     check_reach(gpu, plane.cuda.gpu_uuid)
-    connection, (region, words), path = show_ticket(plane.cuda.ticket, plane.cuda.socket_path, socket_dir, 2, timeout_s)
+    sizes = [size for size in (plane.cuda.num_bytes, plane.cuda.results_num_bytes) if size]
+    connection, (words, *descriptors), path = show_ticket(
+        plane.cuda.ticket, plane.cuda.socket_path, socket_dir, 1 + len(sizes), timeout_s
+    )
     try:
         memory = sockets.map_memory(words, WORDS_BYTES)
         with gpu.current():
-            mapped = DeviceMemory.imported(gpu, region, plane.cuda.num_bytes)
+            mapped = _imported(gpu, descriptors, sizes)
     except CudaError as error:
         connection.close()
         raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None
@@ -99,12 +102,28 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
             if plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST:
                 flags = HostFlags(HostWords(memory), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
             else:
-                flags = GateFlags(gpu, signal=mapped.address + TO_SERVER, flag=mapped.address + TO_WORKER)
+                flags = GateFlags(gpu, signal=mapped[0].address + TO_SERVER, flag=mapped[-1].address + TO_WORKER)
             return CudaPlane(connection, gpu, mapped, flags, path)
     except CudaError as error:
         connection.close()
-        mapped.close()
+        for each in mapped:
+            each.close()
         raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
+
+
+def _imported(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[DeviceMemory]:
+    """The region, and the memory of results if there is one. Closes the descriptors, whatever happens."""
+    mapped: list[DeviceMemory] = []
+    try:
+        for size in sizes:
+            mapped.append(DeviceMemory.imported(gpu, descriptors.pop(0), size))
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        for each in mapped:
+            each.close()
+        raise
+    return mapped
 
 
 class Answer(NamedTuple):
@@ -133,14 +152,19 @@ class CudaPlane:
     LAST_WORDS_S = 1.0
 
     def __init__(
-        self, connection: socket.socket, gpu: Device, region: DeviceMemory, flags: HostFlags | GateFlags, path: str
+        self,
+        connection: socket.socket,
+        gpu: Device,
+        memory: list[DeviceMemory],
+        flags: HostFlags | GateFlags,
+        path: str,
     ) -> None:
-        """Owns all of it; starts the thread."""
-        self.num_bytes = region.num_bytes
+        """Owns all of it; starts the thread. `memory`: the region, and that of results if there is one."""
+        self.num_bytes = min(each.num_bytes for each in memory)
         self.going_away = ""
         self._connection = connection
         self._gpu = gpu
-        self._region = region
+        self._memory = memory
         self._flags = flags
         self._kernel: HandOver | None = None
         if isinstance(flags, GateFlags):
@@ -149,7 +173,6 @@ class CudaPlane:
             self._copier = Copier(gpu)
         self._path = path
         self._replies = doorbell.Replies(connection)
-        self._bytes = DeviceBytes(region.address, region.num_bytes, (CUDA, gpu.index))
         # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
         self._deadlines: dict[int, float] = {}
         self._answers: dict[int, Answer] = {}
@@ -205,17 +228,16 @@ class CudaPlane:
         """
         there, by_driver = [], []
         for place, tensor in inputs:
-            copy = _copy_in(self._region.address + place.offset, tensor)
+            copy = _copy_in(self._address(place), tensor)
             if copy is None or not copy.is_possible:
                 by_driver.append((place, tensor.contiguous()))
             else:
                 there.append(copy)
         for place, tensor in by_driver:
-            self._copy(self._region.address + place.offset, tensor.data_ptr(), place.num_bytes, stream)
+            self._copy(self._address(place), tensor.data_ptr(), place.num_bytes, stream)
         back, by_driver = [], []
         for place, tensor in outputs:
-            address = self._region.address + place.offset
-            copy = Copy(tensor.data_ptr(), address, 1, place.num_bytes, place.num_bytes)
+            copy = Copy(tensor.data_ptr(), self._address(place), 1, place.num_bytes, place.num_bytes)
             if copy.is_possible:
                 back.append(copy)
             else:
@@ -229,7 +251,10 @@ class CudaPlane:
             if back:
                 self._copier.copy(stream, back)
         for place, tensor in by_driver:
-            self._copy(tensor.data_ptr(), self._region.address + place.offset, place.num_bytes, stream)
+            self._copy(tensor.data_ptr(), self._address(place), place.num_bytes, stream)
+
+    def _address(self, place: Place) -> int:
+        return self._memory[-1 if place.is_result else 0].address + place.offset
 
     def _copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         if num_bytes:
@@ -253,11 +278,6 @@ class CudaPlane:
         """Why the plane is of no use any more; None: it is."""
         return self._failure
 
-    @property
-    def memory(self) -> DeviceBytes:
-        """The region, for `from_dlpack`: gone after `close`."""
-        return self._bytes
-
     def close(self) -> None:
         """Ends the plane. Waits until the worker's GPU is idle; what waits for the server there is let go first."""
         if self._closed.is_set():
@@ -272,7 +292,8 @@ class CudaPlane:
             self._connection.close()
             with self._gpu.current():
                 self._flags.close()
-                self._region.close()
+                for each in self._memory:
+                    each.close()
 
     def _fail(self, failure: AttndError) -> None:
         """From any thread: the first failure is the plane's; its thread lets go of what waits."""

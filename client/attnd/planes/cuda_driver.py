@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from attnd.errors import Unsupported
@@ -86,7 +86,7 @@ class Device:
     """
 
     def __init__(self, index: int) -> None:
-        """Keeps the context until the process ends.
+        """Finds it.
 
         Raises:
             CudaError: there is no such GPU.
@@ -94,7 +94,11 @@ class Device:
         self.index = index
         self._device = call("cuDeviceGet", index)
         self.uuid = str(uuid.UUID(bytes=bytes(call("cuDeviceGetUuid", self._device).bytes)))
-        self._context = call("cuDevicePrimaryCtxRetain", self._device)
+
+    @cached_property
+    def _context(self) -> Any:
+        """Kept until the process ends. Not of a GPU that is only asked about: a context takes half a gigabyte there."""
+        return call("cuDevicePrimaryCtxRetain", self._device)
 
     def make_current(self) -> None:
         """Makes what the calling thread asks of CUDA go to this GPU, until it says otherwise."""

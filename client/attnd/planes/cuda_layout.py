@@ -14,7 +14,8 @@ from attnd.v1 import tensor_pb2
 
 # Bytes: of the host memory with the words, and of the beginning of the region.
 WORDS_BYTES = 4096
-# Bytes into either: the word that the worker writes for the server, and that which the server writes.
+# Bytes into either: the word that the worker writes for the server, and that which the server writes. The latter is in
+# the memory of results, where there is one.
 TO_SERVER, TO_WORKER = 0, 256
 # Bytes: where tensors start.
 ALIGNMENT = 256
@@ -37,19 +38,21 @@ class Geometry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A tensor of the region.
+    """A tensor of the region, or of the memory of results.
 
     Attributes:
-        offset: bytes from the region's start.
+        offset: bytes from the memory's start.
         dtype: the wire's.
         shape: extent of each dimension.
         num_bytes: its size.
+        is_result: whether the server writes it.
     """
 
     offset: int
     dtype: int
     shape: tuple[int, int] | tuple[int, int, int]
     num_bytes: int
+    is_result: bool
 
 
 class StepLayout(NamedTuple):
@@ -83,9 +86,9 @@ def step_layout(num_tokens: int, num_heads: int, geometry: Geometry, region_byte
         (tensor_pb2.DTYPE_FLOAT32, (num_tokens, num_heads)),
     ]
     places, end = [], WORDS_BYTES
-    for kind, shape in shapes:
+    for index, (kind, shape) in enumerate(shapes):
         num_bytes = math.prod(shape) * ITEM_SIZES[kind]
-        places.append(Place(end, kind, shape, num_bytes))
+        places.append(Place(end, kind, shape, num_bytes, is_result=index > 2))
         end = -(-(end + num_bytes) // ALIGNMENT) * ALIGNMENT
     if end > region_bytes:
         raise InvalidRequest(

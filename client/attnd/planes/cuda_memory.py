@@ -40,13 +40,16 @@ class DeviceMemory:
             raise
 
     @classmethod
-    def created(cls, owner: Device, num_bytes: int, stream: Stream | None = None) -> DeviceMemory:
-        """New memory of `owner`, which must be the thread's current GPU: zeros, at least `num_bytes` of them.
+    def created(
+        cls, owner: Device, num_bytes: int, stream: Stream | None = None, user: Device | None = None
+    ) -> DeviceMemory:
+        """New memory of `owner`, for use by `user`, this thread's current GPU: zeros, at least `num_bytes` of them.
 
         Args:
-            owner: the GPU.
+            owner: the GPU that has it. No context is made there.
             num_bytes: of the memory.
-            stream: an idle one of `owner`, on which it is cleared and which is waited for; None: one made for that.
+            stream: an idle one of `user`, on which it is cleared and which is waited for; None: one made for that.
+            user: the GPU that reads and writes it; None: `owner`.
 
         Raises:
             CudaError: there is not so much, or the driver cannot do it.
@@ -54,9 +57,9 @@ class DeviceMemory:
         wanted = _wanted(owner)
         minimum = driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         size = rounded(num_bytes, int(call("cuMemGetAllocationGranularity", wanted, minimum)))
-        memory = cls(call("cuMemCreate", size, wanted, 0), size, owner)
+        memory = cls(call("cuMemCreate", size, wanted, 0), size, user or owner)
         try:
-            memory._clear(owner, stream)
+            memory._clear(user or owner, stream)
         except BaseException:
             memory.close()
             raise
@@ -96,9 +99,9 @@ class DeviceMemory:
         if handle is not None:
             call("cuMemRelease", handle)
 
-    def _clear(self, owner: Device, given: Stream | None) -> None:
+    def _clear(self, user: Device, given: Stream | None) -> None:
         """Nobody shall see what was there. On a stream for which nobody else waits."""
-        stream = given or Stream(owner)
+        stream = given or Stream(user)
         try:
             call("cuMemsetD8Async", self._reserved, 0, self.num_bytes, stream.handle)
             stream.synchronize()

@@ -281,7 +281,9 @@ class CudaStepReply(google.protobuf.message.Message):
     queue_us: builtins.int
     """Microseconds from the step's arrival until the server's executor took it."""
     step_us: builtins.int
-    """Microseconds from then until its last layer was done: those in which the worker computed between the layers, too."""
+    """Microseconds from then, or from the end of the step before it, until its last layer was done: those in which the
+    worker computed between the layers, too.
+    """
     def __init__(
         self,
         *,

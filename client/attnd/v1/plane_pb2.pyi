@@ -61,8 +61,9 @@ class _CudaFlagsEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     for the last layer's writes 0 to the word that it waited for, before it hands anything over itself.
     """
     CUDA_FLAGS_GATES: _CudaFlags.ValueType  # 2
-    """By kernels that wait on words of the region, 64 bits each: the word to the server at byte 0, the word to the worker
-    at byte 256. Each hand-over of a plane's life counts its word up by 1.
+    """By kernels that wait on words of 64 bits: the word to the server at byte 0 of the region, the word to the worker at
+    byte 256 of the memory of results, or of the region if there is none. Each hand-over of a plane's life counts its
+    word up by 1.
     """
 
 class CudaFlags(_CudaFlags, metaclass=_CudaFlagsEnumTypeWrapper):
@@ -76,8 +77,9 @@ of the words, the word to the worker at byte 256. Whoever hands layer l of a ste
 for the last layer's writes 0 to the word that it waited for, before it hands anything over itself.
 """
 CUDA_FLAGS_GATES: CudaFlags.ValueType  # 2
-"""By kernels that wait on words of the region, 64 bits each: the word to the server at byte 0, the word to the worker
-at byte 256. Each hand-over of a plane's life counts its word up by 1.
+"""By kernels that wait on words of 64 bits: the word to the server at byte 0 of the region, the word to the worker at
+byte 256 of the memory of results, or of the region if there is none. Each hand-over of a plane's life counts its
+word up by 1.
 """
 global___CudaFlags = CudaFlags
 
@@ -188,13 +190,15 @@ global___ShmPlane = ShmPlane
 @typing.final
 class CudaPlane(google.protobuf.message.Message):
     """How to get at the memory of a cuda plane. The socket, the ticket and the first 4 bytes of the answer are those of
-    ShmPlane, but two descriptors come: that of the region, memory of the server's GPU (CU_MEM_HANDLE_TYPE_POSIX_FILE_
-    DESCRIPTOR), and that of 4096 bytes of host memory, sealed, where the words of CUDA_FLAGS_HOST lie. From then on the
-    socket carries AttendRequests with cuda_step and their AttendResponses, framed as for ShmPlane. The tensors of every
-    layer lie in the region, from byte 4096 on: q, k, v, output and lse, in this order, each at the next multiple of 256,
-    as Call and CallReply describe them; room is left for all, whichever of them the step has. The worker hands over a
-    layer, 0 first, when its q, k and v are there; the server hands it back when its output and lse are. An error ends the
-    plane, and so does the end of the socket: both sides let go of the streams that wait.
+    ShmPlane, but two or three descriptors come: that of 4096 bytes of host memory, sealed, where the words of
+    CUDA_FLAGS_HOST lie; that of the region, memory of the server's GPU (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR); and
+    that of the memory of results, likewise of the worker's GPU, if results_num_bytes is not 0. From then on the socket
+    carries AttendRequests with cuda_step and their AttendResponses, framed as for ShmPlane; the next step may be sent while
+    one is under way. The tensors of every layer lie in the region, from byte 4096 on: q, k, v, output and lse, in this
+    order, each at the next multiple of 256, as Call and CallReply describe them; room is left for all, whichever of them
+    the step has. Where there is a memory of results, output, lse and the word to the worker lie there instead, at the same
+    places. The worker hands over a layer, 0 first, when its q, k and v are there; the server hands it back when its output
+    and lse are. An error ends the plane, and so does the end of the socket: both sides let go of the streams that wait.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -204,6 +208,7 @@ class CudaPlane(google.protobuf.message.Message):
     NUM_BYTES_FIELD_NUMBER: builtins.int
     GPU_UUID_FIELD_NUMBER: builtins.int
     FLAGS_FIELD_NUMBER: builtins.int
+    RESULTS_NUM_BYTES_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     """Good for one connection, for a few seconds."""
     socket_path: builtins.str
@@ -214,6 +219,10 @@ class CudaPlane(google.protobuf.message.Message):
     """UUID of the server's GPU, as in CudaPlaneRequest."""
     flags: global___CudaFlags.ValueType
     """HOST if both sides have the same GPU, else GATES."""
+    results_num_bytes: builtins.int
+    """Bytes of the memory of results, which the server made on the worker's GPU, so that the worker waits and reads at home.
+    0: there is none, because both sides have the same GPU or the server does not see the worker's.
+    """
     def __init__(
         self,
         *,
@@ -222,8 +231,9 @@ class CudaPlane(google.protobuf.message.Message):
         num_bytes: builtins.int = ...,
         gpu_uuid: builtins.str = ...,
         flags: global___CudaFlags.ValueType = ...,
+        results_num_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["flags", b"flags", "gpu_uuid", b"gpu_uuid", "num_bytes", b"num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["flags", b"flags", "gpu_uuid", b"gpu_uuid", "num_bytes", b"num_bytes", "results_num_bytes", b"results_num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
 
 global___CudaPlane = CudaPlane
 

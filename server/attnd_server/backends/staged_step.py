@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from attnd_server.backends.staged_tensor import StagedTensor
 from attnd_server.backends.triton_schedule import Ints
 from attnd_server.kernels.decode_items import STEP_HEADER
 from attnd_server.metadata import REQUEST_COLUMNS
@@ -17,14 +18,12 @@ class StepParts(NamedTuple):
     Attributes:
         columns: see `AttentionMetadata.columns`.
         page_tables: `[num_reqs, num_pages]`.
-        source: all of the step.
-        target: where it goes on the device.
+        num_elements: of the whole step, from its first element on.
     """
 
     columns: Ints
     page_tables: Ints
-    source: torch.Tensor
-    target: torch.Tensor
+    num_elements: int
 
 
 class StagedStep:
@@ -36,11 +35,9 @@ class StagedStep:
     """
 
     def __init__(self, target: torch.Tensor, tables: int) -> None:
-        on_gpu = target.device.type == "cuda"
-        self._target, self._tables = target, tables
-        self._source = torch.zeros(target.shape, dtype=torch.int32, pin_memory=on_gpu)
-        self._array: Ints = self._source.numpy()
-        self._sent = torch.cuda.Event() if on_gpu else None
+        self._tables = tables
+        self._staged = StagedTensor(target)
+        self._array: Ints = self._staged.host.numpy()
         self._shape: tuple[int, int] | None = None
         self._parts = self.parts(0, 0)
 
@@ -53,19 +50,15 @@ class StagedStep:
             self._parts = StepParts(
                 columns=self._array[STEP_HEADER:columns].reshape(len(REQUEST_COLUMNS), num_reqs),
                 page_tables=self._array[self._tables : end].reshape(num_reqs, num_pages),
-                source=self._source[:end],
-                target=self._target[:end],
+                num_elements=end,
             )
             self._shape = num_reqs, num_pages
         return self._parts
 
     def wait(self) -> None:
         """Waits until the device has what was sent last."""
-        if self._sent is not None:
-            self._sent.synchronize()
+        self._staged.wait()
 
     def send(self, parts: StepParts) -> None:
         """Starts the copy."""
-        parts.target.copy_(parts.source, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record(torch.cuda.current_stream(self._target.device))
+        self._staged.send(parts.num_elements)

@@ -77,7 +77,7 @@ class Lane(Protocol):
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None
 
     def tensor(self, place: Place) -> torch.Tensor:
-        """A tensor of the region."""
+        """A tensor that the worker has, too."""
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, after all that was enqueued on the one before."""
@@ -141,8 +141,18 @@ class CudaLane:
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None
 
-    def __init__(self, device: Device, slot: Slot, words: SharedWords, num_bytes: int, on_same_gpu: bool) -> None:
+    def __init__(
+        self, device: Device, slot: Slot, words: SharedWords, num_bytes: int, on_same_gpu: bool, worker: Device | None
+    ) -> None:
         """Takes the memory, and owns `words`, whatever happens. The device must be the thread's current one.
+
+        Args:
+            device: the server's GPU.
+            slot: of the lane.
+            words: of the host.
+            num_bytes: of the region.
+            on_same_gpu: whether the worker has the same GPU.
+            worker: the worker's GPU, which gets memory for results; None: they lie in the region.
 
         Raises:
             CudaError: there is not so much.
@@ -157,37 +167,39 @@ class CudaLane:
         self._torch_stream = torch.cuda.ExternalStream(self.handle, device=self._device)
         self.capture = partial(captured, stream=self._torch_stream)
         self._words = words
-        try:
-            self._region = DeviceMemory.created(device, num_bytes, slot.stream)
-        except BaseException:
-            words.close()
-            raise
-        self.num_bytes = self._region.num_bytes
+        self._memory: list[DeviceMemory] = []
         self.flags: Flags
         try:
+            self._memory.append(DeviceMemory.created(device, num_bytes, slot.stream))
+            if worker is not None:
+                self._memory.append(DeviceMemory.created(worker, num_bytes, slot.stream, user=device))
             if on_same_gpu:
                 self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
             else:
                 slot.counter.reset(self.handle)
-                address = self._region.address
-                self.flags = GateFlags(device, address + TO_WORKER, address + TO_SERVER, slot.counter)
+                to_worker, to_server = self._memory[-1].address + TO_WORKER, self._memory[0].address + TO_SERVER
+                self.flags = GateFlags(device, to_worker, to_server, slot.counter)
         except BaseException:
-            self._region.close()
+            for memory in self._memory:
+                memory.close()
             words.close()
             raise
-        # torch's own DLPack import, because it takes our word for the device.
-        self._bytes = torch.utils.dlpack.from_dlpack(
-            DeviceBytes(self._region.address, self.num_bytes, (CUDA, device.index))
-        )
+        self.num_bytes = min(memory.num_bytes for memory in self._memory)
+        # torch's own DLPack import, because it takes our word for the device: also of what lies on the worker's.
+        self._bytes = [
+            torch.utils.dlpack.from_dlpack(DeviceBytes(memory.address, memory.num_bytes, (CUDA, device.index)))
+            for memory in self._memory
+        ]
 
     def descriptors(self) -> list[int]:
-        """Of the region and of the host's words; the caller closes them. Once."""
-        return [self._region.exported(), self._words.taken()]
+        """Of the host's words, the region, and the memory of results if there is one; the caller closes them. Once."""
+        return [self._words.taken(), *(memory.exported() for memory in self._memory)]
 
     def tensor(self, place: Place) -> torch.Tensor:
-        """A tensor of the region."""
+        """A tensor of the region, or of the memory of results."""
+        memory = self._bytes[-1 if place.is_result else 0]
         dtype = getattr(torch, DTYPE_NAMES[place.dtype])
-        return self._bytes[place.offset : place.offset + place.num_bytes].view(dtype).view(place.shape)
+        return memory[place.offset : place.offset + place.num_bytes].view(dtype).view(place.shape)
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, after all that was enqueued on the one before."""
@@ -208,10 +220,11 @@ class CudaLane:
 
     def free(self) -> None:
         """Frees the memory of a lane that is drained. May wait for everybody's steps. The device is current."""
-        self._bytes = torch.empty(0)
+        self._bytes = []
         self.flags.close()
         self._words.close()
-        self._region.close()
+        for memory in self._memory:
+            memory.close()
 
 
 class CudaPlanes:
@@ -278,12 +291,31 @@ class CudaPlanes:
             except queue.Empty:  # sessions came faster than words
                 words = SharedWords()
             self._slow_work.put(lambda: self._words.put(SharedWords()))
-            return CudaLane(self._device, slot, words, self.num_bytes, worker_gpu == self.gpu_uuid)
+            on_same_gpu, worker = worker_gpu == self.gpu_uuid, self._memory_of(worker_gpu)
+            return CudaLane(self._device, slot, words, self.num_bytes, on_same_gpu, worker)
         except BaseException as error:
             self._slots.put(slot)
             if isinstance(error, CudaError):
                 raise Exhausted(f"no memory for a cuda plane's region of {self.num_bytes} bytes: {error}") from None
             raise
+
+    def results_num_bytes(self, worker_gpu: str) -> int:
+        """Bytes of the memory for results that a session gets on its worker's GPU; 0: they lie in the region."""
+        return 0 if self._memory_of(worker_gpu) is None else self.num_bytes
+
+    def _memory_of(self, worker_gpu: str) -> Device | None:
+        """The worker's GPU if memory can be made there that this GPU writes to, so that the worker reads its own.
+
+        To wait for the other GPU's word and to fetch its output takes microseconds; to send both takes fewer.
+        """
+        from attnd.planes import cuda_driver
+
+        if worker_gpu == self.gpu_uuid:
+            return None
+        worker = cuda_driver.device_of(worker_gpu)
+        if worker is None or not self._device.reaches(worker) or worker.refusal() is not None:
+            return None
+        return worker
 
     def close(self, lane: CudaLane) -> None:
         """Takes back what `open` gave; what is enqueued and waits for the worker is let go."""
