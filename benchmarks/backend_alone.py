@@ -40,7 +40,9 @@ class BackendAlone:
         self._slots = self._metadata.slot_mapping.to(device, torch.int64)
         self._stored = stored_tokens(self._metadata.slot_mapping, device)
         self._output = torch.empty_like(self._layers[0][0])
+        self._outputs = [torch.empty_like(self._output) for _ in self._layers] if device.type == "cuda" else []
         self._replays: list[Callable[[], None]] = []
+        self._replay_all: Callable[[], None] | None = None
         self._plan = self._captured() if device.type == "cuda" else None
 
     @property
@@ -74,6 +76,22 @@ class BackendAlone:
 
         return call
 
+    def open_graph(self) -> Callable[[int], torch.Tensor]:
+        """As `open_queued`, but layer 0 launches all layers as one CUDA graph; only if `is_captured`."""
+        plan = self._plan
+        assert plan is not None
+        if self._replay_all is None:
+            self._replay_all = captured(partial(self._launch_all, plan), torch.cuda.Stream(self._device))
+
+        def call(layer: int) -> torch.Tensor:
+            if layer == 0:
+                plan.update(self._metadata)
+                assert self._replay_all is not None
+                self._replay_all()
+            return self._outputs[layer]
+
+        return call
+
     def wait(self) -> None:
         """Waits for the device."""
         synchronize(self._device)
@@ -82,6 +100,7 @@ class BackendAlone:
         """Frees graphs and pages."""
         self.wait()
         self._replays.clear()
+        self._replay_all = None
         self._plan = None
         self._cache.close()
 
@@ -108,13 +127,17 @@ class BackendAlone:
         plan.update(self._metadata)
         stream = torch.cuda.Stream(self._device)
         for layer in range(config.num_layers):
-            launches = partial(self._launch, plan, layer)
+            launches = partial(self._launch, plan, layer, self._output)
             launches()  # a kernel that is not on the device yet cannot be captured
             self.wait()
             self._replays.append(captured(launches, stream))
         return plan
 
-    def _launch(self, plan: FixedPlan, layer: int) -> None:
+    def _launch_all(self, plan: FixedPlan) -> None:
+        for layer, output in enumerate(self._outputs):
+            self._launch(plan, layer, output)
+
+    def _launch(self, plan: FixedPlan, layer: int, output: torch.Tensor) -> None:
         q, k, v = self._layers[layer]
         self._cache.store_at(layer, k, v, self._slots)
-        plan.run(self._output, None, q, k, v, self._cache.k_pages[layer], self._cache.v_pages[layer])
+        plan.run(output, None, q, k, v, self._cache.k_pages[layer], self._cache.v_pages[layer])

@@ -26,7 +26,8 @@ class Endpoints:
     """All of them.
 
     Attributes:
-        device: of attention, here and there.
+        device: of what computes in this process.
+        server_device: of the server.
         address: of the server.
         client: to the server.
         inproc: to the server in this process.
@@ -35,6 +36,7 @@ class Endpoints:
     """
 
     device: torch.device
+    server_device: torch.device
     address: str
     client: attnd.Client
     inproc: attnd.Client
@@ -59,6 +61,7 @@ def endpoints(device: torch.device, server_device: torch.device, num_threads: in
         echo_address = stack.enter_context(running("benchmarks.echo"))
         yield Endpoints(
             device,
+            server_device,
             address,
             stack.enter_context(attnd.connect(address, timeout_s=TIMEOUT_S)),
             stack.enter_context(attnd.Client(connect_inproc(config), timeout_s=TIMEOUT_S)),

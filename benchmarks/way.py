@@ -21,6 +21,8 @@ class Way:
         cache: where it stores, with `store_kv` and `read_kv`; None for an echo.
         session: where the server's own times are; None if nowhere.
         finish: waits for the calls of a step; None: each call ends when it has its output.
+        num_steps: steps that follow each other before `finish`, and of which the times are an average.
+        beside: name of the backend's way that its step is compared with; "": the one that waits for the device once.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Way:
     cache: Any = None
     session: Any = None
     finish: Callable[[], None] | None = None
+    num_steps: int = 1
+    beside: str = ""
 
 
 @dataclass

@@ -33,14 +33,14 @@ class Samples:
         call_us = []
         opened = time.perf_counter()
         call = way.open()
-        for index in range(NUM_CALLS):
+        for index in range(NUM_CALLS * way.num_steps):
             layer = index % num_layers
             before = time.perf_counter()
             call(layer)
             call_us.append((time.perf_counter() - before) * 1e6)
         if way.finish is not None:
             way.finish()
-        step_us = (time.perf_counter() - opened) * 1e6
+        step_us = (time.perf_counter() - opened) * 1e6 / way.num_steps
         self.step_us.append(step_us)
         self.call_us += call_us if way.finish is None else [step_us / NUM_CALLS]
 
@@ -106,14 +106,14 @@ def rows(ways: Sequence[Way], samples: Mapping[str, Samples]) -> list[dict[str, 
     Returns:
         By way: p50 and p99 of a call, p50 of a step; `floor_us`, the p50 of the ways of its floor together, and `ratio`
         to it; `step_to_inproc` and `step_to_backend`, its step to those of `inproc://` and of the backend; `over_us`,
-        what a call of its step has more than one of the backend's step. The backend's step is the one that waits for
-        the device once, where there is one.
+        what a call of its step has more than one of the backend's step. The backend's step is the one that is launched
+        alike (`Way.beside`), else the one that waits for the device once, where there is one.
     """
     p50 = {name: statistics.median(sample.call_us) for name, sample in samples.items()}
     step_p50 = {name: statistics.median(sample.step_us) for name, sample in samples.items()}
-    backend_us = step_p50.get("backend queued", step_p50["backend"])
     result = []
     for way in ways:
+        backend_us = step_p50.get(way.beside or "backend queued", step_p50["backend"])
         name, step_us = way.name, step_p50[way.name]
         floor_us = sum(p50[part] for part in way.floor) if way.floor else None
         computes = way.cache is not None
@@ -129,7 +129,7 @@ def rows(ways: Sequence[Way], samples: Mapping[str, Samples]) -> list[dict[str, 
             "step_to_inproc": step_us / step_p50["inproc"] if computes else None,
             "step_to_backend": step_us / backend_us if computes else None,
             "over_us": (step_us - backend_us) / NUM_CALLS if computes else None,
-            "calls": len(samples[name].step_us) * NUM_CALLS,
+            "calls": len(samples[name].step_us) * NUM_CALLS * way.num_steps,
         }
         result.append({**row, **_server_times(way)})
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from attnd.tensors import to_array
 from benchmarks import echo
 from benchmarks.backend_alone import BackendAlone
 from benchmarks.endpoints import Endpoints
-from benchmarks.queued_ways import captured_way, queued_way
+from benchmarks.queued_ways import backend_ways, captured_ways, echo_way, queued_way
 from benchmarks.way import Call, Way, Ways
 from benchmarks.workload import DecodeStep
 
@@ -46,8 +46,7 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
         sessions, reasons = open_planes(stack, ends.client, cache, step, ends.device)
         result = Ways([Way("backend", backend.open, cache=backend)], reasons)
         if ends.device.type == "cuda":
-            queued = Way("backend queued", backend.open_queued, cache=backend, finish=backend.wait)
-            result.ways.append(queued)
+            result.ways += backend_ways(backend)
         if unary:
             unary_floor = ("echo unary", "backend")
             result.ways += [_echo_unary(step, cache, ends), unary_way("unary", step, cache, ends.client, unary_floor)]
@@ -57,19 +56,19 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
                 result.ways.append(stack.enter_context(_ECHOES[plane](step, cache, ends)))
             result.ways.append(plane_way(plane, step, session, ends.device))
             if plane in _QUEUED:
-                _add_captured(stack, f"{plane} graph", cache.session(plane=plane), step, ends.device, result)
+                _add_captured(stack, cache.session(plane=plane), step, ends.device, result)
         yield result
 
 
 def _add_captured(
-    stack: ExitStack, name: str, session: attnd.Session, step: DecodeStep, device: torch.device, result: Ways
+    stack: ExitStack, session: attnd.Session, step: DecodeStep, device: torch.device, result: Ways
 ) -> None:
     """Adds the calls of a session as a CUDA graph of this process, or the reason why there is none."""
     stack.enter_context(session)
     try:
-        result.ways.append(captured_way(name, step, session, device))
+        result.ways += captured_ways(step, session, device)
     except (attnd.AttndError, RuntimeError) as error:
-        result.reasons[name] = str(error)
+        result.reasons["cuda graph"] = str(error)
 
 
 def warm_up(step: DecodeStep, cache: attnd.Cache, device: torch.device) -> None:
@@ -188,5 +187,10 @@ def _echo_shm(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator
     yield Way("echo shm", lambda: lambda layer: ends.doorbell.call(layers[layer], layers[layer][0].nbytes))
 
 
-_ECHOES: Mapping[str, Any] = {"inline": _echo_inline, "shm": _echo_shm}
+def _echo_cuda(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> AbstractContextManager[Way]:
+    """What the plane hands over, with nothing between the hand-overs."""
+    return echo_way(step, ends.device, ends.server_device)
+
+
+_ECHOES: Mapping[str, Any] = {"inline": _echo_inline, "shm": _echo_shm, "cuda": _echo_cuda}
 """By the name of a plane, the bare floor of its transport: a context manager with a Way."""

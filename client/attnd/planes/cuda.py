@@ -6,6 +6,7 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import socket
@@ -89,20 +90,16 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
     try:
         memory = sockets.map_memory(words, WORDS_BYTES)
         with gpu.current():
-            mapped = _imported(gpu, descriptors, sizes)
+            mapped = imported_memory(gpu, descriptors, sizes)
     except CudaError as error:
         connection.close()
         raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None
     except BaseException:
         connection.close()
         raise
-    flags: HostFlags | GateFlags
     try:
         with gpu.current():
-            if plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST:
-                flags = HostFlags(HostWords(memory), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
-            else:
-                flags = GateFlags(gpu, signal=mapped[0].address + TO_SERVER, flag=mapped[-1].address + TO_WORKER)
+            flags = workers_flags(gpu, mapped, memory, on_same_gpu=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
             return CudaPlane(connection, gpu, mapped, flags, path)
     except CudaError as error:
         connection.close()
@@ -111,7 +108,7 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
         raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
 
 
-def _imported(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[DeviceMemory]:
+def imported_memory(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[DeviceMemory]:
     """The region, and the memory of results if there is one. Closes the descriptors, whatever happens."""
     mapped: list[DeviceMemory] = []
     try:
@@ -124,6 +121,15 @@ def _imported(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[Dev
             each.close()
         raise
     return mapped
+
+
+def workers_flags(
+    gpu: Device, memory: list[DeviceMemory], words: mmap.mmap, *, on_same_gpu: bool
+) -> HostFlags | GateFlags:
+    """The worker's side of the hand-overs; `gpu` is the thread's current one. Raises CudaError."""
+    if on_same_gpu:
+        return HostFlags(HostWords(words), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
+    return GateFlags(gpu, signal=memory[0].address + TO_SERVER, flag=memory[-1].address + TO_WORKER)
 
 
 class Answer(NamedTuple):

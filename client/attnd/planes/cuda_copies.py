@@ -66,7 +66,8 @@ _REGISTERS = """
     mul.lo.u32 %step, %blocks, %width;
 """
 # One thread of each block. It reads the count before it arrives, and the last to arrive writes it, after all have read.
-# The fence makes what its block wrote visible to the whole system, before the word that the last one releases.
+# Arriving hands what its block wrote to the last one, and that hands everything to the whole system with the word: to
+# release and to acquire adds up in PTX's memory model.
 _HAND_OVER = (
     """
     bar.sync 0;
@@ -79,14 +80,12 @@ _HAND_OVER = (
     ld.param.u64 %stop_word, [stop];
     ld.volatile.global.u64 %next, [%counter];
     add.u64 %next, %next, 1;
-    fence.acq_rel.sys;
     atom.acq_rel.gpu.global.add.u32 %count, [%arrived], 1;
     add.u32 %count, %count, 1;
     setp.ne.u32 %decided, %count, %blocks;
     @%decided bra WAIT;
     st.global.u32 [%arrived], 0;
     st.global.u64 [%counter], %next;
-    fence.acq_rel.sys;
     st.release.sys.global.u64 [%signal], %next;
 WAIT:"""
     + WAIT
