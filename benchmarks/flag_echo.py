@@ -44,16 +44,18 @@ class FlagEcho:
         gpu = worker_gpu()
         self._socket, theirs = socket.socketpair()
         with theirs:
-            arguments = (theirs.fileno(), self._server_device, gpu.uuid, len(self._layers))
+            server_device = torch.device("cuda", self._server_device.index or 0)
+            arguments = (theirs.fileno(), server_device, gpu.uuid, len(self._layers))
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.flag_echo", *map(str, arguments)],
                 env=environment(),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        told, (words, *descriptors), _, _ = socket.recv_fds(self._socket, 1, 3)
+        told, descriptors, _, _ = socket.recv_fds(self._socket, 1, 3)
         if not told:
             raise ConnectionResetError("the echo hung up")
+        words, *descriptors = descriptors
         memory = imported_memory(gpu, descriptors, [NUM_BYTES] * len(descriptors))
         flags = workers_flags(gpu, memory, map_memory(words, WORDS_BYTES), on_same_gpu=len(memory) == 1)
         # Nobody speaks at this socket: the echo has no steps to answer.
@@ -106,12 +108,20 @@ def serve(connection: socket.socket, device: torch.device, worker_uuid: str, num
 
     assert lane.capture is not None
     replay = lane.capture(layers)
-    while connection.recv(1):
+    while _is_told(connection):
         with lane.current():
             replay()
         lane.mark()()
         connection.sendall(b"d")
     lane.drain()
+
+
+def _is_told(connection: socket.socket) -> bool:
+    """Whether another step follows; waits for it."""
+    try:
+        return bool(connection.recv(1))
+    except ConnectionResetError:  # its last answer was not read
+        return False
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -197,6 +198,7 @@ def run_server(config: ServerConfig) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         async with Server(config) as server:
+            gc.freeze()  # what is there by now stays: to look at it again and again would hold up calls
             metrics = f", metrics on http://{server.metrics_address}/metrics" if server.metrics_address else ""
             device = server.service.executor.device
             print(f"attnd {__version__} serves {server.address} on {device}{metrics}", flush=True)

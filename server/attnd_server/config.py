@@ -223,7 +223,7 @@ class ServerConfig:
         device: torch's name of the device that holds the caches, or "auto": the first GPU, else the processor.
         kv_bytes: bytes that all caches may take; 0 means 80% of the GPU's free memory or 25% of the processor's.
         threads: threads of one attention call on the processor; 0 takes half of the cores and leaves a worker on
-            the same machine the others.
+            the same machine the others, and with a GPU one.
         max_step_tokens: new tokens of one step.
         max_step_reqs: requests of one step.
         max_page_table_elements: requests times pages of one step.

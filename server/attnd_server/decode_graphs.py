@@ -2,15 +2,18 @@
 
 A graph holds addresses, so all that differs between calls lies in buffers that it was captured with: the plan's, which
 a step is written into once, and those here, through which the tensors of a call pass. These lie side by side, on the
-device and again on the host, so that one copy takes all inputs over and one brings all results back.
+device and again on the host, so that one copy takes all inputs over and one brings all results back. Where these are
+small, the graph has both, and a call is one launch.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,7 +30,7 @@ Capture = Callable[[Launches], Launches]
 """Runs launches in a way that only records them, and returns what launches them all at once."""
 
 # Bytes of q, k and v from which on several copies straight from pinned memory take less time than one from a buffer
-# that the processor fills first. By the costs of each, not measured as such.
+# that the processor fills first. By the costs of each, not measured as such. Below, graphs have the copies in them.
 DIRECT_BYTES = 256 << 10
 # Steps whose copies' times are kept.
 KEPT_TIMES = 4
@@ -63,7 +66,7 @@ class _Loaded:
         inputs: rows of q, k, v and slots.
         results: rows of output and lse.
         copies: what the copies of its first call took; None: there was none yet. All its calls copy as many bytes, and
-            to time each would cost more than these differ.
+            to time each would cost more than these differ. Those within a graph were timed when it was captured.
     """
 
     metadata: AttentionMetadata
@@ -87,7 +90,8 @@ class DecodeGraphs:
         """Takes the memory."""
         num_rows = shape.num_reqs * shape.query_len
         inputs, results = (Buffer(num_rows, fields, cache.device) for fields in call_fields(cache.config, options))
-        inputs.device[0].fill_(-1)  # slots: what is launched before the first call stores nothing
+        for slots in (inputs.device[0], inputs.host[0]):
+            slots.fill_(-1)  # what is launched before the first call stores nothing
         self.shape = shape
         self.backend = backend
         self.num_bytes = plan.num_bytes + buffer_bytes(cache.config, options, shape)
@@ -95,6 +99,8 @@ class DecodeGraphs:
         self._device = cache.device
         self._replays: list[Launches] = []
         self._loaded: _Loaded | None = None
+        self._has_copies = sum(tensor.nbytes for tensor in inputs.device[1:]) < DIRECT_BYTES
+        self._copies_of_graph = NO_COPIES
         # The last steps whose copies were timed: calls of several may alternate.
         self._timed: deque[tuple[AttentionMetadata, Copies]] = deque(maxlen=KEPT_TIMES)
 
@@ -118,14 +124,20 @@ class DecodeGraphs:
         plan, inputs, results = self._held
         slots, k, v, q = inputs.device
         *lse, output = results.device
+        if self._has_copies:
+            inputs.fetch()
         cache.store_at(layer, k, v, slots)
         pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
         plan.run(output, lse[0] if lse else None, q, k, v, *pages)
+        if self._has_copies:
+            results.send()
 
     def capture_next(self, cache: Cache, capture: Capture) -> None:
         """Captures the first layer that was not yet, after a step was loaded. On the executor's thread."""
         launches = partial(self.launch, cache, len(self._replays))
         launches()  # a kernel that is not on the device yet cannot be captured
+        if self._has_copies and not self._replays and self._device.type == "cuda":
+            self._copies_of_graph = self._timed_copies()
         self._replays.append(capture(launches))
 
     def load(self, metadata: AttentionMetadata) -> _Loaded:
@@ -164,14 +176,15 @@ class DecodeGraphs:
             if loaded is None or loaded.metadata is not metadata:
                 loaded = self.load(metadata)
             inputs, results = loaded.inputs, loaded.results
+            if self._has_copies:
+                return self._replayed(loaded, layer, (k, v, q))
             timer = CopyTimer(self._device) if loaded.copies is None else None
             mark = _no_mark if timer is None else timer.mark
             if _is_direct((k, v, q)):
                 mark()
                 self._copy_directly((k, v, q))
             else:
-                for staged, tensor in zip(inputs.tensors[1:], (k, v, q), strict=True):
-                    staged.copy_(tensor)
+                inputs.fill(1, (k, v, q))
                 mark()
                 inputs.on_device.copy_(inputs.on_host, non_blocking=True)
             mark()
@@ -189,6 +202,34 @@ class DecodeGraphs:
             raise
         *lse, output = results.tensors
         return output, lse[0] if lse else None, loaded.copies or NO_COPIES
+
+    def _replayed(
+        self, loaded: _Loaded, layer: int, tensors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Copies]:
+        """As `attend`, where the graph has the copies."""
+        started = time.perf_counter()
+        loaded.inputs.fill(1, tensors)
+        if loaded.copies is None:
+            host_us, (in_us, out_us) = (time.perf_counter() - started) * 1e6, self._copies_of_graph
+            loaded.copies = Copies(round(host_us) + in_us, out_us)
+            self._timed.append((loaded.metadata, loaded.copies))
+        self._replays[layer]()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        *lse, output = loaded.results.tensors
+        return output, lse[0] if lse else None, loaded.copies
+
+    def _timed_copies(self) -> Copies:
+        """What the copies within a graph take, once their kernels are on the device."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        stream = torch.cuda.current_stream(self._device)
+        events[0].record(stream)
+        self._held.inputs.fetch()
+        events[1].record(stream)
+        self._held.results.send()
+        events[2].record(stream)
+        events[2].synchronize()
+        return Copies(*(round(first.elapsed_time(last) * 1e3) for first, last in pairwise(events)))
 
     def _copy_directly(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Starts to copy k, v and q to the device from where they are, and the slots from their buffer."""

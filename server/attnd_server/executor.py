@@ -59,7 +59,7 @@ class Executor:
         self.ops = TritonAttentionOps(device)
         self._shared = SharedLaunches(self.ops)
         self.queue_us = 0  # how long the running work waited; read by the work itself
-        self._threads = config.threads or max(1, (os.cpu_count() or 1) // 2)
+        self._threads = config.threads or _num_threads(device)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth)
         self._closed = False
         self._device_lock = threading.Lock()
@@ -270,6 +270,11 @@ class Executor:
             self.submit(OnCache(step.cache.id, work), lambda result, error: None)
         except AttndError:
             pass  # busy or closing
+
+
+def _num_threads(device: torch.device) -> int:
+    """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
+    return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
 
 
 def _reason_against(job: Job) -> Exception | None:

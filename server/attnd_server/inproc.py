@@ -9,6 +9,7 @@ import queue
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from google.protobuf.message import Message
 
 from attnd import requests
@@ -17,6 +18,7 @@ from attnd.retries import patiently
 from attnd.transport import Stream
 from attnd.v1 import attention_pb2
 from attnd_server.app import build_service
+from attnd_server.attend_session import CallWork
 from attnd_server.config import ServerConfig
 from attnd_server.service import AttentionService, error_response
 from attnd_server.work import Work
@@ -62,8 +64,13 @@ class InprocTransport:
     def _finish(self, answer: bytes | Work, timeout_s: float) -> bytes:
         if isinstance(answer, bytes):
             return answer
-        results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
         executor = self._service.executor
+        if executor.device.type == "cuda" and isinstance(answer, CallWork) and answer.is_small:
+            with torch.no_grad():  # as on the executor's thread
+                result = executor.run_now(answer)
+            if result is not None:
+                return result
+        results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
         job = executor.submit(answer, lambda *settled: results.put(settled), timeout_s)
         try:
             result, error = results.get(timeout=timeout_s)

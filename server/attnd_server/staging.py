@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from attnd_server.backends.staged_tensor import as_device_sees
 from attnd_server.config import AttentionConfig
 from attnd_server.metadata import AttentionOptions
 
 # Bytes: where a buffer's tensors start, as the device's own allocations do at the least.
 _ALIGNMENT = 256
+# Bytes that kernels copy at a time.
+_WORD = 4
 
 
 class Field(NamedTuple):
@@ -39,6 +44,17 @@ class Head(NamedTuple):
     on_host: torch.Tensor
     on_device: torch.Tensor
 
+    def fill(self, first: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Puts tensors of the host, of the same types and shapes, into those on the host from index `first` on.
+
+        By one thread and without torch, whose copies of these few kilobytes take longer, and wake its threads for more.
+        """
+        for target, source in zip(self.tensors[first:], tensors, strict=True):
+            if source.is_contiguous():
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)
+            else:
+                target.copy_(source)
+
 
 class Buffer:
     """Tensors of `num_rows` rows side by side on the device, and again on the host.
@@ -49,10 +65,12 @@ class Buffer:
     """
 
     def __init__(self, num_rows: int, fields: list[Field], device: torch.device) -> None:
-        offsets, num_bytes = offsets_of(num_rows, fields)
+        offsets, end = offsets_of(num_rows, fields)
+        num_bytes = -(-end // _WORD) * _WORD
         self._on_device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._last_offset, self._last_row_bytes = offsets[-1], fields[-1].row_bytes
+        self._fetched = as_device_sees(self._on_host, device) if device.type == "cuda" else self._on_host
         self.device, self.host = (
             [
                 memory[offset : offset + num_rows * field.row_bytes].view(field.dtype).view(num_rows, *field.row)
@@ -60,6 +78,14 @@ class Buffer:
             ]
             for memory in (self._on_device, self._on_host)
         )
+
+    def fetch(self) -> None:
+        """Brings all of it to the device by a kernel, which a CUDA graph can have among others."""
+        torch.bitwise_or(self._fetched.view(torch.int32), 0, out=self._on_device.view(torch.int32))
+
+    def send(self) -> None:
+        """Brings all of it to the host, likewise."""
+        torch.bitwise_or(self._on_device.view(torch.int32), 0, out=self._fetched.view(torch.int32))
 
     def head(self, num_rows: int) -> Head:
         """The first rows, which are views."""

@@ -23,7 +23,7 @@ class StagedTensor:
         on_gpu = target.device.type == "cuda"
         self._target = target
         self.host = torch.zeros(target.shape, dtype=target.dtype, pin_memory=on_gpu)
-        self._fetched = _as_device_sees(self.host, target.device) if on_gpu else self.host
+        self._fetched = as_device_sees(self.host, target.device) if on_gpu else self.host
         self._sent = torch.cuda.Event() if on_gpu else None
 
     def wait(self) -> None:
@@ -38,7 +38,7 @@ class StagedTensor:
             self._sent.record(torch.cuda.current_stream(self._target.device))
 
 
-def _as_device_sees(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
+def as_device_sees(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Pinned memory at the same address for kernels; whoever uses it keeps `pinned`."""
     index = torch.cuda.current_device() if device.index is None else device.index
     seen = torch.utils.dlpack.from_dlpack(DeviceBytes(pinned.data_ptr(), pinned.nbytes, (CUDA, index)))
