@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from attnd_server.tolerances import TOLERANCES
 
-class Tolerance(NamedTuple):
-    """|actual - expected| <= absolute + relative * |expected|, for inputs of order 1."""
-
-    absolute: float
-    relative: float
-
-
-# By the coarsest type that the computation rounds to: about 4 roundings of an operand or result, each up to half a unit
-# in the last place, and for float32 the errors of the sums on top.
-TOLERANCES = {
-    torch.float64: Tolerance(1e-11, 1e-11),
-    torch.float32: Tolerance(2e-5, 2e-5),
-    torch.float16: Tolerance(2e-3, 2e-3),
-    torch.bfloat16: Tolerance(1.6e-2, 1.6e-2),
-}
+__all__ = ["TOLERANCES", "assert_as_exact_as_plain", "assert_close"]
 
 
 def assert_close(actual: torch.Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:

@@ -8,11 +8,11 @@ monitoring system reads (see `metrics_endpoint`). No number knows whose call it 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from attnd import errors
 from attnd_server.config import AttentionBackend
+from attnd_server.histogram import Histogram
 
 if TYPE_CHECKING:
     import torch
@@ -47,29 +47,6 @@ _REASONS = (
 
 def _num_bytes(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.nbytes
-
-
-class Histogram:
-    """How many values fell into each bucket, and their sum.
-
-    Attributes:
-        bounds: greatest value of each bucket but the last, which takes the rest.
-        counts: values in each bucket.
-        sum: of all values.
-    """
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        """Starts empty."""
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum: float = 0
-
-    def observe(self, value: float) -> None:
-        """Adds a value. One thread at a time."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
 
 
 class PhaseHistogram(Histogram):

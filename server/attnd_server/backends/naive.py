@@ -150,36 +150,48 @@ class NaiveAttention:
         output = q.new_empty(*q.shape[:2], plan.config.head_dim_v)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         bounds = plan.metadata.cu_seqlens_q.tolist()
-        dtype = plan.config.precision.dtype(q.dtype)
         for request, (start, end) in enumerate(pairwise(bounds)):
-            keys, values = self._keys_and_values(plan, request, k_pages, v_pages, k_scales, v_scales)
-            if k is not None and v is not None:
-                keys, values = torch.cat([keys, k[start:end].to(dtype)]), torch.cat([values, v[start:end].to(dtype)])
+            new_k, new_v = (None if tensor is None else tensor[start:end] for tensor in (k, v))
+            keys, values = self.keys_and_values(plan, request, new_k, new_v, k_pages, v_pages, k_scales, v_scales)
             for tile in range(start, end, TILE):
                 rows = slice(tile, min(tile + TILE, end))
                 output[rows], lse[rows] = self._tile(plan, request, rows, start, q, keys, values)
         return output, lse if plan.options.return_lse else None
 
-    def _keys_and_values(
+    def keys_and_values(
         self,
         plan: _Plan,
         request: int,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         k_pages: torch.Tensor,
         v_pages: torch.Tensor,
         k_scales: torch.Tensor | None,
         v_scales: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The request's cached tokens from its first visible page on, in the type to multiply in.
+        """The request's cached tokens from its first visible page on, then its new ones, in the type to multiply in.
 
         Scaled ones are float32 instead: the type to multiply in holds what is stored, but not always its product with
         the scale, which is the factor of a whole head and may as well be that of the score or the output.
+
+        Args:
+            plan: from `plan`.
+            request: index of the request.
+            k: of its new tokens, `[query_len, num_kv_heads, head_dim]`; None in a cache-only step.
+            v: likewise, `[query_len, num_kv_heads, head_dim_v]`.
+            k_pages: as for `run`, and the rest.
+            v_pages: likewise.
+            k_scales: likewise.
+            v_scales: likewise.
         """
         num_tokens = int(plan.metadata.context_lens[request]) - plan.first_positions[request]
         page_ids, layout = plan.page_ids[request], plan.config.layout
         dtype = plan.config.precision.dtype(plan.config.dtype)
         keys = gather_pages(k_pages, page_ids, layout, dtype if k_scales is None else torch.float32, k_scales)
         values = gather_pages(v_pages, page_ids, layout, dtype if v_scales is None else torch.float32, v_scales)
-        return keys[:num_tokens], values[:num_tokens]
+        if k is None or v is None:
+            return keys[:num_tokens], values[:num_tokens]
+        return torch.cat([keys[:num_tokens], k.to(dtype)]), torch.cat([values[:num_tokens], v.to(dtype)])
 
     def _tile(
         self,
