@@ -20,10 +20,13 @@ class ServerProcess:
     Its log goes to the file `log_path`, its first line of output names the address.
     """
 
+    # What is started; another may begin with doing harm.
+    module = "attnd_server"
+
     def __init__(self, log_path: Path, *options: str, port: int = 0) -> None:
         self.log_path = log_path
         self.banner = ""
-        command = [sys.executable, "-m", "attnd_server", "serve", "--port", str(port), *options]
+        command = [sys.executable, "-m", self.module, "serve", "--port", str(port), *options]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)

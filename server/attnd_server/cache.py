@@ -76,9 +76,6 @@ class Cache:
         self.config = config
         self.name = name
         self.ttl_s = ttl_s
-        self._spaces = spaces or PageSpaces(device, config.num_bytes)
-        self.pages: CachePages | None = self._spaces.take(config)
-        self.k_pages, self.v_pages = self.pages.k, self.pages.v
         self.k_scales = _scales(config, config.k_scales, device)
         self.v_scales = _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
@@ -86,6 +83,10 @@ class Cache:
         self._holding = threading.Lock()
         self._num_holders = 1  # the cache itself, until it is closed
         self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
+        # The last that can fail: nobody would give the pages of half a cache back.
+        self._spaces = spaces or PageSpaces(device, config.num_bytes)
+        self.pages: CachePages | None = self._spaces.take(config)
+        self.k_pages, self.v_pages = self.pages.k, self.pages.v
         self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
         self.num_graph_bytes = 0
         self.renew()
@@ -297,7 +298,10 @@ class CacheTable:
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
-                f"num_pages is {config.num_pages}, but {self._device} cannot allocate it: {error}", field="num_pages"
+                f"num_pages is {config.num_pages}, which takes {config.num_bytes} bytes: of the server's "
+                f"{self.kv_bytes} bytes of KV memory {used} are in use and {self.kv_bytes - used} are free, but "
+                f"{self._device} cannot allocate them: {error}",
+                field="num_pages",
             ) from None
         finally:
             with self._lock:

@@ -20,6 +20,7 @@ from attnd_server.backends.cuda_graph import Launches
 from attnd_server.backends.staged_tensor import StagedTensor
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import AttentionBackend
+from attnd_server.device_faults import is_device_fault
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.planes.cuda import Lane
@@ -170,6 +171,8 @@ class StepGraphs:
             try:
                 graph.capture(capture, metadata)
             except RuntimeError as error:  # CUDA's: launched layer by layer, the step may do
+                if is_device_fault(error):
+                    raise
                 log.warning("a cuda plane's step cannot be captured", exc_info=error)
                 self._drop(key)
                 self._graphs[key] = graph = None

@@ -27,6 +27,7 @@ from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server import cuda_watchdog
 from attnd_server.cuda_graphs import StepGraphs
 from attnd_server.cuda_steps import BACKENDS, CudaStep, layer_options
+from attnd_server.device_faults import is_device_fault
 from attnd_server.metadata import AttentionMetadata
 from attnd_server.planes import Plane
 from attnd_server.planes.cuda import CudaPlanes, Lane
@@ -49,6 +50,8 @@ def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPl
     except Unsupported as error:
         return str(error)
     except RuntimeError as error:  # of the driver
+        if is_device_fault(error):
+            raise
         log.warning("there are no cuda planes: %s", error)
         return f"the driver failed: {error}"
 

@@ -16,6 +16,7 @@ from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.decode_graphs import Capture, cuda_capture
+from attnd_server.device_faults import DeviceFaults, watch
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionOptions
 from attnd_server.shared_launch import Batch, SharedLaunches, batch_of
@@ -34,6 +35,9 @@ class Executor:
 
     Work is refused when the queue is full, and not started once its deadline has passed or nobody wants it any more.
     One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came.
+
+    Attributes:
+        faults: whether the device has failed: then nothing runs any more.
     """
 
     # How often leases that have ended are looked for, in seconds.
@@ -56,22 +60,32 @@ class Executor:
         self._config = config
         self.device = device
         self.capture = capture or cuda_capture(device)
+        self.faults = DeviceFaults(device)
         self.ops = TritonAttentionOps(device)
         self._shared = SharedLaunches(self.ops)
         self.queue_us = 0  # how long the running work waited; read by the work itself
         self._threads = config.threads or _num_threads(device)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth)
         self._closed = False
+        self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
         self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
         self._long_places = threading.Semaphore(self.MAX_LONG_WORK)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
+        if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
+            watch(self.faults, lambda: self.busy_s, config.device_timeout_s)
 
     @property
     def queue_depth(self) -> int:
         """Jobs that wait."""
         return self._queue.depth
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which the running work has had the device; 0 if there is none."""
+        began = self._began
+        return time.monotonic() - began if began else 0.0
 
     def submit(
         self,
@@ -93,10 +107,11 @@ class Executor:
 
         Raises:
             Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
-            Disconnected: the executor was closed.
+            Disconnected: the executor was closed, or the device has failed.
         """
         if self._closed:
             raise Disconnected("the server is shutting down")
+        self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
         if isinstance(work, LongWork):
@@ -121,11 +136,17 @@ class Executor:
         if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
             return None
         try:
+            self.faults.refuse()
+            self._began = time.monotonic()
             self.queue_us = 0
             return work()
-        except (torch.OutOfMemoryError, MemoryError) as full:
-            raise self._exhausted(full) from None
+        except Exception as error:
+            told = self._told(error)
+            if told is error:
+                raise
+            raise told from None
         finally:
+            self._began = 0.0
             self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
@@ -158,8 +179,13 @@ class Executor:
         torch.set_grad_enabled(False)
         torch.set_num_threads(self._threads)
 
-    def _exhausted(self, full: BaseException) -> Exhausted:
-        return Exhausted(f"{self.device} has no memory left for this call: {full}")
+    def _told(self, error: Exception) -> Exception:
+        """What an error of some work is to whoever waits for it."""
+        if self.faults.look_at(error):
+            return self.faults.refusal()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return Exhausted(f"{self.device} has no memory left for this call: {error}")
+        return error
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
@@ -174,10 +200,7 @@ class Executor:
         while True:
             now = time.monotonic()
             if now >= expiry:
-                with self._device_lock:
-                    self._caches.expire()
-                    if self._queue.is_idle:
-                        self._shared.forget()
+                self._tidy()
                 expiry = now + self.EXPIRY_PERIOD_S
             job = self._queue.take(expiry - now if expiry > now else 0)
             if job is not None:
@@ -186,13 +209,30 @@ class Executor:
             elif self._closed and not self._queue.depth:
                 return
 
+    def _tidy(self) -> None:
+        """Frees what nobody holds any more."""
+        if self.faults.reason:
+            return
+        try:
+            with self._device_lock:
+                self._began = time.monotonic()
+                self._caches.expire()
+                if self._queue.is_idle:
+                    self._shared.forget()
+                self._began = 0.0
+        except Exception as error:  # the thread must live: it answers everybody
+            if not self.faults.look_at(error):
+                log.exception("what nobody holds any more cannot be freed")
+
     def _settle(self, job: Job) -> None:
         with self._device_lock:
+            self._began = time.monotonic()
             jobs = [job]
             if isinstance(job.work, SharedWork) and self._queue.depth:
                 jobs += self._others_for(job.lane, job.work)
             started = time.perf_counter()
             outcomes = [self._outcome(job, started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
+            self._began = 0.0
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
         for each, outcome in zip(jobs, outcomes, strict=True):
@@ -204,37 +244,38 @@ class Executor:
         job.done(*outcome)
 
     def _outcome(self, job: Job, started: float) -> Outcome:
-        error = _reason_against(job)
+        error = self._reason_against(job)
         if error is not None:
             return None, error
         if not isinstance(job.work, LongWork):
             self.queue_us = _waited_us(job, started)
         try:
             return job.work(), None
-        except (torch.OutOfMemoryError, MemoryError) as full:
-            return None, self._exhausted(full)
         except Exception as fault:
-            return None, fault
+            return None, self._told(fault)
 
     def _others_for(self, lane: bytes, work: SharedWork) -> list[Job]:
         """The jobs that are done together with one that was taken."""
         try:
             group = work.group()
             return self._queue.take_others(lane, group) if group is not None else []
-        except Exception:  # then it runs alone
+        except Exception as error:  # then it runs alone
+            self.faults.look_at(error)
             log.exception("calls cannot be looked at together")
             return []
 
     def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
         """What comes of jobs that joined, of which some may not be wanted any more."""
-        outcomes: list[Outcome] = [(None, _reason_against(job)) for job in jobs]
+        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
         left = [index for index, (_, error) in enumerate(outcomes) if error is None]
         works = [work for index in left if isinstance(work := jobs[index].work, SharedWork)]
         try:
             waited = [_waited_us(jobs[index], started) for index in left]
             results = works[0].with_others(works, waited) if len(works) > 1 else []
         except Exception as fault:
-            # Whatever it was, one call alone may do without it; if not, each is told its own.
+            # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
+            # has failed: then none is begun.
+            self.faults.look_at(fault)
             log.warning("%d calls cannot run together", len(works), exc_info=fault)
             results = []
         if not results:
@@ -243,6 +284,16 @@ class Executor:
         for index, result in zip(left, results, strict=False):
             outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
         return outcomes
+
+    def _reason_against(self, job: Job) -> Exception | None:
+        """Why a job whose turn has come is not started."""
+        if self.faults.reason:
+            return self.faults.refusal()
+        if time.monotonic() > job.deadline:
+            return DeadlineExceeded("the deadline passed while the call waited for the executor")
+        if job.is_wanted is not None and not job.is_wanted():
+            return Cancelled("nobody waits for the call any more")
+        return None
 
     def attend(self, call: Call) -> Result:
         """One layer; see `steps.attend`. On the executor's thread."""
@@ -275,15 +326,6 @@ class Executor:
 def _num_threads(device: torch.device) -> int:
     """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
     return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
-
-
-def _reason_against(job: Job) -> Exception | None:
-    """Why a job whose turn has come is not started."""
-    if time.monotonic() > job.deadline:
-        return DeadlineExceeded("the deadline passed while the call waited for the executor")
-    if job.is_wanted is not None and not job.is_wanted():
-        return Cancelled("nobody waits for the call any more")
-    return None
 
 
 def _waited_us(job: Job, started: float) -> int:

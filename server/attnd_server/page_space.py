@@ -21,6 +21,7 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd_server.config import AttentionConfig
+from attnd_server.device_faults import is_device_fault
 
 # Addresses of a space, as a multiple of the memory that all caches may take: holes between caches cost nothing.
 _ADDRESSES = 4
@@ -288,6 +289,8 @@ class PageSpaces:
         try:
             space = SharedSpace(config, most, self._device)
         except (Unsupported, OSError, OverflowError, RuntimeError) as error:
+            if is_device_fault(error):
+                raise
             log.info("caches lie alone, and their calls share no launches: %s", error)
         else:
             try:

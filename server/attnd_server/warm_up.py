@@ -15,6 +15,7 @@ from attnd_server.backends.base import AttentionKernel, DecodeShape
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.decode_graphs import Capture, DecodeGraphs, add_graphs, buffer_bytes, ready_graphs
+from attnd_server.device_faults import is_device_fault
 from attnd_server.executor import Executor
 from attnd_server.metadata import decode_step, reset_warming_up, set_warming_up
 from attnd_server.validation.warm_ups import WarmSteps
@@ -109,6 +110,8 @@ class WarmUp(LongWork):
         except (AttndError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
+            if is_device_fault(error):
+                raise
             log.warning("decode steps cannot be captured", exc_info=error)
             return f"decode steps cannot be captured: {error}"
         return ""
