@@ -20,6 +20,7 @@ from attnd._version import __version__
 from attnd.tuning import tune_process
 from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
+from attnd_server.device_faults import end_process
 from attnd_server.executor import Executor
 from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
 from attnd_server.metrics import Metrics
@@ -116,6 +117,10 @@ class Server:
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._loop = asyncio.get_running_loop()
+        self.service.executor.faults.listen(self._device_failed)
+        if self.service.verifier is not None and not isinstance(self.service.cuda, str):
+            log.warning("steps on cuda planes are not verified: nobody has their tensors in the end")
         told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}
         log.info("serving", extra=told)
         return self
@@ -134,7 +139,7 @@ class Server:
             await asyncio.gather(self._server.stop(self.config.drain_s), planes)
         else:
             await self._server.stop(self.config.drain_s)
-        self.service.executor.close()
+        await asyncio.to_thread(self.service.close)
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
         log.info("stopped")
@@ -162,9 +167,16 @@ class Server:
     def _open_endpoint(self, metrics: Metrics) -> None:
         from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
 
-        collector = ServerCollector(metrics, self.service.executor, self.service.caches, self.config)
+        collector = ServerCollector(
+            metrics, self.service.executor, self.service.caches, self.config, self.service.verifier
+        )
         self._endpoint = MetricsEndpoint(self.config.metrics, collector)
         self.metrics_address = self._endpoint.address
+
+    def _device_failed(self, reason: str) -> None:
+        """On whichever thread saw it."""
+        failed = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._set_health(failed)))
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE_NAME):
@@ -199,6 +211,7 @@ def run_server(config: ServerConfig) -> int:
             loop.add_signal_handler(number, stop.set)
         async with Server(config) as server:
             gc.freeze()  # what is there by now stays: to look at it again and again would hold up calls
+            server.service.executor.faults.listen(end_process)
             metrics = f", metrics on http://{server.metrics_address}/metrics" if server.metrics_address else ""
             device = server.service.executor.device
             print(f"attnd {__version__} serves {server.address} on {device}{metrics}", flush=True)

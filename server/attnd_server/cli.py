@@ -32,6 +32,7 @@ LIMITS = "Limits of a step and of the server"
 LEASES = "Leases and shutdown"
 SECURITY = "Who may call, and encryption"
 SHARED = "Shared memory for clients on this host"
+VERIFICATION = "Shadow verification"
 OBSERVATION = "Logs and metrics"
 
 
@@ -114,6 +115,14 @@ def serve(
     drain_s: Annotated[
         float, seconds("ATTND_DRAIN_S", "Time that running calls have to finish after SIGTERM.", low=0)
     ] = 10,
+    device_timeout_s: Annotated[
+        float,
+        seconds(
+            "ATTND_DEVICE_TIMEOUT_S",
+            "A GPU that has not ended one piece of work by then has failed, and the server ends; 0: never.",
+            low=0,
+        ),
+    ] = 600,
     socket_dir: Annotated[
         str,
         setting(
@@ -183,6 +192,26 @@ def serve(
             "again when it changes. See attnd token.",
         ),
     ] = "",
+    verify: Annotated[
+        float,
+        setting(
+            "ATTND_VERIFY",
+            "Fraction of the calls to compute again on the processor, as it is written down, and to compare; not of "
+            "steps on cuda planes.",
+            panel=VERIFICATION,
+            parser=number(0, 1),
+            metavar="0..1",
+        ),
+    ] = 0,
+    verify_action: Annotated[
+        options.VerifyAction,
+        setting(
+            "ATTND_VERIFY_ACTION",
+            "What a wrong output leads to. log: an error in the log, after the answer; refuse: these calls wait until "
+            "they are verified, and are answered with an error if they are wrong.",
+            panel=VERIFICATION,
+        ),
+    ] = options.VerifyAction.LOG,
     log_level: Annotated[
         options.LogLevel, setting("ATTND_LOG_LEVEL", "The least level that is written.", panel=OBSERVATION)
     ] = options.LogLevel.INFO,
@@ -257,6 +286,7 @@ def serve(
         default_ttl_s=default_ttl_s,
         max_ttl_s=max_ttl_s,
         drain_s=drain_s,
+        device_timeout_s=device_timeout_s,
         metrics=metrics,
         socket_dir=socket_dir,
         socket_uids=socket_uids,
@@ -268,6 +298,8 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         tokens=tokens,
+        verify=verify,
+        verify_action=verify_action.value,
     )
     raise typer.Exit(run_server(config))
 

@@ -33,6 +33,13 @@ class LogFormat(str, Enum):
     JSON = "json"
 
 
+class VerifyAction(str, Enum):
+    """What a wrong output leads to."""
+
+    LOG = "log"
+    REFUSE = "refuse"
+
+
 class Dtype(str, Enum):
     """Types that the demo's model may have."""
 

@@ -233,6 +233,7 @@ class ServerConfig:
         max_cache_queue_depth: of these, calls of one cache.
         default_ttl_s: lease of a cache that asks for none, in seconds.
         max_ttl_s: longest lease, in seconds.
+        device_timeout_s: seconds after which a GPU that has not ended a piece of work counts as failed; 0: never.
         drain_s: seconds that running calls have to finish after SIGTERM.
         metrics: address for Prometheus, "host:port", where port 0 lets the system pick; "" is none.
         socket_dir: folder of the Unix socket over which clients on this host get shared memory; "": there is none.
@@ -247,6 +248,8 @@ class ServerConfig:
         tls_key: file of its key.
         tls_client_ca: file of the authorities that sign clients' certificates; "": clients need none.
         tokens: file of bearer tokens and whose they are; "": nobody needs one.
+        verify: fraction of the calls that are computed a second time, and compared; see `shadow`. Not on cuda planes.
+        verify_action: what a wrong output leads to: "log", or "refuse": it is not sent.
     """
 
     host: str = "127.0.0.1"
@@ -263,6 +266,7 @@ class ServerConfig:
     max_cache_queue_depth: int = 128
     default_ttl_s: float = 60.0
     max_ttl_s: float = 86_400.0
+    device_timeout_s: float = 600.0
     drain_s: float = 10.0
     metrics: str = ""
     socket_dir: str = ""
@@ -275,3 +279,5 @@ class ServerConfig:
     tls_key: str = ""
     tls_client_ca: str = ""
     tokens: str = ""
+    verify: float = 0.0
+    verify_action: str = "log"

@@ -59,7 +59,7 @@ class InprocTransport:
 
     def close(self) -> None:
         """Ends the server."""
-        self._service.executor.close()
+        self._service.close()
 
     def _finish(self, answer: bytes | Work, timeout_s: float) -> bytes:
         if isinstance(answer, bytes):

@@ -12,7 +12,9 @@ from prometheus_client.registry import Collector
 from attnd_server.cache import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
-from attnd_server.metrics import Histogram, Metrics
+from attnd_server.histogram import Histogram
+from attnd_server.metrics import Metrics
+from attnd_server.shadow import Verifier
 
 # Of the backend, for calls that only store.
 NO_BACKEND = "none"
@@ -22,18 +24,28 @@ US_PER_S = 1e6
 class ServerCollector(Collector):
     """Everything about one server. No label says who called, or for which cache."""
 
-    def __init__(self, metrics: Metrics, executor: Executor, caches: CacheTable, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        executor: Executor,
+        caches: CacheTable,
+        config: ServerConfig,
+        verifier: Verifier | None = None,
+    ) -> None:
         """Reads from all of these."""
         self._metrics = metrics
         self._executor = executor
         self._caches = caches
         self._config = config
+        self._verifier = verifier
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, with their values now."""
         yield from self._calls()
         yield from self._refusals()
         yield from self._queue()
+        yield from self._device()
+        yield from self._verification()
         yield from self._memory()
         yield from self._rpcs()
 
@@ -74,6 +86,30 @@ class ServerCollector(Collector):
         yield GaugeMetricFamily("attnd_queue_depth", "Calls that wait for the device.", self._executor.queue_depth)
         limit = self._config.max_queue_depth
         yield GaugeMetricFamily("attnd_queue_depth_limit", "Most calls that may wait for the device.", limit)
+
+    def _device(self) -> Iterable[Metric]:
+        text = "1, or 0 once the device has failed: then the server ends."
+        yield GaugeMetricFamily("attnd_device_healthy", text, 0 if self._executor.faults.reason else 1)
+
+    def _verification(self) -> Iterable[Metric]:
+        labels = ["backend"]
+        ratios = HistogramMetricFamily(
+            "attnd_verify_error_ratio",
+            "Greatest error of each sample that was verified, as a multiple of what is tolerated.",
+            labels=labels,
+        )
+        mismatches = CounterMetricFamily("attnd_verify_mismatches", "Samples whose output was wrong.", labels=labels)
+        text = "Numbers of verified outputs that are NaN or infinite, also where the caller's own make them."
+        not_finite = CounterMetricFamily("attnd_verify_not_finite", text, labels=labels)
+        text = "Samples that were not verified. queue_full: too many wait; too_big: one head's context is too long."
+        dropped = CounterMetricFamily("attnd_verify_dropped", text, labels=[*labels, "reason"])
+        for backend, tally in ({} if self._verifier is None else self._verifier.tallies).items():
+            _add(ratios, [backend.value], tally.ratios)
+            mismatches.add_metric([backend.value], tally.mismatches)
+            not_finite.add_metric([backend.value], tally.not_finite)
+            for reason, count in tally.dropped.items():
+                dropped.add_metric([backend.value, reason], count)
+        return ratios, mismatches, not_finite, dropped
 
     def _memory(self) -> Iterable[Metric]:
         caches = self._caches.all()

@@ -32,6 +32,7 @@ from attnd_server.metrics import Metrics
 from attnd_server.planes import PlaneTable
 from attnd_server.planes.cuda import CudaPlanes
 from attnd_server.replies import Encode, InlineReplies, Replies
+from attnd_server.shadow import Verifier
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
 from attnd_server.work import OnCache, Work
@@ -50,6 +51,7 @@ class AttentionService:
     Attributes:
         planes: the planes with a socket; None: the server has none for them.
         cuda: the cuda planes among them, or why there are none, for people.
+        verifier: looks at some of the calls again; None: nobody does.
     """
 
     def __init__(
@@ -63,6 +65,10 @@ class AttentionService:
         self.planes: PlaneTable | None = None
         self.cuda: CudaPlanes | str = NO_SOCKET
         self.draining = False
+        self.verifier: Verifier | None = None
+        if config.verify:
+            refuses = config.verify_action == "refuse"
+            self.verifier = Verifier(config.verify, executor.device, executor.faults, refuses=refuses)
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
@@ -77,6 +83,20 @@ class AttentionService:
             "OpenPlane": self.open_plane,
             "ClosePlane": self.close_plane,
         }
+        self.unary = {name: self._while_sound(method) for name, method in self.unary.items()}
+
+    def _while_sound(self, method: Callable[[bytes, str], bytes | Work]) -> Callable[[bytes, str], bytes | Work]:
+        def checked(data: bytes, principal: str) -> bytes | Work:
+            self.executor.faults.refuse()
+            return method(data, principal)
+
+        return checked
+
+    def close(self) -> None:
+        """Ends the threads, after what waits."""
+        self.executor.close()
+        if self.verifier is not None:
+            self.verifier.close()
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
@@ -201,6 +221,8 @@ class AttentionService:
         if self.metrics is not None:
             self.metrics.launched(1)
             self.metrics.call_served(plane, call, result, queue_us, kernel_us)
+        if self.verifier is not None and self.verifier.is_due():
+            self.verifier.take(call, result)
         return encode(call, result, queue_us, kernel_us)
 
     def attend_together(self, works: list[CallWork], queue_us: list[int]) -> list[bytes | Exception]:
@@ -215,6 +237,8 @@ class AttentionService:
             if self.metrics is not None:
                 self.metrics.call_served(work.plane, work.call, result, waited_us, kernel_us)
             try:
+                if self.verifier is not None and self.verifier.is_due():
+                    self.verifier.take(work.call, result)
                 replies.append(work.encode(work.call, result, waited_us, kernel_us))
             except Exception as error:  # this call's own
                 replies.append(error)
@@ -325,7 +349,9 @@ class AttentionService:
 
     def told(self, error: Exception) -> AttndError:
         """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that."""
-        if isinstance(error, AttndError):
+        if self.executor.faults.look_at(error):
+            refusal: AttndError = self.executor.faults.refusal()
+        elif isinstance(error, AttndError):
             refusal = error
         else:
             fault_id = secrets.token_hex(4)
@@ -336,7 +362,8 @@ class AttentionService:
         return refusal
 
     def refuse_if_draining(self) -> None:
-        """Raises Disconnected once the server drains."""
+        """Raises Disconnected once the server drains, or its device has failed."""
+        self.executor.faults.refuse()
         if self.draining:
             raise Disconnected("the server is draining: it takes no new steps; reconnect elsewhere or later")
 

@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from attnd import errors
 from attnd_server.config import AttentionBackend, ServerConfig
 from attnd_server.copy_timer import Copies
-from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Histogram, Metrics, PhaseHistogram
+from attnd_server.device_faults import DeviceFaults
+from attnd_server.histogram import Histogram
+from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Metrics, PhaseHistogram
 from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
 from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.steps import Call, Result
@@ -27,9 +29,10 @@ CALL = Call(None, 0, None, Q, K, V)
 RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA, Copies(20, 30))
 
 
-def collector(metrics, caches=(), queue_depth=0):
+def collector(metrics, caches=(), queue_depth=0, faults=None, verifier=None):
     table = types.SimpleNamespace(all=lambda: list(caches), kv_bytes=1 << 30)
-    return ServerCollector(metrics, types.SimpleNamespace(queue_depth=queue_depth), table, ServerConfig(max_caches=9))
+    executor = types.SimpleNamespace(queue_depth=queue_depth, faults=faults or DeviceFaults(torch.device("cpu")))
+    return ServerCollector(metrics, executor, table, ServerConfig(max_caches=9), verifier)
 
 
 def scraped(*arguments, **options):
@@ -147,6 +150,7 @@ def test_memory_and_queue_are_what_they_are_when_asked():
         "attnd_kv_memory_limit_bytes": 1 << 30,
         "attnd_graphs": 34,
         "attnd_graph_memory_bytes": 200,
+        "attnd_device_healthy": 1,
     }
 
 
