@@ -1,6 +1,7 @@
 """`attnd serve` whose device fails when a call's scale says so: what a GPU does of its own accord, on a processor.
 
-A call with the scale `FAULT` raises what torch raises then; one with `BUG` what a bug raises.
+A call with the scale `FAULT` raises what torch raises then; one with `BUG` what a bug raises; one with
+`WRONG` is answered wrongly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from attnd_server import device_faults
 from attnd_server.__main__ import main
 from attnd_server.backends.naive import NaiveAttention
 
-FAULT, BUG = 1313.0, 1414.0
+FAULT, BUG, WRONG = 1313.0, 1414.0, 1515.0
 MESSAGE = "CUDA error: an illegal memory access was encountered"
 # Torch's advice names other things that are none.
 ADVICE = "\nCUDA kernel errors might be asynchronously reported at some other API call: out of memory"
@@ -30,7 +31,8 @@ def _run_or_fail(kernel: NaiveAttention, plan: Any, *tensors: Any) -> Any:
         raise torch.AcceleratorError(MESSAGE + ADVICE)
     if scale == BUG:
         raise RuntimeError("a bug")
-    return _run(kernel, plan, *tensors)
+    output, lse = _run(kernel, plan, *tensors)
+    return (output + 1 if scale == WRONG else output), lse
 
 
 if __name__ == "__main__":

@@ -192,11 +192,11 @@ class Verifier:
     def _count(self, sample: Sample, verdict: Verdict) -> str:
         """Counts a sample. Returns the id under which it was logged, "" if it is right."""
         tally = self.tallies[sample.backend]
-        tally.ratios.observe(min(verdict.ratio, _MOST_RATIO))
         tally.not_finite += verdict.num_not_finite
+        tally.mismatches += verdict.is_mismatch
+        tally.ratios.observe(min(verdict.ratio, _MOST_RATIO))  # the last: it counts the sample
         if not verdict.is_mismatch:
             return ""
-        tally.mismatches += 1
         fault_id = secrets.token_hex(4)
         log.error("wrong output %s", fault_id, extra=_described(sample, verdict))
         return fault_id
