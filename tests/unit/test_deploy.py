@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from attnd_server import cli
 from attnd_server.cli_credentials import CREDENTIAL_OPTIONS
 from attnd_server.config import AttentionBackend
 from attnd_server.metrics import Metrics
+from attnd_server.shadow import ShadowTally
 from attnd_server.steps import Call, Result
 from tests.scrape import Scrape
 from tests.servers import ROOT
@@ -44,7 +46,8 @@ def scrape():
     metrics.rpc_started("service/method")
     metrics.rpc_ended("service/method", "OK", 1.0, 1, 1)
     registry = CollectorRegistry()
-    registry.register(collector(metrics))
+    verifier = types.SimpleNamespace(tallies={AttentionBackend.SDPA: ShadowTally()})
+    registry.register(collector(metrics, verifier=verifier))
     ProcessCollector(registry=registry)
     return Scrape.parse(generate_latest(registry).decode())
 
@@ -95,6 +98,23 @@ def test_the_board_shows_everything_that_is_ours(scrape):
 def test_the_board_finds_servers_by_a_metric_that_exists(scrape):
     (variable,) = [each for each in BOARD["templating"]["list"] if each["type"] == "query"]
     assert re.fullmatch(r"label_values\((\w+), instance\)", variable["query"]["query"])[1] in scrape.samples
+
+
+def test_alerts_ask_for_metrics_that_exist_and_say_what_their_queries_keep(scrape):
+    prometheus = load("metrics.yaml")["services"]["prometheus"]
+    (path,) = load("prometheus.yaml")["rule_files"]
+    assert f"./alerts.yaml:{path}:ro" in prometheus["volumes"]
+    (group,) = load("alerts.yaml")["groups"]
+    for rule in group["rules"]:
+        assert identifiers(rule["expr"]) <= {*scrape.samples, "up"}
+        shown = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        assert shown <= labels(rule["expr"]) | OWN_LABELS
+
+
+def test_what_ends_is_started_again():
+    for name in ("compose.yaml", "metrics.yaml"):
+        services = [each for each in load(name)["services"].values() if "image" in each]
+        assert all(service["restart"] == "unless-stopped" for service in services)
 
 
 def test_prometheus_reads_where_the_composed_server_tells():
