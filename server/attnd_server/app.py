@@ -120,7 +120,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.service.executor.faults.listen(self._device_failed)
         if self.service.verifier is not None and not isinstance(self.service.cuda, str):
-            log.warning("steps on cuda planes are not verified: nobody has their tensors in the end")
+            log.warning("steps on cuda planes are not verified, whatever --verify says")
         told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}
         log.info("serving", extra=told)
         return self

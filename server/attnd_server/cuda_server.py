@@ -139,7 +139,9 @@ class CudaSession:
         with ExitStack() as held:
             # Until the stream is done with the pages, whatever happens: of a deleted cache they would be unmapped.
             held.enter_context(step.step.cache.held())
-            watch = held.enter_context(cuda_watchdog.WATCHDOG.watching(self._lane.flags, self._connection))
+            timeout_s = self._service.config.device_timeout_s
+            watch = cuda_watchdog.Watch(self._lane.flags, self._connection, self._is_stuck, timeout_s)
+            held.enter_context(cuda_watchdog.WATCHDOG.watching(watch))
             try:
                 self._enqueue(step)
             except BaseException:
@@ -186,6 +188,10 @@ class CudaSession:
         """Lets go of what waits for the worker, and frees the graphs."""
         self._lane.drain()
         self._graphs.close()
+
+    def _is_stuck(self) -> None:
+        timeout_s = self._service.config.device_timeout_s
+        self._service.executor.faults.fail(f"a step on a cuda plane, let go, has not ended within {timeout_s:g} s")
 
     def _refuse_if_stopped(self) -> None:
         if self._lane.flags.is_stopped:

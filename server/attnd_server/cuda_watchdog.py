@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,16 +23,29 @@ class Watch:
     Attributes:
         flags: of its session.
         connection: to its worker.
+        stuck: called if it does not even end when nothing waits any more: a kernel does not.
+        stuck_s: seconds until then; 0: never.
         deadline: until when it must be over, `time.monotonic`.
+        stopped_at: when it was first let go, likewise; 0: it was not.
     """
 
     flags: Flags
     connection: socket.socket
+    stuck: Callable[[], None] = lambda: None
+    stuck_s: float = 0.0
     deadline: float = 0.0
+    stopped_at: float = 0.0
 
     def restart(self) -> None:
         """The time of a step starts now."""
         self.deadline = time.monotonic() + STEP_S
+
+    def stop(self) -> None:
+        """Lets the stream go, once more."""
+        self.stopped_at = self.stopped_at or time.monotonic()
+        self.flags.stop()
+        if self.stuck_s and time.monotonic() - self.stopped_at > self.stuck_s:
+            self.stuck()
 
 
 class Watchdog:
@@ -49,9 +62,8 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def watching(self, flags: Flags, connection: socket.socket) -> Iterator[Watch]:
-        """Stops `flags` if the worker's side of the socket ends meanwhile, or the step takes longer than `STEP_S`."""
-        watch = Watch(flags, connection)
+    def watching(self, watch: Watch) -> Iterator[Watch]:
+        """Stops its flags if the worker's side of the socket ends meanwhile, or the step takes longer than `STEP_S`."""
         watch.restart()
         with self._lock:
             self._watched.add(watch)
@@ -79,7 +91,7 @@ class Watchdog:
                     stopped = True
                     with self._lock:  # or its memory may have gone
                         if watch in self._watched:
-                            watch.flags.stop()
+                            watch.stop()
             if stopped:
                 time.sleep(self.STOP_PERIOD_S)
             else:

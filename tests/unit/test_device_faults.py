@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from attnd_server import device_faults
 from attnd_server.app import build_service
 from attnd_server.cache import CacheTable
 from attnd_server.config import FP8, AttentionConfig, ServerConfig
+from attnd_server.cuda_watchdog import Watch, Watchdog
 from attnd_server.device_faults import DeviceFaults, is_device_fault, watch
 from attnd_server.executor import Executor
 from attnd_server.page_space import HostAddresses, SharedSpace
@@ -407,3 +409,16 @@ def test_the_process_ends_with_a_code_of_its_own(monkeypatch: pytest.MonkeyPatch
     device_faults.end_process("it is tired")
     assert ended.wait(30)
     assert codes == [75]
+
+
+def test_a_stream_that_does_not_end_when_it_is_let_go_is_a_fault() -> None:
+    faults, failed = DeviceFaults(CPU), threading.Event()
+    faults.listen(lambda reason: failed.set())
+    near, far = socket.socketpair()
+    flags = host_lanes.EventFlags(threading.Semaphore(0), threading.Semaphore(0))
+    watch_of_step = Watch(flags, near, lambda: faults.fail("it does not end"), stuck_s=0.05)
+    with near, Watchdog().watching(watch_of_step):
+        assert not flags.is_stopped
+        far.close()
+        assert failed.wait(30)
+    assert (flags.is_stopped, faults.reason) == (True, "it does not end")
