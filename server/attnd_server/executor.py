@@ -213,17 +213,17 @@ class Executor:
         """Frees what nobody holds any more."""
         if self.faults.reason:
             return
-        try:
-            with self._device_lock:
-                self._began = time.monotonic()
+        with self._device_lock:
+            self._began = time.monotonic()
+            try:
                 self._caches.expire()
                 if self._queue.is_idle:
                     self._shared.forget()
-        except Exception as error:  # the thread must live: it answers everybody
-            if not self.faults.look_at(error):
-                log.exception("what nobody holds any more cannot be freed")
-        finally:
-            self._began = 0.0
+            except Exception as error:  # the thread must live: it answers everybody
+                if not self.faults.look_at(error):
+                    log.exception("what nobody holds any more cannot be freed")
+            finally:
+                self._began = 0.0
 
     def _settle(self, job: Job) -> None:
         with self._device_lock:
