@@ -345,7 +345,7 @@ def test_calls_of_graphs_are_verified() -> None:
         (alike,) = service.caches.owned(PRINCIPAL)[0].graphs.values()
         graphs = alike[-1]
         replay = graphs._replays[0]
-        graphs._replays[0] = lambda: (replay(), graphs._memory.results.device[-1].add_(1))
+        graphs._replays[0] = lambda: (replay(), graphs._memory.results.host[-1].add_(1))
         worker.server.together([worker.call(0, DEFAULT)])
         assert checked(service).tallies[AttentionBackend.NAIVE].mismatches == 1
 
