@@ -51,8 +51,9 @@ def endpoints(device: torch.device, server_device: torch.device, num_threads: in
     Args:
         device: of what computes in this process.
         server_device: of the server: the same, or another GPU of the same kind.
-        num_threads: of a call on a processor.
+        num_threads: of a call on a processor; with a GPU, a server's own default.
     """
+    num_threads = num_threads if server_device.type == "cpu" else 0
     config = ServerConfig(device=str(device), threads=num_threads)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attnd-"))

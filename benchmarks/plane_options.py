@@ -59,7 +59,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="for each cell, at least; default: 5, quick 2")
     about = "most KV of a cache, unless a layer has more; calls start over where it has no 32; default: 0.5"
     parser.add_argument("--kv-gib", type=float, metavar="G", default=0.5, help=about)
-    parser.add_argument("--threads", type=_number, metavar="N", help="of a call on a CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=_number, metavar="N", help="of a call on a CPU; default: torch's, beside a GPU 1"
+    )
     results = report.ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(arguments)
@@ -85,7 +87,7 @@ def _fill_in(parser: argparse.ArgumentParser, options: argparse.Namespace) -> No
     options.tokens = options.tokens or ([1, 4, 16, 64] if on_gpu else [1, 16])
     options.callers = sorted(options.callers or ([1, 4, 16] if on_gpu else [1, 4]))
     options.seconds = options.seconds or (2.0 if options.quick else 5.0)
-    options.threads = options.threads or torch.get_num_threads()
+    options.threads = options.threads or (torch.get_num_threads() if options.device == "cpu" else 1)
     cells = [
         Cell(heads, tokens, context) for heads in MODELS for tokens in options.tokens for context in options.context
     ]

@@ -68,7 +68,7 @@ def measure_callers(options: argparse.Namespace, ends: Endpoints, bar: _Bar, res
         cache = stack.enter_context(ends.client.create_cache(**probe.geometry))
         sessions, reasons = open_planes(stack, ends.client, cache, probe, ends.device)
     results.reasons.update(reasons)
-    context_len = 8192 if 8192 in options.context else options.context[0]
+    context_len = options.context[0] if ends.device.type == "cpu" else callers.GPU_CONTEXT_LEN
     for plane in options.caller_planes:
         if plane not in sessions:
             continue

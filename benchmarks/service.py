@@ -74,7 +74,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, metavar="N", help="tokens in each context; default: 1024, on a CPU 256")
     parser.add_argument("--tokens", type=int, nargs="+", default=NUM_TOKENS, metavar="N", help="default: 1 16 64")
     parser.add_argument("--seconds", type=float, metavar="S", help="for each number of tokens, at least; default: 20")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of a call on a CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="of a call on a CPU; default: torch's, beside a GPU 1"
+    )
     results = report.ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(arguments)
@@ -82,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.context = options.context or (1024 if options.device == "cuda" else 256)
     options.seconds = options.seconds or (3.0 if options.quick else 20.0)
-    options.threads = options.threads or torch.get_num_threads()
+    options.threads = options.threads or (torch.get_num_threads() if options.device == "cpu" else 1)
     return options
 
 

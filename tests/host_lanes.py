@@ -129,6 +129,16 @@ class _Memory:
         pass
 
 
+class _Counter:
+    address = 0
+
+    def __init__(self, gpu: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class HostPlane(cuda.CudaPlane):
     """The worker's end."""
 
@@ -168,6 +178,8 @@ def serving(
     patch.setattr(cuda, "HostFlags", lambda words, signal, flag: planes.lanes[-1].workers_flags)
     patch.setattr(cuda, "CudaPlane", HostPlane)
     patch.setattr(cuda, "Copier", lambda gpu: None)
+    patch.setattr(cuda, "Counter", _Counter)
+    patch.setattr(cuda, "CopyAndWrite", lambda gpu, arrived: None)
     try:
         with attnd.Client(InprocTransport(service), plane="cuda", timeout_s=PATIENCE_S) as client:
             yield client, planes, server

@@ -77,7 +77,7 @@ def test_the_copies_assemble(tmp_path: Path, architecture: str) -> None:
     (tmp_path / "copies.ptx").write_text(cuda_copies.PTX)
     files = [str(tmp_path / "copies.ptx"), "-o", str(tmp_path / "copies.cubin")]
     subprocess.run([triton_assembler(), f"-arch={architecture}", *files], check=True)
-    for name in ("copy", "hand_over"):
+    for name in ("copy", "copy_and_write", "hand_over"):
         assert f"attnd_{name}".encode() in (tmp_path / "copies.cubin").read_bytes()
 
 

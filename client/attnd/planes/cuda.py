@@ -28,9 +28,9 @@ from attnd.errors import (
     from_message,
 )
 from attnd.planes import cuda_driver, doorbell, sockets
-from attnd.planes.cuda_copies import Copier, Copy, HandOver
+from attnd.planes.cuda_copies import Copier, Copy, CopyAndWrite, HandOver
 from attnd.planes.cuda_driver import CudaError, Device, call
-from attnd.planes.cuda_gates import GateFlags
+from attnd.planes.cuda_gates import Counter, GateFlags
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
 from attnd.planes.cuda_memory import DeviceMemory
 from attnd.planes.cuda_words import HostFlags, HostWords
@@ -176,7 +176,8 @@ class CudaPlane:
         if isinstance(flags, GateFlags):
             self._kernel = HandOver(gpu, *flags.addresses)
         else:
-            self._copier = Copier(gpu)
+            self._copier, self._counter = Copier(gpu), Counter(gpu)
+            self._writer = CopyAndWrite(gpu, self._counter.address)
         self._path = path
         self._replies = doorbell.Replies(connection)
         # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
@@ -251,9 +252,9 @@ class CudaPlane:
         if self._kernel is not None:
             self._kernel.run(stream, there, back)
         else:
-            if there:
-                self._copier.copy(stream, there)
-            self._flags.exchange(stream, layer, is_last)
+            assert isinstance(self._flags, HostFlags)
+            self._writer.run(stream, there, *self._flags.signal_of(layer))
+            self._flags.wait(stream, layer, is_last)
             if back:
                 self._copier.copy(stream, back)
         for place, tensor in by_driver:
@@ -298,6 +299,8 @@ class CudaPlane:
             self._connection.close()
             with self._gpu.current():
                 self._flags.close()
+                if self._kernel is None:
+                    self._counter.close()
                 for each in self._memory:
                     each.close()
 

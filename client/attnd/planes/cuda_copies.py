@@ -2,8 +2,8 @@
 
 Copies by the driver take microseconds each, and there are four of them for every layer of every token. Here a few
 blocks of threads copy q, k and v, rows that lie apart included; the last one to be done tells the server; each waits
-for the server's word and copies its part of the output. On one GPU, where no kernel may wait (see `cuda_gates`), the
-same copies are two kernels around the operations of the stream.
+for the server's word and copies its part of the output. On one GPU, where no kernel may wait (see `cuda_gates`), there
+are two kernels around the wait of the stream, the first of which tells the server.
 """
 
 from __future__ import annotations
@@ -92,18 +92,43 @@ WAIT:"""
     + """    bar.sync 0;
 """
 )
+# Likewise, but the value of the word comes with the launch, and nothing is waited for.
+_WRITE = """
+    bar.sync 0;
+    setp.ne.u32 %decided, %thread, 0;
+    @%decided bra DONE;
+    ld.param.u64 %counter, [arrived];
+    ld.param.u64 %signal, [signal];
+    ld.param.u64 %next, [value];
+    cvt.u32.u64 %low, %next;
+    atom.acq_rel.gpu.global.add.u32 %count, [%counter], 1;
+    add.u32 %count, %count, 1;
+    setp.ne.u32 %decided, %count, %blocks;
+    @%decided bra DONE;
+    st.global.u32 [%counter], 0;
+    st.release.sys.global.u32 [%signal], %low;
+DONE:
+"""
+_WRITE_WORDS = """
+    .param .u64 arrived, .param .u64 signal, .param .u64 value"""
 _WORDS = """
     .param .u64 counter, .param .u64 arrived, .param .u64 signal, .param .u64 flag, .param .u64 stop"""
 
 
-def _kernel(name: str, num_inputs: int, num_outputs: int) -> str:
-    """Copies, and with outputs the hand-over between them. These are read past the caches: somebody else wrote them."""
+def _kernel(name: str, num_inputs: int, num_outputs: int, writes: bool = False) -> str:
+    """Copies, and with outputs the hand-over between them. These are read past the caches: somebody else wrote them.
+
+    If it `writes`, the word comes after the copies.
+    """
     numbers = range(num_inputs + num_outputs)
     parameters = [_PARAMETERS.format(n=n) for n in numbers]
     copies = [_COPY.format(n=n, volatile=".volatile" if n >= num_inputs else "") for n in numbers]
     if num_outputs:
         parameters.append(_WORDS)
         copies.insert(num_inputs, _HAND_OVER)
+    if writes:
+        parameters.append(_WRITE_WORDS)
+        copies.append(_WRITE)
     body = "".join(copies)
     return f".visible .entry {name}({','.join(parameters)}\n) {{{_REGISTERS}{body}    ret;\n}}\n"
 
@@ -111,6 +136,7 @@ def _kernel(name: str, num_inputs: int, num_outputs: int) -> str:
 PTX = (
     ".version 7.0\n.target sm_70\n.address_size 64\n"
     + _kernel("attnd_copy", _NUM_INPUTS, 0)
+    + _kernel("attnd_copy_and_write", _NUM_INPUTS, 0, writes=True)
     + _kernel("attnd_hand_over", _NUM_INPUTS, _NUM_OUTPUTS)
 )
 
@@ -145,20 +171,23 @@ _COPY_FIELDS = "QQIIQ"
 @cache
 def _functions(on: Device) -> dict[str, Any]:
     """The kernels on a GPU, the thread's current one, until the process ends."""
-    return kernels(PTX, ("attnd_copy", "attnd_hand_over"))
+    return kernels(PTX, ("attnd_copy", "attnd_copy_and_write", "attnd_hand_over"))
+
+
+def prepare(on: Device) -> None:
+    """Loads the kernels, for which the driver may wait for all that runs on the GPU, the thread's current one."""
+    _functions(on)
 
 
 class _Launch:
     """A kernel and the place of its arguments, which the driver reads when it is launched."""
 
-    def __init__(self, on: Device, name: str, num_copies: int, words: tuple[int, ...]) -> None:
+    def __init__(self, on: Device, name: str, num_copies: int, num_words: int) -> None:
         self._function = _functions(on)[name]
-        self._num_copies = num_copies
-        self._words = words
-        self._format = struct.Struct("<" + _COPY_FIELDS * num_copies + "Q" * len(words))
+        self._format = struct.Struct("<" + _COPY_FIELDS * num_copies + "Q" * num_words)
         self._buffer = ctypes.create_string_buffer(self._format.size)
         offsets, end = [], 0
-        for letter in _COPY_FIELDS * num_copies + "Q" * len(words):
+        for letter in _COPY_FIELDS * num_copies + "Q" * num_words:
             offsets.append(end)
             end += struct.calcsize("<" + letter)
         base = ctypes.addressof(self._buffer)
@@ -166,14 +195,14 @@ class _Launch:
         self._arguments = ctypes.addressof(self._pointers)
         self._launch = driver().cuLaunchKernel
 
-    def __call__(self, stream: int, copies: list[Copy]) -> None:
+    def __call__(self, stream: int, copies: list[Copy], *words: int) -> None:
         values: list[int] = []
         most = 0
         for target, source, num_rows, row_bytes, stride_bytes in copies:
             of_row = row_bytes // VECTOR_BYTES
             values += (target, source, num_rows * of_row, of_row, stride_bytes)
             most += num_rows * of_row
-        self._format.pack_into(self._buffer, 0, *values, *self._words)
+        self._format.pack_into(self._buffer, 0, *values, *words)
         blocks = max(1, min(_MAX_BLOCKS, -(-most // (_THREADS * _VECTORS_OF_THREAD))))
         (result,) = self._launch(self._function, blocks, 1, 1, _THREADS, 1, 1, 0, stream, self._arguments, 0)
         if result:
@@ -185,11 +214,24 @@ class Copier:
 
     def __init__(self, on: Device) -> None:
         """The GPU must be the thread's current one."""
-        self._launch = _Launch(on, "attnd_copy", _NUM_INPUTS, ())
+        self._launch = _Launch(on, "attnd_copy", _NUM_INPUTS, 0)
 
     def copy(self, stream: int, copies: list[Copy]) -> None:
         """Enqueues up to three copies."""
         self._launch(stream, copies + [_NOTHING] * (_NUM_INPUTS - len(copies)))
+
+
+class CopyAndWrite:
+    """Copies, and a word of 32 bits that tells somebody else when they are there."""
+
+    def __init__(self, on: Device, arrived: int) -> None:
+        """`arrived` is the address of 4 bytes of the GPU, 0 between launches; the GPU is the thread's current one."""
+        self._launch = _Launch(on, "attnd_copy_and_write", _NUM_INPUTS, 3)
+        self._arrived = arrived
+
+    def run(self, stream: int, copies: list[Copy], address: int, value: int) -> None:
+        """Enqueues up to three copies, then `value` at `address`."""
+        self._launch(stream, copies + [_NOTHING] * (_NUM_INPUTS - len(copies)), self._arrived, address, value)
 
 
 class HandOver:
@@ -197,10 +239,10 @@ class HandOver:
 
     def __init__(self, on: Device, counter: int, arrived: int, signal: int, flag: int, stop: int) -> None:
         """Addresses as of `GateFlags`; `arrived` is that of 4 bytes beside the counter, 0 between launches."""
-        words = counter, arrived, signal, flag, stop
-        self._launch = _Launch(on, "attnd_hand_over", _NUM_INPUTS + _NUM_OUTPUTS, words)
+        self._words = counter, arrived, signal, flag, stop
+        self._launch = _Launch(on, "attnd_hand_over", _NUM_INPUTS + _NUM_OUTPUTS, len(self._words))
 
     def run(self, stream: int, inputs: list[Copy], outputs: list[Copy]) -> None:
         """Enqueues up to three copies to the server, a hand-over, and up to two copies back."""
         copies = inputs + [_NOTHING] * (_NUM_INPUTS - len(inputs))
-        self._launch(stream, copies + outputs + [_NOTHING] * (_NUM_OUTPUTS - len(outputs)))
+        self._launch(stream, copies + outputs + [_NOTHING] * (_NUM_OUTPUTS - len(outputs)), *self._words)

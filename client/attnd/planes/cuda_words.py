@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 from attnd.planes.cuda_driver import CudaError, call, driver
@@ -71,23 +72,30 @@ class HostWords:
             self._words.release()
 
 
+Writer = Callable[[int, int, int], None]
+"""Lets a stream write a word: stream, address, value."""
+
+
 class HostFlags:
-    """One side of the hand-overs between two processes on one GPU: memory operations of streams on two host words.
+    """One side of the hand-overs between two processes on one GPU: streams that wait for two words of the host's.
 
     Both sides know the layers by number. Layer l is handed over with the value l + 1, and who waited for the last one
     sets the word to 0 again, before it hands on itself. So every step has the same operations, and a CUDA graph with
     them is replayed as it is.
     """
 
-    def __init__(self, words: HostWords, signal: int, flag: int) -> None:
+    def __init__(self, words: HostWords, signal: int, flag: int, writer: Writer | None = None) -> None:
         """Nothing was handed over yet.
 
         Args:
             words: that both sides have; owned by this object from now on.
             signal: index of the word that this side writes, 0 at first.
             flag: index of the word that the other side writes, likewise.
+            writer: what `signal` writes with, a kernel, which comes sooner after another than an operation of the
+                stream; None: such an operation.
         """
         self._words = words
+        self._writer = writer
         self._signal, self._flag = signal, flag
         self._operations: dict[tuple[str, int, bool], list[Any]] = {}
         self._enqueue = driver().cuStreamBatchMemOp
@@ -103,7 +111,14 @@ class HostFlags:
 
     def signal(self, stream: int, layer: int, is_last: bool) -> None:
         """Server: tells the worker that what `stream` did so far is done."""
-        self._run("signal", stream, layer, is_last)
+        if self._writer is None:
+            self._run("signal", stream, layer, is_last)
+        else:
+            self._writer(stream, *self.signal_of(layer))
+
+    def signal_of(self, layer: int) -> tuple[int, int]:
+        """For whoever writes it by a kernel: the address, for GPUs, of the word that tells a layer, and its value."""
+        return self._words.address_of(self._signal), layer + 1
 
     def stop(self) -> None:
         """Lets everything that waits on this side go on. From any thread.
@@ -129,7 +144,7 @@ class HostFlags:
     def _made(self, kind: str, layer: int, is_last: bool) -> list[Any]:
         operations = []
         if kind != "wait":
-            operations.append(_write(self._words.address_of(self._signal), layer + 1))
+            operations.append(_write(*self.signal_of(layer)))
         if kind != "signal":
             flag = self._words.address_of(self._flag)
             operations.append(_wait(flag, layer + 1))

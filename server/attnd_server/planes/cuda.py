@@ -29,6 +29,7 @@ from attnd.tensors import DTYPE_NAMES
 from attnd_server.backends.cuda_graph import captured
 
 if TYPE_CHECKING:
+    from attnd.planes.cuda_copies import CopyAndWrite
     from attnd.planes.cuda_driver import Device, Stream
     from attnd.planes.cuda_gates import Counter
     from attnd.planes.cuda_words import HostWords
@@ -157,6 +158,7 @@ class CudaLane:
         Raises:
             CudaError: there is not so much.
         """
+        from attnd.planes.cuda_copies import CopyAndWrite
         from attnd.planes.cuda_gates import GateFlags
         from attnd.planes.cuda_memory import DeviceMemory
         from attnd.planes.cuda_words import HostFlags
@@ -174,7 +176,8 @@ class CudaLane:
             if worker is not None:
                 self._memory.append(DeviceMemory.created(worker, num_bytes, slot.stream, user=device))
             if on_same_gpu:
-                self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4)
+                write = partial(_written, CopyAndWrite(device, slot.counter.address))
+                self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4, writer=write)
             else:
                 slot.counter.reset(self.handle)
                 to_worker, to_server = self._memory[-1].address + TO_WORKER, self._memory[0].address + TO_SERVER
@@ -227,6 +230,11 @@ class CudaLane:
             memory.close()
 
 
+def _written(writer: CopyAndWrite, stream: int, address: int, value: int) -> None:
+    """Writes a word after what was enqueued on a stream."""
+    writer.run(stream, [], address, value)
+
+
 class CudaPlanes:
     """The cuda planes of a server. Any thread may use it.
 
@@ -249,7 +257,7 @@ class CudaPlanes:
         """
         if device.type != "cuda":
             raise Unsupported(f"the server's device is {device}, and it needs a GPU", field="plane")
-        from attnd.planes import cuda_driver, cuda_gates
+        from attnd.planes import cuda_copies, cuda_driver, cuda_gates
         from attnd_server.planes.cuda_streams import independent_streams
 
         torch.cuda.init()
@@ -265,6 +273,7 @@ class CudaPlanes:
         self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
         with found.current():
             cuda_gates.prepare(found)
+            cuda_copies.prepare(found)
             for stream in independent_streams(found, device, max_planes):
                 self._slots.put(Slot(found, stream))
                 self._words.put(SharedWords())
