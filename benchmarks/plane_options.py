@@ -59,9 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, metavar="S", help="for each cell, at least; default: 5, quick 2")
     about = "most KV of a cache, unless a layer has more; calls start over where it has no 32; default: 0.5"
     parser.add_argument("--kv-gib", type=float, metavar="G", default=0.5, help=about)
-    parser.add_argument(
-        "--threads", type=_number, metavar="N", help="of a call on a CPU; default: torch's, beside a GPU 1"
-    )
+    parser.add_argument("--threads", type=_number, metavar="N", help="on a CPU; default: torch's, beside a GPU 1")
     results = report.ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(arguments)

@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=NUM_TOKENS, metavar="N", help="default: 1 16 64")
     parser.add_argument("--seconds", type=float, metavar="S", help="for each number of tokens, at least; default: 20")
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="of a call on a CPU; default: torch's, beside a GPU 1"
+        "--threads", type=int, default=0, metavar="N", help="on a CPU; default: torch's, beside a GPU 1"
     )
     results = report.ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")

@@ -226,12 +226,15 @@ class CudaSession:
         executor = self._service.executor
         outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-        def work() -> bytes:
+        def enqueue() -> bytes:
             step.enqueue(self._lane, self._graphs, executor.ops)
             return b""
 
         # In its turn among the cache's calls, copies and deletion.
-        executor.submit(OnCache(step.step.cache.id, work), lambda result, error: outcome.put(error))
+        work = OnCache(step.step.cache.id, enqueue)
+        if executor.run_now(work) is not None:
+            return
+        executor.submit(work, lambda result, error: outcome.put(error))
         error = outcome.get()
         if error is not None:
             raise error

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from attnd.errors import Exhausted
-from attnd.planes import cuda_driver, cuda_gates, cuda_memory, cuda_words
+from attnd.planes import cuda_copies, cuda_driver, cuda_gates, cuda_memory, cuda_words
 from attnd.planes.cuda_layout import TO_SERVER, TO_WORKER, WORDS_BYTES
 from attnd.planes.device_bytes import CPU
 from attnd_server.planes import cuda, cuda_streams
@@ -106,7 +106,7 @@ class NotingDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> NotingDriver:
     noting = NotingDriver()
-    for module in (cuda_driver, cuda_gates, cuda_memory, cuda_words):
+    for module in (cuda_copies, cuda_driver, cuda_gates, cuda_memory, cuda_words):
         monkeypatch.setattr(module, "driver", lambda: noting)
     monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: cuda_driver.Device(0))
     monkeypatch.setattr(cuda_gates, "_STOP_WORDS", cuda_gates._StopWords())

@@ -432,8 +432,13 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
         return real(work, *rest, **more)
 
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
-        monkeypatch.setattr(executor, "submit", submit)
         one_step(session)
+        monkeypatch.setattr(executor, "submit", submit)
+        monkeypatch.setattr(executor, "run_now", lambda work: None)  # something else has the device
+        step = session.step(metadata(1, 1))
+        for layer in range(3):
+            step.attend(layer, *new_tokens(1))
+        step.finish()
         assert lanes == [cache.ref.id]
         monkeypatch.undo()
 
