@@ -110,6 +110,11 @@ class HostPlanes(CudaPlanes):
 
 class _Gpu:
     index, uuid = 0, GPU
+    has_mps = 0
+
+    def attribute(self, name: str) -> int:
+        assert name == "MPS_ENABLED"
+        return self.has_mps
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()

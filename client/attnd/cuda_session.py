@@ -133,6 +133,11 @@ class CudaSession:
         if step.error is not None:
             raise step.error
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the plane that is open is slow: both sides have one GPU and no CUDA Multi-Process Service."""
+        return self._plane is not None and self._plane.takes_turns
+
     def timings(self) -> Timings:
         """Sums over the session's steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
         return self._timings

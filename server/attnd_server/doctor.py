@@ -26,6 +26,10 @@ PAGE_SIZE = 16
 PAGES_PER_REQUEST = -(-(CONTEXT_LEN + 1) // PAGE_SIZE)
 # Of each size: steps, and calls of a step as of a model's layers.
 NUM_STEPS, NUM_CALLS = 5, 30
+TURNS = (
+    "this process and the server take turns on one GPU, which costs each layer about 0.3 ms; run both under CUDA's "
+    "Multi-Process Service: nvidia-cuda-mps-control -d, before either starts"
+)
 # Relative to float64, of float32 or what a GPU makes of it.
 MAX_ERROR = 1e-2
 
@@ -37,11 +41,13 @@ class Finding:
     Attributes:
         reason: why it cannot be had, and how to repair that; "" if it can be had.
         fault: what was wrong with what it gave; "" if nothing.
+        hint: how it could be faster; "" if nothing is known.
         call_us: by the number of requests, microseconds of a call, median.
     """
 
     reason: str = ""
     fault: str = ""
+    hint: str = ""
     call_us: dict[int, float] = field(default_factory=dict)
 
 
@@ -81,7 +87,7 @@ def run_doctor(
         return 1
     console.print(_table(findings))
     for plane, finding in findings.items():
-        if why := finding.fault or finding.reason:
+        if why := finding.fault or finding.reason or finding.hint:
             console.print(f"[bold]{plane}[/]: {escape(why)}", highlight=False, soft_wrap=True)
     best = next((plane for plane in PLANES[1:] if findings[plane].call_us), None)
     if best:
@@ -194,6 +200,8 @@ def _time_steps(session: attnd.CudaSession, num_reqs: int, case: _Case, finding:
         step.finish()
         call_us.append((time.perf_counter() - started) * 1e6)
         _compare(output.cpu(), expected, num_reqs, finding)
+    if session.takes_turns:
+        finding.hint = TURNS
     return statistics.median(call_us)
 
 

@@ -443,6 +443,18 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
         monkeypatch.undo()
 
 
+def test_a_session_knows_whether_it_takes_turns(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        assert not session.takes_turns  # there is no plane yet
+        one_step(session)
+        assert session.takes_turns
+        monkeypatch.setattr(host_lanes._Gpu, "has_mps", 1)
+        assert not session.takes_turns
+
+
 def test_a_process_without_a_gpu_says_so(tmp_path: Path) -> None:
     from attnd_server.app import build_service
     from attnd_server.config import ServerConfig

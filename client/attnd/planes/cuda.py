@@ -272,6 +272,11 @@ class CudaPlane:
         """Where the worker's tensors are."""
         return sys.modules["torch"].device("cuda", self._gpu.index)
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether worker and server take turns on one GPU, for want of CUDA's Multi-Process Service."""
+        return self._kernel is None and not self._gpu.attribute("MPS_ENABLED")
+
     @contextmanager
     def stream(self) -> Iterator[int]:
         """Torch's current stream of the worker's GPU, for what is enqueued inside. Raises as `check_capture` does."""
