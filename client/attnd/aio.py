@@ -141,6 +141,13 @@ class AsyncClient:
         data = await self.unary("CreateCache", request, wait=True)
         return AsyncCache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache)
 
+    async def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> AsyncCache:
+        """A cache that somebody else created. Arguments and errors as `attnd.Client.open_cache`."""
+        now = (await self.capabilities()).epoch
+        ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now if epoch is None else epoch)
+        method, request, response = requests.open_cache(ref, now)
+        return AsyncCache(self, response.FromString(await self.unary(method, request)).cache)
+
     async def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
         return list(wire.parse(cache_pb2.ListCachesResponse, await self.unary("ListCaches", b"")).caches)
@@ -263,6 +270,21 @@ class AsyncCache:
         """Starts the lease again. Raises CacheLost if it has gone."""
         await self.info()
 
+    async def written_pages(self) -> list[int]:
+        """The ids of the pages into which something was stored. As `attnd.Cache.written_pages`."""
+        return requests.written_pages(await self.client.unary("RenewCache", requests.ask_written_pages(self.ref)))
+
+    async def adopt(self) -> cache_pb2.CacheInfo:
+        """Goes on with the cache after a restart of the server. Result and errors as `attnd.Cache.adopt`."""
+        await self.client.capabilities()
+        request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
+        data = await self.client.unary("AdoptCache", request)
+        info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
+        self.ref, self.ttl_s = info.cache, info.ttl_s
+        if self._renewal.done():
+            self._renewal = asyncio.ensure_future(self._renew_for_ever())
+        return info
+
     async def delete(self) -> None:
         """Frees the cache. Raises CacheLost if it has gone already."""
         self._renewal.cancel()
@@ -332,9 +354,11 @@ class AsyncCache:
     async def _renew_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self.ttl_s / 3)
+            ref = self.ref
             try:
                 await self.renew()
             except CacheLost:
-                return  # the next step says so to the caller
+                if self.ref is ref:  # not adopted meanwhile
+                    return  # the next step says so to the caller
             except AttndError:
                 pass  # away for now; the lease may outlast it

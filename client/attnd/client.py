@@ -166,6 +166,25 @@ class Client:
         self._renewal.add(cache)
         return cache
 
+    def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> Cache:
+        """A cache that somebody else created, with its lease renewed in the background like one's own.
+
+        Args:
+            cache_id: its id, `Cache.ref.id`: 16 bytes, or their hexadecimal digits.
+            epoch: the epoch under which the caller knows it, `Cache.ref.epoch`; None is the server's of now. After a
+                restart it is adopted under this one, see `Cache.adopt`.
+
+        Raises:
+            InvalidRequest: that is no id.
+            CacheLost: there is no such cache, or it is another principal's.
+        """
+        now = self.capabilities().epoch
+        ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now if epoch is None else epoch)
+        method, request, response = requests.open_cache(ref, now)
+        cache = Cache(self, response.FromString(self.transport.unary(method, request, self.timeout_s)).cache)
+        self._renewal.add(cache)
+        return cache
+
     def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
         data = self.transport.unary("ListCaches", b"", self.timeout_s)
@@ -275,6 +294,28 @@ class Cache:
     def renew(self) -> None:
         """Starts the lease again. Raises CacheLost if it has gone."""
         self.info()
+
+    def written_pages(self) -> list[int]:
+        """The ids of the pages into which something was stored, rising. Starts the lease again. Raises CacheLost."""
+        return requests.written_pages(self._unary("RenewCache", requests.ask_written_pages(self.ref)))
+
+    def adopt(self) -> cache_pb2.CacheInfo:
+        """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
+
+        It holds all that was answered before the restart. A step that was not answered whole is to be sent again.
+        Sessions go on with it by themselves; what was warmed up must be so again. Without a restart nothing changes.
+
+        Raises:
+            EpochMismatch: what the server has restored may be older than what this client knows.
+            CacheLost: the server has not restored it, or its lease has ended since.
+            Disconnected: the server is away for longer than the connection timeout.
+        """
+        self._client.capabilities()  # waits for it, and learns its epoch and planes
+        data = self._unary("AdoptCache", cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString())
+        info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
+        self.ref, self.ttl_s = info.cache, info.ttl_s
+        self._client._renewal.add(self)
+        return info
 
     def delete(self) -> None:
         """Frees the cache. Raises CacheLost if it has gone already."""
@@ -403,9 +444,11 @@ class _Renewal:
             if self._closed or self._wake.wait(period_s):
                 continue  # a cache with a shorter lease, or the end
             for cache in list(self._caches.values()):
+                ref = cache.ref
                 try:
                     cache.renew()
                 except CacheLost:
-                    self.remove(cache)  # the next step says so to the caller
+                    if cache.ref is ref:  # not adopted meanwhile
+                        self.remove(cache)  # the next step says so to the caller
                 except AttndError:
                     pass  # away for now; the lease may outlast it

@@ -67,7 +67,10 @@ class CacheLost(AttndError):
 
 
 class EpochMismatch(CacheLost):
-    """The server was restarted since the cache was created, so its KV is gone."""
+    """The server was restarted since the cache was created, so its KV is gone.
+
+    Unless the message says that the server has restored it: then `cache.adopt()` goes on with it.
+    """
 
     reason = error_pb2.ERROR_REASON_EPOCH_MISMATCH
     code = grpc.StatusCode.FAILED_PRECONDITION

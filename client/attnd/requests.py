@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from attnd import wire
 from attnd.diffulex_steps import from_diffulex
-from attnd.errors import InvalidRequest, ServerFault, from_message
+from attnd.errors import InvalidRequest, ServerFault, Unsupported, from_message
 from attnd.kv_split import KVSplit
 from attnd.metadata import StepMetadata
 from attnd.options import AttentionOptions
-from attnd.packing import float32_tensor, int32_tensor, slots_tensor, uint32
+from attnd.packing import float32_tensor, int32_tensor, ints, slots_tensor, uint32
 from attnd.regions import Region
 from attnd.tensors import KV_DTYPES, Array, dtype_of, from_array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, step_pb2, tensor_pb2
@@ -19,6 +19,7 @@ from attnd.warm_up import WarmUp
 
 # Bytes of K and V in one chunk of StoreKv.
 STORE_CHUNK_BYTES = 4 << 20
+CACHE_ID_BYTES = 16
 # Calls of one session that may be under way: those of two halves of a batch, and as many again. A shm plane has so many
 # lanes (see ShmPlane in plane.proto), and a server reads so many requests of a stream ahead.
 MAX_CALLS_UNDER_WAY = 4
@@ -91,6 +92,38 @@ def create_cache(
 
 def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:
     return float32_tensor([values] if isinstance(values, int | float) else values, field)
+
+
+def cache_id(value: bytes | str) -> bytes:
+    """A cache's id, of its bytes or their hexadecimal digits. Raises InvalidRequest."""
+    try:
+        data = bytes.fromhex(value) if isinstance(value, str) else value
+    except ValueError:
+        data = b""
+    if len(data) != CACHE_ID_BYTES:
+        rule = f"must be {CACHE_ID_BYTES} bytes or {2 * CACHE_ID_BYTES} hexadecimal digits"
+        raise InvalidRequest(f"cache.id is {value!r}, but {rule}", field="cache.id")
+    return data
+
+
+def open_cache(ref: cache_pb2.CacheRef, epoch: int) -> tuple[str, bytes, Any]:
+    """How to find a cache on a server with this epoch: method, request, and the type of its response."""
+    if ref.epoch == epoch:
+        return "RenewCache", cache_pb2.RenewCacheRequest(cache=ref).SerializeToString(), cache_pb2.RenewCacheResponse
+    return "AdoptCache", cache_pb2.AdoptCacheRequest(cache=ref).SerializeToString(), cache_pb2.AdoptCacheResponse
+
+
+def ask_written_pages(cache: cache_pb2.CacheRef) -> bytes:
+    """The request of RenewCache that also asks which pages were written to."""
+    return cache_pb2.RenewCacheRequest(cache=cache, with_written_pages=True).SerializeToString()
+
+
+def written_pages(data: bytes) -> list[int]:
+    """The pages that RenewCache told of. Raises Unsupported: the server cannot tell."""
+    response = wire.parse(cache_pb2.RenewCacheResponse, data)
+    if not response.HasField("written_pages"):
+        raise Unsupported("the server does not tell which pages were written to: it is of an earlier version")
+    return ints(memoryview(response.written_pages.data).cast("i"), "written_pages")
 
 
 def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Sequence[int]) -> bytes:

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from attnd import wire
 from attnd._version import __version__
 from attnd.tuning import tune_process
-from attnd_server.cache import CacheTable
+from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.device_faults import end_process
 from attnd_server.executor import Executor
@@ -28,6 +28,7 @@ from attnd_server.rpc_metrics import RpcCounter
 from attnd_server.service import AttentionService
 from attnd_server.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.shm_server import ShmServer
+from attnd_server.snapshots import SnapshotStore
 
 if TYPE_CHECKING:
     from attnd_server.metrics_endpoint import MetricsEndpoint
@@ -47,6 +48,8 @@ GRPC_OPTIONS = [
 ]
 
 
+# Exit code of a server that should have left snapshots of its caches and could not write them all.
+EXIT_CACHES_LOST = 3
 # Seconds after which changed tokens and certificates count at the latest.
 RELOAD_S = 1.0
 
@@ -83,6 +86,7 @@ class Server:
         config: as given.
         address: "host:port" on which it listens.
         metrics_address: likewise of its metrics, or "".
+        lost: once it has ended, the caches that should have become snapshots and did not.
 
     ```
     async with Server(ServerConfig(port=0)) as server:
@@ -94,6 +98,7 @@ class Server:
         """Nothing runs yet."""
         self.config = config
         self.address = self.metrics_address = ""
+        self.lost: list[Cache] = []
         self._endpoint: MetricsEndpoint | None = None
         self._watched: list[WatchedFiles] = []
 
@@ -113,7 +118,12 @@ class Server:
         self.address = f"{self.config.host}:{port}"
         if metrics is not None:
             self._open_endpoint(metrics)
+        self._snapshots = SnapshotStore(self.config.snapshot_dir) if self.config.snapshot_dir else None
+        if self._snapshots is not None and self.config.restore:
+            self._snapshots.restore(self.service.caches, self.config.max_ttl_s)
         self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
+        if self._snapshots is not None:
+            self._snapshots.consume()
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -131,6 +141,8 @@ class Server:
         """Drains: no new steps; what runs has `drain_s` to finish."""
         log.info("draining", extra={"drain_s": self.config.drain_s})
         self._reloading.cancel()
+        if self._snapshots is not None:
+            self.service.caches.keep_all()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
         if self._shm is not None:
@@ -140,9 +152,22 @@ class Server:
         else:
             await self._server.stop(self.config.drain_s)
         await asyncio.to_thread(self.service.close)
+        if self._snapshots is not None:
+            self.lost = await asyncio.to_thread(self._write_snapshots, self._snapshots)
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
         log.info("stopped")
+
+    def _write_snapshots(self, snapshots: SnapshotStore) -> list[Cache]:
+        """Returns the caches that could not be written."""
+        caches = self.service.caches.all()
+        if self.service.executor.is_quiet(timeout_s=1.0):
+            lost = snapshots.write(caches)
+        else:
+            log.error("caches lost: a call still runs, no snapshot would be whole", extra={"num_caches": len(caches)})
+            lost = caches
+        snapshots.close()
+        return lost
 
     def _principals(self) -> Principals:
         tokens = TokenFile(self.config.tokens) if self.config.tokens else None
@@ -204,7 +229,7 @@ def run_server(config: ServerConfig) -> int:
     tune_process()
     log.info("starting", extra={"version": __version__, "torch": torch.__version__})
 
-    async def main() -> None:
+    async def main() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -216,10 +241,10 @@ def run_server(config: ServerConfig) -> int:
             device = server.service.executor.device
             print(f"attnd {__version__} serves {server.address} on {device}{metrics}", flush=True)
             await stop.wait()
+        return EXIT_CACHES_LOST if server.lost else 0
 
     try:
-        asyncio.run(main())
+        return asyncio.run(main())
     except RuntimeError as error:
         log.error("cannot serve: %s", error)
         return 1
-    return 0

@@ -28,8 +28,22 @@ if TYPE_CHECKING:
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
+# Of a cache that was restored again and again and never used, how many epochs are kept.
+MAX_EPOCHS = 16
 
 log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What a restored cache was in earlier lives of the server.
+
+    Attributes:
+        id: its id.
+        epochs: those under which it was as it is; the last is that of the life that wrote the snapshot.
+    """
+
+    id: bytes
+    epochs: tuple[int, ...]
 
 
 class Cache:
@@ -44,6 +58,8 @@ class Cache:
         k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
         v_scales: likewise.
         pages: where they lie among other caches'.
+        restored: what it was before the server was restarted; None: it is of this life.
+        is_used: whether anybody may have changed it in this life of the server.
         graphs: what warm-ups captured, by what `find_graphs` looks for.
         num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
     """
@@ -58,6 +74,7 @@ class Cache:
         name: str,
         device: torch.device,
         spaces: PageSpaces | None = None,
+        restored: Restored | None = None,
     ) -> None:
         """Takes the pages, all of them zeros, so that nobody sees what a former owner stored.
 
@@ -69,9 +86,12 @@ class Cache:
             name: for people.
             device: of the pages.
             spaces: of the device; None: the cache lies alone.
+            restored: what it was before; None: it is new.
         """
-        self.id = secrets.token_bytes(16)
+        self.id = secrets.token_bytes(16) if restored is None else restored.id
         self.epoch = epoch
+        self.restored = restored
+        self.is_used = restored is None
         self.principal = principal
         self.config = config
         self.name = name
@@ -105,6 +125,17 @@ class Cache:
     def num_pages_written(self) -> int:
         """Pages into which something was stored. Any thread may ask: numpy counts without torch's threads."""
         return int(np.count_nonzero(self._page_was_written.numpy()))
+
+    @property
+    def written_pages(self) -> torch.Tensor:
+        """Int64, the ids of these pages, rising. Any thread may ask."""
+        return torch.from_numpy(np.flatnonzero(self._page_was_written.numpy()))
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs under which the cache was as it is now, this life's last."""
+        earlier = () if self.is_used or self.restored is None else self.restored.epochs[1 - MAX_EPOCHS :]
+        return (*earlier, self.epoch)
 
     def renew(self) -> None:
         """Starts the lease again."""
@@ -181,11 +212,15 @@ class Cache:
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""
         copy_pages(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device))
-        self._page_was_written[targets] = True
+        self.mark_pages_written(targets)
 
     def mark_written(self, slot_mapping: torch.Tensor) -> None:
         """Notes the pages of these slots, for `num_pages_written`. On the host; -1 is skipped."""
         self._page_was_written[slot_mapping[slot_mapping >= 0] // self.config.page_size] = True
+
+    def mark_pages_written(self, pages: torch.Tensor) -> None:
+        """Notes pages, for `written_pages`. On the host."""
+        self._page_was_written[pages] = True
 
     def info(self, *, with_id: bool = True) -> cache_pb2.CacheInfo:
         """The cache as its owner sees it."""
@@ -213,6 +248,7 @@ class Cache:
             num_bytes=config.num_bytes,
             num_pages_written=self.num_pages_written,
             name=self.name,
+            awaits_adoption=not self.is_used,
         )
 
 
@@ -240,6 +276,13 @@ def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.de
     return torch.tensor(scales, dtype=torch.float32).expand(config.num_kv_heads).to(device).contiguous()
 
 
+def _no_such_cache(cache_id: bytes) -> CacheLost:
+    return CacheLost(
+        f"cache.id is {cache_id.hex() or 'empty'}, but no such cache exists: deleted, expired or never created",
+        field="cache.id",
+    )
+
+
 class CacheTable:
     """All caches of one server. Any thread may call it."""
 
@@ -258,6 +301,7 @@ class CacheTable:
         self._spaces = PageSpaces(device, kv_bytes)
         self._caches: dict[bytes, Cache] = {}
         self._reserved: dict[object, int] = {}  # bytes of caches that are being allocated
+        self._keeps_all = False
         self._lock = threading.Lock()
 
     @property
@@ -265,8 +309,10 @@ class CacheTable:
         """Bytes that caches take now."""
         return sum(cache.num_bytes for cache in self.all())
 
-    def create(self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str) -> Cache:
-        """Leases a new cache.
+    def create(
+        self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str, restored: Restored | None = None
+    ) -> Cache:
+        """Leases a new cache, or one that was `restored` and is to be filled.
 
         Raises:
             Exhausted: too many caches, or not enough memory.
@@ -295,6 +341,7 @@ class CacheTable:
                 name=name,
                 device=self._device,
                 spaces=self._spaces,
+                restored=restored,
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
@@ -337,20 +384,45 @@ class CacheTable:
             EpochMismatch: of an earlier life of the server.
             CacheLost: unknown, deleted, expired or another principal's.
         """
+        cache = self._owned(ref.id, principal)
         if ref.epoch != self.epoch:
+            fate = "and the KV is gone"
+            if cache is not None and cache.restored is not None and ref.epoch in cache.restored.epochs:
+                fate = "and has restored this cache: adopt it to go on (cache.adopt() in the clients, AdoptCache)"
             raise EpochMismatch(
-                f"cache.epoch is {ref.epoch}, but the server's epoch is {self.epoch}: it was restarted since, "
-                "and the KV is gone",
+                f"cache.epoch is {ref.epoch}, but the server's epoch is {self.epoch}: it was restarted since, {fate}",
                 field="cache.epoch",
             )
-        cache = self._caches.get(ref.id)
-        if cache is None or cache.principal != principal:
-            raise CacheLost(
-                f"cache.id is {ref.id.hex() or 'empty'}, but no such cache exists: deleted, expired or never created",
-                field="cache.id",
+        if cache is None:
+            raise _no_such_cache(ref.id)
+        cache.is_used = True
+        cache.renew()
+        return cache
+
+    def adopt(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """The cache that was restored from what `ref` names, or that it names as it is; its lease starts again.
+
+        Raises:
+            EpochMismatch: it was restored from a snapshot of another epoch.
+            CacheLost: it was not restored, was deleted since, has expired or is another principal's.
+        """
+        cache = self._owned(ref.id, principal)
+        if cache is None:
+            raise _no_such_cache(ref.id)
+        restored = cache.restored.epochs if cache.restored is not None else ()
+        if ref.epoch not in (*restored, self.epoch):
+            snapshot = restored[-1] if restored else self.epoch
+            raise EpochMismatch(
+                f"cache.epoch is {ref.epoch}, but the cache was restored from a snapshot of epoch {snapshot}, which "
+                "may be without what was stored since: create another cache and store again",
+                field="cache.epoch",
             )
         cache.renew()
         return cache
+
+    def _owned(self, cache_id: bytes, principal: str) -> Cache | None:
+        cache = self._caches.get(cache_id)
+        return cache if cache is not None and cache.principal == principal else None
 
     def delete(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
         """Frees the cache that `ref` names. On the executor's thread. Raises as `get` does."""
@@ -368,8 +440,14 @@ class CacheTable:
         """The principal's caches, oldest first."""
         return [cache for cache in self.all() if cache.principal == principal]
 
+    def keep_all(self) -> None:
+        """No lease ends any more: nobody can renew one while the server drains, and a snapshot is to have them all."""
+        self._keeps_all = True
+
     def expire(self) -> list[Cache]:
         """Frees the caches whose lease has ended, and returns them. On the executor's thread."""
+        if self._keeps_all:
+            return []
         now = time.monotonic()
         with self._lock:
             ended = [cache for cache in self._caches.values() if cache.expires_at <= now]

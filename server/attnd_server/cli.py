@@ -123,6 +123,25 @@ def serve(
             low=0,
         ),
     ] = 600,
+    snapshot_dir: Annotated[
+        str,
+        setting(
+            "ATTND_SNAPSHOT_DIR",
+            "Folder into which the caches are written when the server has drained; made for this user if there is none.",
+            panel=LEASES,
+            metavar="PATH",
+            show_default="caches end with the server",
+        ),
+    ] = "",
+    restore: Annotated[
+        bool,
+        setting(
+            "ATTND_RESTORE",
+            "Serve the caches in --snapshot-dir, each to whose it is, once its owner adopts it.",
+            flag="--restore",
+            panel=LEASES,
+        ),
+    ] = False,
     socket_dir: Annotated[
         str,
         setting(
@@ -257,6 +276,8 @@ def serve(
             f"default_ttl_s is {default_ttl_s:g}, but must be at most max_ttl_s, {max_ttl_s:g}",
             param_hint="--default-ttl-s",
         )
+    if restore and not snapshot_dir:
+        raise typer.BadParameter("snapshot_dir is absent, but must be given with restore", param_hint="--snapshot-dir")
     if not region_bytes:
         raise typer.BadParameter("region_bytes is 0, but must be at least 1", param_hint="--region-bytes")
     if not cuda_region_bytes:
@@ -300,6 +321,8 @@ def serve(
         tokens=tokens,
         verify=verify,
         verify_action=verify_action.value,
+        snapshot_dir=snapshot_dir,
+        restore=restore,
     )
     raise typer.Exit(run_server(config))
 

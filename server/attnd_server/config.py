@@ -250,6 +250,8 @@ class ServerConfig:
         tokens: file of bearer tokens and whose they are; "": nobody needs one.
         verify: fraction of the calls that are computed a second time, and compared; see `shadow`. Not on cuda planes.
         verify_action: what a wrong output leads to: "log", or "refuse": it is not sent.
+        snapshot_dir: folder into which the server writes its caches when it has drained; "": they end with it.
+        restore: also serve what an earlier server wrote there.
     """
 
     host: str = "127.0.0.1"
@@ -281,3 +283,5 @@ class ServerConfig:
     tokens: str = ""
     verify: float = 0.0
     verify_action: str = "log"
+    snapshot_dir: str = ""
+    restore: bool = False

@@ -194,6 +194,18 @@ class Executor:
         self._queue.wake()
         self._thread.join(timeout_s)
 
+    def is_quiet(self, timeout_s: float = 0.0) -> bool:
+        """After `close`: whether nothing touches KV memory any more, nor ever will again.
+
+        Args:
+            timeout_s: how long to wait for a call that runs on another thread, in seconds.
+        """
+        if self._thread.is_alive() or not self._device_lock.acquire(timeout=timeout_s):
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return True
+
     def _run(self) -> None:
         self.prepare_thread()
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S

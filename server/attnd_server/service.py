@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from attnd import wire
 from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest, ServerFault, Unsupported, to_message
+from attnd.packing import tensor
 from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 from attnd_server import validation
@@ -74,6 +75,7 @@ class AttentionService:
             "GetCapabilities": self.get_capabilities,
             "CreateCache": self.create_cache,
             "RenewCache": self.renew_cache,
+            "AdoptCache": self.adopt_cache,
             "DeleteCache": self.delete_cache,
             "ListCaches": self.list_caches,
             "CopyPages": self.copy_pages,
@@ -116,8 +118,19 @@ class AttentionService:
 
     def renew_cache(self, data: bytes, principal: str) -> bytes:
         """RenewCache."""
-        cache = self.caches.get(wire.parse(cache_pb2.RenewCacheRequest, data).cache, principal)
-        return cache_pb2.RenewCacheResponse(cache=cache.info()).SerializeToString()
+        request = wire.parse(cache_pb2.RenewCacheRequest, data)
+        cache = self.caches.get(request.cache, principal)
+        response = cache_pb2.RenewCacheResponse(cache=cache.info())
+        if request.with_written_pages:
+            pages = to_array(cache.written_pages.to(torch.int32), "written_pages")
+            response.written_pages.CopyFrom(tensor(pages))
+            response.cache.num_pages_written = pages.shape[0]  # of the same moment
+        return response.SerializeToString()
+
+    def adopt_cache(self, data: bytes, principal: str) -> bytes:
+        """AdoptCache."""
+        cache = self.caches.adopt(wire.parse(cache_pb2.AdoptCacheRequest, data).cache, principal)
+        return cache_pb2.AdoptCacheResponse(cache=cache.info()).SerializeToString()
 
     def delete_cache(self, data: bytes, principal: str) -> Work:
         """DeleteCache. Calls that came before it still run."""

@@ -58,6 +58,11 @@ class AttentionServiceStub(object):
                 request_serializer=attnd_dot_v1_dot_cache__pb2.RenewCacheRequest.SerializeToString,
                 response_deserializer=attnd_dot_v1_dot_cache__pb2.RenewCacheResponse.FromString,
                 _registered_method=True)
+        self.AdoptCache = channel.unary_unary(
+                '/attnd.v1.AttentionService/AdoptCache',
+                request_serializer=attnd_dot_v1_dot_cache__pb2.AdoptCacheRequest.SerializeToString,
+                response_deserializer=attnd_dot_v1_dot_cache__pb2.AdoptCacheResponse.FromString,
+                _registered_method=True)
         self.DeleteCache = channel.unary_unary(
                 '/attnd.v1.AttentionService/DeleteCache',
                 request_serializer=attnd_dot_v1_dot_cache__pb2.DeleteCacheRequest.SerializeToString,
@@ -140,6 +145,13 @@ class AttentionServiceServicer(object):
 
     def RenewCache(self, request, context):
         """Starts a lease again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AdoptCache(self, request, context):
+        """Goes on with a cache that the server has restored from a snapshot, knowing that it is another life of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,6 +254,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.RenewCache,
                     request_deserializer=attnd_dot_v1_dot_cache__pb2.RenewCacheRequest.FromString,
                     response_serializer=attnd_dot_v1_dot_cache__pb2.RenewCacheResponse.SerializeToString,
+            ),
+            'AdoptCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptCache,
+                    request_deserializer=attnd_dot_v1_dot_cache__pb2.AdoptCacheRequest.FromString,
+                    response_serializer=attnd_dot_v1_dot_cache__pb2.AdoptCacheResponse.SerializeToString,
             ),
             'DeleteCache': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCache,
@@ -386,6 +403,33 @@ class AttentionService(object):
             '/attnd.v1.AttentionService/RenewCache',
             attnd_dot_v1_dot_cache__pb2.RenewCacheRequest.SerializeToString,
             attnd_dot_v1_dot_cache__pb2.RenewCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnd.v1.AttentionService/AdoptCache',
+            attnd_dot_v1_dot_cache__pb2.AdoptCacheRequest.SerializeToString,
+            attnd_dot_v1_dot_cache__pb2.AdoptCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

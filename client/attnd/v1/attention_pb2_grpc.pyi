@@ -48,6 +48,12 @@ class AttentionServiceStub:
     ]
     """Starts a lease again."""
 
+    AdoptCache: grpc.UnaryUnaryMultiCallable[
+        attnd.v1.cache_pb2.AdoptCacheRequest,
+        attnd.v1.cache_pb2.AdoptCacheResponse,
+    ]
+    """Goes on with a cache that the server has restored from a snapshot, knowing that it is another life of the server."""
+
     DeleteCache: grpc.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.DeleteCacheRequest,
         attnd.v1.cache_pb2.DeleteCacheResponse,
@@ -145,6 +151,12 @@ class AttentionServiceAsyncStub:
         attnd.v1.cache_pb2.RenewCacheResponse,
     ]
     """Starts a lease again."""
+
+    AdoptCache: grpc.aio.UnaryUnaryMultiCallable[
+        attnd.v1.cache_pb2.AdoptCacheRequest,
+        attnd.v1.cache_pb2.AdoptCacheResponse,
+    ]
+    """Goes on with a cache that the server has restored from a snapshot, knowing that it is another life of the server."""
 
     DeleteCache: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.DeleteCacheRequest,
@@ -249,6 +261,14 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.cache_pb2.RenewCacheResponse, collections.abc.Awaitable[attnd.v1.cache_pb2.RenewCacheResponse]]:
         """Starts a lease again."""
+
+    @abc.abstractmethod
+    def AdoptCache(
+        self,
+        request: attnd.v1.cache_pb2.AdoptCacheRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[attnd.v1.cache_pb2.AdoptCacheResponse, collections.abc.Awaitable[attnd.v1.cache_pb2.AdoptCacheResponse]]:
+        """Goes on with a cache that the server has restored from a snapshot, knowing that it is another life of the server."""
 
     @abc.abstractmethod
     def DeleteCache(

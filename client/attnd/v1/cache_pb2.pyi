@@ -88,7 +88,9 @@ class CacheRef(google.protobuf.message.Message):
     id: builtins.bytes
     """The 16 bytes that CreateCache gave. An id that is unknown, expired or another principal's is NOT_FOUND."""
     epoch: builtins.int
-    """The server's epoch when the cache was created. Any other epoch is FAILED_PRECONDITION: the KV is gone."""
+    """The server's epoch when the cache was created or adopted. Any other epoch is FAILED_PRECONDITION: the KV is gone, or
+    was restored under another epoch, and AdoptCache gives that.
+    """
     def __init__(
         self,
         *,
@@ -229,6 +231,7 @@ class CacheInfo(google.protobuf.message.Message):
     NUM_BYTES_FIELD_NUMBER: builtins.int
     NUM_PAGES_WRITTEN_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    AWAITS_ADOPTION_FIELD_NUMBER: builtins.int
     ttl_s: builtins.float
     """Seconds a silent client keeps the cache; any step, renewal or store starts the time again."""
     expires_in_s: builtins.float
@@ -239,6 +242,8 @@ class CacheInfo(google.protobuf.message.Message):
     """Pages that were written to at least once since the cache was created."""
     name: builtins.str
     """A label for people, as given at creation."""
+    awaits_adoption: builtins.bool
+    """Restored from a snapshot, and not used since: whoever knows its id can adopt it."""
     @property
     def cache(self) -> global___CacheRef:
         """Id and epoch to send with every request."""
@@ -257,9 +262,10 @@ class CacheInfo(google.protobuf.message.Message):
         num_bytes: builtins.int = ...,
         num_pages_written: builtins.int = ...,
         name: builtins.str = ...,
+        awaits_adoption: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache", "config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "config", b"config", "expires_in_s", b"expires_in_s", "name", b"name", "num_bytes", b"num_bytes", "num_pages_written", b"num_pages_written", "ttl_s", b"ttl_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["awaits_adoption", b"awaits_adoption", "cache", b"cache", "config", b"config", "expires_in_s", b"expires_in_s", "name", b"name", "num_bytes", b"num_bytes", "num_pages_written", b"num_pages_written", "ttl_s", b"ttl_s"]) -> None: ...
 
 global___CacheInfo = CacheInfo
 
@@ -320,6 +326,9 @@ class RenewCacheRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CACHE_FIELD_NUMBER: builtins.int
+    WITH_WRITTEN_PAGES_FIELD_NUMBER: builtins.int
+    with_written_pages: builtins.bool
+    """Also tell which pages were written to."""
     @property
     def cache(self) -> global___CacheRef:
         """The cache whose lease starts again."""
@@ -328,9 +337,10 @@ class RenewCacheRequest(google.protobuf.message.Message):
         self,
         *,
         cache: global___CacheRef | None = ...,
+        with_written_pages: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "with_written_pages", b"with_written_pages"]) -> None: ...
 
 global___RenewCacheRequest = RenewCacheRequest
 
@@ -341,9 +351,62 @@ class RenewCacheResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     CACHE_FIELD_NUMBER: builtins.int
+    WRITTEN_PAGES_FIELD_NUMBER: builtins.int
     @property
     def cache(self) -> global___CacheInfo:
         """The cache after renewal."""
+
+    @property
+    def written_pages(self) -> attnd.v1.tensor_pb2.Tensor:
+        """If asked for: int32 [CacheInfo.num_pages_written], the ids of these pages, rising."""
+
+    def __init__(
+        self,
+        *,
+        cache: global___CacheInfo | None = ...,
+        written_pages: attnd.v1.tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache", "written_pages", b"written_pages"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "written_pages", b"written_pages"]) -> None: ...
+
+global___RenewCacheResponse = RenewCacheResponse
+
+@typing.final
+class AdoptCacheRequest(google.protobuf.message.Message):
+    """Request of AdoptCache. May be sent twice, and by several who share the cache."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CACHE_FIELD_NUMBER: builtins.int
+    @property
+    def cache(self) -> global___CacheRef:
+        """The cache's id, and the epoch that the caller knows it under. The server must have restored it from a snapshot of that
+        epoch, or of a later one in which nobody had used it. A snapshot of another epoch may be without what was stored since:
+        FAILED_PRECONDITION. An id that was not restored, or is another principal's, is NOT_FOUND.
+        """
+
+    def __init__(
+        self,
+        *,
+        cache: global___CacheRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache"]) -> None: ...
+
+global___AdoptCacheRequest = AdoptCacheRequest
+
+@typing.final
+class AdoptCacheResponse(google.protobuf.message.Message):
+    """Response of AdoptCache."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CACHE_FIELD_NUMBER: builtins.int
+    @property
+    def cache(self) -> global___CacheInfo:
+        """The cache as it was when the server that wrote the snapshot had drained, every answered call included. Its ref has
+        the new epoch. Its lease has started again.
+        """
 
     def __init__(
         self,
@@ -353,7 +416,7 @@ class RenewCacheResponse(google.protobuf.message.Message):
     def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["cache", b"cache"]) -> None: ...
 
-global___RenewCacheResponse = RenewCacheResponse
+global___AdoptCacheResponse = AdoptCacheResponse
 
 @typing.final
 class DeleteCacheRequest(google.protobuf.message.Message):

@@ -35,7 +35,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_CACHE_NOT_FOUND: _ErrorReason.ValueType  # 3
     """NOT_FOUND. The cache is unknown, deleted or its lease has ended: create another and store again."""
     ERROR_REASON_EPOCH_MISMATCH: _ErrorReason.ValueType  # 4
-    """FAILED_PRECONDITION. The server was restarted since: create another cache and store again."""
+    """FAILED_PRECONDITION. The server was restarted since. Where the message says that it has restored the cache, AdoptCache
+    goes on with it; else create another cache and store again.
+    """
     ERROR_REASON_EXHAUSTED: _ErrorReason.ValueType  # 5
     """RESOURCE_EXHAUSTED. Free something or wait: the message names limit, use and what is free."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 6
@@ -61,7 +63,9 @@ ERROR_REASON_UNSUPPORTED: ErrorReason.ValueType  # 2
 ERROR_REASON_CACHE_NOT_FOUND: ErrorReason.ValueType  # 3
 """NOT_FOUND. The cache is unknown, deleted or its lease has ended: create another and store again."""
 ERROR_REASON_EPOCH_MISMATCH: ErrorReason.ValueType  # 4
-"""FAILED_PRECONDITION. The server was restarted since: create another cache and store again."""
+"""FAILED_PRECONDITION. The server was restarted since. Where the message says that it has restored the cache, AdoptCache
+goes on with it; else create another cache and store again.
+"""
 ERROR_REASON_EXHAUSTED: ErrorReason.ValueType  # 5
 """RESOURCE_EXHAUSTED. Free something or wait: the message names limit, use and what is free."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 6
