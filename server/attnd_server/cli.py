@@ -127,7 +127,7 @@ def serve(
         str,
         setting(
             "ATTND_SNAPSHOT_DIR",
-            "Folder into which the caches are written when the server has drained; made for this user if there is none.",
+            "Folder into which caches are written when the server has drained; made for this user if there is none.",
             panel=LEASES,
             metavar="PATH",
             show_default="caches end with the server",

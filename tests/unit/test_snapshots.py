@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import stat
@@ -20,7 +21,15 @@ from safetensors.torch import load_file
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
 from attnd_server.cache import MAX_EPOCHS, Cache, CacheTable
-from attnd_server.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode, ServerConfig
+from attnd_server.config import (
+    FP8,
+    AttentionBackend,
+    AttentionConfig,
+    KVSplitConfig,
+    Layout,
+    PrecisionMode,
+    ServerConfig,
+)
 from attnd_server.snapshots import MANIFEST, TENSORS, SnapshotRefused, SnapshotStore, manifest, tensor_file
 from attnd_server.snapshots.manifest import Manifest
 
@@ -261,14 +270,17 @@ ALTERED = {
     "epoch-type": (rewrite(epochs=[5]), "it is not written as attnd writes one"),
     "ttl": (rewrite(ttl_s=-1.0), r"ttl_s is -1\.0, but must be a positive number of seconds"),
     "num-pages": (rewrite(num_pages=10), "num_pages is 10, but must be one of the cache's"),
-    "fewer-pages": (rewrite(num_pages=2), "has 3672 bytes, but must have the manifest's num_bytes|has .* bytes, but must have"),
+    "fewer-pages": (rewrite(num_pages=2), "bytes, but must have the manifest's num_bytes"),
     "sha256": (rewrite(sha256="0" * 64), f"its sha256 is [0-9a-f]+, but must be the manifest's {'0' * 64}"),
     "more-fields": (rewrite(file="../../etc/passwd"), "it is not written as attnd writes one"),
-    "geometry": (rewrite(config=manifest._config_to_json(CONFIG) | {"head_dim": 7}), "config.head_dim is 7, but must be"),
+    "geometry": (
+        rewrite(config=manifest._config_to_json(CONFIG) | {"head_dim": 7}),
+        "config.head_dim is 7, but must be",
+    ),
     "layout": (rewrite(config=manifest._config_to_json(CONFIG) | {"layout": "odd"}), "'odd' is not a valid Layout"),
     "header": (
         rewrite(config=manifest._config_to_json(replace(CONFIG, layout=Layout.DISTINCT))),
-        "its header is not that of the manifest's geometry|bytes, but must have",
+        "its header is not that of the manifest's geometry|bytes, but must have",  # which is longer
     ),
     "export": (rewrite(principal=None), "principal is absent, as in a client's export: see attnd cache import"),
     "pages": (swap_pages, r"pages must rise within 0\.\.8"),
@@ -289,15 +301,7 @@ ALTERED = {
 def test_what_was_altered_is_refused(tmp_path: Path, alter: Callable[[Path], None], message: str) -> None:
     (folder,) = written(tmp_path, filled(table()))
     alter(folder)
-    assert re_search(message, refusal(tmp_path))
-
-
-def re_search(pattern: str, text: str) -> bool:
-    import re
-
-    found = re.search(pattern, text)
-    assert found, text
-    return True
+    assert re.search(message, refusal(tmp_path))
 
 
 def test_one_refused_snapshot_lets_none_be_restored(tmp_path: Path) -> None:

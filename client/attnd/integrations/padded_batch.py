@@ -129,6 +129,32 @@ class PaddedBatch:
         self.num_columns = num_columns
         return [copy for row, length in zip(self._rows, lengths, strict=True) for copy in row.truncate(length)]
 
+    def mask(self, num_columns: int) -> torch.Tensor:
+        """Bool `[num_rows, num_columns]` of the first columns: which tokens are real."""
+        if self._mask is None:
+            return torch.ones((self.num_rows, num_columns), dtype=torch.bool)
+        return self._mask[:, :num_columns]
+
+    def again(self, first: int, end: int) -> NewTokens:
+        """The columns `[first, end)` as if they were new, to be stored where they lie. Changes nothing.
+
+        Of a page that several rows share one of them stores.
+        """
+        mask = self.mask(end)
+        context_lens: list[int] = mask[:, :first].sum(1).tolist()
+        counts: list[int] = mask[:, first:].sum(1).tolist()
+        taken: set[int] = set()
+        slots: list[int] = []
+        for row, context_len, count in zip(self._rows, context_lens, counts, strict=True):
+            own = row.slots(context_len, context_len + count)
+            slots += [-1 if slot in taken else slot for slot in own]
+            taken.update(own)
+        positions = None if sum(counts) == mask[:, first:].numel() else mask[:, first:].flatten().nonzero().squeeze(1)
+        if not slots:
+            return NewTokens(None, positions)
+        context_lens = [length for length, count in zip(context_lens, counts, strict=True) if count]
+        return NewTokens(_step(self._rows, counts, context_lens, slots), positions)
+
     def _count(
         self, rows: Sequence[PagedSequence], num_new: int, mask: torch.Tensor | None
     ) -> tuple[list[int], torch.Tensor | None]:

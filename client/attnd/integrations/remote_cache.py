@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,10 +10,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attnd.errors import CacheLost, Unsupported
-from attnd.integrations.padded_batch import PaddedBatch
+from attnd.integrations.padded_batch import NewTokens, PaddedBatch
+from attnd.integrations.recomputing import Recovery, check_choice, unwatch, watch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from attnd.client import Client
     from attnd.kv_split import KVSplit
@@ -33,6 +35,7 @@ class RemoteCache(Cache):
     Attributes:
         cache: the `attnd.Cache` that it leases.
         session: the stream that its steps run on.
+        recovery: what computes lost KV again, if asked to.
         options: of the layers, made at their first calls; kept here so that `reset` forgets them.
     """
 
@@ -48,6 +51,8 @@ class RemoteCache(Cache):
         backend: str = "auto",
         kv_split: KVSplit | None = None,
         name: str = "transformers",
+        on_cache_lost: str = "raise",
+        model: PreTrainedModel | None = None,
     ) -> None:
         """Leases pages. Close it, or use it as a context manager.
 
@@ -61,15 +66,24 @@ class RemoteCache(Cache):
             backend: the server's backend; "auto" is its choice.
             kv_split: how the server cuts the keys of a row into chunks; None is automatic.
             name: a label for people.
+            on_cache_lost: what happens when the server goes away, or the cache has gone. "raise": the model raises
+                `attnd.CacheLost` or `attnd.Disconnected`. "recompute": the pass waits for the server, as long as
+                `attnd.connect` was told to; where that has restored the cache it is adopted, else another is leased and
+                filled from the tokens so far; then the pass is repeated. Each time a warning is logged.
+            model: for "recompute" and only there: the model that is called. Its `forward` is wrapped until `close`, to see
+                the tokens.
 
         Raises:
+            InvalidRequest: `on_cache_lost` and `model` do not go together.
             Unsupported: the model has layers that are not plain attention over their own keys and values.
             Exhausted: the server has not enough memory.
         """
         geometry = _geometry(config.get_text_config(decoder=True))
+        check_choice(on_cache_lost, model)
         super().__init__(layers=[_Layer(self, index) for index in range(geometry.num_layers)])
         num_pages = -(-max_tokens // page_size)
-        self.cache = client.create_cache(
+        create = partial(
+            client.create_cache,
             **geometry._asdict(),
             num_pages=num_pages,
             page_size=page_size,
@@ -79,8 +93,13 @@ class RemoteCache(Cache):
             kv_split=kv_split,
             name=name,
         )
+        self.cache = create()
         self.session: Session = self.cache.session()
         self._batch = PaddedBatch(num_pages, page_size)
+        self.recovery = None if model is None else Recovery(self, self._batch, create)
+        self._watched_model = model
+        if model is not None:
+            watch(model)
         self.options: dict[Any, AttentionOptions] = {}
         self._step: Step | None = None
         self._positions: torch.Tensor | None = None  # of the step's tokens, see NewTokens
@@ -133,7 +152,7 @@ class RemoteCache(Cache):
         batch_size, num_heads, num_new, _ = query.shape
         number = getattr(module, "layer_idx", layer)
         if number <= self._last_module:
-            new = self._batch.extend(batch_size, num_new, mask)
+            new = self._begin(batch_size, num_new, mask)
             self._step = None if new.metadata is None else self.session.step(new.metadata)
             self._positions = new.positions
         self._last_module = number
@@ -149,13 +168,19 @@ class RemoteCache(Cache):
         padded[real] = self._step.attend(layer, q[real], k[real], v[real], options)
         return padded.view(shape)
 
+    def _begin(self, batch_size: int, num_new: int, mask: torch.Tensor | None) -> NewTokens:
+        def extend() -> NewTokens:
+            return self._batch.extend(batch_size, num_new, mask)
+
+        return extend() if self.recovery is None else self.recovery.begin(extend, num_new)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of each row, padding included."""
-        return self._batch.num_columns
+        return self._batch.num_columns if self.recovery is None else self.recovery.num_columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask of a pass."""
-        return self._batch.num_columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: pages are the only limit."""
@@ -163,31 +188,39 @@ class RemoteCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was. Full pages are shared, partly filled ones copied on the server."""
-        self._copy(self._batch.select(beam_idx.tolist()))
+        self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`."""
-        self._copy(self._batch.select(indices.tolist()))
+        self._select(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row comes `repeats` times."""
         num_rows = self._batch.num_rows
-        self._copy(self._batch.select([row for row in range(num_rows) for _ in range(repeats)]))
+        self._select([row for row in range(num_rows) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens of each row; a positive number is the length to keep."""
         if tokens_to_remove <= 0:
             tokens_to_remove += self._batch.num_columns
-        self._copy(self._batch.crop(tokens_to_remove))
+        pages = self._batch.crop(tokens_to_remove)
+        if self.recovery is not None:
+            self.recovery.crop(tokens_to_remove)
+        self._copy(pages)
 
     def reset(self) -> None:
         """Frees all pages; the next prompt may be of any batch size. Helps after an error too."""
         self._batch.clear()
+        if self.recovery is not None:
+            self.recovery.clear()
         self.options.clear()
         self._unread = None
 
     def close(self) -> None:
         """Ends the stream and frees the server's memory; a cache that has gone, or a server that is away, is fine."""
+        if self._watched_model is not None:
+            unwatch(self._watched_model)
+            self._watched_model = None
         self.session.close()
         try:
             self.cache.delete()
@@ -208,9 +241,23 @@ class RemoteCache(Cache):
         pool = self._batch.pool
         return f"RemoteCache(num_layers={len(self)}, pages={pool.num_used}/{pool.num_pages})"
 
+    def _select(self, rows: list[int]) -> None:
+        pages = self._batch.select(rows)
+        if self.recovery is not None:
+            self.recovery.select(rows)
+        self._copy(pages)
+
     def _copy(self, pages: list[tuple[int, int]]) -> None:
-        if pages:
+        if not pages:
+            return
+
+        def copy() -> None:
             self.cache.copy_pages([source for source, _ in pages], [target for _, target in pages])
+
+        if self.recovery is None:
+            copy()
+        else:
+            self.recovery.copy(copy)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
