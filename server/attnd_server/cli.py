@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from attnd_server import cli_cache
 from attnd_server import cli_options as options
 from attnd_server.cli_access import Access
 from attnd_server.cli_credentials import with_credentials
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(cli_cache.app, name="cache")
 
 LIMITS = "Limits of a step and of the server"
 LEASES = "Leases and shutdown"

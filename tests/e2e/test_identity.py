@@ -226,6 +226,7 @@ def requests_of(ref: cache_pb2.CacheRef) -> dict[str, tuple[str, list[bytes]]]:
     step = wire.step_request(PREFILL.to_message(1, ref))
     return {
         "RenewCache": ("unary_unary", [cache_pb2.RenewCacheRequest(cache=ref).SerializeToString()]),
+        "AdoptCache": ("unary_unary", [cache_pb2.AdoptCacheRequest(cache=ref).SerializeToString()]),
         "CopyPages": ("unary_unary", [requests.copy_pages(ref, [0], [1])]),
         "WarmUp": (
             "unary_unary",

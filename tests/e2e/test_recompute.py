@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.e2e.test_transformers import GREEDY, locally, make_model, padded_batc
 
 
 class After(transformers.LogitsProcessor):
-    """Does something once, after so many passes: before the next the model is back in generate, between two layers not."""
+    """Does something once, between two passes."""
 
     def __init__(self, num_passes: int, do: Callable[[], None]) -> None:
         self.num_passes, self.do = num_passes, do
@@ -35,9 +36,18 @@ class After(transformers.LogitsProcessor):
 
 
 def recomputed(
-    model: Any, inputs: Any, cache: RemoteCache, num_passes: int, do: Callable[[], None], **options: Any
-) -> Any:
+    model: Any, inputs: Any, cache: RemoteCache, num_passes: int, do: Callable[[], Any], **options: Any
+) -> torch.Tensor:
+    """Generates, and does something after so many passes."""
     return remotely(model, inputs, cache, logits_processor=[After(num_passes, do)], **options)
+
+
+def deleted(model: Any, inputs: Any, cache: RemoteCache, num_passes: int, **options: Any) -> torch.Tensor:
+    """Generates, and loses the cache after so many passes."""
+    lost = cache.cache.ref.id
+    output = recomputed(model, inputs, cache, num_passes, cache.cache.delete, **options)
+    assert cache.cache.ref.id != lost
+    return output
 
 
 def within_a_pass(model: Any, do: Callable[[], None], layer: int = 1) -> Any:
@@ -71,9 +81,8 @@ def test_the_same_tokens_whatever_happens_to_the_server(tmp_path: Path, caplog: 
         with RemoteCache(client, model.config, **options, on_cache_lost="recompute", model=model) as cache:
             ids = [cache.cache.ref.id]
             # Killed between two layers of the fifth pass.
-            actual = recomputed(
-                model, inputs, cache, 4, lambda: within_a_pass(model, lambda: restart("kill")), **GREEDY
-            )
+            kill = partial(restart, "kill")
+            actual = recomputed(model, inputs, cache, 4, lambda: within_a_pass(model, kill), **GREEDY)
             assert torch.equal(actual, expected)
             ids.append(cache.cache.ref.id)
             assert ids[0] != ids[1]
@@ -89,7 +98,7 @@ def test_the_same_tokens_whatever_happens_to_the_server(tmp_path: Path, caplog: 
 
             cache.reset()
             caplog.clear()
-            actual = recomputed(model, inputs, cache, 6, lambda: restart("kill"), **beams)
+            actual = recomputed(model, inputs, cache, 6, kill, **beams)
             assert torch.equal(actual, expected_beams)
             assert "the cache is lost, and computed again" in caplog.text
             assert cache.cache.info().num_pages_written >= cache.num_pages_used
@@ -99,7 +108,7 @@ def test_the_same_tokens_whatever_happens_to_the_server(tmp_path: Path, caplog: 
 
 
 @pytest.fixture
-def lossy(client: attnd.Client) -> Any:
+def lossy(client: attnd.Client) -> Iterator[Callable[..., RemoteCache]]:
     """Makes caches that the test may lose: that is, delete."""
     caches: list[RemoteCache] = []
 
@@ -119,7 +128,7 @@ def test_windows_sinks_and_passes_of_any_size(lossy, monkeypatch, name: str, pas
     monkeypatch.setattr(recomputing, "PASS_TOKENS", pass_tokens)
     model, inputs = make_model(name), padded_batch([11, 19, 3, 14])
     cache = lossy(model)
-    actual = recomputed(model, inputs, cache, 6, cache.cache.delete, **GREEDY)
+    actual = deleted(model, inputs, cache, 6, **GREEDY)
     assert torch.equal(actual, locally(model, inputs, **GREEDY))
 
 
@@ -134,7 +143,7 @@ def test_ways_to_generate(lossy, num_passes: int, options: dict[str, Any]) -> No
     inputs = {"input_ids": torch.randint(2, 97, (1, 6)).repeat(1, 4)}
     options = {"max_new_tokens": 14} | options
     cache = lossy(model)
-    actual = recomputed(model, inputs, cache, num_passes, cache.cache.delete, **options)
+    actual = deleted(model, inputs, cache, num_passes, **options)
     assert torch.equal(actual, locally(model, inputs, **options))
 
 

@@ -129,10 +129,10 @@ def test_a_restart_between_two_steps_and_within_one(tmp_path: Path) -> None:
 
     torn = next((tmp_path / "snapshots").iterdir()) / "kv.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
-    refused = attnd_command("attnd_server", "serve", "--port", "0", "--device", "cpu", *snapshots, "--restore")
-    assert refused.returncode == 1
-    assert f"cannot serve: {torn} is refused: it has" in refused.stderr
-    assert "move it away to go on without it" in refused.stderr
+    result = attnd_command("attnd_server", "serve", "--port", "0", "--device", "cpu", *snapshots, "--restore")
+    assert result.returncode == 1
+    assert f"cannot serve: {torn} is refused: it has" in result.stderr
+    assert "move it away to go on without it" in result.stderr
     assert torn.exists()
 
 
@@ -142,9 +142,7 @@ def test_an_inproc_server_adopts_too() -> None:
         cache.ref.epoch += 1
         with pytest.raises(attnd.EpochMismatch):
             cache.adopt()
-        with pytest.raises(
-            attnd.InvalidRequest, match="cache.id is 'abc', but must be 16 bytes or 32 hexadecimal digits"
-        ):
+        with pytest.raises(attnd.InvalidRequest, match=r"cache\.id is 'abc', but must be 16 bytes"):
             client.open_cache("abc")
         with pytest.raises(attnd.CacheLost, match="no such cache exists"):
             client.open_cache(bytes(16), epoch=7)

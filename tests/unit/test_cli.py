@@ -17,7 +17,7 @@ from attnd_server import __main__, app, cli, cli_credentials, cli_options
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
 
-COMMANDS = {"serve", "demo", "doctor", "chat", "info", "token", "version"}
+COMMANDS = {"cache", "serve", "demo", "doctor", "chat", "info", "token", "version"}
 
 
 def run(*arguments, env=None):

@@ -316,7 +316,7 @@ def test_one_refused_snapshot_lets_none_be_restored(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     caches = table()
     written(tmp_path, filled(caches), filled(caches))
-    with opened(tmp_path) as store, pytest.raises(SnapshotRefused, match="cannot hold it: .* the server's limit is 1"):
+    with opened(tmp_path) as store, pytest.raises(SnapshotRefused, match=r"cannot hold it: .* the server's limit is 1"):
         store.restore(table(max_caches=1), 99)
     small = CacheTable(ServerConfig(), CPU, kv_bytes=CONFIG.num_bytes)
     with opened(tmp_path) as store, pytest.raises(SnapshotRefused, match="cannot hold it: num_pages is 9"):

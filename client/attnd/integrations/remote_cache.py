@@ -70,8 +70,8 @@ class RemoteCache(Cache):
                 `attnd.CacheLost` or `attnd.Disconnected`. "recompute": the pass waits for the server, as long as
                 `attnd.connect` was told to; where that has restored the cache it is adopted, else another is leased and
                 filled from the tokens so far; then the pass is repeated. Each time a warning is logged.
-            model: for "recompute" and only there: the model that is called. Its `forward` is wrapped until `close`, to see
-                the tokens.
+            model: for "recompute" and only there: the model that is called. Its `forward` is wrapped until `close`,
+                to see the tokens.
 
         Raises:
             InvalidRequest: `on_cache_lost` and `model` do not go together.
