@@ -23,8 +23,10 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-# A number, so that Kubernetes can see that it is not root. Its caches are all that it writes, beside /tmp.
-RUN install --directory --owner=10001 --group=10001 /var/cache/attnd
+# A number, so that Kubernetes can see that it is not root. Its caches are all that it writes, beside /tmp, and with
+# ATTND_SNAPSHOT_DIR=/var/lib/attnd/snapshots what its clients stored, if a volume is mounted at /var/lib/attnd.
+RUN install --directory --owner=10001 --group=10001 /var/cache/attnd \
+    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/attnd
 COPY --from=build /opt/attnd /opt/attnd
 ENV PATH=/opt/attnd/bin:$PATH \
     HOME=/var/cache/attnd \

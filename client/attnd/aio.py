@@ -278,7 +278,7 @@ class AsyncCache:
         """Goes on with the cache after a restart of the server. Result and errors as `attnd.Cache.adopt`."""
         await self.client.capabilities()
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
-        data = await self.client.unary("AdoptCache", request)
+        data = await self.client.unary("AdoptCache", request, wait=True)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renewal.done():

@@ -311,7 +311,8 @@ class Cache:
             Disconnected: the server is away for longer than the connection timeout.
         """
         self._client.capabilities()  # waits for it, and learns its epoch and planes
-        data = self._unary("AdoptCache", cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString())
+        request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
+        data = self.transport.unary("AdoptCache", request, self._client.timeout_s, wait=True)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
         self._client._renewal.add(self)

@@ -103,7 +103,7 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
             f"{config.num_layers} layers x {config.num_kv_heads} heads x {'/'.join(map(str, dims))}, {kinds}",
             f"{cache.num_pages_written:,} of {config.num_pages:,}, {config.page_size} tokens each",
             bytes_text(cache.num_bytes),
-            f"{cache.expires_in_s:.0f} of {cache.ttl_s:.0f} s",
+            f"{cache.expires_in_s:.0f} of {cache.ttl_s:.0f} s" + (", not adopted" if cache.awaits_adoption else ""),
         )
     return table
 

@@ -86,6 +86,15 @@ def test_serve_shares_memory_where_it_is_told_to(served):
     assert served == [expected]
 
 
+def test_serve_leaves_snapshots_where_it_is_told_to(served):
+    assert run("serve", "--snapshot-dir", "/snapshots", "--restore").exit_code == 0
+    assert run("serve", env={"ATTND_SNAPSHOT_DIR": "/snapshots", "ATTND_RESTORE": "true"}).exit_code == 0
+    assert served == [ServerConfig(snapshot_dir="/snapshots", restore=True)] * 2
+    refused = run("serve", "--restore")
+    assert refused.exit_code == 2
+    assert "snapshot_dir is absent, but must be given with restore" in refused.text
+
+
 def test_serve_without_arguments_is_the_default_configuration(served):
     assert run("serve").exit_code == 0
     assert served == [ServerConfig()]

@@ -133,6 +133,16 @@ def test_what_is_published_is_published_to_this_host_only():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
 
 
+def test_compose_sets_variables_that_the_server_reads_and_mounts_what_it_writes():
+    service = load("compose.yaml")["services"]["attnd"]
+    parameters = {parameter.envvar: parameter for parameter in typer.main.get_command(cli.app).commands["serve"].params}
+    assert set(service["environment"]) <= set(parameters)
+    assert service["environment"]["ATTND_RESTORE"] == "true"
+    folder = service["environment"]["ATTND_SNAPSHOT_DIR"]
+    mounted = [volume.partition(":")[2] for volume in service["volumes"]]
+    assert any(folder.startswith(f"{path}/") for path in mounted)
+
+
 def test_tls_sets_variables_that_the_server_and_its_probe_read():
     service = load("tls.yaml")["services"]["attnd"]
     read = {parameter.envvar for parameter in typer.main.get_command(cli.app).commands["serve"].params}
