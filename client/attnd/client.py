@@ -303,7 +303,8 @@ class Cache:
         """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
 
         It holds all that was answered before the restart. A step that was not answered whole is to be sent again.
-        Sessions go on with it by themselves; what was warmed up must be so again. Without a restart nothing changes.
+        Sessions go on with it, but one that has not noticed yet that its stream ended first raises Disconnected. What was
+        warmed up must be so again. Without a restart nothing changes.
 
         Raises:
             EpochMismatch: what the server has restored may be older than what this client knows.

@@ -50,6 +50,8 @@ GRPC_OPTIONS = [
 
 # Exit code of a server that should have left snapshots of its caches and could not write them all.
 EXIT_CACHES_LOST = 3
+# Seconds that a call may still run after the drain, before caches are given up that it may be writing to.
+QUIET_S = 30.0
 # Seconds after which changed tokens and certificates count at the latest.
 RELOAD_S = 1.0
 
@@ -121,6 +123,8 @@ class Server:
         self._snapshots = SnapshotStore(self.config.snapshot_dir) if self.config.snapshot_dir else None
         if self._snapshots is not None and self.config.restore:
             self._snapshots.restore(self.service.caches, self.config.max_ttl_s)
+        elif self._snapshots is not None and (found := self._snapshots.found()):
+            log.warning("snapshots are left alone: restore is not set", extra={"num_snapshots": len(found)})
         self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
         if self._snapshots is not None:
             self._snapshots.consume()
@@ -160,14 +164,19 @@ class Server:
 
     def _write_snapshots(self, snapshots: SnapshotStore) -> list[Cache]:
         """Returns the caches that could not be written."""
-        caches = self.service.caches.all()
-        if self.service.executor.is_quiet(timeout_s=1.0):
-            lost = snapshots.write(caches)
+        caches, executor = self.service.caches.all(), self.service.executor
+        try:
+            is_quiet = executor.is_quiet(QUIET_S)
+        except RuntimeError as error:
+            is_quiet = not executor.faults.look_at(error)
+        if executor.faults.reason:
+            why = "the device has failed"
+        elif not is_quiet:
+            why = "a call still runs, and no snapshot would be whole"
         else:
-            log.error("caches lost: a call still runs, no snapshot would be whole", extra={"num_caches": len(caches)})
-            lost = caches
-        snapshots.close()
-        return lost
+            return snapshots.write(caches)
+        log.error("caches lost: %s", why, extra={"num_caches": len(caches)})
+        return caches
 
     def _principals(self) -> Principals:
         tokens = TokenFile(self.config.tokens) if self.config.tokens else None

@@ -198,8 +198,12 @@ class Executor:
         """After `close`: whether nothing touches KV memory any more, nor ever will again.
 
         Args:
-            timeout_s: how long to wait for a call that runs on another thread, in seconds.
+            timeout_s: how long to wait for calls that run, on this thread or others, in seconds each.
+
+        Raises:
+            RuntimeError: the device has failed.
         """
+        self._thread.join(timeout_s)
         if self._thread.is_alive() or not self._device_lock.acquire(timeout=timeout_s):
             return False
         if self.device.type == "cuda":

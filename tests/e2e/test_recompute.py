@@ -123,7 +123,7 @@ def lossy(client: attnd.Client) -> Iterator[Callable[..., RemoteCache]]:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("pass_tokens", [1, 30, recomputing.PASS_TOKENS])
+@pytest.mark.parametrize("pass_tokens", [1, 30])
 def test_windows_sinks_and_passes_of_any_size(lossy, monkeypatch, name: str, pass_tokens: int) -> None:
     monkeypatch.setattr(recomputing, "PASS_TOKENS", pass_tokens)
     model, inputs = make_model(name), padded_batch([11, 19, 3, 14])
@@ -132,7 +132,7 @@ def test_windows_sinks_and_passes_of_any_size(lossy, monkeypatch, name: str, pas
     assert torch.equal(actual, locally(model, inputs, **GREEDY))
 
 
-@pytest.mark.parametrize("num_passes", [1, 2, 9])
+@pytest.mark.parametrize("num_passes", [1, 9])
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 4, "do_sample": False}, {"do_sample": True}, {"prompt_lookup_num_tokens": 4, "do_sample": False}],

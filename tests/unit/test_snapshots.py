@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import safetensors
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from attnd.errors import CacheLost, EpochMismatch
@@ -382,6 +385,33 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     for config in GEOMETRIES.values():
         told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, config, 3, 9, "f" * 64)
         assert Manifest.from_bytes(told.to_bytes()) == told
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(GEOMETRIES)), st.randoms(use_true_random=False), JSON)
+def test_a_manifest_that_says_anything_else_is_refused(name: str, random: Random, value: object) -> None:
+    """With a checksum that is right: whatever is accepted is well formed."""
+    told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, GEOMETRIES[name], 3, 9, "f" * 64)
+    said = json.loads(told.to_bytes())
+    del said["checksum"]
+    where = random.choice([said, said["config"], said["config"]["kv_split"]])
+    where[random.choice(sorted(where))] = value
+    said["checksum"] = manifest._checksum(said)
+    try:
+        data = json.dumps(said, indent=1).encode() + b"\n"
+        read = Manifest.from_bytes(data)
+    except manifest.ManifestRefused:
+        return
+    assert read.to_bytes() == data
+    assert type(read.num_bytes) is type(read.num_pages) is type(read.config.page_size) is int
+    tensor_file.TensorLayout(read.config, read.num_pages)
 
 
 def test_progress_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:

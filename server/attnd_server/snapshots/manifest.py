@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ _DTYPES = {
     name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float8_e4m3fn")
 }  # by the name that torch gives them
 _SCALES = ("k_scales", "v_scales")
+_COUNTS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
 
 
 class ManifestRefused(ValueError):
@@ -67,9 +68,19 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's content: the same for the same manifest."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        told |= {"epochs": list(map(str, self.epochs)), "config": _config_to_json(self.config)}
-        said = {"format": FORMAT, "version": VERSION, **told}
+        said = {
+            "format": FORMAT,
+            "version": VERSION,
+            "id": str(self.id),
+            "epochs": list(map(str, self.epochs)),  # beyond what other readers of JSON take for whole numbers
+            "principal": self.principal and str(self.principal),
+            "name": str(self.name),
+            "ttl_s": float(self.ttl_s),
+            "config": _config_to_json(self.config),
+            "num_pages": int(self.num_pages),
+            "num_bytes": int(self.num_bytes),
+            "sha256": str(self.sha256),
+        }
         return _dump({**said, "checksum": _checksum(said)})
 
     @classmethod
@@ -93,13 +104,14 @@ class Manifest:
             said["config"] = _config_from_json(said["config"])
             said["epochs"] = tuple(map(int, said["epochs"]))
             manifest = cls(**{field.name: said[field.name] for field in fields(cls)})
+            written = manifest.to_bytes()
+        except ManifestRefused:
+            raise
         except InvalidRequest as error:
             raise ManifestRefused(f"config.{error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ManifestRefused):
-                raise
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ManifestRefused(f"a field is missing or of another type: {error!r}") from None
-        if manifest.to_bytes() != data:
+        if written != data:  # so that types and what else JSON leaves open are right too
             raise ManifestRefused("it is not written as attnd writes one")
         return manifest
 
@@ -122,10 +134,19 @@ def _checksum(said: dict[str, Any]) -> str:
 
 def _config_to_json(config: AttentionConfig) -> dict[str, Any]:
     said = {field.name: getattr(config, field.name) for field in fields(config)}
-    said |= {name: said[name].value for name in _ENUMS}
-    said |= {name: str(said[name]).removeprefix("torch.") for name in ("dtype", "kv_dtype")}
-    said |= {name: list(said[name]) for name in _SCALES}
-    return said | {"kv_split": asdict(config.kv_split)}
+    split = config.kv_split
+    invariant = None if split.batch_invariant is None else bool(split.batch_invariant)
+    return {
+        **{name: int(value) for name, value in said.items() if name in _COUNTS},
+        **{name: said[name].value for name in _ENUMS},
+        **{name: str(said[name]).removeprefix("torch.") for name in ("dtype", "kv_dtype")},
+        **{name: [float(scale) for scale in said[name]] for name in _SCALES},
+        "kv_split": {
+            "chunk_size": int(split.chunk_size),
+            "max_splits": int(split.max_splits),
+            "batch_invariant": invariant,
+        },
+    }
 
 
 def _config_from_json(said: dict[str, Any]) -> AttentionConfig:
