@@ -26,7 +26,7 @@ from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.planes.choice import PlaneOptions, check_plane, plane_refusals
 from attnd.requests import DEFAULT_OPTIONS
-from attnd.retries import Patience
+from attnd.retries import RECONNECT_PAUSE_S, Patience
 from attnd.transport import GRPC_OPTIONS, SERVICE, WHY_S, explained, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
@@ -93,11 +93,23 @@ class AsyncClient:
 
     async def capabilities(self) -> capabilities_pb2.GetCapabilitiesResponse:
         """What the server is and can do; waits for a server that restarts."""
-        data = await self.unary("GetCapabilities", b"", self._connect_timeout_s, wait=True)
+        data = await self.wait_for_answer("GetCapabilities", b"")
         message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self.epoch = message.epoch
         self.refusals = plane_refusals(message)
         return message
+
+    async def wait_for_answer(self, method: str, request: bytes) -> bytes:
+        """Calls a unary method that may be sent twice; as `attnd.Client.wait_for_answer`."""
+        patience, left_s = Patience(self._connect_timeout_s), self._connect_timeout_s
+        while True:
+            try:
+                return await self.unary(method, request, left_s, wait=True)
+            except Disconnected:
+                if patience.left_s <= RECONNECT_PAUSE_S:
+                    raise
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+            left_s = patience.left_s
 
     async def create_cache(
         self,
@@ -278,7 +290,7 @@ class AsyncCache:
         """Goes on with the cache after a restart of the server. Result and errors as `attnd.Cache.adopt`."""
         await self.client.capabilities()
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
-        data = await self.client.unary("AdoptCache", request, wait=True)
+        data = await self.client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renewal.done():

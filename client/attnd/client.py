@@ -14,6 +14,7 @@ from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.planes.choice import OpenedStream, PlaneOptions, check_plane, open_stream, plane_refusals
 from attnd.requests import DEFAULT_OPTIONS
+from attnd.retries import until_answered
 from attnd.session import Session
 from attnd.transport import Transport, open_transport
 from attnd.v1 import cache_pb2, capabilities_pb2
@@ -91,11 +92,21 @@ class Client:
         Raises:
             Disconnected: the server is away for longer than the connection timeout.
         """
-        data = self.transport.unary("GetCapabilities", b"", self._connect_timeout_s, wait=True)
+        data = self.wait_for_answer("GetCapabilities", b"")
         message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
         self._refusals = plane_refusals(message)
         return message
+
+    def wait_for_answer(self, method: str, request: bytes) -> bytes:
+        """Calls a unary method that may be sent twice; waits for a server that restarts, and not for one that ends.
+
+        Raises:
+            Disconnected: the server is away for longer than the connection timeout.
+        """
+        return until_answered(
+            lambda left_s: self.transport.unary(method, request, left_s, wait=True), self._connect_timeout_s
+        )
 
     def create_cache(
         self,
@@ -303,8 +314,8 @@ class Cache:
         """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
 
         It holds all that was answered before the restart. A step that was not answered whole is to be sent again.
-        Sessions go on with it, but one that has not noticed yet that its stream ended first raises Disconnected. What was
-        warmed up must be so again. Without a restart nothing changes.
+        Sessions go on with it, but one that has not noticed yet that its stream ended first raises Disconnected. What
+        was warmed up must be so again. Without a restart nothing changes.
 
         Raises:
             EpochMismatch: what the server has restored may be older than what this client knows.
@@ -313,7 +324,7 @@ class Cache:
         """
         self._client.capabilities()  # waits for it, and learns its epoch and planes
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
-        data = self.transport.unary("AdoptCache", request, self._client.timeout_s, wait=True)
+        data = self._client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
         self._client._renewal.add(self)

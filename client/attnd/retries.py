@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from attnd.errors import AttndError
+from attnd.errors import AttndError, Disconnected
 
 Result = TypeVar("Result")
 # How much longer than told a client may wait, so that those who were refused together do not come back together.
 _SPREAD = 0.5
+
+
+# Seconds until a server is tried again that has just ended a call because it ends itself.
+RECONNECT_PAUSE_S = 0.1
 
 
 class Patience:
@@ -54,4 +58,25 @@ def patiently(send: Callable[[float], Result], timeout_s: float) -> Result:
             if pause_s is None:
                 raise
         time.sleep(pause_s)
+        left_s = patience.left_s
+
+
+def until_answered(send: Callable[[float], Result], timeout_s: float) -> Result:
+    """What `send` gives, called again while the time lasts if the connection broke: a server that ends ends calls too.
+
+    Args:
+        send: waits for a server, and for its answer, for as many seconds as it is given. May be done twice.
+        timeout_s: seconds for all of it.
+
+    Raises:
+        Disconnected: there was no answer in time.
+    """
+    patience, left_s = Patience(timeout_s), timeout_s
+    while True:
+        try:
+            return send(left_s)
+        except Disconnected:
+            if patience.left_s <= RECONNECT_PAUSE_S:
+                raise
+        time.sleep(RECONNECT_PAUSE_S)
         left_s = patience.left_s

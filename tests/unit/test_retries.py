@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attnd.errors import AttndError, Exhausted, InvalidRequest
-from attnd.retries import Patience, patiently
+from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest
+from attnd.retries import RECONNECT_PAUSE_S, Patience, patiently, until_answered
 
 
 @pytest.fixture
@@ -50,3 +50,28 @@ def test_refused_again_and_again_it_ends_in_time(clock: list[float]) -> None:
         patiently(lambda left_s: (_ for _ in ()).throw(Exhausted("full", retry_after_s=0.4)), 3.0)
     assert 2.0 < sum(clock) < 3.0
     assert Patience(3.0).left_s == pytest.approx(3.0)  # now + 3 - now is rounded
+
+
+def test_a_server_that_ends_is_waited_for_until_another_answers(clock: list[float]) -> None:
+    given: list[float] = []
+
+    def send(left_s: float) -> str:
+        given.append(left_s)
+        if len(given) < 3:
+            raise Disconnected("the server is draining")
+        return "answer"
+
+    assert until_answered(send, 10.0) == "answer"
+    assert given == [10.0, pytest.approx(10 - RECONNECT_PAUSE_S), pytest.approx(10 - 2 * RECONNECT_PAUSE_S)]
+
+
+def test_nobody_is_waited_for_longer_than_allowed(clock: list[float]) -> None:
+    def send(left_s: float) -> None:
+        clock.append(left_s)  # as long as it may take
+        raise Disconnected("nobody there")
+
+    with pytest.raises(Disconnected):
+        until_answered(send, 10.0)
+    assert clock == [10.0]
+    with pytest.raises(InvalidRequest):
+        until_answered(lambda left_s: (_ for _ in ()).throw(InvalidRequest("wrong")), 10.0)

@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 CHOICES = ("raise", "recompute")
 # Tokens of one pass that computes KV again, over all rows; a longer row makes a pass of its own longer.
 PASS_TOKENS = 4_096
-# How often one pass of the model is repeated, and seconds between: a server may die again, or be ending still.
-MAX_REPEATS, PAUSE_S = 8, 0.1
+# How often one pass of the model is repeated, and seconds before that, at first and at the most: a server may be ending
+# still, or die again.
+MAX_REPEATS, PAUSE_S, MAX_PAUSE_S = 10, 0.1, 2.0
 # Attribute of a model's `forward` that goes through `Recovery.run`: how many caches want it.
 _NUM_WATCHERS = "_attnd_num_watchers"
 
@@ -117,11 +118,14 @@ class Recovery:
         self._repeated(attempt)
 
     def _repeated(self, attempt: Callable[[], Any]) -> Any:
-        for _ in range(MAX_REPEATS):
+        for number in range(MAX_REPEATS):
             try:
                 return attempt()
-            except (CacheLost, Disconnected) as error:
-                self._recover(error)
+            except (CacheLost, Disconnected) as lost:
+                error = lost
+            if isinstance(error, Disconnected):
+                time.sleep(min(PAUSE_S * 2**number, MAX_PAUSE_S))
+            self._recover(error)
         return attempt()
 
     def _recover(self, error: CacheLost | Disconnected) -> None:
@@ -130,7 +134,6 @@ class Recovery:
         self._again = None
         self._repeats = self._begun is not None
         cache.session.close()
-        time.sleep(PAUSE_S)
         try:
             cache.cache.adopt()  # waits for the server; where it was never away, nothing changes
             log.warning("the server is there again, with the cache: %s", error)
@@ -140,8 +143,11 @@ class Recovery:
                 error.args = (f"{error}; it cannot be computed again: {rule}",)
                 raise error from None
             log.warning("the cache is lost, and computed again: %s", error)
-            cache.cache = cache.session.cache = self._create()
             self._is_lost = True
+            try:
+                cache.cache = cache.session.cache = self._create()
+            except Disconnected:
+                pass  # away again: what is tried next says so, and brings us here once more
 
     def _compute_again(self, forward: Callable[..., Any]) -> None:
         """Stores the KV of all rows, into the pages that they have, if it is lost."""
