@@ -158,6 +158,7 @@ class Server:
         await asyncio.to_thread(self.service.close)
         if self._snapshots is not None:
             self.lost = await asyncio.to_thread(self._write_snapshots, self._snapshots)
+            self._snapshots.close()
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
         log.info("stopped")

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
+from attnd_server import app
 from attnd_server.cache import MAX_EPOCHS, Cache, CacheTable
 from attnd_server.config import (
     FP8,
@@ -379,6 +381,32 @@ def test_a_failure_at_the_end_leaves_nothing_half(tmp_path: Path, monkeypatch, c
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
         assert store.write([cache]) == []
+
+
+@pytest.mark.parametrize("fault", ["", "CUDA error: an illegal memory access was encountered"])
+def test_nothing_is_written_while_a_call_runs_or_after_a_fault(
+    tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    monkeypatch.setattr(app, "QUIET_S", 0.01)
+    server = app.Server(ServerConfig(device="cpu"))
+    server.service = app.build_service(server.config)
+    executor, go_on = server.service.executor, threading.Event()
+    cache = filled(server.service.caches)
+    executor.submit(lambda: str(go_on.wait(20)).encode(), lambda result, error: None)
+    executor.close(timeout_s=0.01)
+    with opened(tmp_path) as store:
+        assert server._write_snapshots(store) == [cache]
+        assert "caches lost: a call still runs, and no snapshot would be whole" in caplog.text
+        go_on.set()
+        executor.close()
+        if fault:
+            executor.faults.fail(fault)
+            assert server._write_snapshots(store) == [cache]
+            assert "caches lost: the device has failed" in caplog.text
+        else:
+            assert server._write_snapshots(store) == []
+        assert len(store.found()) == (0 if fault else 1)
+    assert executor.run_now(lambda: b"late") is None
 
 
 def test_a_manifest_is_read_as_it_was_written() -> None:
