@@ -26,17 +26,17 @@ from attnd.v1 import backend_pb2 as attnd_dot_v1_dot_backend__pb2
 from attnd.v1 import tensor_pb2 as attnd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xa1\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\"\xb6\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\"X\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"6\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x85\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xa1\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\"\xb6\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\"e\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"6\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x85\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYOUT']._serialized_start=1444
-  _globals['_LAYOUT']._serialized_end=1517
-  _globals['_PRECISION']._serialized_start=1519
-  _globals['_PRECISION']._serialized_end=1637
+  _globals['_LAYOUT']._serialized_start=1457
+  _globals['_LAYOUT']._serialized_end=1530
+  _globals['_PRECISION']._serialized_start=1532
+  _globals['_PRECISION']._serialized_end=1650
   _globals['_CACHEREF']._serialized_start=81
   _globals['_CACHEREF']._serialized_end=118
   _globals['_KVSPLIT']._serialized_start=120
@@ -46,23 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CACHEINFO']._serialized_start=642
   _globals['_CACHEINFO']._serialized_end=824
   _globals['_CREATECACHEREQUEST']._serialized_start=826
-  _globals['_CREATECACHEREQUEST']._serialized_end=914
-  _globals['_CREATECACHERESPONSE']._serialized_start=916
-  _globals['_CREATECACHERESPONSE']._serialized_end=973
-  _globals['_RENEWCACHEREQUEST']._serialized_start=975
-  _globals['_RENEWCACHEREQUEST']._serialized_end=1029
-  _globals['_RENEWCACHERESPONSE']._serialized_start=1031
-  _globals['_RENEWCACHERESPONSE']._serialized_end=1087
-  _globals['_DELETECACHEREQUEST']._serialized_start=1089
-  _globals['_DELETECACHEREQUEST']._serialized_end=1144
-  _globals['_DELETECACHERESPONSE']._serialized_start=1146
-  _globals['_DELETECACHERESPONSE']._serialized_end=1186
-  _globals['_LISTCACHESREQUEST']._serialized_start=1188
-  _globals['_LISTCACHESREQUEST']._serialized_end=1207
-  _globals['_LISTCACHESRESPONSE']._serialized_start=1209
-  _globals['_LISTCACHESRESPONSE']._serialized_end=1266
-  _globals['_COPYPAGESREQUEST']._serialized_start=1269
-  _globals['_COPYPAGESREQUEST']._serialized_end=1402
-  _globals['_COPYPAGESRESPONSE']._serialized_start=1404
-  _globals['_COPYPAGESRESPONSE']._serialized_end=1442
+  _globals['_CREATECACHEREQUEST']._serialized_end=927
+  _globals['_CREATECACHERESPONSE']._serialized_start=929
+  _globals['_CREATECACHERESPONSE']._serialized_end=986
+  _globals['_RENEWCACHEREQUEST']._serialized_start=988
+  _globals['_RENEWCACHEREQUEST']._serialized_end=1042
+  _globals['_RENEWCACHERESPONSE']._serialized_start=1044
+  _globals['_RENEWCACHERESPONSE']._serialized_end=1100
+  _globals['_DELETECACHEREQUEST']._serialized_start=1102
+  _globals['_DELETECACHEREQUEST']._serialized_end=1157
+  _globals['_DELETECACHERESPONSE']._serialized_start=1159
+  _globals['_DELETECACHERESPONSE']._serialized_end=1199
+  _globals['_LISTCACHESREQUEST']._serialized_start=1201
+  _globals['_LISTCACHESREQUEST']._serialized_end=1220
+  _globals['_LISTCACHESRESPONSE']._serialized_start=1222
+  _globals['_LISTCACHESRESPONSE']._serialized_end=1279
+  _globals['_COPYPAGESREQUEST']._serialized_start=1282
+  _globals['_COPYPAGESREQUEST']._serialized_end=1415
+  _globals['_COPYPAGESRESPONSE']._serialized_start=1417
+  _globals['_COPYPAGESRESPONSE']._serialized_end=1455
 # @@protoc_insertion_point(module_scope)

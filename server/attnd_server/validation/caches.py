@@ -21,6 +21,7 @@ from attnd_server.config import (
 from attnd_server.validation.arrays import refuse, required, view
 
 MAX_NAME_CHARACTERS = 128
+MAX_KEY_BYTES = 64
 
 DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
@@ -131,7 +132,7 @@ def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) ->
     """Configuration, lease in seconds and name of a cache to be created.
 
     Raises:
-        InvalidRequest: the configuration is absent or wrong, or the lease or the name is out of its range.
+        InvalidRequest: the configuration is absent or wrong, or the lease, the name or the key is out of its range.
     """
     cache = cache_config(required(message, "config"))
     ttl_s = message.ttl_s or config.default_ttl_s
@@ -140,4 +141,6 @@ def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) ->
     if len(message.name) > MAX_NAME_CHARACTERS:
         rule = f"at most {MAX_NAME_CHARACTERS}"
         refuse("name", f"name has {len(message.name)} characters, but must have {rule}")
+    if len(message.key) > MAX_KEY_BYTES:
+        refuse("key", f"key has {len(message.key)} bytes, but must have at most {MAX_KEY_BYTES}")
     return cache, ttl_s, message.name
