@@ -19,7 +19,7 @@ _SPREAD = 0.5
 # Seconds for which a lost connection is made again: a server that restarts on the spot is back by then. After the
 # first loss there is a pause, and each is followed by a longer one.
 RECONNECT_S = 2.0
-_FIRST_PAUSE_S = 0.05
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 0.25
 
 
 class Patience:
@@ -38,7 +38,7 @@ class Patience:
         if isinstance(error, Disconnected):
             self._lost_at = now if self._lost_at is None else self._lost_at
             base_s, deadline = self._pause_s, min(self._deadline, self._lost_at + RECONNECT_S)
-            self._pause_s *= 2
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         elif error.retry_after_s is not None:
             base_s, deadline = error.retry_after_s, self._deadline
         else:
@@ -56,22 +56,22 @@ class Patience:
         return max(1e-3, self._deadline - time.monotonic())
 
 
-def patiently(send: Callable[[float], bytes], timeout_s: float, is_delete: bool = False) -> bytes:
+def patiently(send: Callable[[float], Result], timeout_s: float, gone: Result | None = None) -> Result:
     """What `send` gives, called again where that is safe and of use, while the time lasts.
 
     Args:
         send: sends the request and waits for its answer, for as many seconds as it is given.
         timeout_s: seconds for all of it.
-        is_delete: whether it deletes something, so that there may be nothing left to delete the second time.
+        gone: of a deletion, what to give when there is nothing left to delete the second time; None: it is none.
     """
-    patience = Patience(timeout_s, is_delete)
+    patience = Patience(timeout_s, is_delete=gone is not None)
     left_s = timeout_s
     while True:
         try:
             return send(left_s)
         except AttndError as error:
-            if patience.is_done(error):
-                return b""
+            if gone is not None and patience.is_done(error):
+                return gone
             pause_s = patience.pause_s(error)
             if pause_s is None:
                 raise

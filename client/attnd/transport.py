@@ -54,6 +54,8 @@ def keepalive_options(keepalive_s: float) -> list[tuple[str, int]]:
     return [
         ("grpc.keepalive_time_ms", int(keepalive_s * 600)),
         ("grpc.keepalive_timeout_ms", int(keepalive_s * 400)),
+        # The same again for newer versions of gRPC, whose pings have a timeout of their own, a minute.
+        ("grpc.http2.ping_timeout_ms", int(keepalive_s * 400)),
         ("grpc.keepalive_permit_without_calls", 1),
         # A stream may be silent for as long as it likes; gRPC's own rule is two pings, and then one in five minutes.
         ("grpc.http2.max_pings_without_data", 0),
@@ -180,7 +182,7 @@ class GrpcTransport:
                 told = translate(error, self._address, timeout_s if wait else 0)
             raise self._explained(told) if wait else told
 
-        return patiently(send, timeout_s, is_delete=method == "DeleteCache")
+        return patiently(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
 
     def _explained(self, told: AttndError) -> AttndError:
         """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""
