@@ -48,6 +48,14 @@ def serving(folder: Path, *options: str) -> Iterator[ServerProcess]:
     assert "internal error" not in log, log
 
 
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for tests that leave nothing behind."""
+    limits = ["--max-sessions", "900", "--max-step-reqs", "8192"]
+    with serving(tmp_path_factory.mktemp("hardened"), *limits) as server:
+        yield server
+
+
 def num_descriptors(server: ServerProcess) -> int:
     return len(os.listdir(f"/proc/{server.pid}/fd"))
 
@@ -81,7 +89,7 @@ def many_descriptors() -> None:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-def test_a_thousand_connections_that_send_half_a_message(tmp_path: Path) -> None:
+def test_a_thousand_connections_that_send_half_a_message(hardened: ServerProcess) -> None:
     """Some say nothing, some stop within the opening, within the headers or within a message. None answers pings."""
     opened = raw_http2.OPENING + raw_http2.request("Attend")
     beginnings = [
@@ -94,7 +102,8 @@ def test_a_thousand_connections_that_send_half_a_message(tmp_path: Path) -> None
         raw_http2.OPENING + raw_http2.request("CreateCache") + raw_http2.HALF_A_MESSAGE,
         raw_http2.OPENING + raw_http2.request("StoreKv") + raw_http2.HALF_A_MESSAGE,
     ]
-    with serving(tmp_path, "--max-sessions", "900") as server, working(server) as work:
+    server = hardened
+    with working(server) as work:
         before = num_descriptors(server)
         with ExitStack() as stack:
             connections = []
@@ -158,13 +167,14 @@ def is_refused(session: attnd.Session) -> bool:
     return told != ""
 
 
-def test_a_client_that_does_not_read_costs_a_few_answers_of_memory(tmp_path: Path) -> None:
+def test_a_client_that_does_not_read_costs_a_few_answers_of_memory(hardened: ServerProcess) -> None:
     """It sends 400 calls of 1 MiB and takes no answer: gRPC holds it up, and the server reads a few calls ahead."""
     num_tokens, num_calls = 8_192, 400
     geometry = {**GEOMETRY, "num_pages": 1, "num_layers": 1}
     tensors = [torch.ones(num_tokens, 2, 16) for _ in range(3)]
     metadata = attnd.StepMetadata([1] * num_tokens, [0] * num_tokens, [[-1]] * num_tokens, kind="decode")
-    with serving(tmp_path, "--max-step-reqs", str(num_tokens)) as server, working(server) as work:
+    server = hardened
+    with working(server) as work:
         with attnd.connect(server.address) as client, client.create_cache(**geometry) as cache:
             message = metadata.to_message(1, cache.ref)
             call = requests.attend_call(1, 0, *tensors, requests.DEFAULT_OPTIONS)
@@ -260,9 +270,9 @@ def test_a_client_that_is_frozen_loses_its_session_and_then_its_cache(tmp_path: 
             frozen.stdout.close()
 
 
-def test_a_server_that_is_frozen_is_noticed_long_before_the_timeout(tmp_path: Path) -> None:
+def test_a_server_that_is_frozen_is_noticed_long_before_the_timeout(hardened: ServerProcess) -> None:
+    server = hardened
     with (
-        serving(tmp_path) as server,
         attnd.connect(server.address, timeout_s=300, keepalive_s=KEEPALIVE_S, plane="inline") as client,
         client.create_cache(**GEOMETRY) as cache,
         cache.session() as session,

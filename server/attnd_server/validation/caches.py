@@ -22,6 +22,8 @@ from attnd_server.validation.arrays import refuse, required, view
 
 MAX_NAME_CHARACTERS = 128
 MAX_KEY_BYTES = 64
+# As many as a cache can have KV heads.
+MAX_SCALES = 1024
 
 DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
@@ -119,7 +121,10 @@ def _scales(message: Message, field: str, is_quantised: bool) -> tuple[float, ..
     if not is_quantised:
         rule = f"must be absent unless kv_dtype is {' or '.join(map(_dtype_name, KV_DTYPES))}"
         refuse(field, f"{field} is given, but {rule}")
-    return tuple(view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",)).tolist())
+    values = view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",))
+    if len(values) > MAX_SCALES:
+        refuse(field, f"{field} has {len(values)} elements, but must have at most {MAX_SCALES}")
+    return tuple(values.tolist())
 
 
 def _dtype_name(value: int) -> str:
