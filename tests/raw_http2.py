@@ -67,3 +67,24 @@ def wait_for_end(connections: list[socket.socket], timeout_s: float) -> int:
                 poll.unregister(number)
                 del open_ones[number]
     return len(open_ones)
+
+
+class Frames:
+    """Looks for what RPCs send in the bytes of one direction, however they are cut, among pings and the like."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # the beginning of a frame's nine bytes
+        self._skip = 0  # bytes of a payload that are still to come
+
+    def hold_an_answer(self, data: bytes) -> bool:
+        """Whether headers or data begin in what comes next."""
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        left, found = self._rest + data[skipped:], False
+        while len(left) >= 9:
+            found = found or left[3] in (_HEADERS, _DATA)
+            end = 9 + int.from_bytes(left[:3], "big")
+            self._skip = max(0, end - len(left))
+            left = left[end:]
+        self._rest = left
+        return found
