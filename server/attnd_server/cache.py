@@ -300,7 +300,7 @@ class CacheTable:
         with self._lock:
             self._refuse_if_too_many(principal)
             asked = f"num_pages is {config.num_pages}, which takes"
-            self._refuse_if_full(principal, config.num_bytes, asked, field="num_pages")
+            used = self._refuse_if_full(principal, config.num_bytes, asked, field="num_pages")
             self._reserved[reservation] = _Reservation(principal, config.num_bytes)
         try:
             cache = Cache(
@@ -350,8 +350,8 @@ class CacheTable:
                 f"{own} caches of this principal exist, but a principal's limit is {self.share.caches}; 0 are free"
             )
 
-    def _refuse_if_full(self, principal: str, num_bytes: int, asked: str, field: str = "") -> None:
-        """Refuses bytes that are not free; `asked` is what takes them. With the lock."""
+    def _refuse_if_full(self, principal: str, num_bytes: int, asked: str, field: str = "") -> int:
+        """Refuses bytes that are not free; `asked` is what takes them. Returns those in use. With the lock."""
         used = self.num_bytes + sum(each.num_bytes for each in self._reserved.values())
         own = sum(cache.num_bytes for cache in self.owned(principal))
         own += sum(each.num_bytes for each in self._reserved.values() if each.principal == principal)
@@ -362,6 +362,7 @@ class CacheTable:
                     f"{limit - taken} are free",
                     field=field,
                 )
+        return used
 
     def release(self, cache: Cache, num_bytes: int) -> None:
         """Gives back bytes of `reserve`."""

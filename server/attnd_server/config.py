@@ -247,7 +247,7 @@ class ServerConfig:
         max_page_table_elements: requests times pages of one step.
         max_context_len: cached tokens of one request.
         max_caches: caches at one time.
-        max_message_bytes: of one gRPC message, either way; at most `wire.MAX_MESSAGE_BYTES`, which clients take.
+        max_message_bytes: of one gRPC message to the server; at most `wire.MAX_MESSAGE_BYTES`, which clients take.
         max_sessions: Attend, StoreKv and ReadKv streams, and planes, at one time.
         max_connection_rpcs: RPCs of one connection at one time; more wait in their client.
         max_queue_depth: calls that may wait for the executor.
