@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from attnd.transport import GRPC_OPTIONS
+from attnd.transport import grpc_options
 from attnd.tuning import tune_process
 
 SERVICE = "attnd.benchmarks.Echo"
@@ -72,7 +72,7 @@ class StreamEcho:
 
 def connect(address: str) -> grpc.Channel:
     """A channel with attnd's options."""
-    return grpc.insecure_channel(address, options=GRPC_OPTIONS)
+    return grpc.insecure_channel(address, options=grpc_options())
 
 
 async def _unary(data: bytes, context: Any) -> bytes:
@@ -87,9 +87,10 @@ async def _stream(requests: AsyncIterator[bytes], context: Any) -> None:
 async def serve() -> None:
     """Serves on a port that the system picks, until the process is ended."""
     from attnd_server import app
+    from attnd_server.config import ServerConfig
 
     tune_process()
-    server = grpc.aio.server(options=app.GRPC_OPTIONS)
+    server = grpc.aio.server(options=app.grpc_options(ServerConfig()))
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary),
         "Stream": grpc.stream_stream_rpc_method_handler(_stream),

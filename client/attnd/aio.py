@@ -25,9 +25,10 @@ from attnd.errors import AttndError, CacheLost, Disconnected, InvalidRequest, Un
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.planes.choice import PlaneOptions, check_plane, plane_refusals
+from attnd.renewal import RENEWALS, TRIES
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.retries import RECONNECT_PAUSE_S, Patience
-from attnd.transport import GRPC_OPTIONS, SERVICE, WHY_S, explained, translate
+from attnd.transport import KEEPALIVE_S, SERVICE, WHY_S, explained, grpc_options, translate
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
 
@@ -42,12 +43,13 @@ async def connect(
     plane: str = "auto",
     socket_dir: str = "",
     credentials: Credentials | None = None,
+    keepalive_s: float = KEEPALIVE_S,
 ) -> AsyncClient:
     """Connects to a server. Arguments and errors as `attnd.connect`, but without "inproc://" and the cuda plane."""
     if "://" in address:
         raise InvalidRequest(f'address is {address}, but must be "host:port" for the asyncio client', field="address")
     planes = PlaneOptions(_check_plane(plane), socket_dir)
-    client = AsyncClient(address, timeout_s, connect_timeout_s, planes, credentials or NO_CREDENTIALS)
+    client = AsyncClient(address, timeout_s, connect_timeout_s, planes, credentials or NO_CREDENTIALS, keepalive_s)
     try:
         await client.capabilities()
     except AttndError:
@@ -76,6 +78,7 @@ class AsyncClient:
         connect_timeout_s: float,
         plane: PlaneOptions,
         credentials: Credentials = NO_CREDENTIALS,
+        keepalive_s: float = KEEPALIVE_S,
     ) -> None:
         """Made by `connect`."""
         self.timeout_s = timeout_s
@@ -85,11 +88,12 @@ class AsyncClient:
         self.refusals: dict[str, str] = {}
         self._connect_timeout_s = connect_timeout_s
         self._metadata = credentials.metadata
+        options = grpc_options(keepalive_s)
         if credentials.tls:
-            options = [*GRPC_OPTIONS, *credentials.channel_options()]
-            self._channel = grpc.aio.secure_channel(address, credentials.channel_credentials(), options=options)
+            secure = [*options, *credentials.channel_options()]
+            self._channel = grpc.aio.secure_channel(address, credentials.channel_credentials(), options=secure)
         else:
-            self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options=options)
 
     async def capabilities(self) -> capabilities_pb2.GetCapabilitiesResponse:
         """What the server is and can do; waits for a server that restarts."""
@@ -130,6 +134,7 @@ class AsyncClient:
         kv_split: KVSplit | None = None,
         ttl_s: float = 60.0,
         name: str = "",
+        renew: bool = True,
     ) -> AsyncCache:
         """Leases KV memory; a task renews the lease. Arguments and errors as `attnd.Client.create_cache`."""
         request = requests.create_cache(
@@ -151,7 +156,7 @@ class AsyncClient:
             name=name,
         )
         data = await self.unary("CreateCache", request, wait=True)
-        return AsyncCache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache)
+        return AsyncCache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache, renew)
 
     async def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> AsyncCache:
         """A cache that somebody else created. Arguments and errors as `attnd.Client.open_cache`."""
@@ -215,7 +220,7 @@ class AsyncClient:
         """Calls a unary method with bytes."""
         call: Any = self._channel.unary_unary(SERVICE + method)
         timeout_s = timeout_s or self.timeout_s
-        patience = Patience(timeout_s)
+        patience = Patience(timeout_s, is_delete=method == "DeleteCache")
         left_s = timeout_s
         while True:
             try:
@@ -224,6 +229,8 @@ class AsyncClient:
                 )
             except grpc.RpcError as error:
                 told = translate(error, self.address, timeout_s if wait else 0)
+                if patience.is_done(told):
+                    return b""
                 pause_s = patience.pause_s(told)
                 if pause_s is None:
                     raise (await self._explained(told) if wait else told) from None
@@ -251,13 +258,13 @@ class AsyncClient:
 class AsyncCache:
     """A lease on KV memory. Made by `AsyncClient.create_cache`; as a context manager it deletes itself."""
 
-    def __init__(self, client: AsyncClient, info: cache_pb2.CacheInfo) -> None:
-        """Wraps what CreateCache answered, and starts renewing it."""
+    def __init__(self, client: AsyncClient, info: cache_pb2.CacheInfo, renew: bool = True) -> None:
+        """Wraps what CreateCache answered, and starts renewing it if it is to."""
         self.ref = info.cache
         self.config = info.config
         self.ttl_s = info.ttl_s
         self.client = client
-        self._renewal = asyncio.ensure_future(self._renew_for_ever())
+        self._renewal = asyncio.ensure_future(self._renew_for_ever()) if renew else None
 
     def session(self, *, plane: str = "") -> AsyncSession:
         """A session: the way to run steps.
@@ -293,13 +300,14 @@ class AsyncCache:
         data = await self.client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
-        if self._renewal.done():
+        if self._renewal is not None and self._renewal.done():
             self._renewal = asyncio.ensure_future(self._renew_for_ever())
         return info
 
     async def delete(self) -> None:
         """Frees the cache. Raises CacheLost if it has gone already."""
-        self._renewal.cancel()
+        if self._renewal is not None:
+            self._renewal.cancel()
         await self.client.unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
 
     async def copy_pages(self, sources: list[int], targets: list[int]) -> None:
@@ -364,8 +372,10 @@ class AsyncCache:
             pass
 
     async def _renew_for_ever(self) -> None:
+        parts = RENEWALS
         while True:
-            await asyncio.sleep(self.ttl_s / 3)
+            await asyncio.sleep(self.ttl_s / parts)
+            parts = RENEWALS
             ref = self.ref
             try:
                 await self.renew()
@@ -373,4 +383,4 @@ class AsyncCache:
                 if self.ref is ref:  # not adopted meanwhile
                     return  # the next step says so to the caller
             except AttndError:
-                pass  # away for now; the lease may outlast it
+                parts = TRIES  # away for now; the lease may outlast it

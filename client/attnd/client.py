@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -13,10 +12,11 @@ from attnd.errors import AttndError, CacheLost
 from attnd.kv_split import KVSplit
 from attnd.options import AttentionOptions
 from attnd.planes.choice import OpenedStream, PlaneOptions, check_plane, open_stream, plane_refusals
+from attnd.renewal import Renewal
 from attnd.requests import DEFAULT_OPTIONS
 from attnd.retries import until_answered
 from attnd.session import Session
-from attnd.transport import Transport, open_transport
+from attnd.transport import KEEPALIVE_S, Transport, open_transport
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd.warm_up import WarmUp
 
@@ -29,6 +29,7 @@ def connect(
     plane: str = "auto",
     socket_dir: str = "",
     credentials: Credentials | None = None,
+    keepalive_s: float = KEEPALIVE_S,
 ) -> Client:
     """Connects to a server.
 
@@ -42,6 +43,8 @@ def connect(
             the session's first step; what "auto" came to is in `Session.plane`, and why in `Session.refusals`.
         socket_dir: the folder of the server's sockets as this process sees it, if that is not where the server does.
         credentials: TLS, and who the client is; None: the connection is not encrypted, and nobody's.
+        keepalive_s: seconds in which a server that vanished without a word is noticed, from 1; calls that wait for it
+            end with Disconnected then.
 
     Raises:
         Disconnected: nobody answers at the address, or the two ends do not trust each other's certificates.
@@ -49,7 +52,7 @@ def connect(
     """
     check_plane(plane)
     return Client(
-        open_transport(address, credentials),
+        open_transport(address, credentials, keepalive_s),
         timeout_s=timeout_s,
         connect_timeout_s=connect_timeout_s,
         plane=plane,
@@ -74,7 +77,7 @@ class Client:
         self.timeout_s = timeout_s
         self.plane = PlaneOptions(check_plane(plane), socket_dir)
         self._connect_timeout_s = connect_timeout_s
-        self._renewal = _Renewal()
+        self._renewal = Renewal()
         try:
             self.capabilities()
         except AttndError:
@@ -127,6 +130,7 @@ class Client:
         kv_split: KVSplit | None = None,
         ttl_s: float = 60.0,
         name: str = "",
+        renew: bool = True,
     ) -> Cache:
         """Leases KV memory. The lease is renewed in the background until the cache is deleted or the process ends.
 
@@ -149,6 +153,8 @@ class Client:
                 is automatic.
             ttl_s: seconds after the client's last sign of life when the server frees the cache.
             name: a label for people.
+            renew: whether a thread renews the lease for as long as this process lives and the client is open, however
+                idle it is. Without it only steps, calls, stores and `Cache.renew` do.
 
         Raises:
             InvalidRequest: a value is out of its range.
@@ -173,9 +179,7 @@ class Client:
             name=name,
         )
         data = self.transport.unary("CreateCache", request, self.timeout_s, wait=True)
-        cache = Cache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache)
-        self._renewal.add(cache)
-        return cache
+        return Cache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache, renew)
 
     def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> Cache:
         """A cache that somebody else created, with its lease renewed in the background like one's own.
@@ -192,9 +196,7 @@ class Client:
         now = self.capabilities().epoch
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now)
-        cache = Cache(self, response.FromString(self.transport.unary(method, request, self.timeout_s)).cache)
-        self._renewal.add(cache)
-        return cache
+        return Cache(self, response.FromString(self.transport.unary(method, request, self.timeout_s)).cache)
 
     def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
@@ -258,12 +260,15 @@ class Cache:
         config: geometry, as created.
     """
 
-    def __init__(self, client: Client, info: cache_pb2.CacheInfo) -> None:
-        """Wraps what CreateCache answered."""
+    def __init__(self, client: Client, info: cache_pb2.CacheInfo, renew: bool = True) -> None:
+        """Wraps what CreateCache answered; `renew`: whether the client renews the lease by itself."""
         self.ref = info.cache
         self.config = info.config
         self.ttl_s = info.ttl_s
         self._client = client
+        self._renew = renew
+        if renew:
+            client._renewal.add(self)
 
     @property
     def transport(self) -> Transport:
@@ -327,7 +332,8 @@ class Cache:
         data = self._client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
-        self._client._renewal.add(self)
+        if self._renew:
+            self._client._renewal.add(self)
         return info
 
     def delete(self) -> None:
@@ -423,45 +429,3 @@ class Cache:
 
     def _unary(self, method: str, request: bytes) -> bytes:
         return self.transport.unary(method, request, self._client.timeout_s)
-
-
-class _Renewal:
-    """Renews leases in the background, each three times per time to live."""
-
-    def __init__(self) -> None:
-        self._caches: dict[bytes, Cache] = {}
-        self._wake = threading.Event()
-        self._closed = False
-        self._thread: threading.Thread | None = None
-
-    def add(self, cache: Cache) -> None:
-        self._caches[cache.ref.id] = cache
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="attnd-renewal", daemon=True)
-            self._thread.start()
-        self._wake.set()
-
-    def remove(self, cache: Cache) -> None:
-        self._caches.pop(cache.ref.id, None)
-
-    def close(self) -> None:
-        self._closed = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5.0)
-
-    def _run(self) -> None:
-        while not self._closed:
-            self._wake.clear()
-            period_s = min((cache.ttl_s / 3 for cache in list(self._caches.values())), default=None)
-            if self._closed or self._wake.wait(period_s):
-                continue  # a cache with a shorter lease, or the end
-            for cache in list(self._caches.values()):
-                ref = cache.ref
-                try:
-                    cache.renew()
-                except CacheLost:
-                    if cache.ref is ref:  # not adopted meanwhile
-                        self.remove(cache)  # the next step says so to the caller
-                except AttndError:
-                    pass  # away for now; the lease may outlast it

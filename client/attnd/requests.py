@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ def create_cache(
         v_scales=_scales(v_scales, "v_scales"),
         kv_split=None if kv_split is None else kv_split.to_message(),
     )
-    return cache_pb2.CreateCacheRequest(config=config, ttl_s=ttl_s, name=name).SerializeToString()
+    key = secrets.token_bytes(16)  # so that the request may be sent twice
+    return cache_pb2.CreateCacheRequest(config=config, ttl_s=ttl_s, name=name, key=key).SerializeToString()
 
 
 def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:

@@ -20,20 +20,47 @@ from attnd.v1 import step_pb2
 
 SERVICE = "/attnd.v1.AttentionService/"
 
-GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
-    # A server that vanished without a word is noticed within 15 s. The server allows these pings.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # A restarted server is found again at once instead of after gRPC's minutes of backoff.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Retries are ours to decide: the contract says what may be sent twice.
-    ("grpc.enable_retries", 0),
-]
+# Seconds in which a peer that vanished without a word is noticed.
+KEEPALIVE_S = 10.0
+# Less, and the server would take a client's pings for an attack.
+MIN_KEEPALIVE_S = 1.0
+
+
+def grpc_options(keepalive_s: float = KEEPALIVE_S) -> list[tuple[str, int]]:
+    """Options of a gRPC channel.
+
+    Raises:
+        InvalidRequest: keepalive_s is too short.
+    """
+    if not keepalive_s >= MIN_KEEPALIVE_S:
+        rule = f"must be at least {MIN_KEEPALIVE_S:g} seconds"
+        raise InvalidRequest(f"keepalive_s is {keepalive_s:g}, but {rule}", field="keepalive_s")
+    return [
+        ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+        *keepalive_options(keepalive_s),
+        # A restarted server is found again at once instead of after gRPC's minutes of backoff.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # How long one attempt may take, in spite of its name: a handshake with a busy server far away takes a while.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+        # Retries are ours to decide: the contract says what may be sent twice.
+        ("grpc.enable_retries", 0),
+    ]
+
+
+def keepalive_options(keepalive_s: float) -> list[tuple[str, int]]:
+    """Options of gRPC, of either side, for noticing within `keepalive_s` seconds that the other one has vanished."""
+    return [
+        ("grpc.keepalive_time_ms", int(keepalive_s * 600)),
+        ("grpc.keepalive_timeout_ms", int(keepalive_s * 400)),
+        # The same again for newer versions of gRPC, whose pings have a timeout of their own, a minute.
+        ("grpc.http2.ping_timeout_ms", int(keepalive_s * 400)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A stream may be silent for as long as it likes; gRPC's own rule is two pings, and then one in five minutes.
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
 
 # Seconds for asking why there is no connection.
 WHY_S = 0.5
@@ -72,7 +99,8 @@ class Transport(Protocol):
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method; with `wait`, an unreachable server is waited for until the timeout.
 
-        What the server refused without starting it is sent again, see `attnd.retries`.
+        What the server refused without starting it is sent again, and what was lost with a connection, for a moment:
+        see `attnd.retries`.
         """
 
     def attend(self) -> Stream:
@@ -88,12 +116,13 @@ class Transport(Protocol):
         """Ends the connection."""
 
 
-def open_transport(address: str, credentials: Credentials | None = None) -> Transport:
+def open_transport(address: str, credentials: Credentials | None = None, keepalive_s: float = KEEPALIVE_S) -> Transport:
     """The transport of "host:port", or of "scheme://" as an installed package defines it.
 
     Args:
         address: which.
         credentials: for "host:port"; None: it is not encrypted, and nobody's.
+        keepalive_s: for "host:port": seconds in which a server that vanished is noticed.
 
     Raises:
         InvalidRequest: nothing like that.
@@ -101,7 +130,7 @@ def open_transport(address: str, credentials: Credentials | None = None) -> Tran
     """
     scheme, separator, _ = address.partition("://")
     if not separator:
-        return GrpcTransport(address, credentials or NO_CREDENTIALS)
+        return GrpcTransport(address, credentials or NO_CREDENTIALS, keepalive_s)
     if credentials is not None:
         rule = "must be absent: there is no connection to protect, and nobody else to be told from"
         raise InvalidRequest(f"credentials are given for {address}, but {rule}", field="credentials")
@@ -121,15 +150,18 @@ def open_transport(address: str, credentials: Credentials | None = None) -> Tran
 class GrpcTransport:
     """A channel to a server."""
 
-    def __init__(self, address: str, credentials: Credentials = NO_CREDENTIALS) -> None:
+    def __init__(
+        self, address: str, credentials: Credentials = NO_CREDENTIALS, keepalive_s: float = KEEPALIVE_S
+    ) -> None:
         """Connects lazily."""
         self._address = address
         self._metadata = credentials.metadata
+        options = grpc_options(keepalive_s)
         if credentials.tls:
-            options = [*GRPC_OPTIONS, *credentials.channel_options()]
-            self._channel = grpc.secure_channel(address, credentials.channel_credentials(), options=options)
+            secure = [*options, *credentials.channel_options()]
+            self._channel = grpc.secure_channel(address, credentials.channel_credentials(), options=secure)
         else:
-            self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=options)
         self._unary: dict[str, Any] = {}
         self._attend: Any = self._channel.stream_stream(SERVICE + "Attend")
         self._store_kv: Any = self._channel.stream_stream(SERVICE + "StoreKv")
@@ -150,7 +182,7 @@ class GrpcTransport:
                 told = translate(error, self._address, timeout_s if wait else 0)
             raise self._explained(told) if wait else told
 
-        return patiently(send, timeout_s)
+        return patiently(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
 
     def _explained(self, told: AttndError) -> AttndError:
         """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from google.protobuf.message import DecodeError, Message
 
@@ -73,24 +73,32 @@ class Frame:
             chunks.insert(0, outer + self._holder_tag + _varint(size))
         return b"".join(chunks)
 
-    def decode(self, data: bytes, region: Region | None = None) -> Framed:
+    def decode(self, data: bytes, region: Region | None = None, max_header_bytes: int = MAX_MESSAGE_BYTES) -> Framed:
         """Reads the wire's bytes; the tensors are views into `data`, or into `region` if that is where they lie.
 
         Args:
             data: what was received.
             region: of the plane on which it was; None: the plane has none.
+            max_header_bytes: most bytes beside the tensors' elements: those that protobuf copies.
 
         Raises:
-            InvalidRequest: `data` is no such message.
+            InvalidRequest: `data` is no such message, or has more beside the tensors.
         """
         view = memoryview(data)
         tensors: dict[str, Array] = {}
         try:
             header = self._strip(view, tensors, region)
+            if len(header) > max_header_bytes:
+                self._refuse_header(len(header), max_header_bytes)
             return Framed(self.message_type.FromString(header), tensors)
         except (DecodeError, IndexError) as error:
             name = self.message_type.DESCRIPTOR.name
             raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
+
+    def _refuse_header(self, num_bytes: int, limit: int) -> NoReturn:
+        name = self.message_type.DESCRIPTOR.name
+        rule = f"must have at most {limit}: more than the largest step"
+        raise InvalidRequest(f"{name} has {num_bytes} bytes beside the tensors of a call, but {rule}")
 
     def _strip(self, view: memoryview, tensors: dict[str, Array], region: Region | None) -> bytes:
         """The message without its tensors' fields, which go to `tensors`."""

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from attnd import wire
 from attnd._version import __version__
+from attnd.transport import keepalive_options
 from attnd.tuning import tune_process
 from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import ServerConfig
@@ -35,17 +36,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
-    # Clients ping every 10 s (see attnd.transport); without this the server answers "too many pings".
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # Two servers on one port would each answer for caches of the other.
-    ("grpc.so_reuseport", 0),
-]
+# Least milliseconds between the pings of a client; who sends more is disconnected.
+MIN_PING_INTERVAL_MS = 300
+# Milliseconds after which a connection without an RPC is closed; its client opens another when it needs one.
+MAX_IDLE_MS = 300_000
+
+
+def grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Options of the gRPC server: what a connection may cost, and when it is given up."""
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+        ("grpc.max_concurrent_streams", config.max_connection_rpcs),
+        *keepalive_options(config.keepalive_s),
+        # Clients ping, too; without this the server answers "too many pings".
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        # A connection that never becomes one costs a descriptor. gRPC's own patience is two minutes.
+        ("grpc.server_handshake_timeout_ms", int(config.keepalive_s * 1e3)),
+        # What answers pings and does nothing else costs one as well. No session is idle: its stream is an RPC. (There
+        # is no oldest age of a connection: sessions may last for days.)
+        ("grpc.max_connection_idle_ms", MAX_IDLE_MS),
+        # Two servers on one port would each answer for caches of the other.
+        ("grpc.so_reuseport", 0),
+    ]
 
 
 # Exit code of a server that should have left snapshots of its caches and could not write them all.
@@ -112,7 +125,7 @@ class Server:
         self._servicer = AttentionServicer(self.service, self._principals())
         self._health = health.aio.HealthServicer()
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
-        self._server = grpc.aio.server(interceptors=counters, options=GRPC_OPTIONS)
+        self._server = grpc.aio.server(interceptors=counters, options=grpc_options(self.config))
         self._server.add_generic_rpc_handlers((self._servicer,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attnd import wire
@@ -29,6 +30,9 @@ MAX_OPEN_STEPS = 8
 # Tokens that a small decode call attends to, over all its rows: on the processor, and on a GPU, where it takes half a
 # millisecond at most.
 SMALL_CALL_TOKENS, SMALL_GPU_CALL_TOKENS = 4_096, 1 << 19
+# Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
+# it should not wait for that.
+BIG_STEP_ELEMENTS = 1 << 17
 
 
 class CallGroup:
@@ -61,6 +65,10 @@ class CallWork(SharedWork):
         """The cache's id."""
         return self.call.step.cache.id
 
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self.call.step.cache.principal
+
     def __call__(self) -> bytes:
         """Runs the call and encodes its reply."""
         return self.service.attend(self.call, self.encode, self.plane)
@@ -87,6 +95,17 @@ class CallWork(SharedWork):
         return metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
 
 
+@dataclass(frozen=True, eq=False)
+class BigStep:
+    """A step that takes long to check. Call it on any thread, before the session gets its next request.
+
+    Attributes:
+        answer: checks and opens it. Raises what `AttendSession.request` raises.
+    """
+
+    answer: Callable[[], bytes]
+
+
 class AttendSession:
     """The state of one Attend stream: its open steps."""
 
@@ -95,6 +114,7 @@ class AttendSession:
         self._service = service
         self._principal = principal
         self._replies = replies
+        self._max_header_bytes = service.config.max_header_bytes
         # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
         self._last_calls: dict[int, wire.Framed] = {}
         self._last_works: dict[int, CallWork] = {}
@@ -104,8 +124,13 @@ class AttendSession:
 
     def request(self, data: bytes, lane: int = 0) -> bytes | Work:
         """Answers a message of the stream: a step at once, a call of `lane` by work for the executor."""
+        answer = self.request_in_parts(data, lane)
+        return answer.answer() if isinstance(answer, BigStep) else answer
+
+    def request_in_parts(self, data: bytes, lane: int = 0) -> bytes | Work | BigStep:
+        """As `request`, but a step that takes long to check is left to the caller."""
         refuse_if_revoked(self._principal)
-        message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region)
+        message, tensors = wire.ATTEND_REQUEST.decode(data, self._replies.region, self._max_header_bytes)
         kind = message.WhichOneof("message")
         if kind == "call":
             if self._replies.region is not None:
@@ -115,7 +140,8 @@ class AttendSession:
                 self._last_works.pop(lane, None)
             return self._call(message.call, tensors, lane)
         if kind == "step":
-            return self._open(message.step)
+            step: step_pb2.Step = message.step
+            return BigStep(partial(self._open, step)) if _is_big(step) else self._open(step)
         raise InvalidRequest("message is not set, but must be step or call", field="message")
 
     def repeat(self, layer: int, step_id: int, lane: int) -> Work:
@@ -166,3 +192,9 @@ class AttendSession:
                 f"call.step_id is {step_id}, but the stream's open steps are: {known}", field="call.step_id"
             )
         return step
+
+
+def _is_big(step: step_pb2.Step) -> bool:
+    """Whether page tables are large, as sent or as a delta of a few bytes may make them."""
+    delta_elements = step.page_table_delta.max_pages * len(step.cu_seqlens_q.data) // 4
+    return max(len(step.page_tables.data) // 4, delta_elements) > BIG_STEP_ELEMENTS

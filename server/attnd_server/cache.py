@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from attnd.errors import CacheLost, EpochMismatch, Exhausted
+from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.packing import float32_tensor
 from attnd.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
@@ -75,6 +75,7 @@ class Cache:
         device: torch.device,
         spaces: PageSpaces | None = None,
         restored: Restored | None = None,
+        key: bytes = b"",
     ) -> None:
         """Takes the pages, all of them zeros, so that nobody sees what a former owner stored.
 
@@ -87,6 +88,7 @@ class Cache:
             device: of the pages.
             spaces: of the device; None: the cache lies alone.
             restored: what it was before; None: it is new.
+            key: of the request that created it; empty: it had none.
         """
         self.id = secrets.token_bytes(16) if restored is None else restored.id
         self.epoch = epoch
@@ -95,6 +97,7 @@ class Cache:
         self.principal = principal
         self.config = config
         self.name = name
+        self.key = key
         self.ttl_s = ttl_s
         self.k_scales = _scales(config, config.k_scales, device)
         self.v_scales = _scales(config, config.v_scales, device)
@@ -283,8 +286,21 @@ def _no_such_cache(cache_id: bytes) -> CacheLost:
     )
 
 
+class _Reservation(NamedTuple):
+    """Memory of a cache that is being allocated, and whose it will be."""
+
+    principal: str
+    num_bytes: int
+
+
 class CacheTable:
-    """All caches of one server. Any thread may call it."""
+    """All caches of one server. Any thread may call it.
+
+    Attributes:
+        epoch: a random number that names this life of the server.
+        kv_bytes: bytes that all caches may take.
+        share: what one principal may take.
+    """
 
     def __init__(self, config: ServerConfig, device: torch.device, kv_bytes: int) -> None:
         """Starts empty, under a new epoch.
@@ -296,11 +312,13 @@ class CacheTable:
         """
         self.epoch = secrets.randbits(63) | 1
         self.kv_bytes = kv_bytes
+        self.share = config.principal_limits(kv_bytes)
         self._config = config
         self._device = device
         self._spaces = PageSpaces(device, kv_bytes)
         self._caches: dict[bytes, Cache] = {}
-        self._reserved: dict[object, int] = {}  # bytes of caches that are being allocated
+        self._keyed: dict[tuple[str, bytes], Cache] = {}  # by principal and key, those that have one
+        self._reserved: dict[object, _Reservation] = {}  # of caches that are being allocated
         self._keeps_all = False
         self._lock = threading.Lock()
 
@@ -310,28 +328,35 @@ class CacheTable:
         return sum(cache.num_bytes for cache in self.all())
 
     def create(
-        self, config: AttentionConfig, *, principal: str, ttl_s: float, name: str, restored: Restored | None = None
+        self,
+        config: AttentionConfig,
+        *,
+        principal: str,
+        ttl_s: float,
+        name: str,
+        key: bytes = b"",
+        restored: Restored | None = None,
     ) -> Cache:
-        """Leases a new cache, or one that was `restored` and is to be filled.
+        """Leases a new cache, the one that was made with the same key, or one that was `restored` and is to be filled.
+
+        On the executor's thread.
 
         Raises:
-            Exhausted: too many caches, or not enough memory.
+            InvalidRequest: that one is different.
+            Exhausted: too many caches, or not enough memory, of the server or of the principal's share.
         """
+        if key and (made := self._keyed.get((principal, key))) is not None:
+            if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
+                rule = "must be of one request alone, sent twice: another cache was created with it"
+                raise InvalidRequest(f"key is {key.hex()}, but {rule}", field="key")
+            made.renew()
+            return made
         reservation = object()
         with self._lock:
-            count = len(self._caches) + len(self._reserved)
-            if count >= self._config.max_caches:
-                raise Exhausted(
-                    f"{count} caches exist, but the server's limit is {self._config.max_caches}; 0 are free"
-                )
-            used = self.num_bytes + sum(self._reserved.values())
-            if used + config.num_bytes > self.kv_bytes:
-                raise Exhausted(
-                    f"num_pages is {config.num_pages}, which takes {config.num_bytes} bytes, but of the server's "
-                    f"{self.kv_bytes} bytes of KV memory {used} are in use and {self.kv_bytes - used} are free",
-                    field="num_pages",
-                )
-            self._reserved[reservation] = config.num_bytes
+            self._refuse_if_too_many(principal)
+            asked = f"num_pages is {config.num_pages}, which takes"
+            used = self._refuse_if_full(principal, config.num_bytes, asked, field="num_pages")
+            self._reserved[reservation] = _Reservation(principal, config.num_bytes)
         try:
             cache = Cache(
                 config,
@@ -342,6 +367,7 @@ class CacheTable:
                 device=self._device,
                 spaces=self._spaces,
                 restored=restored,
+                key=key,
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
@@ -355,6 +381,8 @@ class CacheTable:
                 self._reserved.pop(reservation)
         with self._lock:
             self._caches[cache.id] = cache
+            if key:
+                self._keyed[principal, key] = cache
         return cache
 
     def reserve(self, cache: Cache, num_bytes: int, purpose: str) -> None:
@@ -364,13 +392,33 @@ class CacheTable:
             Exhausted: they are not free; `purpose` says what takes them.
         """
         with self._lock:
-            used = self.num_bytes + sum(self._reserved.values())
-            if used + num_bytes > self.kv_bytes:
-                raise Exhausted(
-                    f"{purpose} takes {num_bytes} bytes, but of the server's {self.kv_bytes} bytes of KV memory {used} "
-                    f"are in use and {self.kv_bytes - used} are free"
-                )
+            self._refuse_if_full(cache.principal, num_bytes, f"{purpose} takes")
             cache.num_graph_bytes += num_bytes
+
+    def _refuse_if_too_many(self, principal: str) -> None:
+        """Refuses one more cache. With the lock."""
+        count = len(self._caches) + len(self._reserved)
+        own = len(self.owned(principal)) + sum(each.principal == principal for each in self._reserved.values())
+        if count >= self._config.max_caches:
+            raise Exhausted(f"{count} caches exist, but the server's limit is {self._config.max_caches}; 0 are free")
+        if own >= self.share.caches:
+            raise Exhausted(
+                f"{own} caches of this principal exist, but a principal's limit is {self.share.caches}; 0 are free"
+            )
+
+    def _refuse_if_full(self, principal: str, num_bytes: int, asked: str, field: str = "") -> int:
+        """Refuses bytes that are not free; `asked` is what takes them. Returns those in use. With the lock."""
+        used = self.num_bytes + sum(each.num_bytes for each in self._reserved.values())
+        own = sum(cache.num_bytes for cache in self.owned(principal))
+        own += sum(each.num_bytes for each in self._reserved.values() if each.principal == principal)
+        for whose, limit, taken in (("the server's", self.kv_bytes, used), ("a principal's", self.share.kv_bytes, own)):
+            if taken + num_bytes > limit:
+                raise Exhausted(
+                    f"{asked} {num_bytes} bytes, but of {whose} {limit} bytes of KV memory {taken} are in use and "
+                    f"{limit - taken} are free",
+                    field=field,
+                )
+        return used
 
     def release(self, cache: Cache, num_bytes: int) -> None:
         """Gives back bytes of `reserve`."""
@@ -428,7 +476,7 @@ class CacheTable:
         """Frees the cache that `ref` names. On the executor's thread. Raises as `get` does."""
         with self._lock:
             cache = self.get(ref, principal)
-            del self._caches[cache.id]
+            self._forget(cache)
         cache.close()
         return cache
 
@@ -444,6 +492,11 @@ class CacheTable:
         """No lease ends any more: nobody can renew one while the server drains, and a snapshot is to have them all."""
         self._keeps_all = True
 
+    def _forget(self, cache: Cache) -> None:
+        """With the lock."""
+        del self._caches[cache.id]
+        self._keyed.pop((cache.principal, cache.key), None)
+
     def expire(self) -> list[Cache]:
         """Frees the caches whose lease has ended, and returns them. On the executor's thread."""
         if self._keeps_all:
@@ -452,7 +505,7 @@ class CacheTable:
         with self._lock:
             ended = [cache for cache in self._caches.values() if cache.expires_at <= now]
             for cache in ended:
-                del self._caches[cache.id]
+                self._forget(cache)
         for cache in ended:
             log.info(
                 "lease ended", extra={"cache": cache.id.hex(), "label": cache.name, "num_bytes": cache.config.num_bytes}

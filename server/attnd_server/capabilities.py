@@ -6,7 +6,6 @@ import platform
 
 import torch
 
-from attnd import wire
 from attnd._version import __version__
 from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
 from attnd_server.cache import CacheTable
@@ -60,7 +59,7 @@ def capabilities(
             for plane in planes
         ],
         limits=capabilities_pb2.Limits(
-            max_message_bytes=wire.MAX_MESSAGE_BYTES,
+            max_message_bytes=config.max_message_bytes,
             max_step_tokens=config.max_step_tokens,
             max_step_reqs=config.max_step_reqs,
             max_page_table_elements=config.max_page_table_elements,
@@ -69,6 +68,12 @@ def capabilities(
             max_queue_depth=config.max_queue_depth,
             max_cache_queue_depth=config.max_cache_queue_depth,
             max_context_len=config.max_context_len,
+            max_sessions=config.max_sessions,
+            max_connection_rpcs=config.max_connection_rpcs,
+            principal_kv_bytes=caches.share.kv_bytes,
+            principal_caches=caches.share.caches,
+            principal_sessions=caches.share.sessions,
+            principal_queue_depth=caches.share.queue_depth,
         ),
     )
 

@@ -31,6 +31,7 @@ app = typer.Typer(
 app.add_typer(cli_cache.app, name="cache")
 
 LIMITS = "Limits of a step and of the server"
+SHARES = "Limits of one principal"
 LEASES = "Leases and shutdown"
 SECURITY = "Who may call, and encryption"
 SHARED = "Shared memory for clients on this host"
@@ -59,6 +60,11 @@ def let_streams_have_queues() -> None:
 def limit(envvar: str, text: str) -> Any:
     """A whole number from 1."""
     return setting(envvar, text, panel=LIMITS, parser=whole(1), metavar="N")
+
+
+def share(envvar: str, text: str) -> Any:
+    """A whole number from 1; 0 is automatic."""
+    return setting(envvar, text, panel=SHARES, parser=whole(0), metavar="N", show_default="0: half or all")
 
 
 def seconds(envvar: str, text: str, *, low: float) -> Any:
@@ -108,10 +114,43 @@ def serve(
     ] = 1 << 21,
     max_context_len: Annotated[int, limit("ATTND_MAX_CONTEXT_LEN", "Cached tokens of one request.")] = 1 << 20,
     max_caches: Annotated[int, limit("ATTND_MAX_CACHES", "Caches at one time.")] = 256,
+    max_message_bytes: Annotated[
+        int,
+        setting(
+            "ATTND_MAX_MESSAGE_BYTES",
+            "One gRPC message to the server; at most 256MiB.",
+            panel=LIMITS,
+            parser=options.num_bytes,
+            metavar="BYTES|8MiB",
+            show_default="256MiB",
+        ),
+    ] = 256 << 20,
+    max_sessions: Annotated[
+        int, limit("ATTND_MAX_SESSIONS", "Attend, StoreKv and ReadKv streams, and planes, at one time.")
+    ] = 256,
+    max_connection_rpcs: Annotated[
+        int, limit("ATTND_MAX_CONNECTION_RPCS", "RPCs of one connection; more wait in their client.")
+    ] = 1_024,
     max_queue_depth: Annotated[int, limit("ATTND_MAX_QUEUE_DEPTH", "Calls that may wait for the device.")] = 1_024,
     max_cache_queue_depth: Annotated[
         int, limit("ATTND_MAX_CACHE_QUEUE_DEPTH", "Calls of one cache that may wait for the device.")
     ] = 128,
+    principal_kv_bytes: Annotated[
+        int,
+        setting(
+            "ATTND_PRINCIPAL_KV_BYTES",
+            "Memory of the caches of one principal. Here and below 0 is half of the server's limit where it asks who "
+            "calls, and else all of it: there everybody is one principal.",
+            panel=SHARES,
+            parser=options.num_bytes,
+            metavar="BYTES|8GiB",
+        ),
+    ] = 0,
+    principal_caches: Annotated[int, share("ATTND_PRINCIPAL_CACHES", "Caches of one principal.")] = 0,
+    principal_sessions: Annotated[int, share("ATTND_PRINCIPAL_SESSIONS", "Streams and planes of one principal.")] = 0,
+    principal_queue_depth: Annotated[
+        int, share("ATTND_PRINCIPAL_QUEUE_DEPTH", "Calls of one principal that may wait for the device.")
+    ] = 0,
     default_ttl_s: Annotated[float, seconds("ATTND_DEFAULT_TTL_S", "Lease of a cache that asks for none.", low=1)] = 60,
     max_ttl_s: Annotated[float, seconds("ATTND_MAX_TTL_S", "Longest lease.", low=1)] = 86_400,
     drain_s: Annotated[
@@ -144,6 +183,10 @@ def serve(
             panel=LEASES,
         ),
     ] = False,
+    keepalive_s: Annotated[
+        float,
+        seconds("ATTND_KEEPALIVE_S", "Time after which a client that answers no ping is taken for gone.", low=1),
+    ] = 10,
     socket_dir: Annotated[
         str,
         setting(
@@ -280,6 +323,10 @@ def serve(
         )
     if restore and not snapshot_dir:
         raise typer.BadParameter("snapshot_dir is absent, but must be given with restore", param_hint="--snapshot-dir")
+    if not 1 << 20 <= max_message_bytes <= 256 << 20:
+        raise typer.BadParameter(
+            f"max_message_bytes is {max_message_bytes}, but must be 1MiB..256MiB", param_hint="--max-message-bytes"
+        )
     if not region_bytes:
         raise typer.BadParameter("region_bytes is 0, but must be at least 1", param_hint="--region-bytes")
     if not cuda_region_bytes:
@@ -304,12 +351,20 @@ def serve(
         max_page_table_elements=max_page_table_elements,
         max_context_len=max_context_len,
         max_caches=max_caches,
+        max_message_bytes=max_message_bytes,
+        max_sessions=max_sessions,
+        max_connection_rpcs=max_connection_rpcs,
         max_queue_depth=max_queue_depth,
         max_cache_queue_depth=max_cache_queue_depth,
+        principal_kv_bytes=principal_kv_bytes,
+        principal_caches=principal_caches,
+        principal_sessions=principal_sessions,
+        principal_queue_depth=principal_queue_depth,
         default_ttl_s=default_ttl_s,
         max_ttl_s=max_ttl_s,
         drain_s=drain_s,
         device_timeout_s=device_timeout_s,
+        keepalive_s=keepalive_s,
         metrics=metrics,
         socket_dir=socket_dir,
         socket_uids=socket_uids,

@@ -231,7 +231,7 @@ class CudaSession:
             return b""
 
         # In its turn among the cache's calls, copies and deletion.
-        work = OnCache(step.step.cache.id, enqueue)
+        work = OnCache(step.step.cache.id, enqueue, step.step.cache.principal)
         if executor.run_now(work) is not None:
             return
         executor.submit(work, lambda result, error: outcome.put(error))

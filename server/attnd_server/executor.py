@@ -20,6 +20,7 @@ from attnd_server.device_faults import DeviceFaults, watch
 from attnd_server.dispatcher import TritonAttentionOps
 from attnd_server.metadata import AttentionOptions
 from attnd_server.shared_launch import Batch, SharedLaunches, batch_of
+from attnd_server.shares import Shares
 from attnd_server.steps import Call, Result, Step, attend
 from attnd_server.work import Cancelled, Done, LongWork, OnCache, SharedWork, Work
 from attnd_server.work_queue import Job, WorkQueue
@@ -65,12 +66,13 @@ class Executor:
         self._shared = SharedLaunches(self.ops)
         self.queue_us = 0  # how long the running work waited; read by the work itself
         self._threads = config.threads or _num_threads(device)
-        self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth)
+        self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
         self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
-        self._long_places = threading.Semaphore(self.MAX_LONG_WORK)
+        share = self.MAX_LONG_WORK // 2 if config.asks_who_calls else self.MAX_LONG_WORK
+        self._long_places = Shares("warm-ups", "wait", self.MAX_LONG_WORK, share, "retry in a moment")
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
         if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
@@ -115,9 +117,8 @@ class Executor:
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
         if isinstance(work, LongWork):
-            if not self._long_places.acquire(blocking=False):
-                raise Exhausted(f"{self.MAX_LONG_WORK} warm-ups wait, which is the limit; retry in a moment")
-            self._side.submit(self._settle_long, job)
+            self._long_places.take(work.principal())
+            self._side.submit(self._settle_long, job, work.principal())
         else:
             self._queue.put(job)
         return job
@@ -255,9 +256,9 @@ class Executor:
         for each, outcome in zip(jobs, outcomes, strict=True):
             each.done(*outcome)
 
-    def _settle_long(self, job: Job) -> None:
+    def _settle_long(self, job: Job, principal: str) -> None:
         outcome = self._outcome(job, time.perf_counter())
-        self._long_places.release()
+        self._long_places.give_back(principal)
         job.done(*outcome)
 
     def _outcome(self, job: Job, started: float) -> Outcome:
@@ -335,7 +336,7 @@ class Executor:
             return b""
 
         try:
-            self.submit(OnCache(step.cache.id, work), lambda result, error: None)
+            self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
         except AttndError:
             pass  # busy or closing
 

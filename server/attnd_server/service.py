@@ -34,9 +34,10 @@ from attnd_server.planes import PlaneTable
 from attnd_server.planes.cuda import CudaPlanes
 from attnd_server.replies import Encode, InlineReplies, Replies
 from attnd_server.shadow import Verifier
+from attnd_server.shares import Shares
 from attnd_server.steps import Call, Step
 from attnd_server.warm_up import WarmUp
-from attnd_server.work import OnCache, Work
+from attnd_server.work import NewCache, OnCache, Work
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class AttentionService:
     """The operations on one device's caches.
 
     Attributes:
+        sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
         planes: the planes with a socket; None: the server has none for them.
         cuda: the cuda planes among them, or why there are none, for people.
         verifier: looks at some of the calls again; None: nobody does.
@@ -70,6 +72,8 @@ class AttentionService:
         if config.verify:
             refuses = config.verify_action == "refuse"
             self.verifier = Verifier(config.verify, executor.device, executor.faults, refuses=refuses)
+        remedy = "close one, or wait until one is closed"
+        self.sessions = Shares("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
@@ -111,10 +115,10 @@ class AttentionService:
         config, ttl_s, name = validation.create_cache(request, self.config)
 
         def work() -> bytes:
-            cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name)
+            cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name, key=request.key)
             return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
 
-        return work
+        return NewCache(principal, work)
 
     def renew_cache(self, data: bytes, principal: str) -> bytes:
         """RenewCache."""
@@ -141,7 +145,7 @@ class AttentionService:
             cache = self.caches.delete(ref, principal)
             return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
 
-        return OnCache(ref.id, work)
+        return OnCache(ref.id, work, principal)
 
     def list_caches(self, data: bytes, principal: str) -> bytes:
         """ListCaches."""
@@ -159,7 +163,7 @@ class AttentionService:
             cache.copy_pages(sources, targets)
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
-        return OnCache(cache.id, work)
+        return OnCache(cache.id, work, principal)
 
     def warm_up(self, data: bytes, principal: str) -> Work:
         """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
@@ -184,7 +188,7 @@ class AttentionService:
     def _step_and_call(
         self, data: bytes, principal: str, frame: wire.Frame, reply: wire.Frame, kind: step_pb2.StepKind.ValueType
     ) -> Work:
-        request = frame.decode(data)
+        request = frame.decode(data, max_header_bytes=self.config.max_header_bytes)
         if request.message.step.kind != kind:
             given, must = request.message.step.kind, step_pb2.StepKind.Name(kind)
             raise InvalidRequest(f"step.kind is {given}, but must be {kind} ({must})", field="step.kind")
@@ -264,7 +268,7 @@ class AttentionService:
 
     def store_kv(self, data: bytes, principal: str) -> Work:
         """One chunk of StoreKv."""
-        request = wire.STORE_KV_REQUEST.decode(data)
+        request = wire.STORE_KV_REQUEST.decode(data, max_header_bytes=self.config.max_header_bytes)
         cache = self.caches.get(request.message.cache, principal)
         layer, slots, k, v = validation.store_kv(request.message, request.tensors, cache.config)
 
@@ -274,7 +278,7 @@ class AttentionService:
             cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
             return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
 
-        return OnCache(cache.id, work)
+        return OnCache(cache.id, work, principal)
 
     def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
         """ReadKv: the work of each chunk. Checks everything before the first."""
@@ -285,7 +289,7 @@ class AttentionService:
         per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
         chunk = max(1, READ_CHUNK_BYTES // per_slot)
         return (
-            OnCache(cache.id, partial(self._read_chunk, cache, layer, slots, first, chunk))
+            OnCache(cache.id, partial(self._read_chunk, cache, layer, slots, first, chunk), principal)
             for first in range(0, len(slots), chunk)
         )
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
 
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, Unauthenticated, to_message
 from attnd.v1 import attention_pb2, error_pb2
-from attnd_server.attend_session import AttendSession, CallWork
+from attnd_server.attend_session import AttendSession, BigStep, CallWork
 from attnd_server.executor import Executor
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.ordered_answers import OrderedAnswers
@@ -19,6 +21,11 @@ from attnd_server.service import AttentionService, error_response
 from attnd_server.work import Work
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
+# Bytes of a message from which its check is worth a thread of its own: up to then it takes some milliseconds at most.
+BIG_MESSAGE_BYTES = 1 << 20
+# Such checks at one time.
+MAX_CHECKS = 2
+Result = TypeVar("Result")
 # Messages pass as bytes, both ways.
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -37,6 +44,8 @@ class AttentionServicer(grpc.GenericRpcHandler):
         # Of a method with messages either way: gRPC does not read the first one, however large, before it asks for it.
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
         self._drain = asyncio.Event()
+        # Few, so that whoever sends big messages does not take the cores from everybody.
+        self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(self._unary(method)) for name, method in service.unary.items()
@@ -68,7 +77,8 @@ class AttentionServicer(grpc.GenericRpcHandler):
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
         async def handler(data: bytes, context: Context) -> bytes:
             try:
-                return await self._finish(method(data, self._principals.of(context)), context)
+                principal = self._principals.of(context)
+                return await self._finish(await self._checked(method, data, principal), context)
             except Exception as error:
                 await self._abort(context, error)
 
@@ -85,7 +95,9 @@ class AttentionServicer(grpc.GenericRpcHandler):
         The next message is read, checked and queued while a call runs.
         """
         try:
-            session = self._service.open_session(self._principals.of(context))
+            principal = self._principals.of(context)
+            session = self._service.open_session(principal)
+            self._service.sessions.take(principal)
         except AttndError as error:
             await self._abort(context, error)
         self._num_streams += 1
@@ -101,21 +113,25 @@ class AttentionServicer(grpc.GenericRpcHandler):
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
                 is_alone = self._num_streams == 1 and answers.is_empty
-                await answers.put(self._begin(session, data, is_alone, context))
+                answer = self._begin(session, data, is_alone, context)
+                await answers.put(await self._opened(answer) if isinstance(answer, BigStep) else answer)
             await answers.finish()
         finally:
+            self._service.sessions.give_back(principal)
             self._num_streams -= 1
             going_away.cancel()
             answers.close()
 
     def _begin(
         self, session: AttendSession, data: bytes, is_alone: bool, context: Context
-    ) -> bytes | asyncio.Future[bytes]:
+    ) -> bytes | asyncio.Future[bytes] | BigStep:
         """The answer to a message of a stream, or what will be it once the executor has run its call."""
         executor = self._service.executor
         try:
-            answer = session.request(data)
+            answer = session.request_in_parts(data)
             if isinstance(answer, bytes):
+                return answer
+            if isinstance(answer, BigStep):
                 return answer
             if is_alone and isinstance(answer, CallWork) and answer.is_small:
                 result = executor.run_now(answer)
@@ -124,6 +140,23 @@ class AttentionServicer(grpc.GenericRpcHandler):
             return start_on(executor, answer, _soonest(context, answer))
         except Exception as error:
             return self._told(error)
+
+    async def _opened(self, step: BigStep) -> bytes:
+        """The answer to a step that others do not wait for. Its stream does: the next message may be a call of it."""
+        try:
+            return await self._beside(step.answer)
+        except Exception as error:
+            return self._told(error)
+
+    async def _checked(self, check: Callable[[bytes, str], Result], data: bytes, principal: str) -> Result:
+        """What `check` makes of a message; others do not wait for that of a big one."""
+        if len(data) > BIG_MESSAGE_BYTES:
+            return await self._beside(partial(check, data, principal))
+        return check(data, principal)
+
+    async def _beside(self, check: Callable[[], Result]) -> Result:
+        """What `check` gives, on another thread: it takes long, and numpy lets the event loop go on meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._checks, check)
 
     def _told(self, error: Exception) -> bytes:
         return error_response(attention_pb2.AttendResponse, self._service.told(error))
@@ -137,21 +170,30 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """StoreKv: each chunk gets one answer, in order."""
         try:
             principal = self._principals.of(context)
+            self._service.sessions.take(principal)
         except AttndError as error:
             await self._abort(context, error)
-        async for data in requests:
-            try:
-                refuse_if_revoked(principal)
-                answer = await self._finish(self._service.store_kv(data, principal), context)
-            except Exception as error:
-                answer = error_response(attention_pb2.StoreKvResponse, self._service.told(error))
-            await context.write(answer)
+        try:
+            async for data in requests:
+                await context.write(await self._stored(data, principal, context))
+        finally:
+            self._service.sessions.give_back(principal)
+
+    async def _stored(self, data: bytes, principal: str, context: Context) -> bytes:
+        """The answer to a chunk of StoreKv."""
+        try:
+            refuse_if_revoked(principal)
+            return await self._finish(await self._checked(self._service.store_kv, data, principal), context)
+        except Exception as error:
+            return error_response(attention_pb2.StoreKvResponse, self._service.told(error))
 
     async def read_kv(self, data: bytes, context: Context) -> None:
         """ReadKv: one chunk after the other, so that no more than one waits in memory."""
         try:
-            for work in self._service.read_kv(data, self._principals.of(context)):
-                await context.write(await self._finish(work, context))
+            principal = self._principals.of(context)
+            with self._service.sessions.held(principal):
+                for work in await self._checked(self._service.read_kv, data, principal):
+                    await context.write(await self._finish(work, context))
         except Exception as error:
             await self._abort(context, error)
 

@@ -53,7 +53,7 @@ class ShmServer:
         self._listener = SocketFolder(config.socket_dir).listen(for_others=bool(config.socket_uids))
         self._path: str = self._listener.getsockname()
         self._planes = service.planes = PlaneTable(
-            self._path, config.region_bytes, config.max_planes, config.max_cuda_planes
+            self._path, config.region_bytes, config.max_planes, config.max_cuda_planes, service.sessions
         )
         service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
         self._pinning = Pinning(registrar_for(service.executor.device))

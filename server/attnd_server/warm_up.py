@@ -69,6 +69,10 @@ class WarmUp(LongWork):
         self._shapes = shapes_of(steps, cache.config, limits)
         self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
 
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self._cache.principal
+
     def __call__(self) -> bytes:
         """Makes what is not there yet. Answers the WarmUpResponse.
 

@@ -19,6 +19,10 @@ class CacheWork(ABC):
         """The cache's id."""
 
     @abstractmethod
+    def principal(self) -> str:
+        """Whose cache it is."""
+
+    @abstractmethod
     def __call__(self) -> bytes:
         """The work."""
 
@@ -61,14 +65,45 @@ class OnCache(CacheWork):
     Attributes:
         id: of the cache.
         work: the work.
+        owner: whose cache it is.
     """
 
     id: bytes
     work: Work
+    owner: str = ""
 
     def cache_id(self) -> bytes:
         """The cache's id."""
         return self.id
+
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self.owner
+
+    def __call__(self) -> bytes:
+        """Does it."""
+        return self.work()
+
+
+@dataclass(frozen=True, eq=False)
+class NewCache(CacheWork):
+    """The work of making a cache, which has no id yet: those of one principal wait behind each other.
+
+    Attributes:
+        owner: whose it will be.
+        work: the work.
+    """
+
+    owner: str
+    work: Work
+
+    def cache_id(self) -> bytes:
+        """What no cache has for an id."""
+        return b"new cache of " + self.owner.encode()
+
+    def principal(self) -> str:
+        """Whose it will be."""
+        return self.owner
 
     def __call__(self) -> bytes:
         """Does it."""
@@ -80,6 +115,10 @@ class LongWork(ABC):
 
     One at a time. What needs the device to itself, it does by `Executor.take_turn`, in short pieces.
     """
+
+    @abstractmethod
+    def principal(self) -> str:
+        """Whose it is."""
 
     @abstractmethod
     def __call__(self) -> bytes:

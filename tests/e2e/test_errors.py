@@ -126,7 +126,7 @@ def test_deleted_cache_is_lost(cache: attnd.Cache) -> None:
 
 
 def test_lease_ends_without_renewal(any_client: attnd.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnd.client._Renewal.add", lambda renewal, cache: None)
+    monkeypatch.setattr("attnd.renewal.Renewal.add", lambda renewal, cache: None)
     cache = any_client.create_cache(**GEOMETRY, ttl_s=1.0)
     deadline = time.monotonic() + 10
     names = [info.ttl_s for info in any_client.list_caches()]

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted
+from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server import validation
-from attnd_server.cache import CacheTable
+from attnd_server.cache import Cache, CacheTable
 from attnd_server.config import FP8, AttentionConfig, KVSplitConfig, Layout, ServerConfig
 from attnd_server.executor import Executor
 from attnd_server.kernels.pages import stored_tokens
@@ -89,6 +89,62 @@ def test_limits_name_what_is_free(table: CacheTable) -> None:
     table.create(CONFIG, principal="b", ttl_s=9, name="")
     with pytest.raises(Exhausted, match="2 caches exist, but the server's limit is 2; 0 are free"):
         table.create(CONFIG, principal="a", ttl_s=9, name="")
+
+
+@pytest.fixture
+def shared() -> CacheTable:
+    """Of a server that asks who calls, with room for 6 caches of which one principal may have 3."""
+    return CacheTable(ServerConfig(max_caches=6, tokens="file"), CPU, kv_bytes=6 * CONFIG.num_bytes)
+
+
+def test_one_principal_leaves_caches_to_another(shared: CacheTable) -> None:
+    small = replace(CONFIG, num_pages=1)
+    caches = [shared.create(small, principal="a", ttl_s=9, name="") for _ in range(3)]
+    told = "3 caches of this principal exist, but a principal's limit is 3; 0 are free"
+    with pytest.raises(Exhausted, match=told):
+        shared.create(small, principal="a", ttl_s=9, name="")
+    assert shared.create(small, principal="b", ttl_s=9, name="") in shared.owned("b")
+    shared.delete(caches[0].info().cache, "a")
+    shared.create(small, principal="a", ttl_s=9, name="")
+
+
+def test_one_principal_leaves_memory_to_another(shared: CacheTable) -> None:
+    size = CONFIG.num_bytes
+    cache = shared.create(replace(CONFIG, num_pages=8), principal="a", ttl_s=9, name="")
+    told = (
+        f"takes {2 * size} bytes, but of a principal's {3 * size} bytes of KV memory {2 * size} are in use and {size} "
+    )
+    with pytest.raises(Exhausted, match=told) as refused:
+        shared.create(replace(CONFIG, num_pages=8), principal="a", ttl_s=9, name="")
+    assert refused.value.field == "num_pages"
+    with pytest.raises(Exhausted, match=f"graphs takes {size + 1} bytes, but of a principal's"):
+        shared.reserve(cache, size + 1, "graphs")
+    shared.reserve(cache, size, "graphs")
+    shared.create(replace(CONFIG, num_pages=12), principal="b", ttl_s=9, name="")
+    with pytest.raises(Exhausted, match=f"of the server's {6 * size} bytes of KV memory {6 * size} are in use and 0"):
+        shared.create(replace(CONFIG, num_pages=1), principal="c", ttl_s=9, name="")
+
+
+def test_a_key_makes_one_cache_for_as_long_as_it_lives(shared: CacheTable) -> None:
+    def create(principal: str = "a", key: bytes = b"key", name: str = "") -> Cache:
+        return shared.create(CONFIG, principal=principal, ttl_s=9, name=name, key=key)
+
+    cache = create()
+    cache.expires_at = 0.0
+    assert create() is cache
+    assert cache.expires_at > time.monotonic()
+    assert create(key=b"another") is not cache
+    assert create(principal="b") is not cache
+    with pytest.raises(InvalidRequest, match="key is 6b6579, but must be of one request alone, sent twice") as refused:
+        create(name="different")
+    assert refused.value.field == "key"
+    shared.delete(cache.info().cache, "a")
+    again = create()
+    assert again is not cache
+    again.expires_at = 0.0
+    assert shared.expire() == [again]
+    assert create() is not again
+    assert len(shared.all()) == len(shared._keyed) == 3
 
 
 def test_another_principal_sees_an_unknown_cache(table: CacheTable) -> None:

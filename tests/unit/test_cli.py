@@ -79,6 +79,19 @@ def test_serve_runs_a_server_with_what_it_was_given(served):
     assert served == [ServerConfig(port=0, kv_bytes=2 << 30, device="cuda:1", max_caches=7)]
 
 
+def test_serve_limits_principals_as_it_is_told(served):
+    arguments = ["--principal-kv-bytes", "1GiB", "--principal-caches", 3, "--principal-sessions", 5]
+    result = run("serve", *arguments, "--max-message-bytes", "8MiB", env={"ATTND_PRINCIPAL_QUEUE_DEPTH": "7"})
+    assert result.exit_code == 0, result.output
+    limits = {"principal_caches": 3, "principal_sessions": 5, "principal_queue_depth": 7}
+    assert served == [ServerConfig(principal_kv_bytes=1 << 30, max_message_bytes=8 << 20, **limits)]
+
+
+def test_the_rule_of_shares_is_in_the_help():
+    told = parameters("serve")["principal_kv_bytes"].help
+    assert "half of the server's limit where it asks who calls, and else all of it" in told
+
+
 def test_serve_shares_memory_where_it_is_told_to(served):
     result = run("serve", "--socket-dir", "/run/attnd", "--socket-uids", "1000,7", "--region-bytes", "1GiB")
     assert result.exit_code == 0, result.output
@@ -124,6 +137,10 @@ def test_the_exit_code_is_the_servers(monkeypatch, served):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--max-message-bytes", "1GiB"), "max_message_bytes is 1073741824, but must be 1MiB..256MiB"),
+        (("--max-message-bytes", "9"), "max_message_bytes is 9, but must be 1MiB..256MiB"),
+        (("--principal-caches", "-1"), "'--principal-caches': it is -1, but must be a whole number from 0"),
+        (("--keepalive-s", "0.5"), "'--keepalive-s': it is 0.5, but must be a number from 1"),
         (("--port", "70000"), "'--port': it is 70000, but must be a whole number 0..65535"),
         (("--port", "x"), "'--port': it is x, but must be a whole number 0..65535"),
         (("--device", "gpu"), "'--device': it is 'gpu', but must be auto, cpu, cuda or cuda:N"),

@@ -368,7 +368,9 @@ def test_warm_ups_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
     with serving(kernel=FixedNaive(ask_again)) as server, new_cache(server.client) as cache:
         for _ in range(2):  # the place is free again after the first
             assert cache.warm_up(num_heads=HEADS, max_reqs=1).num_graphs == LAYERS
-    assert [str(error) for error in refused] == ["1 warm-ups wait, which is the limit; retry in a moment"]
+    assert [str(error) for error in refused] == [
+        "1 warm-ups wait, but the server's limit is 1; 0 are free: retry in a moment"
+    ]
 
 
 def test_graphs_of_a_cache_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
 from attnd_server.planes import PlaneTable, SocketFolder
+from attnd_server.shares import Shares
 
 
 @pytest.fixture
@@ -105,3 +106,27 @@ def test_a_path_that_is_too_long_is_an_error_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(OSError, match="too long"):
         SocketFolder(str(folder)).listen(for_others=False)
     assert list(folder.iterdir()) == []
+
+
+def test_planes_are_sessions_of_their_principal(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    sessions = Shares("sessions", "are open", 3, 2, "close one")
+    planes = PlaneTable("/somewhere/a.sock", 4096, 9, 9, sessions)
+    kept, unused = planes.open("alice"), planes.open("alice", "GPU-1")
+    with pytest.raises(Exhausted, match="2 sessions of this principal are open, but a principal's limit is 2"):
+        planes.open("alice")
+    planes.open("bob")
+    with pytest.raises(Exhausted, match="3 sessions are open, but the server's limit is 3"):
+        planes.open("bob")
+    planes.claim(kept.ticket, pair[0])
+    planes.close(unused.id, "alice")  # that nobody came for
+    planes.close(kept.id, "alice")  # still there until its thread has seen the end
+    assert sessions.count == 2
+    for _ in range(2):
+        planes.forget(kept)
+    assert sessions.count == 1
+    now += PlaneTable.TICKET_S + 0.1
+    assert len(planes) == sessions.count == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest
-from attnd.retries import RECONNECT_PAUSE_S, Patience, patiently, until_answered
+from attnd.errors import AttndError, CacheLost, Disconnected, EpochMismatch, Exhausted, InvalidRequest
+from attnd.retries import RECONNECT_PAUSE_S, RECONNECT_S, Patience, patiently, until_answered
 
 
 @pytest.fixture
@@ -75,3 +77,43 @@ def test_nobody_is_waited_for_longer_than_allowed(clock: list[float]) -> None:
     assert clock == [10.0]
     with pytest.raises(InvalidRequest):
         until_answered(lambda left_s: (_ for _ in ()).throw(InvalidRequest("wrong")), 10.0)
+
+
+def failing(*errors: AttndError) -> Callable[[float], bytes]:
+    """Raises each error once, then answers."""
+    left = list(errors)
+
+    def send(left_s: float) -> bytes:
+        if left:
+            raise left.pop(0)
+        return b"answer"
+
+    return send
+
+
+def test_what_was_lost_with_its_connection_is_sent_again(clock: list[float]) -> None:
+    assert patiently(failing(Disconnected("reset"), Disconnected("refused")), 30.0) == b"answer"
+    assert 0 < clock[0] < clock[1]
+
+
+def test_a_server_that_stays_away_is_given_up_long_before_the_timeout(clock: list[float]) -> None:
+    with pytest.raises(Disconnected, match="refused"):
+        patiently(failing(*[Disconnected("refused") for _ in range(99)]), 30.0)
+    assert 0.8 * RECONNECT_S < sum(clock) <= RECONNECT_S
+
+
+def test_what_was_lost_is_not_sent_again_after_the_timeout(clock: list[float]) -> None:
+    with pytest.raises(Disconnected):
+        patiently(failing(*[Disconnected("refused") for _ in range(99)]), 0.3)
+    assert sum(clock) < 0.3
+
+
+@pytest.mark.parametrize("gone", [CacheLost("unknown"), EpochMismatch("another life")])
+def test_a_deletion_that_finds_nothing_the_second_time_is_done(clock: list[float], gone: CacheLost) -> None:
+    assert patiently(failing(Disconnected("reset"), gone), 30.0, gone=b"done") == b"done"
+    with pytest.raises(CacheLost):  # of anything else the caller wants to know
+        patiently(failing(Disconnected("reset"), gone), 30.0)
+    with pytest.raises(CacheLost):  # and so of a deletion that nobody sent before
+        patiently(failing(gone), 30.0, gone=b"done")
+    with pytest.raises(CacheLost):
+        patiently(failing(Exhausted("busy", retry_after_s=0.1), gone), 30.0, gone=b"done")

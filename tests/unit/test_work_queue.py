@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnd.errors import Exhausted
-from attnd_server.work import OnCache
+from attnd_server.work import NewCache, OnCache
 from attnd_server.work_queue import MAX_RETRY_S, MIN_RETRY_S, Job, WorkQueue
 
 
@@ -144,3 +144,47 @@ def test_waking_ends_a_wait() -> None:
     queue.wake()
     waiting.join(30)
     assert got == [None]
+
+
+def owned(owner: str, cache: bytes = b"") -> Job:
+    def work() -> bytes:
+        return cache
+
+    kind = OnCache(cache, work, owner) if cache else NewCache(owner, work)
+    return Job(kind, lambda result, error: None, float("inf"), 0.0)
+
+
+def test_one_principal_leaves_places_to_another() -> None:
+    queue = WorkQueue(6, 6, 3)
+    jobs = [owned("alice", b"a"), owned("alice", b"b"), owned("alice")]
+    for each in jobs:
+        queue.put(each)
+    for more in (owned("alice", b"a"), owned("alice", b"c"), owned("alice")):
+        with pytest.raises(Exhausted, match="3 calls of this principal wait, but a principal's limit is 3") as refused:
+            queue.put(more)
+        assert refused.value.retry_after_s is not None
+    bobs = [owned("bob", b"d"), owned("bob"), owned("bob")]
+    for each in bobs:
+        queue.put(each)
+    with pytest.raises(Exhausted, match="6 calls wait, but the queue's limit is 6"):
+        queue.put(owned("carol", b"e"))
+    # Each has its turn: caches, and those who make one.
+    assert taken(queue) == [*jobs, *bobs]
+
+
+def test_a_principal_that_was_served_may_come_again() -> None:
+    queue = WorkQueue(4, 4, 1)
+    first = owned("alice", b"a")
+    queue.put(first)
+    assert queue.take(0) is first
+    queue.put(owned("alice", b"a"))
+    with pytest.raises(Exhausted):
+        queue.put(owned("alice", b"a"))
+
+
+def test_turns_of_warm_ups_are_nobodys() -> None:
+    queue = WorkQueue(4, 4, 1)
+    queue.put(job(), always=True)
+    queue.put(job())
+    queue.put(owned("alice", b"a"))
+    assert queue.depth == 3

@@ -470,7 +470,7 @@ class ReadKvRequest(google.protobuf.message.Message):
 
     @property
     def slot_mapping(self) -> attnd.v1.tensor_pb2.Tensor:
-        """int32 or int64 [num_tokens]: slots to read, in the order of the answer."""
+        """int32 or int64 [num_tokens]: slots to read, in the order of the answer; at most as many as the cache has."""
 
     def __init__(
         self,

@@ -30,7 +30,9 @@ if _version_not_supported:
 
 class AttentionServiceStub(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
@@ -122,7 +124,9 @@ class AttentionServiceStub(object):
 
 class AttentionServiceServicer(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
@@ -137,7 +141,8 @@ class AttentionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CreateCache(self, request, context):
-        """Leases KV memory.
+        """Leases KV memory. The same key again answers the same cache; without a key each request makes one, and one whose answer
+        was lost holds its memory until its lease ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,7 +163,7 @@ class AttentionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCache(self, request, context):
-        """Frees a cache.
+        """Frees a cache. The second time it is NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,14 +229,14 @@ class AttentionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OpenPlane(self, request, context):
-        """Asks for a way of moving tensors.
+        """Asks for a way of moving tensors. Each request opens another; one to which nobody comes is closed after 10 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClosePlane(self, request, context):
-        """Gives it back.
+        """Gives it back. The second time it is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -325,7 +330,9 @@ def add_AttentionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AttentionService(object):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's

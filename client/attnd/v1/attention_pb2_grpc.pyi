@@ -22,7 +22,9 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 
 class AttentionServiceStub:
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
@@ -40,7 +42,9 @@ class AttentionServiceStub:
         attnd.v1.cache_pb2.CreateCacheRequest,
         attnd.v1.cache_pb2.CreateCacheResponse,
     ]
-    """Leases KV memory."""
+    """Leases KV memory. The same key again answers the same cache; without a key each request makes one, and one whose answer
+    was lost holds its memory until its lease ends.
+    """
 
     RenewCache: grpc.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.RenewCacheRequest,
@@ -58,7 +62,7 @@ class AttentionServiceStub:
         attnd.v1.cache_pb2.DeleteCacheRequest,
         attnd.v1.cache_pb2.DeleteCacheResponse,
     ]
-    """Frees a cache."""
+    """Frees a cache. The second time it is NOT_FOUND."""
 
     ListCaches: grpc.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.ListCachesRequest,
@@ -117,17 +121,19 @@ class AttentionServiceStub:
         attnd.v1.plane_pb2.OpenPlaneRequest,
         attnd.v1.plane_pb2.OpenPlaneResponse,
     ]
-    """Asks for a way of moving tensors."""
+    """Asks for a way of moving tensors. Each request opens another; one to which nobody comes is closed after 10 seconds."""
 
     ClosePlane: grpc.UnaryUnaryMultiCallable[
         attnd.v1.plane_pb2.ClosePlaneRequest,
         attnd.v1.plane_pb2.ClosePlaneResponse,
     ]
-    """Gives it back."""
+    """Gives it back. The second time it is INVALID_ARGUMENT."""
 
 class AttentionServiceAsyncStub:
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
@@ -144,7 +150,9 @@ class AttentionServiceAsyncStub:
         attnd.v1.cache_pb2.CreateCacheRequest,
         attnd.v1.cache_pb2.CreateCacheResponse,
     ]
-    """Leases KV memory."""
+    """Leases KV memory. The same key again answers the same cache; without a key each request makes one, and one whose answer
+    was lost holds its memory until its lease ends.
+    """
 
     RenewCache: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.RenewCacheRequest,
@@ -162,7 +170,7 @@ class AttentionServiceAsyncStub:
         attnd.v1.cache_pb2.DeleteCacheRequest,
         attnd.v1.cache_pb2.DeleteCacheResponse,
     ]
-    """Frees a cache."""
+    """Frees a cache. The second time it is NOT_FOUND."""
 
     ListCaches: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.ListCachesRequest,
@@ -221,17 +229,19 @@ class AttentionServiceAsyncStub:
         attnd.v1.plane_pb2.OpenPlaneRequest,
         attnd.v1.plane_pb2.OpenPlaneResponse,
     ]
-    """Asks for a way of moving tensors."""
+    """Asks for a way of moving tensors. Each request opens another; one to which nobody comes is closed after 10 seconds."""
 
     ClosePlane: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.plane_pb2.ClosePlaneRequest,
         attnd.v1.plane_pb2.ClosePlaneResponse,
     ]
-    """Gives it back."""
+    """Gives it back. The second time it is INVALID_ARGUMENT."""
 
 class AttentionServiceServicer(metaclass=abc.ABCMeta):
     """Attention over a paged KV cache that the server owns. A failed request changes nothing. Any request may be sent
-    twice: a step never stores into what it reads, so a second run gives the same output and the same pages.
+    twice: a step never stores into what it reads, so a second run gives the same output and the same pages. Of what makes
+    or ends something, the RPC says what the second time does. What an Attend stream did not answer before it broke is sent
+    again on another, the step first: ids count within their stream.
 
     A server that asks who calls wants the metadata `authorization: Bearer TOKEN` with each RPC, or a client's certificate
     with each connection. It looks once, when an RPC begins. Caches and planes belong to whom it finds there, and another's
@@ -252,7 +262,9 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         request: attnd.v1.cache_pb2.CreateCacheRequest,
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.cache_pb2.CreateCacheResponse, collections.abc.Awaitable[attnd.v1.cache_pb2.CreateCacheResponse]]:
-        """Leases KV memory."""
+        """Leases KV memory. The same key again answers the same cache; without a key each request makes one, and one whose answer
+        was lost holds its memory until its lease ends.
+        """
 
     @abc.abstractmethod
     def RenewCache(
@@ -276,7 +288,7 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         request: attnd.v1.cache_pb2.DeleteCacheRequest,
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.cache_pb2.DeleteCacheResponse, collections.abc.Awaitable[attnd.v1.cache_pb2.DeleteCacheResponse]]:
-        """Frees a cache."""
+        """Frees a cache. The second time it is NOT_FOUND."""
 
     @abc.abstractmethod
     def ListCaches(
@@ -353,7 +365,7 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         request: attnd.v1.plane_pb2.OpenPlaneRequest,
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.plane_pb2.OpenPlaneResponse, collections.abc.Awaitable[attnd.v1.plane_pb2.OpenPlaneResponse]]:
-        """Asks for a way of moving tensors."""
+        """Asks for a way of moving tensors. Each request opens another; one to which nobody comes is closed after 10 seconds."""
 
     @abc.abstractmethod
     def ClosePlane(
@@ -361,6 +373,6 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         request: attnd.v1.plane_pb2.ClosePlaneRequest,
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.plane_pb2.ClosePlaneResponse, collections.abc.Awaitable[attnd.v1.plane_pb2.ClosePlaneResponse]]:
-        """Gives it back."""
+        """Gives it back. The second time it is INVALID_ARGUMENT."""
 
 def add_AttentionServiceServicer_to_server(servicer: AttentionServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

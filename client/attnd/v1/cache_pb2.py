@@ -26,17 +26,17 @@ from attnd.v1 import backend_pb2 as attnd_dot_v1_dot_backend__pb2
 from attnd.v1 import tensor_pb2 as attnd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xa1\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\"\xcf\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x17\n\x0f\x61waits_adoption\x18\x08 \x01(\x08\"X\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"R\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x1a\n\x12with_written_pages\x18\x02 \x01(\x08\"a\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\x12\'\n\rwritten_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\"6\n\x11\x41\x64optCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12\x41\x64optCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x85\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xa1\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\"\xcf\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x17\n\x0f\x61waits_adoption\x18\x08 \x01(\x08\"e\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"R\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x1a\n\x12with_written_pages\x18\x02 \x01(\x08\"a\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\x12\'\n\rwritten_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\"6\n\x11\x41\x64optCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12\x41\x64optCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x85\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYOUT']._serialized_start=1652
-  _globals['_LAYOUT']._serialized_end=1725
-  _globals['_PRECISION']._serialized_start=1727
-  _globals['_PRECISION']._serialized_end=1845
+  _globals['_LAYOUT']._serialized_start=1665
+  _globals['_LAYOUT']._serialized_end=1738
+  _globals['_PRECISION']._serialized_start=1740
+  _globals['_PRECISION']._serialized_end=1858
   _globals['_CACHEREF']._serialized_start=81
   _globals['_CACHEREF']._serialized_end=118
   _globals['_KVSPLIT']._serialized_start=120
@@ -46,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CACHEINFO']._serialized_start=642
   _globals['_CACHEINFO']._serialized_end=849
   _globals['_CREATECACHEREQUEST']._serialized_start=851
-  _globals['_CREATECACHEREQUEST']._serialized_end=939
-  _globals['_CREATECACHERESPONSE']._serialized_start=941
-  _globals['_CREATECACHERESPONSE']._serialized_end=998
-  _globals['_RENEWCACHEREQUEST']._serialized_start=1000
-  _globals['_RENEWCACHEREQUEST']._serialized_end=1082
-  _globals['_RENEWCACHERESPONSE']._serialized_start=1084
-  _globals['_RENEWCACHERESPONSE']._serialized_end=1181
-  _globals['_ADOPTCACHEREQUEST']._serialized_start=1183
-  _globals['_ADOPTCACHEREQUEST']._serialized_end=1237
-  _globals['_ADOPTCACHERESPONSE']._serialized_start=1239
-  _globals['_ADOPTCACHERESPONSE']._serialized_end=1295
-  _globals['_DELETECACHEREQUEST']._serialized_start=1297
-  _globals['_DELETECACHEREQUEST']._serialized_end=1352
-  _globals['_DELETECACHERESPONSE']._serialized_start=1354
-  _globals['_DELETECACHERESPONSE']._serialized_end=1394
-  _globals['_LISTCACHESREQUEST']._serialized_start=1396
-  _globals['_LISTCACHESREQUEST']._serialized_end=1415
-  _globals['_LISTCACHESRESPONSE']._serialized_start=1417
-  _globals['_LISTCACHESRESPONSE']._serialized_end=1474
-  _globals['_COPYPAGESREQUEST']._serialized_start=1477
-  _globals['_COPYPAGESREQUEST']._serialized_end=1610
-  _globals['_COPYPAGESRESPONSE']._serialized_start=1612
-  _globals['_COPYPAGESRESPONSE']._serialized_end=1650
+  _globals['_CREATECACHEREQUEST']._serialized_end=952
+  _globals['_CREATECACHERESPONSE']._serialized_start=954
+  _globals['_CREATECACHERESPONSE']._serialized_end=1011
+  _globals['_RENEWCACHEREQUEST']._serialized_start=1013
+  _globals['_RENEWCACHEREQUEST']._serialized_end=1095
+  _globals['_RENEWCACHERESPONSE']._serialized_start=1097
+  _globals['_RENEWCACHERESPONSE']._serialized_end=1194
+  _globals['_ADOPTCACHEREQUEST']._serialized_start=1196
+  _globals['_ADOPTCACHEREQUEST']._serialized_end=1250
+  _globals['_ADOPTCACHERESPONSE']._serialized_start=1252
+  _globals['_ADOPTCACHERESPONSE']._serialized_end=1308
+  _globals['_DELETECACHEREQUEST']._serialized_start=1310
+  _globals['_DELETECACHEREQUEST']._serialized_end=1365
+  _globals['_DELETECACHERESPONSE']._serialized_start=1367
+  _globals['_DELETECACHERESPONSE']._serialized_end=1407
+  _globals['_LISTCACHESREQUEST']._serialized_start=1409
+  _globals['_LISTCACHESREQUEST']._serialized_end=1428
+  _globals['_LISTCACHESRESPONSE']._serialized_start=1430
+  _globals['_LISTCACHESRESPONSE']._serialized_end=1487
+  _globals['_COPYPAGESREQUEST']._serialized_start=1490
+  _globals['_COPYPAGESREQUEST']._serialized_end=1623
+  _globals['_COPYPAGESRESPONSE']._serialized_start=1625
+  _globals['_COPYPAGESRESPONSE']._serialized_end=1663
 # @@protoc_insertion_point(module_scope)

@@ -278,10 +278,16 @@ class CreateCacheRequest(google.protobuf.message.Message):
     CONFIG_FIELD_NUMBER: builtins.int
     TTL_S_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
     ttl_s: builtins.float
     """Lease in seconds; 0 means the server's default. Finite, 1 to the limit in Limits, else INVALID_ARGUMENT."""
     name: builtins.str
     """A label for people, at most 128 characters. Nothing is looked up by it."""
+    key: builtins.bytes
+    """Makes it safe to send the request again when its answer was lost: while the cache lives, CreateCache of the same
+    principal with the same key answers that cache, whose lease starts again, and makes none. Up to 64 bytes, best 16
+    random ones; with other contents in the request it is INVALID_ARGUMENT. Empty: each request makes a cache.
+    """
     @property
     def config(self) -> global___CacheConfig:
         """Geometry and choices."""
@@ -292,9 +298,10 @@ class CreateCacheRequest(google.protobuf.message.Message):
         config: global___CacheConfig | None = ...,
         ttl_s: builtins.float = ...,
         name: builtins.str = ...,
+        key: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "name", b"name", "ttl_s", b"ttl_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "key", b"key", "name", b"name", "ttl_s", b"ttl_s"]) -> None: ...
 
 global___CreateCacheRequest = CreateCacheRequest
 
@@ -427,7 +434,7 @@ class DeleteCacheRequest(google.protobuf.message.Message):
     CACHE_FIELD_NUMBER: builtins.int
     @property
     def cache(self) -> global___CacheRef:
-        """The cache to free. Deleting one that is gone already is NOT_FOUND."""
+        """The cache to free. Deleting one that is gone already is NOT_FOUND: to who sends the request again that means done."""
 
     def __init__(
         self,

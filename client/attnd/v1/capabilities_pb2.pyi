@@ -117,8 +117,8 @@ global___PlaneState = PlaneState
 
 @typing.final
 class Limits(google.protobuf.message.Message):
-    """What one request may take. Beyond: INVALID_ARGUMENT for a step's sizes and a lease, RESOURCE_EXHAUSTED for messages,
-    caches and the queue.
+    """What one request, one principal and all together may take. Beyond: INVALID_ARGUMENT for a step's sizes and a lease,
+    RESOURCE_EXHAUSTED for messages, memory, caches, sessions and the queue.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -132,8 +132,14 @@ class Limits(google.protobuf.message.Message):
     MAX_QUEUE_DEPTH_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_LEN_FIELD_NUMBER: builtins.int
     MAX_CACHE_QUEUE_DEPTH_FIELD_NUMBER: builtins.int
+    MAX_SESSIONS_FIELD_NUMBER: builtins.int
+    MAX_CONNECTION_RPCS_FIELD_NUMBER: builtins.int
+    PRINCIPAL_KV_BYTES_FIELD_NUMBER: builtins.int
+    PRINCIPAL_CACHES_FIELD_NUMBER: builtins.int
+    PRINCIPAL_SESSIONS_FIELD_NUMBER: builtins.int
+    PRINCIPAL_QUEUE_DEPTH_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
-    """Bytes of one gRPC message, either way."""
+    """Bytes of one gRPC message to the server. Those from it have at most 268435456."""
     max_step_tokens: builtins.int
     """New tokens of one step."""
     max_step_reqs: builtins.int
@@ -150,6 +156,18 @@ class Limits(google.protobuf.message.Message):
     """Cached tokens of one request."""
     max_cache_queue_depth: builtins.int
     """Calls of one cache that may wait for the executor."""
+    max_sessions: builtins.int
+    """Attend, StoreKv and ReadKv streams, and planes, at one time."""
+    max_connection_rpcs: builtins.int
+    """RPCs of one connection at one time. One more is not refused: it waits in the client."""
+    principal_kv_bytes: builtins.int
+    """Bytes of KV memory that one principal may take; those of all are in Device."""
+    principal_caches: builtins.int
+    """Caches of one principal at one time."""
+    principal_sessions: builtins.int
+    """Sessions of one principal at one time."""
+    principal_queue_depth: builtins.int
+    """Calls of one principal that may wait for the executor."""
     def __init__(
         self,
         *,
@@ -162,8 +180,14 @@ class Limits(google.protobuf.message.Message):
         max_queue_depth: builtins.int = ...,
         max_context_len: builtins.int = ...,
         max_cache_queue_depth: builtins.int = ...,
+        max_sessions: builtins.int = ...,
+        max_connection_rpcs: builtins.int = ...,
+        principal_kv_bytes: builtins.int = ...,
+        principal_caches: builtins.int = ...,
+        principal_sessions: builtins.int = ...,
+        principal_queue_depth: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_cache_queue_depth", b"max_cache_queue_depth", "max_caches", b"max_caches", "max_context_len", b"max_context_len", "max_message_bytes", b"max_message_bytes", "max_page_table_elements", b"max_page_table_elements", "max_queue_depth", b"max_queue_depth", "max_step_reqs", b"max_step_reqs", "max_step_tokens", b"max_step_tokens", "max_ttl_s", b"max_ttl_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_cache_queue_depth", b"max_cache_queue_depth", "max_caches", b"max_caches", "max_connection_rpcs", b"max_connection_rpcs", "max_context_len", b"max_context_len", "max_message_bytes", b"max_message_bytes", "max_page_table_elements", b"max_page_table_elements", "max_queue_depth", b"max_queue_depth", "max_sessions", b"max_sessions", "max_step_reqs", b"max_step_reqs", "max_step_tokens", b"max_step_tokens", "max_ttl_s", b"max_ttl_s", "principal_caches", b"principal_caches", "principal_kv_bytes", b"principal_kv_bytes", "principal_queue_depth", b"principal_queue_depth", "principal_sessions", b"principal_sessions"]) -> None: ...
 
 global___Limits = Limits
 

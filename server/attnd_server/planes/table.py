@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
 from attnd.planes.sockets import TICKET_BYTES
+from attnd_server.shares import Shares
 
 
 @dataclass(eq=False)
@@ -47,12 +48,20 @@ class PlaneTable:
     # Seconds after which to ask again where a plane is on its way out.
     RETRY_S = 0.01
 
-    def __init__(self, socket_path: str, num_bytes: int, max_planes: int, max_cuda_planes: int = 0) -> None:
-        """Starts empty."""
+    def __init__(
+        self,
+        socket_path: str,
+        num_bytes: int,
+        max_planes: int,
+        max_cuda_planes: int = 0,
+        sessions: Shares | None = None,
+    ) -> None:
+        """Starts empty. `sessions` counts planes among others; None: nobody does."""
         self.socket_path = socket_path
         self.num_bytes = num_bytes
         self._max_planes = max_planes
         self._max_cuda_planes = max_cuda_planes
+        self._sessions = sessions
         self._planes: dict[int, Plane] = {}
         self._last_id = 0
         self._lock = threading.Lock()
@@ -71,11 +80,13 @@ class PlaneTable:
             worker_gpu: for a cuda plane, UUID of its worker's GPU.
 
         Raises:
-            Exhausted: there are as many as there may be.
+            Exhausted: there are as many as there may be, or as the principal may have sessions.
         """
         with self._lock:
             self._expire()
             self._refuse_if_full(is_cuda=bool(worker_gpu))
+            if self._sessions is not None:
+                self._sessions.take(principal)
             self._last_id += 1
             expires_at = time.monotonic() + self.TICKET_S
             plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at, worker_gpu)
@@ -110,14 +121,14 @@ class PlaneTable:
             if plane is None or plane.principal != principal:
                 raise InvalidRequest(f"id is {plane_id}, but no such plane is open", field="id")
             if plane.connection is None:
-                del self._planes[plane_id]
+                self._remove(plane)
             else:
                 end(plane.connection)
 
     def forget(self, plane: Plane) -> None:
         """Its connection has ended."""
         with self._lock:
-            self._planes.pop(plane.id, None)
+            self._remove(plane)
 
     def _refuse_if_full(self, is_cuda: bool) -> None:
         planes = [plane for plane in self._planes.values() if bool(plane.worker_gpu) == is_cuda]
@@ -138,7 +149,12 @@ class PlaneTable:
         now = time.monotonic()
         for plane in list(self._planes.values()):
             if plane.connection is None and now > plane.expires_at:
-                del self._planes[plane.id]
+                self._remove(plane)
+
+    def _remove(self, plane: Plane) -> None:
+        """Forgets a plane, once. With the lock."""
+        if self._planes.pop(plane.id, None) is not None and self._sessions is not None:
+            self._sessions.give_back(plane.principal)
 
 
 def has_ended(*connections: socket.socket, timeout_s: float = 0) -> bool:

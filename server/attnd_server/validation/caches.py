@@ -21,6 +21,9 @@ from attnd_server.config import (
 from attnd_server.validation.arrays import refuse, required, view
 
 MAX_NAME_CHARACTERS = 128
+MAX_KEY_BYTES = 64
+# As many as a cache can have KV heads.
+MAX_SCALES = 1024
 
 DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.DTYPE_FLOAT32: torch.float32,
@@ -118,7 +121,10 @@ def _scales(message: Message, field: str, is_quantised: bool) -> tuple[float, ..
     if not is_quantised:
         rule = f"must be absent unless kv_dtype is {' or '.join(map(_dtype_name, KV_DTYPES))}"
         refuse(field, f"{field} is given, but {rule}")
-    return tuple(view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",)).tolist())
+    values = view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",))
+    if len(values) > MAX_SCALES:
+        refuse(field, f"{field} has {len(values)} elements, but must have at most {MAX_SCALES}")
+    return tuple(values.tolist())
 
 
 def _dtype_name(value: int) -> str:
@@ -131,7 +137,7 @@ def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) ->
     """Configuration, lease in seconds and name of a cache to be created.
 
     Raises:
-        InvalidRequest: the configuration is absent or wrong, or the lease or the name is out of its range.
+        InvalidRequest: the configuration is absent or wrong, or the lease, the name or the key is out of its range.
     """
     cache = cache_config(required(message, "config"))
     ttl_s = message.ttl_s or config.default_ttl_s
@@ -140,4 +146,6 @@ def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) ->
     if len(message.name) > MAX_NAME_CHARACTERS:
         rule = f"at most {MAX_NAME_CHARACTERS}"
         refuse("name", f"name has {len(message.name)} characters, but must have {rule}")
+    if len(message.key) > MAX_KEY_BYTES:
+        refuse("key", f"key has {len(message.key)} bytes, but must have at most {MAX_KEY_BYTES}")
     return cache, ttl_s, message.name

@@ -43,11 +43,19 @@ def slots(message: tensor_pb2.Tensor, config: AttentionConfig, field: str, *, un
     Raises:
         InvalidRequest: the array is not of that type and shape, or a slot breaks the rules.
     """
-    values = view(message, field, INT32_OR_INT64, ("num_tokens",)).astype(np.int64)
+    values = view(message, field, INT32_OR_INT64, ("num_tokens",))
+    _check_count(len(values), config.num_slots, field, "slots")
+    values = values.astype(np.int64)
     check_range(values, 0, config.num_slots - 1, field, f"the cache has slots 0..{config.num_slots - 1}")
     if unique:
         check_unique(values, np.sort(values), field)
     return torch.from_numpy(values)
+
+
+def _check_count(count: int, most: int, field: str, things: str) -> None:
+    """Refuses more than the cache has, before they are looked at: the work follows the cache, which is paid for."""
+    if count > most:
+        refuse(field, f"{field} has {count} elements, but must have at most {most}: the cache has {most} {things}")
 
 
 def check_unique(values: Integers, ordered: Integers, field: str) -> None:
@@ -66,6 +74,7 @@ def copy_pages(message: cache_pb2.CopyPagesRequest, config: AttentionConfig) -> 
             a source as well.
     """
     sources = view(required(message, "source_pages"), "source_pages", INT32, ("num_copies",))
+    _check_count(len(sources), config.num_pages, "source_pages", "pages")
     targets = view(required(message, "target_pages"), "target_pages", INT32, sources.shape)
     for field, pages in (("source_pages", sources), ("target_pages", targets)):
         check_range(pages, 0, config.num_pages - 1, field, f"the cache has pages 0..{config.num_pages - 1}")
@@ -108,6 +117,8 @@ def check_stores(
     for requests, starts, ends in _read_intervals(
         stored // config.page_size, page_tables, context_lens, hole_starts, hole_ends, config
     ):
+        is_read = starts < ends  # few, unless the step is to be refused: the others are in a hole or past the context
+        requests, starts, ends = requests[is_read], starts[is_read], ends[is_read]
         first = stored.searchsorted(starts)
         conflict = first < stored.searchsorted(ends)
         if conflict.any():
