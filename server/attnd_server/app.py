@@ -19,7 +19,8 @@ from attnd import wire
 from attnd._version import __version__
 from attnd.transport import keepalive_options
 from attnd.tuning import tune_process
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.device_faults import end_process
 from attnd_server.executor import Executor

@@ -8,7 +8,7 @@ import torch
 
 from attnd._version import __version__
 from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
 

@@ -18,7 +18,8 @@ from attnd.planes.cuda_layout import StepLayout
 from attnd_server.backends.base import DecodeShape, FixedPlan
 from attnd_server.backends.cuda_graph import Launches
 from attnd_server.backends.staged_tensor import StagedTensor
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import AttentionBackend
 from attnd_server.device_faults import is_device_fault
 from attnd_server.dispatcher import TritonAttentionOps

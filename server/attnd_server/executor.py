@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.decode_graphs import Capture, cuda_capture
 from attnd_server.device_faults import DeviceFaults, watch

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
 from attnd_server.histogram import Histogram

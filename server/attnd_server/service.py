@@ -22,7 +22,8 @@ from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 from attnd_server import validation
 from attnd_server.attend_session import AttendSession, CallWork
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.capabilities import NO_SOCKET, capabilities, plane_reasons
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.executor import Executor

@@ -12,7 +12,8 @@ import torch
 from attnd.errors import AttndError
 from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.backends.base import AttentionKernel, DecodeShape
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import AttentionConfig, ServerConfig
 from attnd_server.decode_graphs import Capture, DecodeGraphs, add_graphs, buffer_bytes, ready_graphs
 from attnd_server.device_faults import is_device_fault

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attnd
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import FP8, AttentionConfig, Layout, ServerConfig
 from attnd_server.kernels.pages import stored_tokens
 from attnd_server.snapshots import SnapshotStore, transfer

@@ -14,7 +14,8 @@ import torch
 from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server import validation
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import FP8, AttentionConfig, KVSplitConfig, Layout, ServerConfig
 from attnd_server.executor import Executor
 from attnd_server.kernels.pages import stored_tokens

@@ -16,7 +16,7 @@ from attnd import requests
 from attnd_server import decode_graphs
 from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.naive import NaiveAttention
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import AttentionBackend, AttentionConfig, ServerConfig
 from attnd_server.executor import Executor
 from attnd_server.inproc import InprocTransport

@@ -18,7 +18,7 @@ from attnd.planes.cuda_driver import CudaError
 from attnd_server import cache as cache_module
 from attnd_server import device_faults
 from attnd_server.app import build_service
-from attnd_server.cache import CacheTable
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import FP8, AttentionConfig, ServerConfig
 from attnd_server.cuda_watchdog import Watch, Watchdog
 from attnd_server.device_faults import DeviceFaults, is_device_fault, watch

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
 from attnd_server import app
-from attnd_server.cache import MAX_EPOCHS, Cache, CacheTable
+from attnd_server.cache import MAX_EPOCHS, Cache
+from attnd_server.cache_table import CacheTable
 from attnd_server.config import (
     FP8,
     AttentionBackend,

@@ -14,7 +14,8 @@ from typing import BinaryIO
 import torch
 
 from attnd.errors import Exhausted
-from attnd_server.cache import Cache, CacheTable, Restored
+from attnd_server.cache import Cache, Restored
+from attnd_server.cache_table import CacheTable
 from attnd_server.snapshots.folder import (
     TENSORS,
     UNFINISHED,
