@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Where the environment lies. Empty (`make test VENV=`): use PYTHON as it is, and install nothing.
 VENV ?= .venv
+# Processes that share the tests, a file to each: many tests wait for servers. 0: this one alone, for a debugger.
+WORKERS ?= 2
 # More arguments for pytest, the demo or a benchmark: make test ARGS="-k cache -x"
 ARGS ?=
 
@@ -34,13 +36,14 @@ help: ## this list
 	@echo
 	@echo '  PYTHON=python3.12   the Python to make the environment with'
 	@echo '  VENV=               no environment: run with PYTHON as it is, which must have everything (a GPU machine, say)'
+	@echo '  WORKERS=0           tests in one process, for a debugger'
 	@echo '  ARGS="-k cache"     more arguments for what is run'
 
 demo: $(READY) ## a real model answers with attention from a server, and again with its own
 	@$(PY) -m attnd_server demo $(ARGS)
 
 test: $(READY) ## all tests
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'
