@@ -73,8 +73,8 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         traced.messages.append(place(data))
         return data
 
-    def traced_decode(self: Frame, data: bytes, region: Region | None = None) -> Framed:
-        framed = decode(self, data, region)
+    def traced_decode(self: Frame, data: bytes, region: Region | None = None, *limits: int) -> Framed:
+        framed = decode(self, data, region, *limits)
         traced.read |= {name: place(array.data) for name, array in framed.tensors.items()}
         return framed
 
