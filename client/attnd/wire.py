@@ -24,6 +24,8 @@ MAX_MESSAGE_BYTES = 256 << 20
 
 # Wire types of protobuf's encoding (https://protobuf.dev/programming-guides/encoding/).
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+# Bytes of a field's key, and of a length, that protobuf reads at the most, however few bits they hold.
+_KEY_BYTES = 5
 _NO_HEADER: tuple[int, bytes, int, tuple[int, ...]] = (-1, b"", 0, ())
 _DATA = tensor_pb2.Tensor.DESCRIPTOR.fields_by_name["data"].number
 
@@ -47,6 +49,7 @@ class Frame:
         """Describes `message_type`, whose field `holder` (or, if "", the message itself) has tensors in `fields`."""
         self.message_type = message_type
         descriptor: Any = message_type.DESCRIPTOR
+        self._holder_name = holder
         self._holder = descriptor.fields_by_name[holder].number if holder else 0
         inner = descriptor.fields_by_name[holder].message_type if holder else descriptor
         self._fields = {inner.fields_by_name[name].number: name for name in fields}
@@ -82,7 +85,9 @@ class Frame:
             max_header_bytes: most bytes beside the tensors' elements: those that protobuf copies.
 
         Raises:
-            InvalidRequest: `data` is no such message, or has more beside the tensors.
+            InvalidRequest: `data` is no such message, or has more beside the tensors; or it is one of those that no
+                generated code writes, and of which protobuf would merge the parts: the holder or a tensor comes twice,
+                or a tensor has two storages.
         """
         view = memoryview(data)
         tensors: dict[str, Array] = {}
@@ -90,7 +95,10 @@ class Frame:
             header = self._strip(view, tensors, region)
             if len(header) > max_header_bytes:
                 self._refuse_header(len(header), max_header_bytes)
-            return Framed(self.message_type.FromString(header), tensors)
+            message: Any = self.message_type.FromString(header)
+            if tensors and self._holder and not message.HasField(self._holder_name):
+                tensors = {}  # another field of the oneof came behind it
+            return Framed(message, tensors)
         except (DecodeError, IndexError) as error:
             name = self.message_type.DESCRIPTOR.name
             raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
@@ -105,8 +113,12 @@ class Frame:
         if not self._holder:
             return self._strip_holder(view, tensors, region)
         kept: list[bytes | memoryview] = []
+        has_holder = False
         for number, start, value, end in _walk(view):
             if number == self._holder and value is not None:
+                if has_holder:
+                    _refuse_second(self._holder_name)
+                has_holder = True
                 inner = self._strip_holder(value, tensors, region)
                 kept += (self._holder_tag + _varint(len(inner)), inner)
             else:
@@ -119,6 +131,8 @@ class Frame:
             name = self._fields.get(number)
             if name is None or value is None:
                 kept.append(view[start:end])
+            elif name in tensors:
+                _refuse_second(name)
             else:
                 tensors[name] = self._tensor(name, value, region)
         return b"".join(kept)
@@ -132,6 +146,10 @@ class Frame:
         if 0 < len(before) <= 64:
             self._last_headers[name] = (len(view), bytes(before), array.dtype, array.shape)
         return array
+
+
+def _refuse_second(field: str) -> NoReturn:
+    raise InvalidRequest(f"{field} comes twice, but must be given once", field=field)
 
 
 def parse(message_type: type[Message], data: bytes) -> Any:
@@ -162,7 +180,8 @@ def _tensor_header(tag: bytes, dtype: int, shape: tuple[int, ...], num_bytes: in
 
 def _tensor(name: str, view: memoryview, region: Region | None) -> tuple[Array, memoryview]:
     """A tensor message as an Array over `view`, and what stands before its elements if nothing stands behind them."""
-    header, data, prefix = [], memoryview(b""), memoryview(b"")
+    header, prefix = [], memoryview(b"")
+    data: memoryview | None = None
     for number, start, value, end in _walk(view):
         if number == _DATA and value is not None:
             data, prefix = value, view[: end - len(value)]
@@ -173,8 +192,10 @@ def _tensor(name: str, view: memoryview, region: Region | None) -> tuple[Array, 
     if message.HasField("region"):
         if region is None:
             raise InvalidRequest(f"{name} lies in region {message.region.id}, but this plane is inline", field=name)
+        if data is not None:
+            raise InvalidRequest(f"{name} has data and a region, but must have one of the two", field=name)
         return region.array(message, name), memoryview(b"")
-    return Array(message.dtype, tuple(message.shape), data), prefix
+    return Array(message.dtype, tuple(message.shape), memoryview(b"") if data is None else data), prefix
 
 
 def _walk(view: memoryview) -> Any:
@@ -189,14 +210,16 @@ def _walk(view: memoryview) -> Any:
         key = view[position]
         position += 1
         if key > 127:
-            key, position = _read_varint(view, start)
+            key, position = _read_varint(view, start, _KEY_BYTES)
+            if key >= 1 << 32:
+                raise IndexError(f"byte {start} starts a field whose key has more than 32 bits")
         kind = key & 7
         value = None
         if kind == _LENGTH:
             length = view[position]
             position += 1
             if length > 127:
-                length, position = _read_varint(view, position - 1)
+                length, position = _read_varint(view, position - 1, _KEY_BYTES)
             value = view[position : position + length]
             position += length
         elif kind == _VARINT:
@@ -210,7 +233,7 @@ def _walk(view: memoryview) -> Any:
         yield key >> 3, start, value, position
 
 
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(view: memoryview, position: int, most_bytes: int = 10) -> tuple[int, int]:
     byte = view[position]
     if byte < 128:
         return byte, position + 1
@@ -222,8 +245,8 @@ def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
         if byte < 128:
             return result, position + 1
         shift += 7
-        if shift > 63:
-            raise IndexError(f"a varint is longer than 10 bytes at byte {position}")
+        if shift >= 7 * most_bytes:
+            raise IndexError(f"a varint is longer than {most_bytes} bytes at byte {position}")
 
 
 def _varint(value: int) -> bytes:
