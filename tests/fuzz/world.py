@@ -1,0 +1,223 @@
+"""A server with caches of two principals, and a model of what every byte of their pages must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attnd.errors import ServerFault
+from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
+from attnd_server.app import build_service
+from attnd_server.cache import Cache
+from attnd_server.config import AttentionConfig, Layout, ServerConfig
+from attnd_server.identity import Principals
+from attnd_server.planes import PlaneTable
+from attnd_server.servicer import AttentionServicer
+
+CALLER, OTHER = "caller", "other"
+
+_TINY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "num_pages": 6, "page_size": 4}
+_PLAIN = AttentionConfig(**_TINY, head_dim_v=16, dtype=torch.float32)
+_HALF = AttentionConfig(**_TINY, dtype=torch.float16, layout=Layout.DISTINCT)
+_FP8 = AttentionConfig(**_TINY, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn)
+# Those of the other lie between the caller's, in the same space of pages.
+_CACHES = (
+    (CALLER, _PLAIN),
+    (OTHER, _PLAIN),
+    (CALLER, _PLAIN),
+    (CALLER, _HALF),
+    (OTHER, _HALF),
+    (CALLER, _FP8),
+    (OTHER, _FP8),
+)
+_LIMITS = ServerConfig(
+    device="cpu",
+    kv_bytes=1 << 18,
+    threads=1,
+    max_step_tokens=16,
+    max_step_reqs=4,
+    max_page_table_elements=24,
+    max_caches=12,
+    default_ttl_s=86_400,
+    max_planes=8,
+)
+# Caches that requests have made and that are kept.
+_MAX_MADE = 3
+
+
+class _Named(Principals):
+    """Takes a caller's word."""
+
+    def of(self, context: Any) -> str:
+        return str(context.principal)
+
+
+class Pool:
+    """The pages of one cache, and what they must hold, as bytes."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Expects what is there now."""
+        self.cache = cache
+        self.config = cache.config
+        self.info = cache.info()
+        self._actual = [_bytes_of(pages) for pages in (cache.k_pages, cache.v_pages)]
+        self._expected = [pages.copy() for pages in self._actual]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether K and V are stored as they come."""
+        return not self.config.is_quantised
+
+    def is_as_expected(self) -> bool:
+        """Whether every byte is what it must be."""
+        return all(map(np.array_equal, self._actual, self._expected))
+
+    def stored(self, layer: int, slots: Sequence[int], k: bytes, v: bytes) -> None:
+        """From now on these tokens lie in these slots, -1 excepted."""
+        for part, data in enumerate((k, v)):
+            size = len(data) // max(1, len(slots))
+            for index, slot in enumerate(slots):
+                if slot >= 0:
+                    row = np.frombuffer(data, np.uint8)[index * size : (index + 1) * size]
+                    self._set_row(part, layer, slot, row)
+
+    def copied(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """From now on these pages are copies of those."""
+        for expected in self._expected:
+            for source, target in zip(sources, targets, strict=True):
+                expected[:, target] = expected[:, source]
+
+    def row(self, part: int, layer: int, slot: int) -> bytes:
+        """What K (part 0) or V (part 1) of a slot must be."""
+        page, offset = divmod(slot, self.config.page_size)
+        return self._row_of(self._expected[part], part, layer, page, offset).tobytes()
+
+    def _set_row(self, part: int, layer: int, slot: int, row: npt.NDArray[np.uint8]) -> None:
+        page, offset = divmod(slot, self.config.page_size)
+        target = self._row_of(self._expected[part], part, layer, page, offset)
+        if self.is_exact:
+            target[...] = row.reshape(target.shape)
+        else:  # it may change, to whatever its kernels' own tests say
+            target[...] = self._row_of(self._actual[part], part, layer, page, offset)
+
+    def _row_of(self, pages: npt.NDArray[Any], part: int, layer: int, page: int, offset: int) -> npt.NDArray[Any]:
+        if self.config.layout is Layout.UNIFIED:
+            return pages[layer, page, offset]
+        if part == 0:
+            return pages[layer, page, :, :, offset]
+        size = (self.config.kv_dtype or self.config.dtype).itemsize
+        return pages[layer, page, :, :, offset * size : (offset + 1) * size]
+
+
+def _bytes_of(pages: torch.Tensor) -> npt.NDArray[np.uint8]:
+    return pages.view(torch.uint8).numpy()
+
+
+class World:
+    """A service, its servicer, the caches of both principals, and what was told INTERNAL."""
+
+    def __init__(self) -> None:
+        """Makes the caches and fills them."""
+        self.service = build_service(_LIMITS)
+        self.service.planes = PlaneTable("/nowhere", 1 << 16, _LIMITS.max_planes)
+        self.servicer = AttentionServicer(self.service, _Named())
+        self.faults: list[BaseException] = []
+        self._told = self.service.told
+        self.service.told = self._listen  # type: ignore[method-assign]
+        self.pools: dict[bytes, Pool] = {}
+        self._made: list[Pool] = []
+        for principal, config in _CACHES:
+            self._add(principal, config)
+        self._fixed = list(self.pools.values())
+
+    def _listen(self, error: Exception) -> Any:
+        told = self._told(error)
+        if isinstance(told, ServerFault):
+            self.faults.append(error)
+        return told
+
+    def _add(self, principal: str, config: AttentionConfig) -> Pool:
+        cache = self.service.caches.create(config, principal=principal, ttl_s=86_400, name="")
+        for pages in (cache.k_pages, cache.v_pages):
+            pages.copy_(torch.randn(pages.shape))
+        pool = self.pools[cache.id] = Pool(cache)
+        return pool
+
+    @property
+    def own(self) -> list[Pool]:
+        """The caller's, for which valid requests can be made."""
+        return [
+            pool
+            for pool in self.pools.values()
+            if pool.cache.principal == CALLER and pool.info.config.dtype != tensor_pb2.DTYPE_BFLOAT16
+        ]
+
+    @property
+    def refs(self) -> list[cache_pb2.CacheRef]:
+        """Every cache's, those of the other too."""
+        return [pool.info.cache for pool in self.pools.values()]
+
+    def pool(self, ref: cache_pb2.CacheRef) -> Pool:
+        """The caller's cache of a request that was done."""
+        pool = self.pools.get(ref.id)
+        assert pool is not None, f"a request was done in cache {ref.id.hex()}, which is none"
+        assert pool.cache.principal == CALLER, "a request was done in another principal's cache"
+        assert ref.epoch == pool.info.cache.epoch
+        return pool
+
+    def created(self, info: cache_pb2.CacheInfo) -> None:
+        """A request made a cache: nothing of anybody's is in it."""
+        cache = self.service.caches.get(info.cache, CALLER)
+        assert not cache.k_pages.view(torch.uint8).any()
+        assert not cache.v_pages.view(torch.uint8).any()
+        self._made.append(Pool(cache))
+        self.pools[cache.id] = self._made[-1]
+        if len(self._made) > _MAX_MADE:
+            oldest = self._made.pop(0)
+            self.service.caches.delete(oldest.info.cache, CALLER)
+            del self.pools[oldest.cache.id]
+
+    def deleted(self, ref: cache_pb2.CacheRef) -> None:
+        """A request deleted a cache; another takes its place if it was there from the beginning."""
+        pool = self.pool(ref)
+        assert pool.cache.is_closed
+        del self.pools[ref.id]
+        if pool in self._made:
+            self._made.remove(pool)
+        else:
+            self._fixed.remove(pool)
+            self._fixed.append(self._add(CALLER, pool.config))
+
+    def attended(self, step: step_pb2.Step, call: step_pb2.Call, k: bytes, v: bytes) -> None:
+        """A call was done: it stored what its step says, and nothing else."""
+        pool = self.pool(step.cache)
+        if step.HasField("slot_mapping"):
+            pool.stored(call.layer, integers(step.slot_mapping), k, v)
+
+    def check(self, doing: str) -> None:
+        """Fails if the server told of a fault of its own, or a byte of any page is not what it must be."""
+        if self.faults:
+            raise AssertionError(f"INTERNAL for {doing}") from self.faults[0]
+        for pool in self.pools.values():
+            assert not pool.cache.is_closed, f"cache {pool.cache.id.hex()} has gone after {doing}"
+            owner = pool.cache.principal
+            assert pool.is_as_expected(), f"bytes of {owner}'s cache {pool.cache.id.hex()} changed after {doing}"
+
+    def __enter__(self) -> World:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the executor."""
+        self.service.executor.close()
+
+
+def integers(tensor: tensor_pb2.Tensor) -> list[int]:
+    """The elements of an int32 or int64 tensor."""
+    dtype = {tensor_pb2.DTYPE_INT32: "<i4", tensor_pb2.DTYPE_INT64: "<i8"}[tensor.dtype]
+    elements: list[int] = np.frombuffer(tensor.data, dtype).tolist()
+    return elements

@@ -1,0 +1,99 @@
+"""Whatever comes over any RPC: an answer that is not INTERNAL, and no byte changed but in the caller's own slots.
+
+`make fuzz` does the same a million times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnd_server.cache import Cache, CacheTable
+from tests.fuzz.attack import Attack, Context, Ended, attack
+from tests.fuzz.world import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with World() as made:
+        yield made
+
+
+def run(world: World, random_: random.Random, num_requests: int) -> Attack:
+    with Attack(world, random_) as made:
+        asyncio.run(attack(made, num_requests))
+    return made
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(random_=st.randoms(use_true_random=False))
+def test_almost_valid_requests_change_nothing_of_anybody_else(random_: random.Random) -> None:
+    # A world of its own, so that what failed can be tried again.
+    with World() as world, Attack(world, random_) as made:
+        for _ in range(3):
+            asyncio.run(made.go())
+
+
+def test_requests_of_every_kind_are_done_and_refused(world: World) -> None:
+    made = run(world, random.Random(5), 4_000)
+    done = {method for method, outcome in made.outcomes if outcome == "done"}
+    refused = {method for method, outcome in made.outcomes if outcome != "done"}
+    assert done == {*world.service.unary, "ReadKv", "StoreKv", "Attend", "shm"}
+    assert done - refused <= {"GetCapabilities", "ListCaches"}  # which look at nothing that was sent
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(data=st.binary(max_size=200), method=st.integers(0, 13))
+def test_any_bytes_are_answered(world: World, data: bytes, method: int) -> None:
+    name = [*sorted(world.service.unary), "ReadKv", "StoreKv", "Attend"][method]
+    handler: Any = world.servicer._handlers[name]
+    context = Context()
+
+    async def once() -> AsyncIterator[bytes]:
+        yield data
+
+    async def call() -> None:
+        if name in ("StoreKv", "Attend"):
+            await handler.stream_stream(once(), context)
+            assert len(context.answers) == 1
+        elif name == "ReadKv":
+            await handler.unary_stream(data, context)
+        else:
+            await handler.unary_unary(data, context)
+
+    try:
+        asyncio.run(call())
+    except Ended:
+        assert context.code is not None
+    world.check(f"{name} {data.hex()}")
+
+
+def test_a_hole_between_principals_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(self: CacheTable, ref: Any, principal: str) -> Cache:
+        return self._caches.get(ref.id) or next(iter(self._caches.values()))
+
+    monkeypatch.setattr(CacheTable, "get", get)
+    found = r"another principal's cache|which is none|bytes of .* changed"
+    with World() as world, pytest.raises(AssertionError, match=found):
+        run(world, random.Random(1), 20_000)
+
+
+def test_a_store_beside_its_slots_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Cache.store
+
+    def store_and_spill(self: Cache, layer: int, k: Any, v: Any, stored: Any) -> None:
+        store(self, layer, k, v, stored)
+        assert self.pages is not None
+        after = self.pages.first + self.config.num_layers * self.config.num_pages
+        self.pages.space.k.view(torch.uint8)[after + 4] += 1  # where the next cache begins, more or less
+
+    monkeypatch.setattr(Cache, "store", store_and_spill)
+    with World() as world, pytest.raises(AssertionError, match=r"bytes of .* changed"):
+        run(world, random.Random(1), 2_000)
