@@ -168,7 +168,7 @@ def store_kv(random_: random.Random, info: cache_pb2.CacheInfo) -> attention_pb2
 
 def create_cache(random_: random.Random, info: cache_pb2.CacheInfo) -> cache_pb2.CreateCacheRequest:
     """A cache like another, or nearly."""
-    request = cache_pb2.CreateCacheRequest(config=info.config, ttl_s=random_.choice((0, 1, 60)), name="made")
+    request = cache_pb2.CreateCacheRequest(config=info.config, ttl_s=random_.choice((0, 60, 3600)), name="made")
     request.config.num_pages = random_.randint(1, 6)
     return request
 

@@ -174,6 +174,8 @@ class World:
         cache = self.service.caches.get(info.cache, CALLER)
         assert not cache.k_pages.view(torch.uint8).any()
         assert not cache.v_pages.view(torch.uint8).any()
+        cache.ttl_s = _LIMITS.default_ttl_s  # it goes when a request deletes it
+        cache.renew()
         self._made.append(Pool(cache))
         self.pools[cache.id] = self._made[-1]
         if len(self._made) > _MAX_MADE:
