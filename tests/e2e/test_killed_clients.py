@@ -1,4 +1,4 @@
-"""Clients that are killed at every point of a step, on the planes of a processor: nobody else is harmed, nothing stays."""
+"""Clients that are killed at every point of a step: nobody else is harmed, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.servers import ServerProcess, mapped
 from tests.soak.resources import resources
 
 # Points of a step at which a client is killed: lines of the client's code, evenly over all that a step runs.
-NUM_POINTS = 12
+NUM_POINTS = 8
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.dying", "tests.soak.load"])
 

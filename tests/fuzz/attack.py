@@ -225,6 +225,8 @@ class Attack:
             if call.HasField(name) and self._random.random() < 0.8:
                 tensor = getattr(call, name)
                 size = len(tensor.data)
+                if offset + size > _REGION_BYTES:  # of a cache that a request made
+                    return
                 self._memory[offset : offset + size] = tensor.data
                 tensor.region.id, tensor.region.offset = 1, offset
                 offset += -(-size // 64) * 64

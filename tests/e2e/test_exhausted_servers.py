@@ -1,0 +1,155 @@
+"""A server that has no descriptors or memory left, or a client that reads nothing: told so, and then served again."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+import attnd
+from attnd import requests
+from attnd.planes import doorbell, sockets
+from attnd.regions import Region
+from attnd.transport import SERVICE
+from attnd.v1 import plane_pb2
+from attnd_server import shm_server
+from tests.servers import ServerProcess
+from tests.soak.resources import rss_mib
+
+GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
+Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
+DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[ServerProcess]:
+    options = ("--device", "cpu", "--socket-dir", str(tmp_path / "sockets"), "--region-bytes", str(1 << 20))
+    with ServerProcess(tmp_path / "log", *options, "--kv-bytes", str(8 << 30)) as process:
+        yield process
+        log = process.log
+    assert "internal error" not in log, log
+
+
+def attend(session: attnd.Session) -> None:
+    assert torch.equal(session.step(DECODE).attend(0, Q, K, V), V)
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def num_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_a_server_without_descriptors_refuses_planes_and_serves_who_is_there(alone: ServerProcess) -> None:
+    with attnd.connect(alone.address, plane="shm", timeout_s=10) as client, client.create_cache(**GEOMETRY) as cache:
+        first = cache.session()
+        attend(first)
+        limit = resource.prlimit(alone.pid, resource.RLIMIT_NOFILE)
+        before = num_descriptors(alone.pid)
+        resource.prlimit(alone.pid, resource.RLIMIT_NOFILE, (before + 1, limit[1]))
+        refused = 0
+        for _ in range(4):
+            with cache.session() as session:
+                session.timeout_s = 3
+                try:
+                    attend(session)
+                except (attnd.Disconnected, attnd.Exhausted, attnd.Unsupported):
+                    refused += 1
+        assert refused
+        attend(first)
+        with cache.session(plane="inline") as inline:  # the connection is there
+            attend(inline)
+        resource.prlimit(alone.pid, resource.RLIMIT_NOFILE, limit)
+        with cache.session() as session:
+            attend(session)
+        first.close()
+        wait_for(lambda: num_descriptors(alone.pid) <= before, "descriptors were leaked")
+
+
+def test_a_cache_for_which_the_system_has_no_memory_is_refused(alone: ServerProcess) -> None:
+    with attnd.connect(alone.address, plane="inline") as client, client.create_cache(**GEOMETRY) as cache:
+        with cache.session() as session:
+            attend(session)
+            unlimited = resource.prlimit(alone.pid, resource.RLIMIT_AS)
+            with open(f"/proc/{alone.pid}/statm") as statm:
+                used = int(statm.read().split()[0]) * resource.getpagesize()
+            resource.prlimit(alone.pid, resource.RLIMIT_AS, (used + (64 << 20), unlimited[1]))
+            with pytest.raises(attnd.Exhausted, match="num_pages is 60000, but cpu cannot allocate it"):
+                client.create_cache(**{**GEOMETRY, "num_pages": 60_000, "head_dim": 512})
+            attend(session)
+            resource.prlimit(alone.pid, resource.RLIMIT_AS, unlimited)
+            client.create_cache(**{**GEOMETRY, "num_pages": 60_000, "head_dim": 512}).delete()
+            attend(session)
+
+
+def test_a_stream_that_is_not_read_costs_its_server_a_few_answers(alone: ServerProcess) -> None:
+    num_tokens, heads = 64, 64
+    q, kv = torch.ones(num_tokens, heads, 16), torch.ones(num_tokens, 2, 16)
+    metadata = attnd.StepMetadata([num_tokens], [0], [[0, 1, 2, 3, 4, 5, 6, 7]])
+    num_sent = 0
+
+    with attnd.connect(alone.address, plane="inline") as client, client.create_cache(**GEOMETRY) as cache:
+        with cache.session() as session:
+            attend(session)
+        request = requests.attend_call(1, 0, q, kv, kv, attnd.AttentionOptions())
+        stop = threading.Event()
+
+        def flood() -> Iterator[bytes]:
+            nonlocal num_sent
+            yield requests.wire.step_request(metadata.to_message(1, cache.ref))
+            while not stop.is_set():
+                num_sent += 1
+                yield request
+
+        before = rss_mib(alone.pid)
+        with grpc.insecure_channel(alone.address) as channel:
+            stream: Any = channel.stream_stream(f"{SERVICE}Attend")(flood())
+            time.sleep(1.5)
+            with cache.session() as session:
+                attend(session)
+            assert rss_mib(alone.pid) - before < 64
+            assert num_sent > 1
+            stop.set()
+            stream.cancel()
+        with cache.session() as session:
+            attend(session)
+
+
+def test_a_plane_whose_answers_are_not_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.unit.test_shm_server import serving
+
+    monkeypatch.setattr(shm_server, "SEND_S", 0.3)
+    with serving(tmp_path) as (server, client), client.create_cache(**GEOMETRY) as cache:
+        plane = plane_pb2.OpenPlaneResponse.FromString(client.transport.unary("OpenPlane", b"", 10))
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(20)
+            connection.connect(plane.shm.socket_path)
+            connection.sendall(plane.shm.ticket)
+            (descriptor,) = sockets.receive_memories(connection, 1)
+            region = Region(plane.id, sockets.map_memory(descriptor, plane.shm.num_bytes))
+            message = DECODE.to_message(1, cache.ref)
+            connection.sendall(doorbell.request_bytes(requests.wire.step_request(message)))
+            call = requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
+            connection.sendall(doorbell.request_bytes(call))
+            again = doorbell.repeated_call(0, 1, 0) * 1000
+            with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's
+                for _ in range(10_000):
+                    connection.sendall(again)
+            region.close()
+        wait_for(lambda: not server._connections, "the plane of a client that reads nothing goes on")
+        with cache.session() as session:
+            attend(session)
