@@ -41,13 +41,16 @@ def main(
     kills: Annotated[int, typer.Option(min=0, help="How many kills at least; stops do not count.")] = 200,
     clients: Annotated[int, typer.Option(min=1, help="Client processes; every other one uses shared memory.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the order of faults and of all numbers; -1: another each time.")] = -1,
+    snapshots: Annotated[
+        bool, typer.Option(help="Servers keep their caches over SIGTERM, and clients adopt them.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File for the result, JSON; it is printed as well.")] = None,
 ) -> None:
     """Loads a server while its clients and it are killed, and checks everything that they say."""
     seed = seed if seed >= 0 else random.SystemRandom().getrandbits(32)
     console.print(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="attnd-soak-") as folder:
-        result = soak(Path(folder), minutes * 60, kills, clients, seed)
+        result = soak(Path(folder), minutes * 60, kills, clients, seed, snapshots)
         clients_log = Path(folder) / "clients.log"
         if clients_log.exists():
             console.print(clients_log.read_text()[-5000:], markup=False)
@@ -59,11 +62,12 @@ def main(
     raise typer.Exit(bool(summary["wrong"]))
 
 
-def soak(folder: Path, seconds: float, num_kills: int, num_clients: int, seed: int) -> Result:
+def soak(folder: Path, seconds: float, num_kills: int, num_clients: int, seed: int, snapshots: bool) -> Result:
     """Runs it. Faults that kill the server come in the first part of the time only."""
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
-    with Soak(folder, num_clients, seed) as running, Progress(*columns, console=console) as progress:
+    bar = Progress(*columns, console=console)
+    with Soak(folder, num_clients, seed, snapshots) as running, bar as progress:
         result = running.result
         task = progress.add_task("soak", total=max(1.0, seconds), told="")
 
@@ -113,6 +117,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "answers": result.totals["answers"],
         "writes_read_back": result.totals["writes"],
         "reconnects": result.totals["reconnects"],
+        "adoptions": result.totals["adoptions"],
         "wrong": {name: count for name, count in wrong.items() if count},
         "wrong_answers": result.totals["wrong_answers"],
         "lost_completed_writes": result.totals["lost_writes"],

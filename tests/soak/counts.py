@@ -17,7 +17,8 @@ class Counts(ctypes.Structure):
         writes: slots of a layer that were read back and compared, bit for bit.
         lost_writes: of these, were acknowledged and not there.
         reconnects: streams or connections that broke.
-        caches_lost: caches that were gone although the server was not.
+        adoptions: caches that a restarted server had restored.
+        caches_lost: caches that were gone although nothing had happened that they do not outlive.
         unexpected: errors that nothing explains.
         leaks: descriptors or mappings that a client still had after it had closed.
         last_ok_ns: `time.monotonic_ns` of the last answer that was right.
@@ -32,6 +33,7 @@ class Counts(ctypes.Structure):
             "writes",
             "lost_writes",
             "reconnects",
+            "adoptions",
             "caches_lost",
             "unexpected",
             "leaks",
@@ -45,10 +47,12 @@ class Shared(ctypes.Structure):
 
     Attributes:
         stop: not 0: end in good order.
-        server_life: counts up when a server is about to be killed.
+        server_life: counts up when a server is about to end.
+        last_loss: the life that began with the loss of all caches.
+        has_snapshots: not 0: a server that ends in good order keeps its caches.
     """
 
-    _fields_ = [("stop", ctypes.c_int64), ("server_life", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in ("stop", "server_life", "last_loss", "has_snapshots")]
 
 
 def new_counts() -> Counts:

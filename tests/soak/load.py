@@ -85,26 +85,47 @@ class SoakClient:
         with attnd.connect(self._address, plane=self._plane, timeout_s=TIMEOUT_S, connect_timeout_s=60) as client:
             while not self._shared.stop:
                 life = self._shared.server_life
-                try:
-                    with client.create_cache(**GEOMETRY, ttl_s=TTL_S, name=f"soak {os.getpid()}") as cache:
-                        self._use(cache)
-                except attnd.CacheLost:
-                    if self._shared.server_life == life:
-                        self._counts.caches_lost += 1
+                with client.create_cache(**GEOMETRY, ttl_s=TTL_S, name=f"soak {os.getpid()}") as cache:
+                    self._use(client, UsedCache(cache, self._numbers, life))
 
-    def _use(self, cache: attnd.Cache) -> None:
+    def _use(self, client: attnd.Client, used: UsedCache) -> None:
         """Fills a cache and uses it for a while; a stream that breaks is opened again."""
-        used = UsedCache(cache, self._numbers)
-        for _ in range(self._random.randint(1, 8)):  # sessions
-            with cache.session() as session:
-                try:
-                    for _ in range(self._random.randint(5, 60)):
-                        if self._shared.stop:
-                            return
-                        self._step(session, used)
-                except (attnd.Disconnected, attnd.DeadlineExceeded):
-                    self._counts.reconnects += 1
-            self._read_back(used)
+        for _ in range(self._random.randint(1, 8)):
+            if self._shared.stop:
+                return
+            try:
+                self._run_session(used)
+                self._read_back(used)
+            except (attnd.Disconnected, attnd.DeadlineExceeded):
+                self._counts.reconnects += 1
+                client.capabilities()  # waits for it
+            except attnd.CacheLost:
+                if not self._adopt(used):
+                    return
+
+    def _run_session(self, used: UsedCache) -> None:
+        with used.cache.session() as session:
+            for _ in range(self._random.randint(5, 60)):
+                if self._shared.stop:
+                    return
+                self._step(session, used)
+
+    def _adopt(self, used: UsedCache) -> bool:
+        """Goes on with a cache after a restart; all that was acknowledged is there. False: it is lost."""
+        life = self._shared.server_life
+        if self._shared.has_snapshots:
+            try:
+                used.cache.adopt()
+            except attnd.CacheLost:
+                pass
+            else:
+                used.life = life
+                self._counts.adoptions += 1
+                self._read_back(used)
+                return True
+        if self._shared.last_loss <= used.life:
+            self._counts.caches_lost += 1
+        return False
 
     def _step(self, session: attnd.Session, used: UsedCache) -> None:
         """A step, or the last one again if it was not done to its end."""
@@ -170,11 +191,13 @@ class UsedCache:
         k: `[layers, slots, kv_heads, head_dim]`.
         v: likewise.
         planned: a step that was begun and is not done.
+        life: of the server, in which it was created or adopted, or the one before.
     """
 
-    def __init__(self, cache: attnd.Cache, numbers: Any) -> None:
+    def __init__(self, cache: attnd.Cache, numbers: Any, life: int) -> None:
         """Of a new cache: nothing is stored."""
         self.cache = cache
+        self.life = life
         self._numbers = numbers
         self.k = np.zeros((LAYERS, PAGES * PAGE_SIZE, KV_HEADS, DIM), np.float32)
         self.v = self.k.copy()

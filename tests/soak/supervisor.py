@@ -82,7 +82,7 @@ class Soak:
         folder: Path,
         num_clients: int,
         seed: int,
-        server_options: tuple[str, ...] = (),
+        snapshots: bool = False,
         longest_stop_s: float = LONGEST_STOP_S,
     ) -> None:
         """Starts nothing.
@@ -91,21 +91,23 @@ class Soak:
             folder: for logs and the socket.
             num_clients: every other one uses shared memory.
             seed: of the order of faults and of what the clients send.
-            server_options: of `attnd serve`, besides those that are always given. A server that keeps its caches over
-                SIGTERM gets its options here; clients then adopt them in `load.SoakClient.live`.
+            snapshots: whether servers write their caches to files at SIGTERM and restore them.
             longest_stop_s: of SIGSTOP.
         """
         self.result = Result()
         self._longest_stop_s = longest_stop_s
         self._folder, self._sockets = folder, folder / "sockets"
         self._options = ("--device", "cpu", "--threads", "1", "--socket-dir", str(self._sockets), "--drain-s", "2")
-        self._options += ("--region-bytes", str(4 << 20), "--kv-bytes", str(1 << 28), *server_options)
+        self._options += ("--region-bytes", str(4 << 20), "--kv-bytes", str(1 << 28))
+        if snapshots:
+            self._options += ("--snapshot-dir", str(folder / "snapshots"), "--restore")
         self._random = random.Random(seed)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.soak.load"])
         self._counts: list[Counts] = [new_counts() for _ in range(num_clients)]
         self._clients: list[ForkServerProcess] = []
         self._shared = new_shared()
+        self._shared.has_snapshots = snapshots
         self._num_started = 0
 
     def __enter__(self) -> Soak:
@@ -207,6 +209,8 @@ class Soak:
 
     def _restart_server(self, number: signal.Signals) -> None:
         self._shared.server_life += 1
+        if number == signal.SIGKILL or not self._shared.has_snapshots:
+            self._shared.last_loss = self._shared.server_life
         if number == signal.SIGKILL:
             self._server.kill()
         else:
