@@ -19,7 +19,7 @@ from tests.servers import ServerProcess, mapped
 from tests.soak.resources import resources
 
 # Points of a step at which a client is killed: lines of the client's code, evenly over all that a step runs.
-NUM_POINTS = 8
+NUM_POINTS = 6
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.dying", "tests.soak.load"])
 

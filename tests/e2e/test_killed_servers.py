@@ -14,12 +14,12 @@ import attnd
 from tests.servers import ServerProcess
 
 # One call of it takes the plain backend most of a second.
-NUM_TOKENS, HEADS, DIM = 4000, 4, 64
+NUM_TOKENS, HEADS, DIM = 3000, 4, 64
 GEOMETRY = {
     "num_layers": 2,
     "num_kv_heads": HEADS,
     "head_dim": DIM,
-    "num_pages": 250,
+    "num_pages": 188,
     "dtype": "float32",
     "backend": "naive",
 }
@@ -34,7 +34,7 @@ def serve(folder: Path) -> ServerProcess:
 def submit(session: attnd.Session, num_tokens: int) -> tuple[attnd.PendingCall, torch.Tensor]:
     """A call that is under way, of a step that the server has taken, and the call's q, k and v."""
     tensors = torch.randn(3, num_tokens, HEADS, DIM)
-    step = session.step(attnd.StepMetadata([num_tokens], [0], [list(range(250))], list(range(num_tokens))))
+    step = session.step(attnd.StepMetadata([num_tokens], [0], [list(range(188))], list(range(num_tokens))))
     step.attend(1, *tensors)
     return step.submit(0, *tensors), tensors
 
@@ -43,7 +43,7 @@ def submit(session: attnd.Session, num_tokens: int) -> tuple[attnd.PendingCall, 
 def test_sigterm_while_a_call_runs_lets_it_finish(tmp_path: Path, plane: str) -> None:
     with serve(tmp_path) as server, attnd.connect(server.address, plane=plane) as client:
         session = client.create_cache(**GEOMETRY).session()
-        call, tensors = submit(session, NUM_TOKENS // 2)
+        call, tensors = submit(session, NUM_TOKENS // 3)
         server.terminate()
         expected = scaled_dot_product_attention(*tensors.double().transpose(1, 2), is_causal=True).transpose(0, 1)
         np.testing.assert_allclose(call.wait().double(), expected, atol=2e-5)

@@ -261,7 +261,7 @@ class Soak:
     def _at_rest(self) -> Resources:
         """What the server holds when it holds least within some seconds."""
         found = []
-        for _ in range(15):
-            time.sleep(0.2)
+        for _ in range(5):
+            time.sleep(0.3)
             found.append(resources(self._server.pid, self._sockets))
         return min(found, key=lambda held: (held.regions, held.descriptors, held.threads))

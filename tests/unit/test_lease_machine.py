@@ -304,12 +304,13 @@ class LeaseMachine(RuleBasedStateMachine):
 
 def test_leases_steps_retries_and_restarts_are_as_the_model_says() -> None:
     run_state_machine_as_test(
-        LeaseMachine, settings=settings(deadline=None, derandomize=True, max_examples=50, stateful_step_count=30)
+        LeaseMachine, settings=settings(deadline=None, derandomize=True, max_examples=40, stateful_step_count=30)
     )
 
 
-def test_leases_deadlines_and_tickets_do_not_look_at_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    jumped = time.time() + 1e9
+@pytest.mark.parametrize("jump", [-2e9, 4e9], ids=["back", "forth"])
+def test_a_wall_clock_that_jumps_by_decades_ends_no_lease(monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    jumped = time.time()
     monkeypatch.setattr(time, "time", lambda: jumped)
     monkeypatch.setattr(time, "time_ns", lambda: int(jumped * 1e9))
     with attnd.connect("inproc://", timeout_s=10) as client:
@@ -317,8 +318,7 @@ def test_leases_deadlines_and_tickets_do_not_look_at_the_wall_clock(monkeypatch:
             ones = np.ones((1, HEADS, DIM), np.float32)
             step = session.step(attnd.StepMetadata([1], [0], [[0]], [0]))
             step.attend(0, ones, ones, ones)
-            for jump in (-2e9, 4e9):  # decades back, and forth
-                jumped += jump
-                time.sleep(1.2)  # in which the server looks for leases that have ended
-                assert (step.attend(0, ones, ones, ones) == 1).all()
-                assert 0 < cache.info().expires_in_s <= 1.5
+            jumped += jump
+            time.sleep(1.1)  # in which the server looks for leases that have ended
+            assert (step.attend(0, ones, ones, ones) == 1).all()
+            assert 0 < cache.info().expires_in_s <= 1.5
