@@ -90,14 +90,15 @@ class SoakClient:
 
     def _use(self, client: attnd.Client, used: UsedCache) -> None:
         """Fills a cache and uses it for a while; a stream that breaks is opened again."""
-        for _ in range(self._random.randint(1, 8)):
-            if self._shared.stop:
-                return
+        num_left = self._random.randint(1, 8)
+        while num_left and not self._shared.stop:
             try:
                 self._run_session(used)
                 self._read_back(used)
+                num_left -= 1
             except (attnd.Disconnected, attnd.DeadlineExceeded):
                 self._counts.reconnects += 1
+                time.sleep(0.02)  # a server that drains still answers
                 client.capabilities()  # waits for it
             except attnd.CacheLost:
                 if not self._adopt(used):
