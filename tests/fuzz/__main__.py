@@ -14,6 +14,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -82,8 +83,10 @@ def _fuzz_decoder(seconds: int) -> str:
     if importlib.util.find_spec("atheris") is None:
         console.print("atheris is not installed (pip install atheris), so the decoder is not fuzzed with coverage")
         return "left out: no atheris"
-    command = [sys.executable, "-m", "tests.fuzz.decoder_target", f"-max_total_time={seconds}", "-max_len=400"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory(prefix="attnd-fuzz-") as folder:
+        command = [sys.executable, "-m", "tests.fuzz.decoder_target", folder]
+        command += [f"-artifact_prefix={folder}/", f"-max_total_time={seconds}", "-max_len=400"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ""
     if done.returncode:
         console.print(done.stderr[-3000:])

@@ -1,14 +1,13 @@
 """Has atheris look for bytes that the hand-framed decoder and protobuf read differently.
 
-`python -m tests.fuzz.decoder_target -max_total_time=60`, with libFuzzer's options; needs `pip install atheris`. Inputs
-that found new ways through the decoder are in decoder_corpus.txt, one in hex a line: it starts from them, and the suite
-checks each.
+`python -m tests.fuzz.decoder_target FOLDER -max_total_time=60`, with libFuzzer's options; needs `pip install atheris`.
+FOLDER gets the inputs of decoder_corpus.txt, those that found new ways through the decoder before, and what finds more.
+The suite checks each line of that file, which is an input in hex.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 CORPUS = Path(__file__).with_name("decoder_corpus.txt")
@@ -36,14 +35,14 @@ def main() -> None:
         from attnd import wire
 
         assert wire
-    folder = tempfile.mkdtemp(prefix="attnd-corpus-")
-    for index, data in enumerate(read_corpus() if CORPUS.exists() else []):
-        (Path(folder) / f"{index:04}").write_bytes(data)
+    for folder in [argument for argument in sys.argv[1:] if not argument.startswith("-")][:1]:
+        for index, data in enumerate(read_corpus()):
+            (Path(folder) / f"{index:04}").write_bytes(data)
 
     def target(data: bytes) -> None:
         check_input(data)
 
-    atheris.Setup([*sys.argv, folder], target)
+    atheris.Setup(sys.argv, target)
     atheris.Fuzz()
 
 
