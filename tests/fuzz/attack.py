@@ -258,8 +258,8 @@ class Attack:
         elif method == "ListCaches":
             listed = cache_pb2.ListCachesResponse.FromString(answers[0]).caches
             assert len(listed) == sum(pool.cache.principal == CALLER for pool in world.pools.values())
-        elif method in ("RenewCache", "WarmUp"):
-            world.pool(cache_pb2.RenewCacheRequest.FromString(data).cache)
+        elif method not in ("GetCapabilities", "OpenPlane", "ClosePlane"):
+            world.pool(cache_pb2.RenewCacheRequest.FromString(data).cache)  # all that name a cache do so alike
 
     def _read(self, request: attention_pb2.ReadKvRequest, answers: list[bytes]) -> None:
         pool, slots = self.world.pool(request.cache), integers(request.slot_mapping)

@@ -209,5 +209,5 @@ def unary(random_: random.Random, method: str, info: cache_pb2.CacheInfo) -> Any
         return capabilities_pb2.GetCapabilitiesRequest()
     if method == "ListCaches":
         return cache_pb2.ListCachesRequest()
-    message_type = {"RenewCache": cache_pb2.RenewCacheRequest, "DeleteCache": cache_pb2.DeleteCacheRequest}[method]
+    message_type = getattr(cache_pb2, f"{method}Request")  # the rest name a cache, and nothing else
     return message_type(cache=info.cache)
