@@ -86,10 +86,14 @@ def test_a_client_killed_at_every_point_of_a_step_harms_nobody(killed_server: Se
         wait_for(lambda: mapped(killed_server.pid) == 0, "the server kept a region")
         folder = Path(killed_server.log_path).parent / "sockets"
         before = resources(killed_server.pid, folder)
+        codes = []
         for point in range(NUM_POINTS):
             at_line = 1 + point * (num_lines - 1) // NUM_POINTS
-            assert run(dying.die_in_a_step, killed_server.address, plane, at_line, count) == -signal.SIGKILL
+            codes.append(run(dying.die_in_a_step, killed_server.address, plane, at_line, count))
             bystander.check()
+        # Answers that come together save some lines, so that the last point may not be reached.
+        assert set(codes[: NUM_POINTS * 3 // 4]) == {-signal.SIGKILL}
+        assert set(codes) <= {-signal.SIGKILL, 0}
         wait_for(lambda: len(client.list_caches()) == 1, "the server kept a dead client's cache")
         wait_for(
             lambda: resources(killed_server.pid, folder).descriptors <= before.descriptors, "descriptors were leaked"
