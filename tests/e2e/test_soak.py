@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.soak.supervisor import FAULTS, Soak
+from tests.soak.result import FAULTS
+from tests.soak.supervisor import Soak
 
 
 def test_every_kind_of_fault_under_load_loses_nothing(tmp_path: Path) -> None:

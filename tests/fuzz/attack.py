@@ -7,61 +7,28 @@ import mmap
 import random
 import socket
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import grpc
+import numpy as np
 from google.protobuf.message import Message
 
-from attnd.errors import AttndError
 from attnd.planes import doorbell
 from attnd.regions import Region
-from attnd.tensors import ITEM_SIZES
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2, tensor_pb2
-from attnd_server.attend_session import MAX_OPEN_STEPS
 from attnd_server.planes import Pinning
 from attnd_server.replies import RegionReplies
 from attnd_server.shm_server import _Connection
 from tests.fuzz import valid
+from tests.fuzz.context import Context, Ended
 from tests.fuzz.decoder import FRAMES
 from tests.fuzz.decoder import check as check_decoder
 from tests.fuzz.mutations import mutate, mutate_bytes
+from tests.fuzz.stream_model import REGION_BYTES, StreamModel, parsed_request
 from tests.fuzz.world import CALLER, Pool, World, integers
 
-_REGION_BYTES = 1 << 16
 _REPLY = struct.Struct("<I28x")
-
-
-class Ended(Exception):
-    """An RPC was ended with a status."""
-
-
-class Context:
-    """What a handler sees of gRPC."""
-
-    def __init__(self) -> None:
-        """Of the caller."""
-        self.principal = CALLER
-        self.answers: list[bytes] = []
-        self.code: grpc.StatusCode | None = None
-
-    def invocation_metadata(self) -> tuple[()]:
-        """None."""
-        return ()
-
-    def time_remaining(self) -> None:
-        """For ever."""
-
-    async def write(self, answer: bytes) -> None:
-        """Keeps an answer."""
-        self.answers.append(answer)
-
-    async def abort(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
-        """Ends the RPC."""
-        assert details
-        self.code = code
-        raise Ended
 
 
 class Attack:
@@ -77,8 +44,8 @@ class Attack:
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self._random = random_
         self._methods = sorted({*world.service.unary, "ReadKv"})
-        self._memory = mmap.mmap(-1, _REGION_BYTES)
-        self._memory[:] = (valid._BYTES[tensor_pb2.DTYPE_FLOAT32] * 2)[:_REGION_BYTES]
+        self._memory = mmap.mmap(-1, REGION_BYTES)
+        self._memory[:] = (valid.BYTES[tensor_pb2.DTYPE_FLOAT32] * 2)[:REGION_BYTES]
         self._ends = socket.socketpair()
 
     @property
@@ -170,7 +137,7 @@ class Attack:
             message = attention_pb2.AttendRequest(step=step)
             if last is not None and self._random.random() < 0.5:
                 rows, columns = last.page_tables.shape
-                table = valid.np.frombuffer(last.page_tables.data, "<i4").reshape(rows, columns)
+                table = np.frombuffer(last.page_tables.data, "<i4").reshape(rows, columns)
                 valid.with_delta(self._random, message.step, last.id, table)
             yield message
             for _ in range(self._random.randint(0, 3)):
@@ -184,11 +151,11 @@ class Attack:
         ]
         context, doing = Context(), f"Attend {[data.hex() for data in sent]}"
         await self.world.servicer.attend(_stream(sent), context)  # type: ignore[arg-type]
-        model = _StreamModel(self.world)
+        model = StreamModel(self.world)
         for data, answer in zip(sent, context.answers, strict=True):
             reply = attention_pb2.AttendResponse.FromString(answer)
             self._count("Attend", _reason(reply), doing)
-            model.answered(_request(data), reply, None)
+            model.answered(parsed_request(data), reply, None)
             check_decoder("AttendRequest", data)
         self.world.check(doing)
 
@@ -197,7 +164,7 @@ class Attack:
         world, random_ = self.world, self._random
         connection = _Connection(world.service, world.service.planes, Pinning(None), self._ends[0], {})
         session = world.service.open_session(CALLER, RegionReplies(Region(1, self._memory)))
-        model, doing = _StreamModel(world), "a region's "
+        model, doing = StreamModel(world), "a region's "
         for message in self._steps_and_calls():
             lane = random_.choice((0, 0, 0, 1, 3, 4, 2**32 - 1))
             if message.WhichOneof("message") == "call":
@@ -225,7 +192,7 @@ class Attack:
             if call.HasField(name) and self._random.random() < 0.8:
                 tensor = getattr(call, name)
                 size = len(tensor.data)
-                if offset + size > _REGION_BYTES:  # of a cache that a request made
+                if offset + size > REGION_BYTES:  # of a cache that a request made
                     return
                 self._memory[offset : offset + size] = tensor.data
                 tensor.region.id, tensor.region.offset = 1, offset
@@ -268,80 +235,6 @@ class Attack:
             for part, name in enumerate(("k", "v")):
                 read = b"".join(getattr(chunk, name).data for chunk in chunks)
                 assert read == b"".join(pool.row(part, request.layer, slot) for slot in slots)
-
-
-class _StreamModel:
-    """What an Attend stream must do to the caches, by its answers."""
-
-    def __init__(self, world: World) -> None:
-        self.steps: OrderedDict[int, step_pb2.Step] = OrderedDict()
-        self._world = world
-        self._last_calls: dict[int, step_pb2.Call] = {}  # by lane
-
-    def answered(
-        self, request: attention_pb2.AttendRequest, reply: attention_pb2.AttendResponse, memory: bytes | None
-    ) -> None:
-        kind = reply.WhichOneof("message")
-        if kind == "step":
-            assert reply.step.step_id == request.step.id
-            self.steps[request.step.id] = request.step
-            if len(self.steps) > MAX_OPEN_STEPS:
-                self.steps.popitem(last=False)
-        elif kind == "call":
-            assert (reply.call.step_id, reply.call.layer) == (request.call.step_id, request.call.layer)
-            self._attended(request.call, memory)
-        else:
-            assert kind == "error"
-
-    def answered_in_region(
-        self, request: doorbell.Request, reply: attention_pb2.AttendResponse, is_repeated: bool, memory: bytes
-    ) -> None:
-        if request.message:
-            message = _request(request.message)
-            if message.WhichOneof("message") == "call" and request.lane < 4 and _decodes(request.message):
-                self._last_calls[request.lane] = message.call
-        else:
-            message = attention_pb2.AttendRequest()
-            message.call.SetInParent()
-            if request.lane in self._last_calls:
-                call = self._last_calls[request.lane]
-                call.layer, call.step_id = request.layer, request.step_id
-                message.call.CopyFrom(call)
-        if is_repeated:
-            self._attended(message.call, memory)
-        else:
-            self.answered(message, reply, memory)
-
-    def _attended(self, call: step_pb2.Call, memory: bytes | None) -> None:
-        step = self.steps[call.step_id]
-        self._world.attended(step, call, _elements(call.k, memory), _elements(call.v, memory))
-
-
-def _elements(tensor: tensor_pb2.Tensor, memory: bytes | None) -> bytes:
-    if not tensor.HasField("region"):
-        return tensor.data
-    assert memory is not None
-    num_bytes = ITEM_SIZES[tensor.dtype]
-    for extent in tensor.shape:
-        num_bytes *= extent
-    return memory[tensor.region.offset :][:num_bytes]
-
-
-def _request(data: bytes) -> attention_pb2.AttendRequest:
-    try:
-        return attention_pb2.AttendRequest.FromString(data)
-    except Exception:  # then it was refused, whatever it was
-        return attention_pb2.AttendRequest()
-
-
-def _decodes(data: bytes) -> bool:
-    from attnd import wire
-
-    try:
-        wire.ATTEND_REQUEST.decode(data, Region(1, mmap.mmap(-1, _REGION_BYTES)))
-    except AttndError:
-        return False
-    return True
 
 
 def _reason(reply: Message | Any) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
 
 # Elements of calls come from here, so that none has to be made for each. Reinterpreted in a type of two bytes they are
 # still finite.
 _VALUES = np.random.default_rng(7).standard_normal(1 << 14).astype(np.float32)
-_BYTES = {
+BYTES = {
     tensor_pb2.DTYPE_FLOAT32: _VALUES.tobytes(),
     tensor_pb2.DTYPE_FLOAT16: _VALUES.astype(np.float16).tobytes(),
 }
@@ -32,8 +32,8 @@ def floats(random_: random.Random, dtype: int, *shape: int) -> tensor_pb2.Tensor
     """Numbers of order 1."""
     size = SIZES[dtype]
     num_bytes = int(np.prod(shape)) * size
-    start = random_.randrange((len(_BYTES[dtype]) - num_bytes) // size) * size
-    data = _BYTES[dtype][start : start + num_bytes]
+    start = random_.randrange((len(BYTES[dtype]) - num_bytes) // size) * size
+    data = BYTES[dtype][start : start + num_bytes]
     return tensor_pb2.Tensor(dtype=tensor_pb2.Dtype.ValueType(dtype), shape=shape, data=data)
 
 
@@ -204,8 +204,6 @@ def unary(random_: random.Random, method: str, info: cache_pb2.CacheInfo) -> Any
     if method == "ClosePlane":
         return plane_pb2.ClosePlaneRequest(id=random_.randint(0, 40))
     if method == "GetCapabilities":
-        from attnd.v1 import capabilities_pb2
-
         return capabilities_pb2.GetCapabilitiesRequest()
     if method == "ListCaches":
         return cache_pb2.ListCachesRequest()

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tests.soak.resources import slope_per_minute
-from tests.soak.supervisor import KILLS, Result, Soak
+from tests.soak.result import KILLS, Result
+from tests.soak.supervisor import Soak
 
 # Of the time, in which the server dies too.
 SERVER_DIES = 0.6

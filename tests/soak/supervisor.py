@@ -7,9 +7,7 @@ import os
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -18,60 +16,13 @@ from tests.servers import ServerProcess
 from tests.soak.counts import Counts, new_counts, new_shared, now_ns
 from tests.soak.load import TIMEOUT_S, TTL_S, run_client
 from tests.soak.resources import Resources, resources, rss_mib
+from tests.soak.result import FAULTS, Result
 
-# What is done to whom, and how often; those of the server only while it may die.
-FAULTS = {
-    "client SIGKILL": 45,
-    "client SIGTERM": 10,
-    "client SIGSTOP": 12,
-    "server SIGSTOP": 8,
-    "server SIGKILL": 13,
-    "server SIGTERM": 12,
-}
-KILLS = tuple(name for name in FAULTS if "STOP" not in name)
 DEADLY_TO_SERVER = ("server SIGKILL", "server SIGTERM")
 # Seconds after which somebody who has not recovered never will.
 RECOVERY_LIMIT_S = 60.0
 # Longest stop, in seconds: longer than a request's deadline, shorter than a lease.
 LONGEST_STOP_S = 2 * TIMEOUT_S
-
-
-@dataclass
-class Result:
-    """What came of a soak.
-
-    Attributes:
-        faults: how often each was injected.
-        recovery_s: by fault, seconds from the kill or the end of the stop until every client had a right answer again.
-        reconnect_s: of a server's restart, seconds from its first "serves" until then.
-        not_recovered: faults after which somebody did not, in time.
-        exit_codes: of servers that were told to end.
-        before: what a server held at rest, before its clients were killed.
-        after: likewise, afterwards.
-        rss: `(seconds, MiB)` of that server, in between.
-        caches_left: that it still had when every lease had ended.
-        server_faults: lines of servers' logs that tell of an internal error.
-        totals: sums of the clients' counts.
-        seconds: of all of it.
-    """
-
-    faults: Counter[str] = field(default_factory=Counter)
-    recovery_s: dict[str, list[float]] = field(default_factory=dict)
-    reconnect_s: list[float] = field(default_factory=list)
-    not_recovered: int = 0
-    exit_codes: Counter[int] = field(default_factory=Counter)
-    before: Resources | None = None
-    after: Resources | None = None
-    rss: list[tuple[float, float]] = field(default_factory=list)
-    caches_left: int = 0
-    server_faults: list[str] = field(default_factory=list)
-    totals: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    @property
-    def num_kills(self) -> int:
-        """Processes that were killed or told to end."""
-        return sum(self.faults[name] for name in KILLS)
 
 
 class Soak:

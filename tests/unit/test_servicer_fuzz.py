@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnd_server.cache import Cache, CacheTable
-from tests.fuzz.attack import Attack, Context, Ended, attack
+from tests.fuzz.attack import Attack, attack
+from tests.fuzz.context import Context, Ended
 from tests.fuzz.world import World
 
 
