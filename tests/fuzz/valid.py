@@ -167,9 +167,12 @@ def store_kv(random_: random.Random, info: cache_pb2.CacheInfo) -> attention_pb2
 
 
 def create_cache(random_: random.Random, info: cache_pb2.CacheInfo) -> cache_pb2.CreateCacheRequest:
-    """A cache like another, or nearly."""
-    request = cache_pb2.CreateCacheRequest(config=info.config, ttl_s=random_.choice((0, 60, 3600)), name="made")
-    request.config.num_pages = random_.randint(1, 6)
+    """A cache like another, or nearly; or the same again, by its key."""
+    num_pages = random_.randint(1, 6)
+    request = cache_pb2.CreateCacheRequest(config=info.config, ttl_s=(0, 3600)[num_pages % 2], name="made")
+    request.config.num_pages = num_pages
+    if random_.random() < 0.5:
+        request.key = bytes([num_pages]) * 16
     return request
 
 

@@ -170,12 +170,13 @@ class World:
         return pool
 
     def created(self, info: cache_pb2.CacheInfo) -> None:
-        """A request made a cache: nothing of anybody's is in it."""
+        """A request made a cache: nothing of anybody's is in it. Or it was the same as an earlier one, by its key."""
+        if info.cache.id in self.pools:
+            assert self.pool(info.cache).cache.key
+            return
         cache = self.service.caches.get(info.cache, CALLER)
         assert not cache.k_pages.view(torch.uint8).any()
         assert not cache.v_pages.view(torch.uint8).any()
-        cache.ttl_s = _LIMITS.default_ttl_s  # it goes when a request deletes it
-        cache.renew()
         self._made.append(Pool(cache))
         self.pools[cache.id] = self._made[-1]
         if len(self._made) > _MAX_MADE:
