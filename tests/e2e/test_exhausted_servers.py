@@ -1,17 +1,17 @@
-"""A server that has no descriptors or memory left, or a client that reads nothing: told so, and then served again."""
+"""A server without descriptors for planes or memory for caches, and a plane whose client reads nothing.
+
+Of connections and streams: see test_hostile_clients.py.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 import torch
 
@@ -19,11 +19,9 @@ import attnd
 from attnd import requests
 from attnd.planes import doorbell, sockets
 from attnd.regions import Region
-from attnd.transport import SERVICE
 from attnd.v1 import plane_pb2
 from attnd_server import shm_server
 from tests.servers import ServerProcess
-from tests.soak.resources import rss_mib
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
@@ -94,39 +92,6 @@ def test_a_cache_for_which_the_system_has_no_memory_is_refused(alone: ServerProc
             attend(session)
             resource.prlimit(alone.pid, resource.RLIMIT_AS, unlimited)
             client.create_cache(**{**GEOMETRY, "num_pages": 60_000, "head_dim": 512}).delete()
-            attend(session)
-
-
-def test_a_stream_that_is_not_read_costs_its_server_a_few_answers(alone: ServerProcess) -> None:
-    num_tokens, heads = 64, 64
-    q, kv = torch.ones(num_tokens, heads, 16), torch.ones(num_tokens, 2, 16)
-    metadata = attnd.StepMetadata([num_tokens], [0], [[0, 1, 2, 3, 4, 5, 6, 7]])
-    num_sent = 0
-
-    with attnd.connect(alone.address, plane="inline") as client, client.create_cache(**GEOMETRY) as cache:
-        with cache.session() as session:
-            attend(session)
-        request = requests.attend_call(1, 0, q, kv, kv, attnd.AttentionOptions())
-        stop = threading.Event()
-
-        def flood() -> Iterator[bytes]:
-            nonlocal num_sent
-            yield requests.wire.step_request(metadata.to_message(1, cache.ref))
-            while not stop.is_set():
-                num_sent += 1
-                yield request
-
-        before = rss_mib(alone.pid)
-        with grpc.insecure_channel(alone.address) as channel:
-            stream: Any = channel.stream_stream(f"{SERVICE}Attend")(flood())
-            time.sleep(1.5)
-            with cache.session() as session:
-                attend(session)
-            assert rss_mib(alone.pid) - before < 64
-            assert num_sent > 1
-            stop.set()
-            stream.cancel()
-        with cache.session() as session:
             attend(session)
 
 
