@@ -21,6 +21,7 @@ def test_every_kind_of_fault_under_load_loses_nothing(tmp_path: Path) -> None:
     assert set(result.exit_codes) == {0}
     assert result.totals["answers"] > 20
     assert result.totals["writes"] > 20
+    assert result.totals["adoptions"] > 0
     for name in ("wrong_answers", "lost_writes", "caches_lost", "unexpected", "leaks", "sockets_left"):
         assert result.totals[name] == 0, name
     assert result.after is not None

@@ -44,7 +44,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the order of faults and of all numbers; -1: another each time.")] = -1,
     snapshots: Annotated[
         bool, typer.Option(help="Servers keep their caches over SIGTERM, and clients adopt them.")
-    ] = False,
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="File for the result, JSON; it is printed as well.")] = None,
 ) -> None:
     """Loads a server while its clients and it are killed, and checks everything that they say."""

@@ -33,7 +33,7 @@ class Soak:
         folder: Path,
         num_clients: int,
         seed: int,
-        snapshots: bool = False,
+        snapshots: bool = True,
         longest_stop_s: float = LONGEST_STOP_S,
     ) -> None:
         """Starts nothing.
