@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.soak.result import FAULTS
 from tests.soak.supervisor import Soak
 
 
+@pytest.mark.slow
 def test_every_kind_of_fault_under_load_loses_nothing(tmp_path: Path) -> None:
     with Soak(tmp_path, num_clients=2, seed=1, longest_stop_s=0.2) as soak:
         for name in FAULTS:
