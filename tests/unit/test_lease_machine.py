@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 import attnd
 from attnd import requests, wire
 from attnd.v1 import cache_pb2
-from attnd_server import cache as cache_module
+from attnd_server import cache, cache_table
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
@@ -91,7 +91,8 @@ class LeaseMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.clock = Clock()
         self.patches = [
-            mock.patch.object(cache_module, "time", self.clock),
+            mock.patch.object(cache, "time", self.clock),
+            mock.patch.object(cache_table, "time", self.clock),
             mock.patch.object(Executor, "EXPIRY_PERIOD_S", 1e6),  # leases end when the machine says so
         ]
         for patch in self.patches:

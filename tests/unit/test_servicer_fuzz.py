@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnd_server.cache import Cache, CacheTable
+from attnd_server.cache import Cache
+from attnd_server.cache_table import CacheTable
 from tests.fuzz.attack import Attack, attack
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.world import World
