@@ -3,7 +3,8 @@
 PYTHON ?= python3
 # Where the environment lies. Empty (`make test VENV=`): use PYTHON as it is, and install nothing.
 VENV ?= .venv
-# Processes that share the tests, a file to each: many tests wait for servers. 0: this one alone, for a debugger.
+# Processes that share the tests, a file to each: many tests wait for servers. 0: this one alone, for a debugger. Their
+# folder has a short name, because paths of Unix sockets must be short.
 WORKERS ?= 2
 # More arguments for pytest, the demo or a benchmark: make test ARGS="-k cache -x"
 ARGS ?=
@@ -43,7 +44,8 @@ demo: $(READY) ## a real model answers with attention from a server, and again w
 	@$(PY) -m attnd_server demo $(ARGS)
 
 test: $(READY) ## all tests
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
+	  && OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile --basetemp "$$folder/t" $(ARGS)
 
 test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'
