@@ -45,15 +45,19 @@ def export_cache(
 
     What is stored meanwhile may be in it or not: let its worker pause.
     """
+    from attnd.requests import cache_id as checked_id
     from attnd_server.info import bytes_text
     from attnd_server.snapshots import transfer
+
+    def check() -> None:
+        checked_id(cache_id)
 
     def run(client: attnd.Client, advance: transfer.Advance) -> None:
         manifest = transfer.export_cache(client, cache_id, Path(folder), advance)
         pages = f"{manifest.num_pages:,} of {manifest.config.num_pages:,} pages"
         typer.echo(f"{pages}, {bytes_text(manifest.num_bytes)}, to {folder}")
 
-    _with_client("export", address, timeout_s, credentials, run)
+    _with_client("export", address, timeout_s, credentials, check, run)
 
 
 @app.command("import")
@@ -75,7 +79,10 @@ def import_cache(
 
     It ends with its lease, unless a worker goes on with it: client.open_cache(ID).
     """
-    from attnd_server.snapshots import transfer
+    from attnd_server.snapshots import read_manifest, transfer
+
+    def check() -> None:
+        read_manifest(Path(folder))
 
     def run(client: attnd.Client, advance: transfer.Advance) -> None:
         cache = transfer.import_cache(client, Path(folder), advance, ttl_s=ttl_s or None, name=name or None)
@@ -83,7 +90,7 @@ def import_cache(
         typer.echo(cache.ref.id.hex())
         typer.echo(f"leased for {cache.ttl_s:g} s from now: client.open_cache(ID) goes on with it", err=True)
 
-    _with_client("import", address, timeout_s, credentials, run)
+    _with_client("import", address, timeout_s, credentials, check, run)
 
 
 def _with_client(
@@ -91,9 +98,10 @@ def _with_client(
     address: str,
     timeout_s: float,
     credentials: Any,
+    check: Callable[[], None],
     run: Callable[[attnd.Client, Callable[[int, int], None]], None],
 ) -> None:
-    """Runs a command with a connection and a bar. Exits with 1 and one line if it fails."""
+    """Runs a command with a connection and a bar, after what can be checked without. Exits with 1 and one line."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     import attnd
@@ -102,6 +110,7 @@ def _with_client(
     errors = Console(stderr=True)
     columns = (TextColumn(command), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     try:
+        check()
         with (
             attnd.connect(
                 address, timeout_s=timeout_s, connect_timeout_s=timeout_s, plane="inline", credentials=credentials

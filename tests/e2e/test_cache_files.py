@@ -138,7 +138,10 @@ def test_mistakes_are_one_line(filled, server_address, tmp_path: Path) -> None:
         (("export", "0" * 32, tmp_path / "new", *at), "no such cache exists"),
         (("export", cache.ref.id.hex(), tmp_path / "full", *at), "Directory not empty"),
         (("import", tmp_path / "none", *at), "it cannot be read: No such file or directory"),
-        (("import", tmp_path, "--address", "localhost:1", "--timeout-s", "0.2"), "no answer from localhost:1"),
+        (
+            ("export", "0" * 32, tmp_path / "new", "--address", "localhost:1", "--timeout-s", "0.2"),
+            "no answer from localhost:1",
+        ),
     ):
         result = run(*arguments)
         assert result.exit_code == 1
@@ -161,3 +164,13 @@ def test_help(command: str) -> None:
     assert result.exit_code == 0
     for option in ("--address", "--timeout-s", "--tls-ca", "--token-file", "--tls-client-cert"):
         assert option in result.text
+
+
+def test_what_is_wrong_without_a_server_is_told_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attnd, "connect", lambda *_, **__: pytest.fail("asked a server"))
+    exported = run("export", "zz", tmp_path / "folder")
+    assert exported.exit_code == 1
+    assert "cache.id is 'zz', but must be 16 bytes or 32 hexadecimal digits" in exported.text
+    imported = run("import", tmp_path / "absent")
+    assert imported.exit_code == 1
+    assert f"{tmp_path / 'absent'} is refused: it cannot be read: No such file or directory" in imported.text
