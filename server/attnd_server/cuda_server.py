@@ -126,6 +126,7 @@ class CudaSession:
         self._kept: OrderedDict[int, AttentionMetadata] = OrderedDict()
         self._last_id = -1
         self._over_at = 0.0  # when the last step was over, `time.perf_counter`
+        self._begun_in_part: list[tuple[CudaStep, ExitStack]] = []
 
     def begin(self, data: bytes) -> StepUnderWay:
         """Checks and enqueues the step of a message, behind those that were begun before.
@@ -145,7 +146,8 @@ class CudaSession:
             try:
                 self._enqueue(step)
             except BaseException:
-                self._lane.drain()
+                # Some of its layers may wait behind a step that is all right: what they use stays until the plane ends.
+                self._begun_in_part.append((step, held.pop_all()))
                 raise
             return StepUnderWay(step, arrived, watch, held.pop_all())
 
@@ -187,6 +189,9 @@ class CudaSession:
     def close(self) -> None:
         """Lets go of what waits for the worker, and frees the graphs."""
         self._lane.drain()
+        for _, held in self._begun_in_part:
+            held.close()
+        self._begun_in_part.clear()
         self._graphs.close()
 
     def _is_stuck(self) -> None:

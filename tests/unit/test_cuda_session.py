@@ -253,6 +253,42 @@ def test_a_backend_that_makes_the_executor_wait_is_refused(
             step.finish()
 
 
+def test_a_refused_step_spoils_none_that_came_before_it(
+    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step is refused before the first one's end is looked at."""
+    client, planes = opened
+    refused = threading.Event()
+    finish = cuda_server.CudaSession.finish
+
+    def finish_late(session: cuda_server.CudaSession, under_way: Any) -> bytes:
+        if under_way.step.step.id == 1:
+            assert refused.wait(host_lanes.PATIENCE_S)
+        return finish(session, under_way)
+
+    def enqueue(session: cuda_server.CudaSession, step: Any) -> None:
+        if step.step.id == 1:
+            return real_enqueue(session, step)
+        refused.set()
+        raise attnd.Unsupported("not here")
+
+    real_enqueue = cuda_server.CudaSession._enqueue
+    monkeypatch.setattr(cuda_server.CudaSession, "finish", finish_late)
+    monkeypatch.setattr(cuda_server.CudaSession, "_enqueue", enqueue)
+    cache = client.create_cache(**GEOMETRY)
+    held = client.transport._service.caches.all()[0]
+    with cache.session() as session:
+        first = session.step(metadata(0, 1), num_heads=HEADS)
+        for layer in range(3):
+            first.attend(layer, *new_tokens(1))
+        second = session.step(metadata(1, 1))
+        first.finish()
+        with pytest.raises(attnd.Unsupported, match="not here"):
+            second.finish()
+    assert wait_until(lambda: planes.lanes[0].is_closed)
+    assert held._num_holders == 1  # the cache itself
+
+
 def test_calls_that_are_not_the_steps_are_refused_before_anything_is_enqueued(
     opened: tuple[attnd.Client, host_lanes.HostPlanes],
 ) -> None:
