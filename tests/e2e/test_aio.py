@@ -218,7 +218,7 @@ def test_close_ends_what_is_under_way_and_leaves_nothing(tmp_path: Path, plane: 
                 while asyncio.all_tasks() != tasks and time.monotonic() < deadline:
                     await asyncio.sleep(0.01)  # gRPC's own task ends a little later than the call that it is for
                 assert asyncio.all_tasks() == tasks
-                assert descriptors() == before
+                assert set(descriptors()) <= set(before)  # what earlier tests left may have ended
                 assert mapped(os.getpid()) == 0
                 await (await session.step(PREFILL)).attend(0, Q, K, V)
 

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import addressof, c_char
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +104,7 @@ class NotingDriver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> NotingDriver:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
     noting = NotingDriver()
     for module in (cuda_copies, cuda_driver, cuda_gates, cuda_memory, cuda_words):
         monkeypatch.setattr(module, "driver", lambda: noting)
@@ -120,11 +120,32 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> NotingDriver:
         torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: noting.others_get_on)
     )
     monkeypatch.setattr(cuda, "CUDA", CPU)  # for torch, which has no GPU here
-    return noting
+    made: list[cuda.SharedWords] = []
+    make = cuda.SharedWords.__init__
+
+    def noted(words: cuda.SharedWords) -> None:
+        make(words)
+        made.append(words)
+
+    monkeypatch.setattr(cuda.SharedWords, "__init__", noted)
+    OPENED.clear()
+    yield noting
+    for opened in OPENED:  # they live as long as a server; what they made must not outlive the test
+        idle = threading.Event()
+        opened._slow_work.put(idle.set)
+        assert idle.wait(10)
+    for words in made:
+        words.close()
+        words.words._held = None
+        words.words._memory.close()
+
+
+OPENED: list[CudaPlanes] = []
 
 
 def planes(max_planes: int = 2) -> CudaPlanes:
-    return CudaPlanes(torch.device("cuda", 0), 1 << 16, max_planes)
+    OPENED.append(CudaPlanes(torch.device("cuda", 0), 1 << 16, max_planes))
+    return OPENED[-1]
 
 
 def wait_until(is_so: Callable[[], bool]) -> bool:
