@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import mmap
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from attnd import wire
 from attnd.errors import DeadlineExceeded, Disconnected, ServerFault
-from attnd.planes import doorbell
+from attnd.planes import aio_shm, doorbell
 from attnd.planes.aio_shm import AsyncShmStream
 from attnd.planes.lanes import Lanes
 from attnd.planes.shm import Handshake
 from attnd.regions import Region
-from attnd.v1 import attention_pb2, step_pb2
+from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 
 MIB = 1 << 20
 REPLY = attention_pb2.AttendResponse(step=attention_pb2.StepReply(step_id=7)).SerializeToString()
@@ -122,3 +123,33 @@ def test_the_end_of_the_socket_in_the_middle_of_a_message_disconnects() -> None:
             await waiting
 
     run(test)
+
+
+def test_a_plane_that_opens_after_its_task_was_cancelled_is_let_go_while_the_task_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = socket.socketpair()
+    handshake = Handshake(one, Region(1, mmap.mmap(-1, 4096)), Lanes(4096, 16), "/somewhere/a.sock")
+    is_cancelled = threading.Event()
+
+    def shake_hands(*_: object) -> Handshake:
+        assert is_cancelled.wait(30)
+        return handshake
+
+    monkeypatch.setattr(aio_shm, "shake_hands", shake_hands)
+
+    async def test() -> None:
+        plane, config = plane_pb2.OpenPlaneResponse(), cache_pb2.CacheConfig()
+        opening = asyncio.ensure_future(aio_shm.open_shm(plane, config, "", 30))
+        await asyncio.sleep(0.05)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        is_cancelled.set()
+        while one.fileno() >= 0:
+            await asyncio.sleep(0.01)
+        assert opening.cancelled()  # and so it is still here, with the frame that waited for the handshake
+        assert handshake.region.num_bytes == 0
+
+    with other:
+        asyncio.run(asyncio.wait_for(test(), 30))

@@ -21,13 +21,13 @@ async def open_shm(
     try:
         return AsyncShmStream(await asyncio.shield(shaking), timeout_s)
     except asyncio.CancelledError:
-        shaking.add_done_callback(_close_unused)
+        shaking.add_done_callback(_close_unused)  # whoever was interrupted may keep this frame for long
         raise
 
 
 def _close_unused(shaking: asyncio.Future[Handshake]) -> None:
     if not shaking.cancelled() and shaking.exception() is None:
-        shaking.result().connection.close()
+        shaking.result().close()
 
 
 class AsyncShmStream(ShmMessages, AsyncStream):

@@ -31,6 +31,11 @@ class Handshake(NamedTuple):
     lanes: Lanes
     path: str
 
+    def close(self) -> None:
+        """Gives up the connection and the memory, whoever still holds this object."""
+        self.connection.close()
+        self.region.close()
+
 
 def open_shm(
     plane: plane_pb2.OpenPlaneResponse, config: cache_pb2.CacheConfig, socket_dir: str, timeout_s: float
