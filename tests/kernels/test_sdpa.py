@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from hypothesis import given, settings
 
 from attnd_server import NaiveAttention
 from attnd_server.backends.dense_prefill import dense_prefill
-from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, split
+from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, Part, split
 from attnd_server.backends.sdpa import SdpaAttention
-from attnd_server.config import Layout, PrecisionMode
+from attnd_server.config import FP8, Layout, PrecisionMode
+from attnd_server.kernels.pages import store_kv, stored_tokens
 from attnd_server.metadata import AttentionOptions
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
@@ -83,6 +86,52 @@ def test_one_token_that_sees_everything_has_no_mask() -> None:
     assert parts(Case([Request(30, 1, 1, [1, 2])])) == [(1, False, False)]
     assert parts(Case([Request(30, 1, 1, [1, 2]), Request(30, 1, 1, [3, 4])])) == [(2, False, False)]
     assert parts(Case([Request(30, 1, 1, [1, 2]), Request(29, 1, 1, [3, 4])])) == [(2, True, False)]
+
+
+@pytest.mark.parametrize("head_dim_v", [8, 16])
+@pytest.mark.parametrize("context_len", [1, 15, 16, 17, 31, 32, 33])
+def test_one_token_behind_pages_that_follow_each_other_reads_them_where_they_lie(
+    context_len: int, head_dim_v: int
+) -> None:
+    def with_slots(pages: list[int]) -> tuple[Case, list[Part], torch.Tensor]:
+        """The step with a slot for its token, its parts, and its output where the token is stored."""
+        case = Case([Request(context_len, 1, 1, pages)], group=3, head_dim_v=head_dim_v, poison=math.nan, num_pages=12)
+        slot = pages[context_len // 16] * 16 + context_len % 16
+        metadata = replace(case.metadata(), slot_mapping=torch.tensor([slot]))
+        given = oracle.tensors(case)
+        assert given.k is not None
+        assert given.v is not None
+        plan = SdpaAttention().plan(case.config(), metadata, oracle.options(case, given), CPU)
+        stored = stored_tokens(torch.tensor([slot]), CPU)
+        store_kv(given.k_pages, given.v_pages, given.k, given.v, stored, case.layout)
+        output, _ = SdpaAttention().run(plan, given.q, given.k, given.v, given.k_pages, given.v_pages)
+        assert_close(output, oracle.attend(case, given)[0], case.coarsest)
+        return case, plan.parts, output
+
+    _, (part,), in_place = with_slots([4, 5, 6])
+    assert part.side_by_side == slice(64, 64 + context_len + 1)
+    _, (part,), gathered = with_slots([11, 3, 0])
+    if context_len >= 16:  # more than one page
+        assert part.side_by_side is None
+        assert torch.equal(in_place, gathered)
+
+
+@pytest.mark.parametrize(
+    ("change", "slot"),
+    [
+        ({}, -1),  # not stored
+        ({}, 81),  # stored elsewhere
+        ({"layout": Layout.DISTINCT}, 80),
+        ({"kv_dtype": FP8}, 80),
+        ({"window": 100}, 80),
+    ],
+)
+def test_what_cannot_be_read_where_it_lies_is_gathered(change: dict[str, Any], slot: int) -> None:
+    case = replace(Case([Request(16, 1, 1, [4, 5])]), **change)
+    metadata = replace(case.metadata(), slot_mapping=torch.tensor([slot]))
+    (part,) = split(case.config(), metadata, oracle.options(case, oracle.tensors(case)), CPU)
+    assert part.side_by_side is None
+    assert part.slots is not None
 
 
 @pytest.mark.parametrize("num_reqs", [1, 2])

@@ -124,7 +124,9 @@ class AttentionKernel(Protocol):
         k_scales: torch.Tensor | None = None,
         v_scales: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of one layer. Reads the pages as they were before the call; writes nothing but its results.
+        """Attention of one layer. Writes nothing but its results.
+
+        New tokens that have a slot are stored there already; those without are in `k` and `v` alone.
 
         Args:
             plan: from `plan`.

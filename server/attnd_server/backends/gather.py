@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from attnd_server.backends.window import first_visible_positions
-from attnd_server.config import AttentionConfig
+from attnd_server.config import AttentionConfig, Layout
 from attnd_server.metadata import AttentionMetadata, AttentionOptions, new_token_limits
 
 # Requests with more new tokens than this get parts of their own: batching no longer pays.
@@ -41,6 +41,8 @@ class Part:
         num_cached: cached keys of each request.
         slots: int64 `[num_reqs * num_keys]` on the device: where each key lies; those of new keys mean nothing. None if
             num_cached is 0.
+        side_by_side: the slots of all keys, the new ones too, where they follow each other in pages that can be read
+            as they lie: nothing is gathered then. None elsewhere.
         unused: int64 on the device: keys among `num_reqs * num_keys` that no row sees, and that may hold anything, NaN
             too; None if there are none.
         mask: bool `[num_reqs, 1, num_rows, num_keys]` on the device, true where a row sees a key; None if they see
@@ -58,6 +60,7 @@ class Part:
     mask: torch.Tensor | None
     is_causal: bool
     blind: torch.Tensor | None
+    side_by_side: slice | None = None
 
 
 def split(
@@ -66,7 +69,9 @@ def split(
     """The parts of a step. Together they have each row of each request once."""
     slots = _slots_of_one_token(config, metadata, options)
     if slots is not None:
-        return [Part(1, slice(0, 1), slice(0, 1), len(slots) - 1, slots.to(device), None, None, False, None)]
+        new = slice(0, 1)
+        run = _side_by_side(config, metadata, slots) if device.type == "cpu" else None
+        return [Part(1, new, new, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
     return [
         _part(config, metadata, options, device, requests, first, end)
         for requests, first, end in _tiles(config, metadata, options)
@@ -92,6 +97,15 @@ def _slots_of_one_token(
     of_pages = pages[:, None] * config.page_size + torch.arange(config.page_size)
     slots[:context_len] = of_pages.view(-1)[:context_len]
     return slots
+
+
+def _side_by_side(config: AttentionConfig, metadata: AttentionMetadata, slots: torch.Tensor) -> slice | None:
+    """The slots of a step's only token and of its context, `slots[:-1]`, if they follow each other in unified pages."""
+    if metadata.slot_mapping is None or config.layout is not Layout.UNIFIED or config.is_quantised:
+        return None
+    first, last = int(slots[0]), int(metadata.slot_mapping[0])
+    follow = last - first == len(slots) - 1 and bool((torch.diff(slots[:-1]) == 1).all())
+    return slice(first, last + 1) if follow else None
 
 
 def mask_elements(config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> int:

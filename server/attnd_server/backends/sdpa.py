@@ -16,7 +16,7 @@ from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import Part, mask_elements, split
 from attnd_server.config import AttentionBackend, AttentionConfig, Layout
-from attnd_server.kernels.pages import read_kv
+from attnd_server.kernels.pages import read_kv, rows_of_slots
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 MAX_MASK_ELEMENTS = 2**30
@@ -124,7 +124,9 @@ def _run_part(
     v_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
-    if part.slots is not None:
+    if part.side_by_side is not None:
+        keys, values = (_by_request(rows_of_slots(pages)[part.side_by_side], part) for pages in (k_pages, v_pages))
+    elif part.slots is not None:
         keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout, plan.dtype, k_scales, v_scales)
         keys, values = _by_request(keys, part), _by_request(values, part)
         if k is not None and v is not None:

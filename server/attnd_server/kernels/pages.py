@@ -86,8 +86,8 @@ def store_kv(
         k, v = _bytes(quantised(k, k_scales)), _bytes(quantised(v, v_scales))
         k_pages, v_pages = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
-        _rows(k_pages).index_copy_(0, slots, k)
-        _rows(v_pages).index_copy_(0, slots, v)
+        rows_of_slots(k_pages).index_copy_(0, slots, k)
+        rows_of_slots(v_pages).index_copy_(0, slots, v)
         return
     page, offset = _split(slots, v_pages.shape[3])
     k_pages[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
@@ -119,7 +119,7 @@ def read_kv(
     """
     k, v = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
-        k, v = _rows(k).index_select(0, slots), _rows(v).index_select(0, slots)
+        k, v = rows_of_slots(k).index_select(0, slots), rows_of_slots(v).index_select(0, slots)
     else:
         page, offset = _split(slots, v.shape[3])
         k, v = k[page, :, :, offset].flatten(2).contiguous(), v[page, :, :, offset].contiguous()
@@ -179,7 +179,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
 
 
-def _rows(pages: torch.Tensor) -> torch.Tensor:
+def rows_of_slots(pages: torch.Tensor) -> torch.Tensor:
     """Unified pages as one row per slot: `[num_slots, num_kv_heads, head_dim]`, sharing memory."""
     return pages.view(-1, pages.shape[2], pages.shape[3])
 
