@@ -169,6 +169,14 @@ class CudaSession:
         started_at, self._over_at = max(step.started_at, self._over_at), time.perf_counter()
         self._refuse_if_stopped()
         step.refuse_if_lost()
+        queue_us = int((step.started_at - under_way.arrived) * 1e6)
+        return self._reply(step, queue_us, step_us=int((self._over_at - started_at) * 1e6))
+
+    def _reply(self, step: CudaStep, queue_us: int, step_us: int) -> bytes:
+        """Counts a step that was served, and answers it."""
+        if self._service.metrics is not None:
+            num_calls, num_bytes = len(step.options), step.num_bytes(self._lane)
+            self._service.metrics.step_served("cuda", step.backend, num_calls, num_bytes, queue_us, step_us)
         backend = backend_pb2.BACKEND_UNSPECIFIED
         if step.backend is not None:
             backend = backend_pb2.Backend.Value(f"BACKEND_{step.backend.name}")
@@ -176,8 +184,8 @@ class CudaSession:
             step_id=step.step.id,
             takes_deltas=True,
             backend=backend,
-            queue_us=int((step.started_at - under_way.arrived) * 1e6),
-            step_us=int((self._over_at - started_at) * 1e6),
+            queue_us=queue_us,
+            step_us=step_us,
         )
         return attention_pb2.AttendResponse(cuda_step=reply).SerializeToString()
 

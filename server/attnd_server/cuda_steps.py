@@ -69,6 +69,18 @@ class CudaStep:
         geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
         return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, lane.num_bytes)
 
+    def num_bytes(self, lane: Lane) -> tuple[int, int]:
+        """Bytes of q, k and v that its layers have together, and of output and lse."""
+        q, k, v, output, lse = self.layout(lane)
+        metadata, num_layers = self.step.metadata, len(self.options)
+        received = sent = 0
+        if not metadata.store_only:
+            received += num_layers * q.num_bytes
+            sent += num_layers * output.num_bytes + lse.num_bytes * sum(each.return_lse for each in self.options)
+        if not metadata.cache_only:
+            received += num_layers * (k.num_bytes + v.num_bytes)
+        return received, sent
+
     def enqueue(self, lane: Lane, graphs: StepGraphs, ops: TritonAttentionOps) -> None:
         """Enqueues all layers. On the executor's thread; does not wait for the worker.
 

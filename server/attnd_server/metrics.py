@@ -58,10 +58,10 @@ class PhaseHistogram(Histogram):
         """Starts empty."""
         super().__init__(PHASE_BOUNDS_US)
 
-    def observe(self, value: int) -> None:  # type: ignore[override]  # whole numbers only
-        """Adds a time. What was rounded down to fewer than n + 1 bits is shorter than 2**n."""
-        self.counts[min(value.bit_length(), len(PHASE_BOUNDS_US))] += 1
-        self.sum += value
+    def observe(self, value: int, times: int = 1) -> None:  # type: ignore[override]  # whole numbers only
+        """Adds a time, so many times. What was rounded down to fewer than n + 1 bits is shorter than 2**n."""
+        self.counts[min(value.bit_length(), len(PHASE_BOUNDS_US))] += times
+        self.sum += value * times
 
 
 class CallTally:
@@ -134,6 +134,7 @@ class Metrics:
         self.launches = Histogram(CALLS_BOUNDS)
         self.refusals: dict[type[errors.AttndError], int] = dict.fromkeys(_REASONS, 0)
         self._refusing = threading.Lock()
+        self._counting_steps = threading.Lock()
         self.rpcs_started: dict[str, int] = {}
         self.rpcs: dict[tuple[str, str], RpcTally] = {}
 
@@ -147,16 +148,50 @@ class Metrics:
             queue_us: how long it waited for the executor, in microseconds.
             kernel_us: how long storing and attending took, in microseconds; of all calls of its launch.
         """
-        key = plane, id(result.backend)
-        tally = self.calls.get(key)
-        if tally is None:
-            tally = self.calls[key] = CallTally(plane, result.backend)
+        tally = self._tally(plane, result.backend)
         tally.queue_us.observe(queue_us)
         tally.copy_in_us.observe(result.copies.in_us)
         tally.kernel_us.observe(kernel_us)
         tally.copy_out_us.observe(result.copies.out_us)
         tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)
         tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
+
+    def step_served(
+        self,
+        plane: str,
+        backend: AttentionBackend | None,
+        num_calls: int,
+        num_bytes: tuple[int, int],
+        queue_us: int,
+        step_us: int,
+    ) -> None:
+        """Counts the calls of a step that came as one message, on a plane where no call comes alone. By any thread.
+
+        Args:
+            plane: how its tensors came: "cuda".
+            backend: what computed them; None: they only store.
+            num_calls: layers of the step.
+            num_bytes: of q, k and v of all of them, and of all output and lse.
+            queue_us: how long the step waited for the executor, in microseconds: its first call did, the others not.
+            step_us: how long it took, in microseconds, what the worker did between its layers included: of each call
+                an equal part.
+        """
+        with self._counting_steps:
+            tally = self._tally(plane, backend)
+            tally.queue_us.observe(queue_us)
+            tally.queue_us.observe(0, num_calls - 1)
+            tally.kernel_us.observe(step_us // num_calls, num_calls)
+            tally.copy_in_us.observe(0, num_calls)
+            tally.copy_out_us.observe(0, num_calls)
+            tally.received_bytes += num_bytes[0]
+            tally.sent_bytes += num_bytes[1]
+
+    def _tally(self, plane: str, backend: AttentionBackend | None) -> CallTally:
+        key = plane, id(backend)
+        tally = self.calls.get(key)
+        if tally is None:
+            tally = self.calls[key] = CallTally(plane, backend)
+        return tally
 
     def launched(self, num_calls: int) -> None:
         """Counts a launch of so many calls. By the thread that has the device."""

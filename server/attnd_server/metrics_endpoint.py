@@ -58,7 +58,8 @@ class ServerCollector(Collector):
             "attnd_call_phase_seconds",
             "Time of a call. queue: waiting for the executor; copy_in: bringing q, k and v to the device; kernel: "
             "storing and attending; copy_out: bringing results back; of all calls that share the launch. "
-            "Copies are 0 where the device computes in place.",
+            "Copies are 0 where the device computes in place. On the cuda plane a step waits once, and each of its "
+            "calls has an equal part of its time as kernel, what the worker did between the layers included.",
             labels=[*labels, "phase"],
         )
         for tally in list(self._metrics.calls.values()):

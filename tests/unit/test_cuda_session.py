@@ -18,6 +18,7 @@ from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.triton import TritonPagedAttention
 from attnd_server.config import AttentionBackend, AttentionConfig
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.metrics import Metrics
 from tests import host_lanes, interpreter
 
 pytestmark = pytest.mark.skipif(
@@ -90,6 +91,36 @@ def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, hos
             for k_or_v in range(2):
                 stored = [cache.read_kv(layer, range(12), torch.empty(0))[k_or_v] for cache in (one, other)]
                 assert torch.equal(*stored)
+
+
+def test_steps_are_counted_as_their_calls(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+    client, _ = opened
+    metrics = client.transport._service.metrics = Metrics()
+    layers = [attnd.AttentionOptions(), attnd.AttentionOptions(return_lse=True), attnd.AttentionOptions()]
+    q, k, v = new_tokens(5)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 5), num_heads=HEADS, options=layers)
+        for layer in range(3):
+            step.attend(layer, q, k, v)
+        step.finish()
+        step = session.step(attnd.StepMetadata([5], [0], [[0, 1, 2]], range(5), store_only=True), num_heads=HEADS)
+        for layer in range(3):
+            assert step.attend(layer, None, k, v) is None
+        step.finish()
+        step = session.step(attnd.StepMetadata([5], [5], [[0, 1, 2]], None, cache_only=True), num_heads=HEADS)
+        for layer in range(3):
+            step.attend(layer, q, None, None)
+        step.finish()
+    attended, stored = metrics.calls.values()
+    assert [(tally.plane, tally.backend) for tally in (attended, stored)] == [
+        ("cuda", AttentionBackend.TRITON_GROUPED),
+        ("cuda", None),
+    ]
+    assert [sum(tally.kernel_us.counts) for tally in (attended, stored)] == [6, 3]
+    assert attended.received_bytes == 3 * (q.nbytes + k.nbytes + v.nbytes) + 3 * q.nbytes
+    assert attended.sent_bytes == 6 * q.nbytes + 5 * HEADS * 4
+    assert stored.received_bytes == 3 * (k.nbytes + v.nbytes)
+    assert stored.sent_bytes == 0
 
 
 class ReplannedPlan:

@@ -85,6 +85,23 @@ def test_calls_are_counted_by_plane_and_backend():
     assert scrape.by("attnd_call_sent_bytes_total", *labels) == {("inline", "sdpa"): 2 * (5 * 6 * 8 * 4 + 5 * 6 * 4)}
 
 
+def test_a_step_counts_as_its_calls():
+    metrics = Metrics()
+    for _ in range(2):
+        metrics.step_served("cuda", AttentionBackend.TRITON, 32, (3200, 640), queue_us=7, step_us=32 * 100 + 31)
+    metrics.step_served("cuda", None, 1, (100, 0), queue_us=0, step_us=5)
+    scrape = scraped(metrics)
+    labels = ("plane", "backend")
+    assert scrape.by("attnd_calls_total", *labels) == {("cuda", "triton"): 64, ("cuda", "none"): 1}
+    assert scrape.by("attnd_call_received_bytes_total", *labels) == {("cuda", "triton"): 6400, ("cuda", "none"): 100}
+    assert scrape.by("attnd_call_sent_bytes_total", *labels) == {("cuda", "triton"): 1280}
+    for phase, total_us, in_first_bucket in (("queue", 14, 62), ("kernel", 6400, 0), ("copy_in", 0, 64)):
+        where = {"plane": "cuda", "backend": "triton", "phase": phase}
+        assert scrape.value("attnd_call_phase_seconds_count", **where) == 64
+        assert scrape.value("attnd_call_phase_seconds_sum", **where) == pytest.approx(total_us * 1e-6)
+        assert scrape.value("attnd_call_phase_seconds_bucket", **where, le="1e-06") == in_first_bucket
+
+
 def test_launches_are_counted_by_how_many_calls_share_them():
     metrics = Metrics()
     for num_calls in (1, 1, 3, 64):
