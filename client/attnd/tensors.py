@@ -126,6 +126,12 @@ def to_array(value: Any, field: str) -> Array:
 
 
 @cache
+def torch_dtype(dtype: int) -> torch.dtype:
+    """Torch's type for the wire's."""
+    return getattr(_torch(), DTYPE_NAMES[dtype])  # type: ignore[no-any-return]
+
+
+@cache
 def _torch_dtypes() -> dict[Any, tensor_pb2.Dtype.ValueType]:
     return {getattr(_torch(), name): dtype for name, dtype in DTYPES.items()}
 
@@ -143,9 +149,14 @@ def _torch_array(value: torch.Tensor, field: str) -> Array:
     return Array(dtype, tuple(value.shape), memoryview(buffer).cast("B"))
 
 
-def from_array(array: Array, like: Any) -> Any:
-    """`array` as the kind of thing that `like` is: a torch tensor on its device, a numpy array, or the Array itself."""
+def from_array(array: Any, like: Any) -> Any:
+    """`array` as the kind of thing that `like` is: a torch tensor on its device, a numpy array, or the Array itself.
+
+    A tensor of torch stays one: whoever made it knew what was wanted.
+    """
     torch = _torch()
+    if not isinstance(array, Array):
+        return array
     if torch is not None and isinstance(like, torch.Tensor):
         return torch_tensor(array).to(like.device)
     numpy = sys.modules.get("numpy")
@@ -158,7 +169,7 @@ def torch_tensor(array: Array) -> torch.Tensor:
     """A tensor over the array's own bytes, on the host, without a copy. Do not write to it if the bytes are shared."""
     _expect_read_only_buffers()
     module = _torch()
-    dtype = getattr(module, DTYPE_NAMES[array.dtype])
+    dtype = torch_dtype(array.dtype)
     tensor: torch.Tensor
     if array.data.nbytes:
         tensor = module.frombuffer(array.data, dtype=dtype).view(array.shape)

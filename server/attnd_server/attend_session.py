@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,8 @@ class AttendSession:
             # What was checked lies in this process and is the same; only the layer is new.
             step = last.call.step
             step.cache.renew()
-            return replace(last, call=last.call._replace(layer=validation.layer(layer, step.cache.config)))
+            call = last.call._replace(layer=validation.layer(layer, step.cache.config))
+            return CallWork(last.service, call, last.encode, last.plane)
         return self._call(message, tensors, lane)
 
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from attnd import wire
 from attnd.errors import InvalidRequest
 from attnd.planes import doorbell
+from attnd.planes.placed_tensors import RESULTS, PlacedTensors
 from attnd.regions import Region, aligned
 from attnd.tensors import Array, to_array
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
+from attnd_server.config import AttentionBackend
 from attnd_server.steps import Call, Result
 
 Encode = Callable[[Call, Result, int, int], bytes]
@@ -57,6 +59,14 @@ class InlineReplies:
         return self._frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
 
 
+class _LastReply(NamedTuple):
+    """A reply to a call, and where its tensors lie: one with these places and this backend is said to be like it."""
+
+    offset: int
+    backend: AttentionBackend | None
+    tensors: PlacedTensors
+
+
 class RegionReplies:
     """Implements `Replies` for a shm plane: tensors lie in its region, and messages are for its socket."""
 
@@ -66,7 +76,7 @@ class RegionReplies:
         """Copies results to `region`."""
         self.region: Region | None = region
         self._memory = region
-        self._last: dict[int, tuple[object, list[memoryview]]] = {}  # by lane
+        self._last: dict[int, _LastReply] = {}  # by lane
 
     def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
         """What will answer a call."""
@@ -88,19 +98,23 @@ class RegionReplies:
         return doorbell.reply_bytes(wire.ATTEND_RESPONSE.encode(reply, reply_arrays(result)))
 
     def _placed(self, lane: int, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
-        arrays = reply_arrays(result, ("output", "lse"))
-        key = (offset, result.backend, *((name, array.dtype, array.shape) for name, array in arrays.items()))
         last = self._last.get(lane)
-        if last is not None and last[0] == key:
-            for view, array in zip(last[1], arrays.values(), strict=True):
-                view[:] = array.data
+        if (
+            last is not None
+            and last.offset == offset
+            and last.backend is result.backend
+            and last.tensors.fill_with_torch(result.output, result.lse)
+        ):
             times = (queue_us, result.copies.in_us, kernel_us, result.copies.out_us)
             return doorbell.repeated_reply(call.layer, call.step.id, *times)
+        arrays = reply_arrays(result, RESULTS)
         reply = call_reply(call, result, queue_us, kernel_us)
         messages, views = self._memory.placed(list(arrays.values()), offset, "reply")
-        for name, message in zip(arrays, messages, strict=True):
+        placed = {}
+        for (name, array), message, view in zip(arrays.items(), messages, views, strict=True):
             getattr(reply, name).CopyFrom(message)
-        self._last[lane] = key, views
+            placed[name] = array._replace(data=view)
+        self._last[lane] = _LastReply(offset, result.backend, PlacedTensors(placed, RESULTS))
         return doorbell.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import attnd
 from attnd.planes.lanes import Lanes, PlacedCall
+from attnd.planes.placed_tensors import INPUTS, PlacedTensors
 from attnd.tensors import Array, to_array
 
 NUM_BYTES = 1 << 16
@@ -21,10 +22,11 @@ def arrays(num_tokens: int) -> dict[str, Array]:
 
 
 def send(lanes: Lanes, num_tokens: int, *, return_lse: bool = False) -> PlacedCall:
-    call = lanes.repeated((num_tokens, return_lse))
-    if call is None:
+    options = bytes([num_tokens, return_lse])
+    call = lanes.repeatable()
+    if call is None or call.options != options:
         lane, place = lanes.place(arrays(num_tokens), return_lse=return_lse)
-        call = PlacedCall(lane, (num_tokens, return_lse), [], place)
+        call = PlacedCall(lane, options, PlacedTensors({}, INPUTS), place)
     lanes.sent(call)
     return call
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd.errors import Exhausted
+from attnd.planes.placed_tensors import PlacedTensors
 from attnd.regions import aligned
 from attnd.requests import MAX_CALLS_UNDER_WAY
 from attnd.tensors import Array
@@ -22,14 +23,14 @@ class PlacedCall(NamedTuple):
 
     Attributes:
         lane: that it takes.
-        key: what it has in common with calls for which it can be said to be meant again.
-        views: the places of its tensors.
+        options: encoded; as its tensors' kinds and shapes, what it has in common with calls that say it is meant again.
+        tensors: where they lie.
         place: bytes of the region from its first tensor to the end of its reply.
     """
 
     lane: int
-    key: object
-    views: list[memoryview]
+    options: bytes
+    tensors: PlacedTensors
     place: range
 
 
@@ -52,10 +53,12 @@ class Lanes:
         """The lane of what will be answered next; -1 for a step, or for nothing."""
         return self._taken[0] if self._taken else _NO_LANE
 
-    def repeated(self, key: object) -> PlacedCall | None:
-        """The last call of the lane that is next, if it had the same key and its place is free."""
+    def repeatable(self) -> PlacedCall | None:
+        """The last call of the lane that is next, if its place is free."""
+        if not self._taken:
+            return self._last.get(0)
         last = self._last.get(self._free_lane())
-        return last if last is not None and last.key == key and self._is_free(last.place) else None
+        return last if last is not None and self._is_free(last.place) else None
 
     def place(self, arrays: Mapping[str, Array], *, return_lse: bool) -> tuple[int, range]:
         """A lane and a place for a call with these tensors and its reply.

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnd import requests, wire
 from attnd.errors import InvalidRequest, ServerFault
 from attnd.options import AttentionOptions
 from attnd.planes import doorbell
 from attnd.planes.lanes import Lanes, PlacedCall
+from attnd.planes.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
 from attnd.regions import Region, aligned
-from attnd.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
+
+
+class LastReply(NamedTuple):
+    """A reply to a call, of which later ones may only say what is new.
+
+    Attributes:
+        message: of the call.
+        tensors: where its tensors lie.
+    """
+
+    message: Any
+    tensors: PlacedTensors
 
 
 class ShmMessages:
@@ -22,7 +34,9 @@ class ShmMessages:
         self._region = region
         self._lanes = lanes
         self._next: PlacedCall | None = None  # what is to be sent; None: a step
-        self._last_replies: dict[int, requests.AttendReply] = {}  # by lane
+        self._is_torch = False  # whether the tensors of that were torch's
+        self._wants_torch: dict[int, bool] = {}  # likewise, by lane
+        self._last_replies: dict[int, LastReply] = {}  # by lane
 
     def step_request(self, step: step_pb2.Step) -> bytes:
         """What opens a step, for `send`."""
@@ -36,34 +50,41 @@ class ShmMessages:
             InvalidRequest: it cannot be sent, or never fits.
             Exhausted: those under way leave no room for it.
         """
+        last = self._lanes.repeatable()
+        if last is not None and last.options == options.encoded and last.tensors.fill_with_torch(q, k, v):
+            return self._repeat(last, layer, step_id, is_torch=True)
         arrays = requests.call_arrays(q, k, v)
-        key = (options.encoded, *((name, array.dtype, array.shape) for name, array in arrays.items()))
         for name, array in arrays.items():
             if array.data.nbytes != array.num_bytes:  # an Array that somebody else made
                 raise InvalidRequest(
                     f"{name} has {array.data.nbytes} bytes of data, but must have {array.num_bytes}", field=name
                 )
-        last = self._lanes.repeated(key)
-        if last is not None:
-            for view, array in zip(last.views, arrays.values(), strict=True):
-                view[:] = array.data
-            self._next = last
-            return doorbell.repeated_call(layer, step_id, last.lane)
+        if last is not None and last.options == options.encoded and key_of(last.tensors.arrays) == key_of(arrays):
+            last.tensors.fill(arrays)
+            return self._repeat(last, layer, step_id, is_torch=False)
         lane, place = self._lanes.place(arrays, return_lse=options.return_lse)
         messages, views = self._region.placed(list(arrays.values()), place.start, "call")
         call = step_pb2.Call(step_id=step_id, layer=layer, options=options.message)
-        for name, message in zip(arrays, messages, strict=True):
+        placed = {}
+        for (name, array), message, view in zip(arrays.items(), messages, views, strict=True):
             getattr(call, name).CopyFrom(message)
+            placed[name] = array._replace(data=view)
         call.reply.id = self._region.id
         call.reply.offset = place.start
         if messages:
             call.reply.offset = aligned(messages[-1].region.offset + views[-1].nbytes)
-        self._next = PlacedCall(lane, key, views, place)
+        self._next, self._is_torch = PlacedCall(lane, options.encoded, PlacedTensors(placed, INPUTS), place), False
         return doorbell.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), lane)
+
+    def _repeat(self, last: PlacedCall, layer: int, step_id: int, *, is_torch: bool) -> bytes:
+        self._next, self._is_torch = last, is_torch
+        return doorbell.repeated_call(layer, step_id, last.lane)
 
     def sent(self) -> None:
         """What `step_request` or `call_request` gave last is under way."""
         self._lanes.sent(self._next)
+        if self._next is not None:
+            self._wants_torch[self._next.lane] = self._is_torch
 
     def answer(self, reply: doorbell.Reply) -> requests.AttendReply:
         """What came from the server, which ends what was sent first. Its tensors are copies.
@@ -71,26 +92,31 @@ class ShmMessages:
         Raises:
             ServerFault: the reply means nothing.
         """
-        answer = self._repeated(reply) if not reply.message else requests.attend_reply(reply.message, self._region)
+        if not reply.message:
+            return self._repeated(reply)
+        answer = requests.attend_reply(reply.message, self._region)
         if answer.kind == "going_away":
             return answer
         lane = self._lanes.answered()
-        if answer.kind == "call":
-            self._last_replies[lane] = answer
-            copies = {name: _copied(array) for name, array in answer.tensors.items()}
-            return answer._replace(tensors=copies)
-        return answer
+        if answer.kind != "call":
+            return answer
+        tensors = PlacedTensors(answer.tensors, RESULTS)
+        self._last_replies[lane] = LastReply(answer.message, tensors)
+        return answer._replace(tensors=tensors.copies(as_torch=False))
 
     def _repeated(self, reply: doorbell.Reply) -> requests.AttendReply:
         """What the server meant. Its message is the last one's of the lane, written over."""
-        last = self._last_replies.get(self._lanes.oldest)
+        lane = self._lanes.oldest
+        last = self._last_replies.get(lane)
         if last is None:
             raise ServerFault("the server says that a reply is like the one before, but there was none")
-        message = last.message
+        self._lanes.answered()
+        message, tensors = last
         message.layer, message.step_id = reply.layer, reply.step_id
         message.queue_us, message.copy_in_us = reply.queue_us, reply.copy_in_us
         message.kernel_us, message.copy_out_us = reply.kernel_us, reply.copy_out_us
-        return last._replace(num_bytes=doorbell.REPLY_BYTES)
+        copies = tensors.copies(as_torch=self._wants_torch[lane])
+        return requests.AttendReply("call", message, copies, doorbell.REPLY_BYTES)
 
     def forget(self) -> None:
         """The plane has ended: nothing is under way, and nothing lies in the region."""
@@ -98,8 +124,3 @@ class ShmMessages:
         self._lanes.forget()
         self._last_replies.clear()
         self._region.close()
-
-
-def _copied(array: Array) -> Array:
-    """The next call may overwrite what lies in the region, and the caller may keep what it got."""
-    return array._replace(data=memoryview(bytes(array.data)))
