@@ -38,18 +38,33 @@ def element(pages: torch.Tensor, layout: Layout, slot: int, head: int, i: int) -
 @DEVICES
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tokens_land_in_their_slots_and_nowhere_else(device: str, layout: Layout, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "slot_mapping", [[37, -1, 0, 5, -1, 39], [37, 0, 5, 39], [2, 3, 4, 5, 6, 7, 8, 9, 10], [39], [11, 12, 13], [3, 2]]
+)
+def test_tokens_land_in_their_slots_and_nowhere_else(
+    device: str, layout: Layout, dtype: torch.dtype, slot_mapping: list[int]
+) -> None:
     _, k_pages, v_pages = empty_pages(layout, device, dtype)
-    slots = torch.tensor([37, -1, 0, 5, -1, 39])
-    k = torch.randn(6, HEADS, DIM).to(device, dtype)
-    v = torch.randn(6, HEADS, DIM_V).to(device, dtype)
+    slots = torch.tensor(slot_mapping)
+    # Not contiguous: a server's tensors are, others' may not be.
+    k = torch.randn(len(slots), DIM, HEADS).to(device, dtype).transpose(1, 2)
+    v = torch.randn(len(slots), DIM_V, HEADS).to(device, dtype).transpose(1, 2)
     store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
     for pages, tokens in ((k_pages, k), (v_pages, v)):
         for token, slot in enumerate(slots.tolist()):
             if slot >= 0:
                 stored = [[element(pages, layout, slot, h, i) for i in range(tokens.shape[2])] for h in range(HEADS)]
                 assert stored == tokens[token].tolist()
-        assert pages.isfinite().sum() == 4 * tokens[0].numel()
+        assert pages.isfinite().sum() == (slots >= 0).sum() * tokens[0].numel()
+
+
+@pytest.mark.parametrize(
+    ("slots", "first"),
+    [([7], 7), ([7, 8, 9], 7), ([7, 9], None), ([8, 7], None), ([7, -1], None), ([-1], None), ([], None)],
+)
+def test_slots_that_follow_each_other_are_known_by_their_first(slots: list[int], first: int | None) -> None:
+    assert stored_tokens(torch.tensor(slots, dtype=torch.int64), "cpu").first_slot == first
+    assert stored_tokens(torch.tensor(slots, dtype=torch.int64), "meta").first_slot is None
 
 
 @DEVICES

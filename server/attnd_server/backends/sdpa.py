@@ -16,7 +16,7 @@ from attnd_server.backends.base import DecodeShape
 from attnd_server.backends.dense_prefill import dense_prefill
 from attnd_server.backends.gather import Part, mask_elements, split
 from attnd_server.config import AttentionBackend, AttentionConfig, Layout
-from attnd_server.kernels.pages import read_kv, rows_of_slots
+from attnd_server.kernels.pages import read_kv
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
 MAX_MASK_ELEMENTS = 2**30
@@ -125,8 +125,8 @@ def _run_part(
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
     if part.side_by_side is not None:
-        keys, values = (_by_request(rows_of_slots(pages)[part.side_by_side], part) for pages in (k_pages, v_pages))
-    elif part.slots is not None:
+        return _attend_in_place(plan, part.side_by_side, q, k_pages, v_pages)
+    if part.slots is not None:
         keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout, plan.dtype, k_scales, v_scales)
         keys, values = _by_request(keys, part), _by_request(values, part)
         if k is not None and v is not None:
@@ -143,6 +143,30 @@ def _run_part(
     if part.blind is not None:
         output = output.masked_fill(part.blind, 0)
     return output.flatten(0, 1).to(q.dtype)
+
+
+def _attend_in_place(
+    plan: _Plan, slots: slice, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one token to slots that follow each other in unified pages, `[1, num_heads, head_dim_v]`.
+
+    With as few operations of torch as there can be: each costs what a dozen keys cost.
+    """
+    _, num_heads, head_dim = q.shape
+    queries = q.reshape(1, k_pages.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
+    keys, values = (_heads_of_slots(pages, slots) for pages in (k_pages, v_pages))
+    if plan.dtype is not q.dtype:
+        queries, keys, values = queries.to(plan.dtype), keys.to(plan.dtype), values.to(plan.dtype)
+    output = scaled_dot_product_attention(queries, keys, values, scale=plan.scale)
+    return output.reshape(1, num_heads, plan.head_dim_v).to(q.dtype)
+
+
+def _heads_of_slots(pages: torch.Tensor, slots: slice) -> torch.Tensor:
+    """A view of slots that follow each other in unified pages: `[1, num_kv_heads, num_slots, head_dim]`."""
+    _, _, num_kv_heads, head_dim = pages.shape
+    slot = num_kv_heads * head_dim
+    shape = (1, num_kv_heads, slots.stop - slots.start, head_dim)
+    return pages.as_strided(shape, (0, head_dim, slot, 1), pages.storage_offset() + slots.start * slot)
 
 
 def _by_request(tokens: torch.Tensor, part: Part) -> torch.Tensor:
