@@ -129,16 +129,33 @@ def attend(call: Call, ops: TritonAttentionOps) -> Result:
 
 
 def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
-    step, cache, metadata = call.step, call.step.cache, call.step.metadata
-    timer = CopyTimer(ops.device) if ops.device.type == "cuda" else None
-    mark = _no_mark if timer is None else timer.mark
-    mark()
+    if ops.device.type == "cpu":
+        return Result(*_store_and_attend(call, call.q, call.k, call.v, ops), NO_COPIES)
+    timer = CopyTimer(ops.device)
+    timer.mark()
     # What is pinned is copied while the rest is launched, for which the call waits before it ends. What is not is
     # in the driver's hands when this returns.
     q, k, v = (
         None if tensor is None else tensor.to(ops.device, non_blocking=True) for tensor in (call.q, call.k, call.v)
     )
-    mark()
+    timer.mark()
+    output, lse, backend = _store_and_attend(call, q, k, v, ops)
+    if output is None:
+        return Result(None, None, None, timer.copied())
+    timer.mark()
+    output, lse = output.cpu(), None if lse is None else lse.cpu()
+    return Result(output, lse, backend, timer.waited())
+
+
+def _store_and_attend(
+    call: Call,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    ops: TritonAttentionOps,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, AttentionBackend | None]:
+    """Output, lse and what computed them, on the device, as q, k and v."""
+    step, cache, metadata = call.step, call.step.cache, call.step.metadata
     plan = None if metadata.store_only else step.plan_for(call.options, ops)
     if metadata.slot_mapping is not None and k is not None and v is not None:
         step.mark_written()
@@ -146,13 +163,6 @@ def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
             step.stored = stored_tokens(metadata.slot_mapping, ops.device)
         cache.store(call.layer, k, v, step.stored)
     if plan is None or q is None:
-        return Result(None, None, None, NO_COPIES if timer is None else timer.copied())
-    k_pages, v_pages = cache.k_pages[call.layer], cache.v_pages[call.layer]
-    output, lse = plan.run(q, k, v, k_pages, v_pages, cache.k_scales, cache.v_scales)
-    mark()
-    output, lse = output.cpu(), None if lse is None else lse.cpu()
-    return Result(output, lse, plan.kernel.backend, NO_COPIES if timer is None else timer.waited())
-
-
-def _no_mark() -> None:
-    """Of a call whose copies are not timed."""
+        return None, None, None
+    output, lse = plan.run(q, k, v, *cache.layers[call.layer], cache.k_scales, cache.v_scales)
+    return output, lse, plan.kernel.backend
