@@ -12,7 +12,8 @@ import socket
 import struct
 import subprocess
 import sys
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 
 from attnd.planes.sockets import map_memory, sealed_memory
 from attnd.tuning import tune_process
@@ -27,6 +28,22 @@ _MIDDLE = NUM_BYTES // 2
 class DoorbellEcho:
     """The echo's process, and the way to it. Use it as a context manager."""
 
+    def __init__(
+        self,
+        module: str = "benchmarks.doorbell_echo",
+        *arguments: str,
+        defaults: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """The process will run `python -m module *arguments SOCKET MEMORY`, the last two being descriptors.
+
+        Args:
+            module: that serves.
+            arguments: its command line.
+            defaults: of its environment.
+        """
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._environment = environment(defaults)
+
     def __enter__(self) -> DoorbellEcho:
         """Starts the process."""
         descriptor = sealed_memory(NUM_BYTES)
@@ -34,8 +51,8 @@ class DoorbellEcho:
         with theirs:
             inherited = (theirs.fileno(), descriptor)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.doorbell_echo", *map(str, inherited)],
-                env=environment(),
+                [*self._command, *map(str, inherited)],
+                env=self._environment,
                 pass_fds=inherited,
                 start_new_session=True,
             )
@@ -61,11 +78,12 @@ class DoorbellEcho:
         self._process.wait()
 
 
-def serve(connection: socket.socket, memory: mmap.mmap) -> None:
-    """Answers until the other end hangs up."""
+def serve(connection: socket.socket, memory: mmap.mmap, work: Callable[[], None] = lambda: None) -> None:
+    """Answers until the other end hangs up, after `work`."""
     view = memoryview(memory)
     while request := connection.recv(_REQUEST.size):
         _, num_bytes, _, _ = _REQUEST.unpack(request)
+        work()
         view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
         connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -18,6 +18,8 @@ from attnd.tuning import tune_process
 
 SERVICE = "attnd.benchmarks.Echo"
 TIMEOUT_S = 60.0
+# Bytes of the answer to what opens a step; those to calls are longer.
+STEP_REPLY_BYTES = 8
 
 
 def message(num_bytes: int, num_reply_bytes: int) -> bytes:
@@ -79,21 +81,23 @@ async def _unary(data: bytes, context: Any) -> bytes:
     return reply(data)
 
 
-async def _stream(requests: AsyncIterator[bytes], context: Any) -> None:
-    async for data in requests:
-        await context.write(reply(data))
-
-
-async def serve() -> None:
-    """Serves on a port that the system picks, until the process is ended."""
+async def serve(work: Callable[[], None] = lambda: None) -> None:
+    """Serves on a port that the system picks, until the process is ended; answers a stream's calls after `work`."""
     from attnd_server import app
     from attnd_server.config import ServerConfig
+
+    async def stream(requests: AsyncIterator[bytes], context: Any) -> None:
+        async for data in requests:
+            answer = reply(data)
+            if len(answer) > STEP_REPLY_BYTES:
+                work()
+            await context.write(answer)
 
     tune_process()
     server = grpc.aio.server(options=app.grpc_options(ServerConfig()))
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(_unary),
-        "Stream": grpc.stream_stream_rpc_method_handler(_stream),
+        "Stream": grpc.stream_stream_rpc_method_handler(stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")

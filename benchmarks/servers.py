@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,18 +21,19 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0
 
 
-def environment() -> dict[str, str]:
-    """Of a process that imports what this one does."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
+def environment(defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Of a process that imports what this one does; with `defaults` where this one has nothing."""
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
 
 
 @contextmanager
-def running(module: str, *arguments: str) -> Iterator[str]:
+def running(module: str, *arguments: str, defaults: Mapping[str, str] = MappingProxyType({})) -> Iterator[str]:
     """Runs `python -m module arguments` until the end of the block.
 
     Args:
         module: prints a line with "serves HOST:PORT on" once it listens, and ends on SIGTERM.
         arguments: its command line.
+        defaults: of its environment.
 
     Yields:
         The address that it serves.
@@ -39,12 +41,12 @@ def running(module: str, *arguments: str) -> Iterator[str]:
     Raises:
         RuntimeError: it ended, or said nothing in time; the message has its last words.
     """
-    with started(module, *arguments) as child:
+    with started(module, *arguments, defaults=defaults) as child:
         yield child.read(rb"serves (\S+:\d+) on", START_TIMEOUT_S)[1].decode()
 
 
 @contextmanager
-def started(module: str, *arguments: str) -> Iterator[Child]:
+def started(module: str, *arguments: str, defaults: Mapping[str, str] = MappingProxyType({})) -> Iterator[Child]:
     """Starts `python -m module arguments`, which ends on SIGTERM, and ends it with the block."""
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryFile() as log:
@@ -54,7 +56,7 @@ def started(module: str, *arguments: str) -> Iterator[Child]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment(),
+            env=environment(defaults),
             start_new_session=True,  # Ctrl-C is for this process, which ends its servers in order
         )
         try:

@@ -34,10 +34,11 @@ COLUMNS = {
     "kernel_us": "kernel",
     "floor_us": "floor",
     "ratio": "ratio",
+    "limit_ratio": "limit",
 }
 CAPTION = f"""Times in us. step/{NUM_CALLS}: a step of {NUM_CALLS} calls with its opening, per call.
 queue, copies to and from the device, kernel: the server's own, mean. floor: p50 of the echo of the same kind (none for
-inproc) + p50 of the backend. ratio: p50 / floor."""
+inproc) + p50 of the backend. ratio: p50 / floor. limit: p50 / p50 of the echo with the backend behind it."""
 
 
 def benchmark(step: DecodeStep, ends: Endpoints, seconds: float, progress: Progress) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def benchmark(step: DecodeStep, ends: Endpoints, seconds: float, progress: Progr
         progress.refresh()
 
     tick(0.0)
-    with all_ways(step, ends, unary=True) as ways:
+    with all_ways(step, ends, unary=True, attending_echoes=ends.server_device.type == "cpu") as ways:
         refuse_wrong_ways(step, ways)
         samples = time_ways(ways.ways, len(step.layers), seconds, tick)
         return [{"tokens": step.num_reqs, **row} for row in rows(ways.ways, samples)]

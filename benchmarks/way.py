@@ -22,6 +22,7 @@ class Way:
         session: where the server's own times are; None if nowhere.
         finish: waits for the calls of a step; None: each call ends when it has its output.
         num_steps: steps that follow each other before `finish`, and of which the times are an average.
+        limit: name of the way that does the same with nothing but the transport around it; "": none does.
         beside: name of the backend's way that its step is compared with; "": the one that waits for the device once.
     """
 
@@ -32,6 +33,7 @@ class Way:
     session: Any = None
     finish: Callable[[], None] | None = None
     num_steps: int = 1
+    limit: str = ""
     beside: str = ""
 
 

@@ -105,9 +105,10 @@ def rows(ways: Sequence[Way], samples: Mapping[str, Samples]) -> list[dict[str, 
 
     Returns:
         By way: p50 and p99 of a call, p50 of a step; `floor_us`, the p50 of the ways of its floor together, and `ratio`
-        to it; `step_to_inproc` and `step_to_backend`, its step to those of `inproc://` and of the backend; `over_us`,
-        what a call of its step has more than one of the backend's step. The backend's step is the one that is launched
-        alike (`Way.beside`), else the one that waits for the device once, where there is one.
+        to it; `limit_ratio`, to the p50 of its limit, where that was timed; `step_to_inproc` and `step_to_backend`, its
+        step to those of `inproc://` and of the backend; `over_us`, what a call of its step has more than one of the
+        backend's step. The backend's step is the one that is launched alike (`Way.beside`), else the one that waits for
+        the device once, where there is one.
     """
     p50 = {name: statistics.median(sample.call_us) for name, sample in samples.items()}
     step_p50 = {name: statistics.median(sample.step_us) for name, sample in samples.items()}
@@ -126,6 +127,7 @@ def rows(ways: Sequence[Way], samples: Mapping[str, Samples]) -> list[dict[str, 
             "floor": list(way.floor),
             "floor_us": floor_us,
             "ratio": None if floor_us is None else p50[name] / floor_us,
+            "limit_ratio": p50[name] / p50[way.limit] if way.limit in p50 else None,
             "step_to_inproc": step_us / step_p50["inproc"] if computes else None,
             "step_to_backend": step_us / backend_us if computes else None,
             "over_us": (step_us - backend_us) / NUM_CALLS if computes else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from attnd import requests
 from attnd.page_table_deltas import SentPageTables
 from attnd.planes.choice import plane_refusals
 from attnd.tensors import to_array
-from benchmarks import echo
+from benchmarks import attending_echo, echo
 from benchmarks.backend_alone import BackendAlone
+from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.endpoints import Endpoints
 from benchmarks.queued_ways import backend_ways, captured_ways, echo_way, queued_way
 from benchmarks.way import Call, Way, Ways
@@ -26,13 +28,16 @@ _QUEUED = ("cuda",)
 
 
 @contextmanager
-def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Iterator[Ways]:
+def all_ways(
+    step: DecodeStep, ends: Endpoints, *, unary: bool = False, attending_echoes: bool = False
+) -> Iterator[Ways]:
     """Each plane, `inproc://`, the backend and the echoes; contexts stored, decode warmed up.
 
     Args:
         step: to compute.
         ends: what it is computed with; what is made for the step alone goes with the block.
         unary: whether calls without a session are among them.
+        attending_echoes: whether echoes with the backend behind them are: on a processor.
     """
     with ExitStack() as stack:
         cache = stack.enter_context(ends.client.create_cache(**step.geometry))
@@ -54,6 +59,8 @@ def all_ways(step: DecodeStep, ends: Endpoints, *, unary: bool = False) -> Itera
         for plane, session in sessions.items():
             if plane in _ECHOES:
                 result.ways.append(stack.enter_context(_ECHOES[plane](step, cache, ends)))
+            if attending_echoes and plane in _ATTENDING_ECHOES:
+                result.ways.append(stack.enter_context(_ATTENDING_ECHOES[plane](step, cache, ends)))
             result.ways.append(plane_way(plane, step, session, ends.device))
             if plane in _QUEUED:
                 _add_captured(stack, cache.session(plane=plane), step, ends.device, result)
@@ -123,17 +130,22 @@ def plane_way(plane: str, step: DecodeStep, session: attnd.Session, device: torc
     """The calls of a session on a plane; on one that the device orders, with tensors there and one wait a step."""
     if plane in _QUEUED:
         return queued_way(plane, step, session, device)
-    return session_way(plane, step, session, (f"echo {plane}", "backend"))
+    return session_way(plane, step, session, (f"echo {plane}", "backend"), limit_of(plane))
 
 
-def session_way(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[str, ...]) -> Way:
+def limit_of(plane: str) -> str:
+    """The name of the echo of a plane that has the backend behind it."""
+    return f"echo {plane} + backend"
+
+
+def session_way(name: str, step: DecodeStep, session: attnd.Session, floor: tuple[str, ...], limit: str = "") -> Way:
     """Calls of steps of `session`."""
 
     def open_step() -> Call:
         opened = session.step(step.metadata)
         return lambda layer: opened.attend(layer, *step.layers[layer])
 
-    return Way(name, open_step, floor, session.cache, session)
+    return Way(name, open_step, floor, session.cache, session, limit=limit)
 
 
 def _echo_unary(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Way:
@@ -148,10 +160,25 @@ def _echo_unary(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Way:
 @contextmanager
 def _echo_inline(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
     """The bytes of `session.step` once a step, answered with a few, and those of `step.attend` for each layer."""
+    stream = echo.StreamEcho(ends.channel)
+    try:
+        yield _stream_way("echo inline", stream, step, cache)
+    finally:
+        stream.close()
+
+
+@contextmanager
+def _attending_echo_inline(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
+    """The same with a layer of the backend before each answer."""
+    with attending_echo.stream_echo(step, torch.get_num_threads()) as stream:
+        way = _stream_way(limit_of("inline"), stream, step, cache)
+        yield replace(way, floor=("echo inline", "backend"))
+
+
+def _stream_way(name: str, stream: echo.StreamEcho, step: DecodeStep, cache: attnd.Cache) -> Way:
     q, k, v = step.layers[0]
     call_data = echo.message(len(requests.attend_call(1, 0, q, k, v, requests.DEFAULT_OPTIONS)), q.nbytes)
-    step_data = echo.message(_step_bytes(step, cache), 8)
-    stream = echo.StreamEcho(ends.channel)
+    step_data = echo.message(_step_bytes(step, cache), echo.STEP_REPLY_BYTES)
 
     def open_step() -> Call:
         stream.send(step_data)
@@ -166,10 +193,7 @@ def _echo_inline(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Itera
 
         return call
 
-    try:
-        yield Way("echo inline", open_step)
-    finally:
-        stream.close()
+    return Way(name, open_step)
 
 
 def _step_bytes(step: DecodeStep, cache: attnd.Cache) -> int:
@@ -183,14 +207,28 @@ def _step_bytes(step: DecodeStep, cache: attnd.Cache) -> int:
 @contextmanager
 def _echo_shm(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
     """q, k and v into shared memory, q's bytes out of it again; no step, which has none there."""
+    yield _doorbell_way("echo shm", ends.doorbell, step)
+
+
+@contextmanager
+def _attending_echo_shm(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> Iterator[Way]:
+    """The same with a layer of the backend before each answer."""
+    with attending_echo.doorbell(step, torch.get_num_threads()) as bell:
+        yield replace(_doorbell_way(limit_of("shm"), bell, step), floor=("echo shm", "backend"))
+
+
+def _doorbell_way(name: str, bell: DoorbellEcho, step: DecodeStep) -> Way:
     layers = [[to_array(tensor, "tensor").data for tensor in layer] for layer in step.layers]
-    yield Way("echo shm", lambda: lambda layer: ends.doorbell.call(layers[layer], layers[layer][0].nbytes))
+    return Way(name, lambda: lambda layer: bell.call(layers[layer], layers[layer][0].nbytes))
 
 
 def _echo_cuda(step: DecodeStep, cache: attnd.Cache, ends: Endpoints) -> AbstractContextManager[Way]:
     """What the plane hands over, with nothing between the hand-overs."""
     return echo_way(step, ends.device, ends.server_device)
 
+
+_ATTENDING_ECHOES: Mapping[str, Any] = {"inline": _attending_echo_inline, "shm": _attending_echo_shm}
+"""Likewise, the plane's limit."""
 
 _ECHOES: Mapping[str, Any] = {"inline": _echo_inline, "shm": _echo_shm, "cuda": _echo_cuda}
 """By the name of a plane, the bare floor of its transport: a context manager with a Way."""

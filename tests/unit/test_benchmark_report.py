@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import echo, report
+from attnd_server.backends.sdpa import SdpaAttention
+from benchmarks import attending_echo, echo, report
 from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.workload import DecodeStep
 
@@ -99,3 +101,37 @@ def test_the_doorbell_echo_returns_what_was_asked_for() -> None:
         for num_bytes in (3, 70_000):
             arrays = [memoryview(bytes(range(250))), memoryview(b"x" * 100_000)]
             assert doorbell.call(arrays, num_bytes) == b"".join(arrays)[:num_bytes]
+
+
+def test_echoes_that_attend_return_the_same_and_are_not_the_bare_ones() -> None:
+    step = DecodeStep(2, 20, torch.float32, kv_bytes=1)
+    arrays = [memoryview(bytes(range(250)))]
+    with attending_echo.doorbell(step, 1) as doorbell, attending_echo.stream_echo(step, 1) as stream:
+        for _ in range(3):
+            assert doorbell.call(arrays, 100) == bytes(range(100))
+            assert stream.call(echo.message(300, 100)) == echo.message(300, 100)[:100]
+        assert stream.call(echo.message(300, 8)) == echo.message(300, 8)[:8]
+
+
+def test_echoes_that_attend_compute_a_layer_for_each_call_and_refuse_a_wrong_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = attending_echo._decoded(attending_echo._encoded(DecodeStep(2, 20, torch.float32, kv_bytes=1 << 20)))
+    assert len(step.layers) > 1
+    computed: list[int] = []
+    run = SdpaAttention.run
+
+    def counted(self: SdpaAttention, *arguments: Any) -> Any:
+        computed.append(1)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(SdpaAttention, "run", counted)
+    attend = attending_echo._attending(step)
+    num_checks = len(computed)
+    assert num_checks == len(step.layers)
+    for _ in range(5):
+        attend()
+    assert len(computed) == num_checks + 5
+    monkeypatch.setattr(SdpaAttention, "run", lambda self, plan, q, *rest: (torch.zeros_like(q), None))
+    with pytest.raises(report.WrongResult, match="backend behind an echo, layer 0"):
+        attending_echo._attending(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_a_plane_is_compared_with_its_floor_and_with_both_in_process() -> None:
     assert shm["step_to_inproc"] == pytest.approx((180 * 32 + 64) / (150 * 32 + 64))
     assert shm["step_to_backend"] == pytest.approx((180 * 32 + 64) / (100 * 32 + 64))
     assert shm["over_us"] == pytest.approx(80)
+
+
+def test_a_plane_is_compared_with_the_echo_that_attends_where_that_was_timed() -> None:
+    limited = [*WAYS[:-1], replace(WAYS[-1], limit="echo shm + backend")]
+    assert row_by_way(limited, CALL_US)["shm"]["limit_ratio"] is None
+    timed = row_by_way([*limited, way("echo shm + backend")], {**CALL_US, "echo shm + backend": 150.0})
+    assert timed["shm"]["limit_ratio"] == 1.2
+    assert timed["backend"]["limit_ratio"] is None
 
 
 def test_an_echo_is_compared_with_nothing() -> None:
