@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnd.v1 import tensor_pb2
 from attnd_server.cache import Cache
 from attnd_server.cache_table import CacheTable
+from tests.fuzz import valid
 from tests.fuzz.attack import Attack, attack
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.world import World
@@ -75,6 +79,14 @@ def test_any_bytes_are_answered(world: World, data: bytes, method: int) -> None:
     except Ended:
         assert context.code is not None
     world.check(f"{name} {data.hex()}")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 2, 8), (4, 4096), (9, 4, 4096)])
+def test_tensors_of_any_size_can_be_drawn(shape: tuple[int, ...]) -> None:
+    """Some of more elements than there are: of a cache that a spoiled message asked for and got."""
+    drawn = [valid.floats(random.Random(seed), tensor_pb2.DTYPE_FLOAT16, *shape) for seed in range(20)]
+    assert {len(each.data) for each in drawn} == {2 * math.prod(shape)}
+    assert all(np.isfinite(np.frombuffer(each.data, np.float16)).all() for each in drawn)
 
 
 def test_a_hole_between_principals_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
