@@ -152,14 +152,14 @@ class AttendSession:
             raise InvalidRequest(
                 f"message is absent, but must be given: there was no call in lane {lane} that is meant again"
             )
-        message, tensors = last_call
-        message.layer, message.step_id = layer, step_id
         if last is not None and last.call.step is self._steps.get(step_id):
             # What was checked lies in this process and is the same; only the layer is new.
-            step = last.call.step
+            step, _, options, q, k, v = last.call
             step.cache.renew()
-            call = last.call._replace(layer=validation.layer(layer, step.cache.config))
+            call = Call(step, validation.layer(layer, step.cache.config), options, q, k, v)
             return CallWork(last.service, call, last.encode, last.plane)
+        message, tensors = last_call
+        message.layer, message.step_id = layer, step_id
         return self._call(message, tensors, lane)
 
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
