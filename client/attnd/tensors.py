@@ -140,6 +140,8 @@ def _torch_array(value: torch.Tensor, field: str) -> Array:
     dtype = _torch_dtypes().get(value.dtype)
     if dtype is None:
         raise InvalidRequest(f"{field} has dtype {value.dtype}, but must be one of {', '.join(DTYPES)}", field=field)
+    if value.is_meta:
+        raise InvalidRequest(f"{field} has device meta, but must have elements", field=field)
     host = value if value.is_cpu and value.is_contiguous() else value.detach().cpu().contiguous()
     size = host.numel() * host.element_size()
     if size == 0:

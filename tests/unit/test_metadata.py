@@ -144,6 +144,10 @@ REFUSED = {
     "flat_tables": ({"page_tables": [1, 2]}, "page_tables[0] must hold 32-bit integers"),
     "ragged": ({"page_tables": [[1, 2], [3]]}, "page_tables[1] has 1 pages, but must have 2 as page_tables[0]"),
     "missing": ({"page_tables": None}, "page_tables is a NoneType, but must be an array or a tensor"),
+    "no elements": (
+        {"page_tables": torch.zeros(1, 1, dtype=torch.int32, device="meta")},
+        "page_tables has device meta, but must have elements",
+    ),
     "slot_too_big": ({"slot_mapping": [1 << 63]}, "slot_mapping must hold 64-bit integers"),
 }
 
