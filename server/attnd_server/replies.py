@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from attnd import wire
 from attnd.errors import InvalidRequest
-from attnd.planes import doorbell
+from attnd.planes import doorbell, placed_tensors
 from attnd.planes.placed_tensors import RESULTS, PlacedTensors
 from attnd.regions import Region, aligned
 from attnd.tensors import Array, to_array
@@ -109,12 +109,8 @@ class RegionReplies:
             return doorbell.repeated_reply(call.layer, call.step.id, *times)
         arrays = reply_arrays(result, RESULTS)
         reply = call_reply(call, result, queue_us, kernel_us)
-        messages, views = self._memory.placed(list(arrays.values()), offset, "reply")
-        placed = {}
-        for (name, array), message, view in zip(arrays.items(), messages, views, strict=True):
-            getattr(reply, name).CopyFrom(message)
-            placed[name] = array._replace(data=view)
-        self._last[lane] = _LastReply(offset, result.backend, PlacedTensors(placed, RESULTS))
+        tensors = placed_tensors.place(self._memory, arrays, offset, "reply", reply, RESULTS)
+        self._last[lane] = _LastReply(offset, result.backend, tensors)
         return doorbell.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
 
 

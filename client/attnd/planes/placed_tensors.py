@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnd.regions import Region
 from attnd.tensors import Array, torch_dtype
 
 if TYPE_CHECKING:
@@ -90,6 +91,30 @@ class PlacedTensors:
             tensor = tensors[name] = self._torch.empty(shape, dtype=dtype)
             ctypes.memmove(tensor.data_ptr(), address, num_bytes)
         return tensors
+
+
+def place(
+    region: Region, arrays: Mapping[str, Array], start: int, field: str, message: Any, names: Sequence[str]
+) -> PlacedTensors:
+    """Copies arrays to a region, one behind the other, and says in a message where each lies.
+
+    Args:
+        region: where to.
+        arrays: by their fields in `message`.
+        start: offset of the first.
+        field: the name to use in errors.
+        message: of a call or a reply.
+        names: see `PlacedTensors`.
+
+    Raises:
+        InvalidRequest: they do not fit; nothing was copied then.
+    """
+    tensors, views = region.placed(list(arrays.values()), start, field)
+    placed = {}
+    for (name, array), tensor, view in zip(arrays.items(), tensors, views, strict=True):
+        getattr(message, name).CopyFrom(tensor)
+        placed[name] = array._replace(data=view)
+    return PlacedTensors(placed, names)
 
 
 def key_of(arrays: Mapping[str, Array]) -> object:

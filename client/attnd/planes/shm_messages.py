@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from attnd import requests, wire
 from attnd.errors import InvalidRequest, ServerFault
 from attnd.options import AttentionOptions
-from attnd.planes import doorbell
+from attnd.planes import doorbell, placed_tensors
 from attnd.planes.lanes import Lanes, PlacedCall
 from attnd.planes.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
 from attnd.regions import Region, aligned
@@ -34,8 +34,7 @@ class ShmMessages:
         self._region = region
         self._lanes = lanes
         self._next: PlacedCall | None = None  # what is to be sent; None: a step
-        self._is_torch = False  # whether the tensors of that were torch's
-        self._wants_torch: dict[int, bool] = {}  # likewise, by lane
+        self._wants_torch: dict[int, bool] = {}  # by lane, whether the tensors of its last call were torch's
         self._last_replies: dict[int, LastReply] = {}  # by lane
 
     def step_request(self, step: step_pb2.Step) -> bytes:
@@ -63,28 +62,20 @@ class ShmMessages:
             last.tensors.fill(arrays)
             return self._repeat(last, layer, step_id, is_torch=False)
         lane, place = self._lanes.place(arrays, return_lse=options.return_lse)
-        messages, views = self._region.placed(list(arrays.values()), place.start, "call")
         call = step_pb2.Call(step_id=step_id, layer=layer, options=options.message)
-        placed = {}
-        for (name, array), message, view in zip(arrays.items(), messages, views, strict=True):
-            getattr(call, name).CopyFrom(message)
-            placed[name] = array._replace(data=view)
+        tensors = placed_tensors.place(self._region, arrays, place.start, "call", call, INPUTS)
         call.reply.id = self._region.id
-        call.reply.offset = place.start
-        if messages:
-            call.reply.offset = aligned(messages[-1].region.offset + views[-1].nbytes)
-        self._next, self._is_torch = PlacedCall(lane, options.encoded, PlacedTensors(placed, INPUTS), place), False
+        call.reply.offset = place.start + sum(aligned(array.num_bytes) for array in arrays.values())
+        self._next, self._wants_torch[lane] = PlacedCall(lane, options.encoded, tensors, place), False
         return doorbell.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), lane)
 
     def _repeat(self, last: PlacedCall, layer: int, step_id: int, *, is_torch: bool) -> bytes:
-        self._next, self._is_torch = last, is_torch
+        self._next, self._wants_torch[last.lane] = last, is_torch
         return doorbell.repeated_call(layer, step_id, last.lane)
 
     def sent(self) -> None:
         """What `step_request` or `call_request` gave last is under way."""
         self._lanes.sent(self._next)
-        if self._next is not None:
-            self._wants_torch[self._next.lane] = self._is_torch
 
     def answer(self, reply: doorbell.Reply) -> requests.AttendReply:
         """What came from the server, which ends what was sent first. Its tensors are copies.
