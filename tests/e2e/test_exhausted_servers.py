@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from attnd.planes import doorbell, sockets
 from attnd.regions import Region
 from attnd.v1 import plane_pb2
 from attnd_server import shm_server
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
@@ -40,13 +39,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def attend(session: attnd.Session) -> None:
     assert torch.equal(session.step(DECODE).attend(0, Q, K, V), V)
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def num_descriptors(pid: int) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import torch
 import attnd
 from attnd.planes import doorbell, sockets
 from attnd.v1 import attention_pb2, plane_pb2, step_pb2
-from tests.servers import ServerProcess, mapped
+from tests.servers import ServerProcess, mapped, wait_for
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
@@ -51,13 +51,6 @@ def serve(folder: Path, port: int = 0) -> ServerProcess:
 
 def decode_metadata(context_len: int) -> attnd.StepMetadata:
     return attnd.StepMetadata([1], [context_len], [[0, 1, 2, 3, 4, 5, 6, 7]], [context_len], kind="decode")
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def test_killed_clients_leave_nothing_with_the_server(shm_server: ServerProcess) -> None:
