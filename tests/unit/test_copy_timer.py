@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -40,7 +41,8 @@ def host_ms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     times: list[float] = []
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: "stream")
-    monkeypatch.setattr("attnd_server.copy_timer.time.perf_counter", lambda: times.pop(0) / 1e3)
+    clock = SimpleNamespace(perf_counter=lambda: times.pop(0) / 1e3)
+    monkeypatch.setattr("attnd_server.copy_timer.time", clock)
     yield times
     assert times == []
 

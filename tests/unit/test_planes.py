@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_tickets_expire_and_open_planes_do_not(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("attnd_server.planes.table.time", SimpleNamespace(monotonic=lambda: now))
     planes = table()
     kept, late = planes.open("me"), planes.open("me")
     planes.claim(kept.ticket, pair[0])
@@ -112,7 +113,7 @@ def test_planes_are_sessions_of_their_principal(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("attnd_server.planes.table.time", SimpleNamespace(monotonic=lambda: now))
     sessions = Shares("sessions", "are open", 3, 2, "close one")
     planes = PlaneTable("/somewhere/a.sock", 4096, 9, 9, sessions)
     kept, unused = planes.open("alice"), planes.open("alice", "GPU-1")

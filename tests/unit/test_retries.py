@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +13,10 @@ from attnd.retries import RECONNECT_PAUSE_S, RECONNECT_S, Patience, patiently, u
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time passes in sleeps only; each of them."""
+    """Time passes in sleeps only; each of them. For `retries` alone: other tests' threads live on in this process."""
     sleeps: list[float] = []
-    monkeypatch.setattr("attnd.retries.time.monotonic", lambda: sum(sleeps))
-    monkeypatch.setattr("attnd.retries.time.sleep", sleeps.append)
+    clock = SimpleNamespace(monotonic=lambda: sum(sleeps), sleep=sleeps.append)
+    monkeypatch.setattr("attnd.retries.time", clock)
     return sleeps
 
 
