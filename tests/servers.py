@@ -106,9 +106,9 @@ def mapped(pid: int) -> int:
     return maps.count("memfd:attnd") + sum("memfd:attnd" in link for link in links)
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
     """Waits until it is so; fails with `what` if it is not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(0.01)

@@ -18,7 +18,8 @@ from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server import attend_session, service, servicer, validation
 from attnd_server.attend_session import BigStep
 from attnd_server.config import ServerConfig
-from tests.e2e.test_overload import Busy, serving, wait_for
+from tests.e2e.test_overload import Busy, serving
+from tests.servers import wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 64, "page_size": 4, "dtype": "float32"}
 PAGES = list(range(64))

@@ -23,20 +23,12 @@ from attnd.transport import SERVICE
 from attnd.v1 import attention_pb2
 from attnd_server.identity.tokens import add_token
 from tests import raw_http2
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
 DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
 KEEPALIVE_S = 2.0
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    """Waits for what the server does by itself."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -116,7 +108,7 @@ def test_a_thousand_connections_that_send_half_a_message(hardened: ServerProcess
                 newcomer()
             assert raw_http2.wait_for_end(connections, 15 * KEEPALIVE_S) == 0
             work()
-        until(lambda: num_descriptors(server) <= before + 2, "descriptors were not closed")
+        wait_for(lambda: num_descriptors(server) <= before + 2, "descriptors were not closed")
         work()
 
 
@@ -140,7 +132,7 @@ def test_a_client_that_only_answers_pings_holds_a_share_of_sessions_and_no_more(
         slow = [open_stream(method) for method in ("Attend", "StoreKv", "Attend")]
         with attnd.connect(server.address, credentials=credentials["slow"]) as client:
             with client.create_cache(**GEOMETRY) as cache, cache.session(plane="inline") as session:
-                until(lambda: is_refused(session), "more sessions than the share were open")
+                wait_for(lambda: is_refused(session), "more sessions than the share were open")
         with attnd.connect(server.address, credentials=credentials["worker"], plane="inline") as client:
             limits = client.capabilities().limits
             assert (limits.max_sessions, limits.principal_sessions) == (6, 3)
@@ -151,7 +143,7 @@ def test_a_client_that_only_answers_pings_holds_a_share_of_sessions_and_no_more(
                 release.set()
                 with attnd.connect(server.address, credentials=credentials["slow"], plane="inline") as freed:
                     with freed.create_cache(**GEOMETRY) as again, again.session() as theirs:
-                        until(lambda: not is_refused(theirs), "sessions that ended were not given back")
+                        wait_for(lambda: not is_refused(theirs), "sessions that ended were not given back")
 
 
 def is_refused(session: attnd.Session) -> bool:
@@ -209,7 +201,7 @@ def test_without_descriptors_the_server_serves_whom_it_has_and_recovers(tmp_path
         num_free = 12
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (num_descriptors(server) + num_free, hard))
         connections = [stack.enter_context(raw_http2.connected(server.address)) for _ in range(3 * num_free)]
-        until(lambda: has_none_left(server), "descriptors are left")
+        wait_for(lambda: has_none_left(server), "descriptors are left")
         for _ in range(20):
             work()
         for connection in connections:
@@ -261,8 +253,8 @@ def test_a_client_that_is_frozen_loses_its_session_and_then_its_cache(tmp_path: 
                     except attnd.Exhausted:
                         return False
 
-                until(has_room, "the session of a client that is away was never ended")
-                until(lambda: len(client.list_caches()) == 1, "its cache was never freed")
+                wait_for(has_room, "the session of a client that is away was never ended")
+                wait_for(lambda: len(client.list_caches()) == 1, "its cache was never freed")
         finally:
             frozen.kill()
             frozen.wait()

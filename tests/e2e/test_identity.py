@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from attnd_server.identity.tokens import add_token
 from tests.certificates import Authority, needs_openssl
 from tests.e2e.test_commands import attnd_command
 from tests.scrape import Scrape
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(2, 4, 16), torch.ones(2, 2, 16), torch.ones(2, 2, 16)
@@ -93,14 +93,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     """One for all tests that leave it as it is."""
     with running(tmp_path_factory.mktemp("shared")) as server:
         yield server
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what the server does by itself."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def attended(session: attnd.Session) -> torch.Tensor:
@@ -296,7 +288,7 @@ def test_each_lists_only_its_own_caches(secured: Secured) -> None:
         with hers.create_cache(**GEOMETRY, name="hers"), his.create_cache(**GEOMETRY, name="his"):
             assert [[info.name for info in client.list_caches()] for client in (hers, his)] == [["hers"], ["his"]]
             secured.tokens["alice, too"] = add_token(str(secured.tokens_path), "alice")
-            until(lambda: is_known(secured, "alice, too"))
+            wait_for(lambda: is_known(secured, "alice, too"), "a new token is not known")
             with secured.connect("alice, too") as again:
                 assert [info.name for info in again.list_caches()] == ["hers"]
 
@@ -334,7 +326,7 @@ def test_a_removed_token_ends_what_it_had_opened_and_nothing_else(secured: Secur
             attended(other)
             lines = secured.tokens_path.read_text().splitlines(keepends=True)
             secured.tokens_path.write_text("".join(line for line in lines if not line.startswith("alice ")))
-            until(lambda: not is_known(secured, "alice"))
+            wait_for(lambda: not is_known(secured, "alice"), "a token that was taken out is still known")
             with pytest.raises(attnd.Unauthenticated, match="no longer known here"):
                 step.attend(0, Q, K, V)  # of a step that was open
             with pytest.raises(attnd.Unauthenticated):
@@ -347,7 +339,7 @@ def test_a_removed_token_ends_what_it_had_opened_and_nothing_else(secured: Secur
 
 def test_a_broken_new_file_changes_nothing_but_the_log(secured: Secured) -> None:
     secured.tokens_path.write_text(f"alice {secured.tokens['alice']}\n")
-    until(lambda: "a changed file is not used" in secured.server.log)
+    wait_for(lambda: "a changed file is not used" in secured.server.log, "a wrong file is not told of")
     assert is_known(secured, "alice")
     assert is_known(secured, "bob")
 
@@ -419,7 +411,7 @@ def test_a_new_certificate_is_served_to_new_connections_and_old_ones_go_on(secur
         attended(session)
         for kind in ("key", "pem"):
             os.replace(getattr(made, {"key": "key", "pem": "cert"}[kind]), secured.folder / f"server.{kind}")
-        until(lambda: secured.server.log.count("read again") == 1)
+        wait_for(lambda: secured.server.log.count("read again") == 1, "the file is not read again")
         attended(session)
         credentials = attnd.Credentials(secured.tokens["alice"], ca=successor.ca)
         with attnd.connect(secured.server.address, credentials=credentials) as another:

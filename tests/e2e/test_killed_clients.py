@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 import attnd
 from tests import dying
-from tests.servers import ServerProcess, mapped
+from tests.servers import ServerProcess, mapped, wait_for
 from tests.soak.resources import resources
 
 # Points of a step at which a client is killed: lines of the client's code, evenly over all that a step runs.
@@ -65,13 +64,6 @@ def run(target: Callable[..., None], *arguments: Any) -> int:
     code = process.exitcode
     process.close()
     return code
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("plane", ["inline", "shm"])

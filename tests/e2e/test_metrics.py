@@ -20,7 +20,7 @@ import attnd
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from tests.e2e.test_commands import attnd_command
 from tests.scrape import Scrape
-from tests.servers import ServerProcess
+from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(5, 2, 16)
@@ -220,10 +220,7 @@ def test_metrics_are_there_until_the_server_has_drained(measured: Measured) -> N
         step = session.step(PREFILL)
         step.attend(0, Q, K, V)
         measured.terminate()
-        deadline = time.monotonic() + 10
-        while "draining" not in measured.log:
-            assert time.monotonic() < deadline, measured.log
-            time.sleep(0.02)
+        wait_for(lambda: "draining" in measured.log, "the server does not drain")
         step.attend(1, Q, K, V)
         assert measured.scrape().value("attnd_calls_total") == 2
         session.close()

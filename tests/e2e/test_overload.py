@@ -21,6 +21,7 @@ from attnd_server.app import Server
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
 from attnd_server.steps import Call, Result
+from tests.servers import wait_for
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
@@ -72,13 +73,6 @@ class Busy:
     def num_refused(self) -> int:
         assert self.service.metrics is not None
         return self.service.metrics.refusals[attnd.Exhausted]
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -130,9 +130,10 @@ def test_a_plane_that_opens_after_its_task_was_cancelled_is_let_go_while_the_tas
 ) -> None:
     one, other = socket.socketpair()
     handshake = Handshake(one, Region(1, mmap.mmap(-1, 4096)), Lanes(4096, 16), "/somewhere/a.sock")
-    is_cancelled = threading.Event()
+    has_begun, is_cancelled = threading.Event(), threading.Event()
 
     def shake_hands(*_: object) -> Handshake:
+        has_begun.set()
         assert is_cancelled.wait(30)
         return handshake
 
@@ -141,7 +142,8 @@ def test_a_plane_that_opens_after_its_task_was_cancelled_is_let_go_while_the_tas
     async def test() -> None:
         plane, config = plane_pb2.OpenPlaneResponse(), cache_pb2.CacheConfig()
         opening = asyncio.ensure_future(aio_shm.open_shm(plane, config, "", 30))
-        await asyncio.sleep(0.05)
+        while not has_begun.is_set():
+            await asyncio.sleep(0.01)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening

@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import attnd_server.cache
+import attnd_server.cache_table
 from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server import validation
@@ -163,15 +166,19 @@ def test_another_epoch_comes_first(table: CacheTable) -> None:
         table.get(ref, "a")
 
 
-def test_lease_ends_unless_it_is_used(table: CacheTable) -> None:
-    silent = table.create(CONFIG, principal="a", ttl_s=0.2, name="")
-    used = table.create(CONFIG, principal="a", ttl_s=0.2, name="")
-    time.sleep(0.15)
+def test_lease_ends_unless_it_is_used(table: CacheTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    for module in (attnd_server.cache, attnd_server.cache_table):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    silent = table.create(CONFIG, principal="a", ttl_s=20.5, name="")
+    used = table.create(CONFIG, principal="a", ttl_s=20.5, name="")
+    now += 20.4
     table.get(used.info().cache, "a")
-    time.sleep(0.1)
+    assert table.expire() == []
+    now += 0.2
     assert table.expire() == [silent]
     assert silent.k_pages.numel() == 0
-    with pytest.raises(CacheLost, match=r"lease of 0\.2 s has ended"):
+    with pytest.raises(CacheLost, match=r"lease of 20\.5 s has ended"):
         silent.refuse_if_closed()
 
 

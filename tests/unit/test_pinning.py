@@ -6,7 +6,6 @@ import ctypes
 import logging
 import mmap
 import threading
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from attnd_server import shm_server
 from attnd_server.planes import Pinning, registrar_for
 from attnd_server.planes.pinning import CudaRegistrar
+from tests.servers import wait_for
 from tests.unit.test_shm_server import GEOMETRY, attend, serving
 
 
@@ -46,10 +46,7 @@ def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
 
 
 def wait_until_nothing_is_registered(registrar: FakeRegistrar) -> None:
-    deadline = time.monotonic() + 10
-    while registrar.registered:
-        assert time.monotonic() < deadline, "the region of a session that has ended is still registered"
-        time.sleep(0.001)
+    wait_for(lambda: not registrar.registered, "the region of a session that has ended is still registered")
 
 
 def test_memory_is_pinned_where_it_lies_until_the_end_of_the_block() -> None:

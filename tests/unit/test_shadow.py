@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from attnd_server.shadow.sample import Sample, sample_of
 from attnd_server.steps import Call, Result
 from tests import oracle
 from tests.scrape import Scrape
+from tests.servers import wait_for
 from tests.shared_calls import Caller, Waiting
 from tests.steps import Case, Request, cases
 from tests.unit.test_decode_graphs import Captures, FixedNaive
@@ -255,11 +255,9 @@ def serving(
 def checked(service: AttentionService) -> Verifier:
     """The verifier, once it has done all that it has."""
     assert service.verifier is not None
-    deadline = time.monotonic() + 30
-    while service.verifier.num_bytes:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return service.verifier
+    verifier = service.verifier
+    wait_for(lambda: not verifier.num_bytes, "the verifier still has work")
+    return verifier
 
 
 def scraped(service: AttentionService) -> Scrape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from attnd_server import shared_launch
 from attnd_server.config import AttentionBackend
 from attnd_server.shared_launch import SharedLaunches
 from attnd_server.work import Cancelled
+from tests.servers import wait_for
 from tests.shared_calls import HEADS, LAYERS, PAGE, Caller, Waiting, check_same_bits, tensors, waiting
 from tests.unit.test_decode_graphs import FixedNaive
 
@@ -206,7 +206,4 @@ def test_steps_with_graphs_share_a_launch_only_if_they_are_many(
 def test_an_idle_executor_keeps_no_steps_of_others(server: Waiting) -> None:
     shared = server.service.executor._shared
     calls_per_launch(server, [Caller(server, [5], seed=seed) for seed in range(2)])
-    deadline = time.monotonic() + 30
-    while shared._sets:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not shared._sets, "the executor keeps the buffers of calls that are over")
