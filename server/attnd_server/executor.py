@@ -7,8 +7,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ from attnd_server.metadata import AttentionOptions
 from attnd_server.shared_launch import Batch, SharedLaunches, batch_of
 from attnd_server.shares import Shares
 from attnd_server.steps import Call, Result, Step, attend
-from attnd_server.work import Cancelled, Done, LongWork, OnCache, SharedWork, Work
+from attnd_server.work import Cancelled, Done, Group, LongWork, OnCache, SharedWork, Work
 from attnd_server.work_queue import Job, WorkQueue
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,30 @@ class Executor:
             self._began = 0.0
             self._device_lock.release()
 
+    def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """Runs jobs on the caller's thread while the device is idle, those together that can share a launch.
+
+        Args:
+            jobs: of which those of one cache are in the order in which they must run.
+
+        Returns:
+            Those that did not run, because the device is busy: submit them instead.
+        """
+        while jobs and not self._closed and self._queue.is_idle and self._device_lock.acquire(blocking=False):
+            try:
+                self._began = time.monotonic()
+                taken = [jobs[0]]
+                if len(jobs) > 1:
+                    taken += self._others_for(jobs[0], partial(_others_among, jobs))
+                outcomes = self._outcomes(taken)
+            finally:
+                self._began = 0.0
+                self._device_lock.release()
+            jobs = [job for job in jobs if job not in taken]
+            for job, outcome in zip(taken, outcomes, strict=True):
+                job.done(*outcome)
+        return jobs
+
     def take_turn(self, work: Callable[[], None]) -> None:
         """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
 
@@ -246,10 +271,10 @@ class Executor:
         with self._device_lock:
             self._began = time.monotonic()
             jobs = [job]
-            if isinstance(job.work, SharedWork) and self._queue.depth:
-                jobs += self._others_for(job.lane, job.work)
+            if self._queue.depth:
+                jobs += self._others_for(job, partial(self._queue.take_others, job.lane))
             started = time.perf_counter()
-            outcomes = [self._outcome(job, started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
+            outcomes = self._outcomes(jobs)
             self._began = 0.0
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
@@ -260,6 +285,11 @@ class Executor:
         outcome = self._outcome(job, time.perf_counter())
         self._long_places.give_back(principal)
         job.done(*outcome)
+
+    def _outcomes(self, jobs: list[Job]) -> list[Outcome]:
+        """What comes of a job, or of several that joined. With the device."""
+        started = time.perf_counter()
+        return [self._outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
 
     def _outcome(self, job: Job, started: float) -> Outcome:
         error = self._reason_against(job)
@@ -272,11 +302,11 @@ class Executor:
         except Exception as fault:
             return None, self._told(fault)
 
-    def _others_for(self, lane: bytes, work: SharedWork) -> list[Job]:
-        """The jobs that are done together with one that was taken."""
+    def _others_for(self, job: Job, take: Callable[[Group], list[Job]]) -> list[Job]:
+        """The jobs that are done together with one that was taken: those that `take` finds for its group."""
         try:
-            group = work.group()
-            return self._queue.take_others(lane, group) if group is not None else []
+            group = job.work.group() if isinstance(job.work, SharedWork) else None
+            return take(group) if group is not None else []
         except Exception as error:  # then it runs alone
             self.faults.look_at(error)
             log.exception("calls cannot be looked at together")
@@ -344,6 +374,16 @@ class Executor:
 def _num_threads(device: torch.device) -> int:
     """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
     return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
+
+
+def _others_among(jobs: Sequence[Job], group: Group) -> list[Job]:
+    """Those that join the first; see `WorkQueue.take_others`."""
+    lanes, others = {jobs[0].lane}, []
+    for job in jobs[1:]:
+        if job.lane not in lanes and group.takes(job.work):
+            others.append(job)
+        lanes.add(job.lane)
+    return others if group.is_worth_it else []
 
 
 def _waited_us(job: Job, started: float) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,13 +12,12 @@ import torch
 
 import attnd_server.cache
 import attnd_server.cache_table
-from attnd.errors import CacheLost, DeadlineExceeded, Disconnected, EpochMismatch, Exhausted, InvalidRequest
+from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server import validation
 from attnd_server.cache import Cache
 from attnd_server.cache_table import CacheTable
 from attnd_server.config import FP8, AttentionConfig, KVSplitConfig, Layout, ServerConfig
-from attnd_server.executor import Executor
 from attnd_server.kernels.pages import stored_tokens
 
 CPU = torch.device("cpu")
@@ -214,67 +211,3 @@ def test_written_pages_are_counted_once(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
     cache.mark_written(torch.tensor([0, 1, 5, -1, 3]))
     assert cache.info().num_pages_written == 2
-
-
-@pytest.fixture
-def executor(table: CacheTable) -> Iterator[Executor]:
-    running = Executor(CPU, table, ServerConfig(max_queue_depth=2))
-    yield running
-    running.close()
-
-
-def test_executor_runs_in_order_and_gives_back_errors(executor: Executor) -> None:
-    settled: list[object] = []
-    finished = threading.Event()
-    executor.submit(lambda: b"one", lambda *result: settled.append(result))
-    executor.submit(lambda: bytes(1 // 0), lambda *result: (settled.append(type(result[1])), finished.set()))
-    assert finished.wait(5)
-    assert settled == [(b"one", None), ZeroDivisionError]
-
-
-def test_executor_refuses_beyond_its_depth_and_after_the_deadline(executor: Executor) -> None:
-    release, settled = threading.Event(), threading.Semaphore(0)
-    errors: list[BaseException | None] = []
-
-    def done(result: bytes | None, error: BaseException | None) -> None:
-        errors.append(error)
-        settled.release()
-
-    executor.submit(lambda: bytes(release.wait(5)), done)
-    while executor.queue_depth:
-        time.sleep(0.001)
-    executor.submit(lambda: b"", done, timeout_s=0.01)
-    executor.submit(lambda: b"", done)
-    with pytest.raises(Exhausted, match="2 calls wait, but the queue's limit is 2"):
-        executor.submit(lambda: b"", done)
-    time.sleep(0.02)
-    release.set()
-    for _ in range(3):
-        assert settled.acquire(timeout=5)
-    assert [type(error) for error in errors] == [type(None), DeadlineExceeded, type(None)]
-
-
-def test_idle_executor_lends_its_device_and_a_busy_one_does_not(executor: Executor) -> None:
-    assert executor.run_now(lambda: b"now") == b"now"
-    release, started, settled = threading.Event(), threading.Event(), threading.Event()
-
-    def slow() -> bytes:
-        started.set()
-        return bytes(release.wait(5))
-
-    executor.submit(slow, lambda *_: settled.set())
-    assert started.wait(5)
-    assert executor.run_now(lambda: b"now") is None
-    release.set()
-    assert settled.wait(5)
-    with pytest.raises(ZeroDivisionError):
-        executor.run_now(lambda: bytes(1 // 0))
-    assert executor.run_now(lambda: b"again") == b"again"
-
-
-def test_closed_executor_refuses(table: CacheTable) -> None:
-    executor = Executor(CPU, table, ServerConfig())
-    executor.close()
-    with pytest.raises(Disconnected, match="shutting down"):
-        executor.submit(lambda: b"", lambda *_: None)
-    assert executor.run_now(lambda: b"") is None

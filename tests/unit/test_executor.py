@@ -1,0 +1,177 @@
+"""The executor: one piece of work at a time, in turn, on its thread or on that of a caller."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+
+from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
+from attnd_server.cache_table import CacheTable
+from attnd_server.config import ServerConfig
+from attnd_server.executor import Executor
+from attnd_server.work import SharedWork, Work
+from attnd_server.work_queue import Job
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def table() -> CacheTable:
+    return CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20)
+
+
+@pytest.fixture
+def executor(table: CacheTable) -> Iterator[Executor]:
+    running = Executor(CPU, table, ServerConfig(max_queue_depth=2))
+    yield running
+    running.close()
+
+
+def test_executor_runs_in_order_and_gives_back_errors(executor: Executor) -> None:
+    settled: list[object] = []
+    finished = threading.Event()
+    executor.submit(lambda: b"one", lambda *result: settled.append(result))
+    executor.submit(lambda: bytes(1 // 0), lambda *result: (settled.append(type(result[1])), finished.set()))
+    assert finished.wait(5)
+    assert settled == [(b"one", None), ZeroDivisionError]
+
+
+def test_executor_refuses_beyond_its_depth_and_after_the_deadline(executor: Executor) -> None:
+    release, settled = threading.Event(), threading.Semaphore(0)
+    errors: list[BaseException | None] = []
+
+    def done(result: bytes | None, error: BaseException | None) -> None:
+        errors.append(error)
+        settled.release()
+
+    executor.submit(lambda: bytes(release.wait(5)), done)
+    while executor.queue_depth:
+        time.sleep(0.001)
+    executor.submit(lambda: b"", done, timeout_s=0.01)
+    executor.submit(lambda: b"", done)
+    with pytest.raises(Exhausted, match="2 calls wait, but the queue's limit is 2"):
+        executor.submit(lambda: b"", done)
+    time.sleep(0.02)
+    release.set()
+    for _ in range(3):
+        assert settled.acquire(timeout=5)
+    assert [type(error) for error in errors] == [type(None), DeadlineExceeded, type(None)]
+
+
+def test_idle_executor_lends_its_device_and_a_busy_one_does_not(executor: Executor) -> None:
+    assert executor.run_now(lambda: b"now") == b"now"
+    release, started, settled = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> bytes:
+        started.set()
+        return bytes(release.wait(5))
+
+    executor.submit(slow, lambda *_: settled.set())
+    assert started.wait(5)
+    assert executor.run_now(lambda: b"now") is None
+    release.set()
+    assert settled.wait(5)
+    with pytest.raises(ZeroDivisionError):
+        executor.run_now(lambda: bytes(1 // 0))
+    assert executor.run_now(lambda: b"again") == b"again"
+
+
+class Joining(SharedWork):
+    """Work that joins others of its kind, if at least two of them come."""
+
+    class Group:
+        def __init__(self, kind: str) -> None:
+            self.kind, self.num_works = kind, 1
+
+        def takes(self, work: Work) -> bool:
+            is_one = isinstance(work, Joining) and work.kind == self.kind
+            self.num_works += is_one
+            return is_one
+
+        @property
+        def is_worth_it(self) -> bool:
+            return self.num_works > 1
+
+    def __init__(self, kind: str, cache: bytes, name: bytes, launches: list[bytes]) -> None:
+        self.kind, self._cache, self.name, self._launches = kind, cache, name, launches
+
+    def cache_id(self) -> bytes:
+        return self._cache
+
+    def principal(self) -> str:
+        return "a"
+
+    def __call__(self) -> bytes:
+        self._launches.append(self.name)
+        return bytes(1 // 0) if self.kind == "broken" else self.name
+
+    def group(self) -> Group | None:
+        return None if self.kind == "alone" else Joining.Group(self.kind)
+
+    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
+        assert len(queue_us) == len(works)
+        names = [work.name for work in works if isinstance(work, Joining)]
+        self._launches.append(b"+".join(names))
+        return list(names)
+
+
+def joining_jobs(works: Sequence[Joining], results: list[tuple[bytes, object]]) -> list[Job]:
+    def done(name: bytes, result: bytes | None, error: BaseException | None) -> None:
+        results.append((name, result if error is None else type(error)))
+
+    return [Job(work, partial(done, work.name), math.inf, time.perf_counter()) for work in works]
+
+
+def test_jobs_that_come_together_join_but_never_two_of_a_cache(executor: Executor) -> None:
+    launches: list[bytes] = []
+    results: list[tuple[bytes, object]] = []
+    kinds = ["x", "alone", "x", "y", "x", "x", "broken"]
+    caches = [b"1", b"2", b"3", b"4", b"1", b"5", b"6"]
+    works = [Joining(*each, b"%d" % index, launches) for index, each in enumerate(zip(kinds, caches, strict=True))]
+    assert executor.settle_now(joining_jobs(works, results)) == []
+    assert launches == [b"0+2+5", b"1", b"3", b"4", b"6"]
+    assert [name for name, _ in results] == [b"0", b"2", b"5", b"1", b"3", b"4", b"6"]
+    assert all(result == (ZeroDivisionError if name == b"6" else name) for name, result in results)
+
+
+def test_what_is_before_a_job_in_its_cache_stays_before_it(executor: Executor) -> None:
+    launches: list[bytes] = []
+    works = [
+        Joining(kind, cache, name, launches)
+        for kind, cache, name in (("x", b"1", b"a"), ("alone", b"2", b"b"), ("x", b"2", b"c"), ("x", b"3", b"d"))
+    ]
+    executor.settle_now(joining_jobs(works, []))
+    assert launches == [b"a+d", b"b", b"c"]
+
+
+def test_jobs_that_come_together_are_left_while_the_device_is_busy(executor: Executor) -> None:
+    release, started, settled = threading.Event(), threading.Event(), threading.Event()
+    results: list[tuple[bytes, object]] = []
+
+    def slow() -> bytes:
+        started.set()
+        return bytes(release.wait(5))
+
+    jobs = joining_jobs([Joining("x", b"1", b"a", []), Joining("x", b"2", b"b", [])], results)
+    executor.submit(slow, lambda *_: settled.set())
+    assert started.wait(5)
+    assert executor.settle_now(jobs) == jobs
+    release.set()
+    assert settled.wait(5)
+    assert (executor.settle_now(jobs), len(results)) == ([], 2)
+    executor.close()
+    assert executor.settle_now(jobs) == jobs
+
+
+def test_closed_executor_refuses(table: CacheTable) -> None:
+    executor = Executor(CPU, table, ServerConfig())
+    executor.close()
+    with pytest.raises(Disconnected, match="shutting down"):
+        executor.submit(lambda: b"", lambda *_: None)
+    assert executor.run_now(lambda: b"") is None
