@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
 # The contract has this number too: at Step.id and at StepReply.takes_deltas.
 MAX_OPEN_STEPS = 8
-# Tokens that a small decode call attends to, over all its rows: on the processor, and on a GPU, where it takes half a
-# millisecond at most.
-SMALL_CALL_TOKENS, SMALL_GPU_CALL_TOKENS = 4_096, 1 << 19
 # Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
 # it should not wait for that.
 BIG_STEP_ELEMENTS = 1 << 17
@@ -89,10 +86,8 @@ class CallWork(SharedWork):
 
     @property
     def is_small(self) -> bool:
-        """Whether it takes no longer than a few switches of thread: decode over few tokens."""
-        metadata = self.call.step.metadata
-        most = SMALL_CALL_TOKENS if self.call.step.cache.device.type == "cpu" else SMALL_GPU_CALL_TOKENS
-        return metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
+        """Whether it takes no longer than a few switches of thread."""
+        return self.call.step.is_small
 
 
 @dataclass(frozen=True, eq=False)

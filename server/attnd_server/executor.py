@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
+from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.decode_graphs import Capture, cuda_capture
@@ -358,7 +358,8 @@ class Executor:
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
 
-        A guess: if it cannot be queued, or the step cannot be served so, nothing is lost and the call itself will tell.
+        On the caller's thread if that is short and the device is idle, else on the executor's. A guess: if the step
+        cannot be served so, or there is no place to wait, nothing is lost and the call itself will tell.
         """
 
         def work() -> bytes:
@@ -366,9 +367,10 @@ class Executor:
             return b""
 
         try:
-            self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
-        except AttndError:
-            pass  # busy or closing
+            if not step.is_small or self.run_now(work) is None:
+                self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
+        except Exception:  # busy, closing, or whatever the work raised
+            log.debug("a step was not made ready before its first call", exc_info=True)
 
 
 def _num_threads(device: torch.device) -> int:

@@ -15,6 +15,10 @@ from attnd_server.dispatcher import Plan, TritonAttentionOps
 from attnd_server.kernels.pages import StoredTokens, stored_tokens
 from attnd_server.metadata import AttentionMetadata, AttentionOptions
 
+# Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
+# a millisecond at most.
+SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
+
 
 class ShareKey(NamedTuple):
     """Equal for calls that can share a launch; see `shared_launch`.
@@ -53,6 +57,12 @@ class Step:
     stored: StoredTokens | None = None
     share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its calls, and what comes before the first, take no longer than a few switches of thread each."""
+        most = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS
+        return self.metadata.is_decode and self.metadata.num_tokens * (self.metadata.max_context_len + 1) <= most
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
         """What serves layers with these options, if a warm-up captured it."""
