@@ -1,7 +1,7 @@
 """The server's end of shm and cuda planes: a socket that lets clients in, and a thread for each that is.
 
 Not in gRPC's event loop: a thread that sleeps in the kernel until its client's bytes come answers in a fraction of the
-time. Nobody spins.
+time. Nobody spins. As soon as there are several shm planes, one thread answers what is short for all: see `shm_loop`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import queue
-import select
 import socket
 import threading
 import time
 
 from attnd.errors import AttndError, Exhausted, PermissionDenied
-from attnd.planes import doorbell, sockets
+from attnd.planes import sockets
 from attnd.planes.sockets import set_timeouts
 from attnd.regions import Region
-from attnd.v1 import attention_pb2
-from attnd_server.attend_session import AttendSession, CallWork
 from attnd_server.cuda_server import cuda_planes, serve_cuda
 from attnd_server.planes import Pinning, Plane, PlaneTable, SocketFolder, registrar_for
 from attnd_server.planes.table import end
 from attnd_server.replies import RegionReplies
-from attnd_server.service import AttentionService, error_response
-from attnd_server.work import Cancelled, Work
+from attnd_server.service import AttentionService
+from attnd_server.shm_line import AnswerSocket, Begun, ShmLine
+from attnd_server.shm_loop import Seat, ShmLoop
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +54,7 @@ class ShmServer:
         )
         service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
         self._pinning = Pinning(registrar_for(service.executor.device))
+        self._loop = ShmLoop(service.executor)
         self._connections: dict[_Connection, None] = {}
         self._max_connections = config.max_planes + MAX_HANDSHAKES
         self._draining = False
@@ -83,6 +81,7 @@ class ShmServer:
             connection.join(max(0.0, deadline - time.monotonic()))
         for connection in list(self._connections):
             connection.end()
+        self._loop.close()
 
     def _accept(self) -> None:
         while not self._draining:
@@ -107,7 +106,7 @@ class ShmServer:
             raise refusal
         if len(self._connections) >= self._max_connections:
             raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
-        connection = _Connection(self._service, self._planes, self._pinning, accepted, self._connections)
+        connection = _Connection(self._service, self._planes, self._pinning, self._loop, accepted, self._connections)
         self._connections[connection] = None
         try:
             connection.start()
@@ -124,6 +123,7 @@ class _Connection(threading.Thread):
         service: AttentionService,
         planes: PlaneTable,
         pinning: Pinning,
+        loop: ShmLoop,
         accepted: socket.socket,
         connections: dict[_Connection, None],
     ) -> None:
@@ -131,9 +131,10 @@ class _Connection(threading.Thread):
         self._service = service
         self._planes = planes
         self._pinning = pinning
+        self._loop = loop
         self._socket = accepted
+        self._answers = AnswerSocket(accepted)
         self._connections = connections
-        self._sending = threading.Lock()
         self._is_open = False  # whether it has its region
 
     def run(self) -> None:
@@ -157,16 +158,12 @@ class _Connection(threading.Thread):
 
     def tell_going_away(self) -> None:
         """Says that the server drains. From another thread."""
-        message = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
         if self._is_open:
-            try:
-                self._send(doorbell.reply_bytes(message.SerializeToString()))
-            except OSError:
-                pass  # its own thread learns it too
+            self._answers.going_away()
 
     def end(self) -> None:
         """Ends the connection, whatever its thread does. From another thread."""
-        end(self._socket)
+        self._answers.end()
 
     def _refuse(self, error: AttndError) -> None:
         try:
@@ -177,22 +174,26 @@ class _Connection(threading.Thread):
 
     def _serve(self, plane: Plane) -> None:
         if plane.worker_gpu:
-            serve_cuda(self._service, plane, self._socket, self._let_in_cuda, self._send)
+            serve_cuda(self._service, plane, self._socket, self._let_in_cuda, self._answers.send)
             return
         memory = self._share()
         with self._pinning.pinned(memory):
             self._serve_region(plane, Region(plane.id, memory))
 
     def _serve_region(self, plane: Plane, region: Region) -> None:
-        session = self._service.open_session(plane.principal, RegionReplies(region))
         self._service.executor.prepare_thread()
-        requests = doorbell.Requests(self._socket)
-        # One after the other, also where several calls are under way. Their tensors lie in the region by then and their
-        # requests in the socket, so the next call is found without a sleep; and all that the client does, copies in and
-        # out included, overlaps with the call that runs. To read ahead would hide the next call's check too, a few
-        # microseconds, but then no call could run on this thread, which saves small ones two switches.
-        while (request := requests.receive()) is not None:
-            self._send(self._answer(session, request))
+        session = self._service.open_session(plane.principal, RegionReplies(region))
+        line = ShmLine(self._service, session, self._socket)
+        seat = Seat(line, self._answers, self._socket.fileno())
+        self._loop.enter()
+        try:
+            while (request := line.read()) is not None:
+                begun: Begun | None = line.begin(request)
+                while begun is not None:
+                    self._answers.send(line.finish(begun))
+                    begun = self._loop.serve(seat) if self._loop.is_shared else None
+        finally:
+            self._loop.leave()
 
     def _share(self) -> mmap.mmap:
         """Memory for the plane. Nobody else has its descriptor, so it ends with both mappings."""
@@ -217,41 +218,3 @@ class _Connection(threading.Thread):
         self._socket.settimeout(None)
         set_timeouts(self._socket, send_s=SEND_S)
         self._is_open = True
-
-    def _answer(self, session: AttendSession, request: doorbell.Request) -> bytes:
-        try:
-            if request.message:
-                answer = session.request(request.message, request.lane)
-            else:
-                answer = session.repeat(request.layer, request.step_id, request.lane)
-            # A step is a message yet, a call is already what goes to the socket.
-            return doorbell.reply_bytes(answer) if isinstance(answer, bytes) else self._run(answer)
-        except Cancelled:
-            return b""  # nobody reads it, and the socket's end is what comes next
-        except Exception as error:
-            return doorbell.reply_bytes(error_response(attention_pb2.AttendResponse, self._service.told(error)))
-
-    def _run(self, work: Work) -> bytes:
-        executor = self._service.executor
-        timeout_s = None
-        if isinstance(work, CallWork):
-            result = executor.run_now(work) if work.is_small else None
-            if result is not None:
-                return result
-            timeout_s = work.timeout_s
-        results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
-        executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._peer_is_there)
-        result, error = results.get()
-        if error is not None:
-            raise error
-        return result or b""
-
-    def _peer_is_there(self) -> bool:
-        """Whether the client's end of the socket is open, whatever it has sent. From any thread."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLRDHUP)
-        return not poll.poll(0)
-
-    def _send(self, data: bytes) -> None:
-        with self._sending:
-            self._socket.sendall(data)

@@ -17,9 +17,8 @@ from google.protobuf.message import Message
 from attnd.planes import doorbell
 from attnd.regions import Region
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2, tensor_pb2
-from attnd_server.planes import Pinning
 from attnd_server.replies import RegionReplies
-from attnd_server.shm_server import _Connection
+from attnd_server.shm_line import ShmLine
 from tests.fuzz import valid
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.decoder import FRAMES
@@ -162,8 +161,8 @@ class Attack:
     def _attend_in_region(self) -> None:
         """As a shm plane does it, with the server's own code behind the socket."""
         world, random_ = self.world, self._random
-        connection = _Connection(world.service, world.service.planes, Pinning(None), self._ends[0], {})
         session = world.service.open_session(CALLER, RegionReplies(Region(1, self._memory)))
+        line = ShmLine(world.service, session, self._ends[0])
         model, doing = StreamModel(world), "a region's "
         for message in self._steps_and_calls():
             lane = random_.choice((0, 0, 0, 1, 3, 4, 2**32 - 1))
@@ -177,7 +176,7 @@ class Attack:
             for request in requests:
                 doing += f"{request.layer} {request.step_id} {request.lane} {request.message.hex()}, "
                 before = bytes(self._memory)
-                answer = connection._answer(session, request)
+                answer = line.finish(line.begin(request))
                 reply = attention_pb2.AttendResponse.FromString(answer[_REPLY.size :])
                 assert _REPLY.unpack_from(answer)[0] == len(answer) - _REPLY.size
                 is_repeated = len(answer) == _REPLY.size

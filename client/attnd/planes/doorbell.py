@@ -86,9 +86,14 @@ class Requests:
         """Reads from `connection` alone."""
         self._frames = _Frames(connection, _REQUEST)
 
-    def receive(self) -> Request | None:
-        """The next one, or None at the end. Waits as long as the socket's timeout says; see `_Frames.receive`."""
-        frame = self._frames.receive()
+    @property
+    def has_unread(self) -> bool:
+        """Whether more was received than requests that were given: others, or a part of one."""
+        return bool(self._frames.received)
+
+    def receive(self, flags: int = 0) -> Request | None:
+        """The next one, or None at the end. Waits as long as the socket's timeout or `flags` say; see `_Frames`."""
+        frame = self._frames.receive(flags)
         if frame is None:
             return None
         (layer, step_id, lane), message = frame
@@ -112,27 +117,34 @@ class Replies:
 
 
 class _Frames:
-    """Numbers, the first of which is how many bytes follow, and these bytes."""
+    """Numbers, the first of which is how many bytes follow, and these bytes.
+
+    Attributes:
+        received: and not given yet.
+    """
 
     def __init__(self, connection: socket.socket, numbers: struct.Struct) -> None:
         self._connection = connection
         self._numbers = numbers
-        self._received = b""
+        self.received = b""
 
-    def receive(self) -> tuple[list[int], bytes] | None:
+    def receive(self, flags: int = 0) -> tuple[list[int], bytes] | None:
         """The numbers but the first, and the bytes; None if the socket ended.
+
+        Args:
+            flags: of `recv`.
 
         Raises:
             InvalidRequest: longer than a message may be.
             OSError: of the socket; BlockingIOError or TimeoutError if nothing came in time. What came in part is kept
                 for the next call.
         """
-        received = self._received
+        received = self.received
         while len(received) < self._numbers.size:
-            chunk = self._connection.recv(_CHUNK_BYTES)
+            chunk = self._connection.recv(_CHUNK_BYTES, flags)
             if not chunk:
                 return None
-            received = self._received = received + chunk if received else chunk
+            received = self.received = received + chunk if received else chunk
         num_bytes, *numbers = self._numbers.unpack_from(received)
         if num_bytes > wire.MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"a message has {num_bytes} bytes, but must have at most {wire.MAX_MESSAGE_BYTES}")
@@ -142,12 +154,12 @@ class _Frames:
             chunks, missing = [received], end - len(received)
             try:
                 while missing > 0:
-                    chunk = self._connection.recv(_CHUNK_BYTES)
+                    chunk = self._connection.recv(_CHUNK_BYTES, flags)
                     if not chunk:
                         return None
                     chunks.append(chunk)
                     missing -= len(chunk)
             finally:
-                received = self._received = b"".join(chunks)
-        self._received = received[end:]
+                received = self.received = b"".join(chunks)
+        self.received = received[end:]
         return numbers, received[self._numbers.size : end]

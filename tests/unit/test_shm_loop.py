@@ -1,0 +1,240 @@
+"""Several clients of shm planes on one thread: who is served where, and that nobody waits for what one of them does."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnd
+from attnd import requests, wire
+from attnd.planes import doorbell, sockets
+from attnd.regions import Region
+from attnd.v1 import attention_pb2, plane_pb2
+from attnd_server import shm_server
+from attnd_server.shm_server import ShmServer
+from attnd_server.steps import Call, Result
+from tests.servers import wait_for
+from tests.unit.test_shm_server import GEOMETRY, attend, serving
+
+Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
+DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
+LOOP, OWN, EXECUTOR = "shm-loop", "shm-plane", "executor-cpu"
+
+
+class Served:
+    """A server in this process.
+
+    Attributes:
+        threads: the names of those that ran calls, in order.
+    """
+
+    def __init__(self, server: ShmServer, client: attnd.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server, self.client = server, client
+        self.threads: list[str] = []
+        executor = server._service.executor
+        really = executor.attend
+
+        def attend_and_note(call: Call) -> Result:
+            self.threads.append(threading.current_thread().name)
+            return really(call)
+
+        monkeypatch.setattr(executor, "attend", attend_and_note)
+
+    def thread_of(self, session: attnd.Session) -> str:
+        """The thread that runs the session's next call."""
+        assert torch.equal(attend(session), V)
+        return self.threads[-1]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the device busy."""
+        started, release = threading.Event(), threading.Event()
+
+        def hold() -> bytes:
+            started.set()
+            return bytes(release.wait(30))
+
+        self.server._service.executor.submit(hold, lambda result, error: None)
+        assert started.wait(30)
+        try:
+            yield
+        finally:
+            release.set()
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    with serving(tmp_path) as (server, client):
+        yield Served(server, client, monkeypatch)
+
+
+class RawClient:
+    """Half of a client: sends what it is told to, and reads when it is told to."""
+
+    def __init__(self, client: attnd.Client, cache: attnd.Cache) -> None:
+        """Has made a step with one call, and so may send that call again."""
+        plane = plane_pb2.OpenPlaneResponse.FromString(client.transport.unary("OpenPlane", b"", 10))
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(plane.shm.socket_path)
+        self.socket.sendall(plane.shm.ticket)
+        (descriptor,) = sockets.receive_memories(self.socket, 1)
+        self.region = Region(plane.id, sockets.map_memory(descriptor, plane.shm.num_bytes))
+        self.replies = doorbell.Replies(self.socket)
+        step = wire.step_request(DECODE.to_message(1, cache.ref))
+        call = requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
+        for message in (step, call):
+            self.socket.sendall(doorbell.request_bytes(message))
+            assert self.answer() in ("step", "call")
+
+    def answer(self) -> str | None:
+        """What is answered next: "" is a reply like the one before."""
+        reply = self.replies.receive()
+        assert reply is not None
+        return attention_pb2.AttendResponse.FromString(reply.message).WhichOneof("message") if reply.message else ""
+
+    def send_until_nobody_reads(self, message: bytes) -> int:
+        """Sends a message until the server takes no more; returns how often it was sent as a whole."""
+        num_sent = 0
+        self.socket.settimeout(0.2)
+        try:
+            while True:
+                self.socket.sendall(message)
+                num_sent += 1
+        except TimeoutError:
+            return num_sent
+        finally:
+            self.socket.settimeout(20)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.region.close()
+
+
+@contextmanager
+def raw_client(served: Served) -> Iterator[RawClient]:
+    with served.client.create_cache(**GEOMETRY) as cache:
+        raw = RawClient(served.client, cache)
+        try:
+            yield raw
+        finally:
+            raw.close()
+
+
+AGAIN = doorbell.repeated_call(0, 1, 0)
+
+
+def test_a_lone_client_has_its_own_thread_and_several_share_one(served: Served) -> None:
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as first:
+        assert [served.thread_of(first) for _ in range(3)] == [OWN] * 3
+        with served.client.create_cache(**GEOMETRY) as other, other.session() as second:
+            attend(second)
+            attend(first)  # after which its own thread gives it away
+            for _ in range(3):
+                assert [served.thread_of(session) for session in (first, second)] == [LOOP, LOOP]
+        wait_for(lambda: served.thread_of(first) == OWN, "a client that is alone again is still served by the loop")
+
+
+def test_calls_that_are_under_way_together_are_answered_in_order(served: Served) -> None:
+    with served.client.create_cache(**GEOMETRY) as one, served.client.create_cache(**GEOMETRY) as other:
+        with one.session() as first, other.session() as second:
+            for session in (first, second, first, second):
+                attend(session)
+            for _ in range(10):
+                calls = []
+                for session in (first, second):
+                    step = session.step(DECODE)
+                    for layer in (0, 1, 0):
+                        q, k, v = torch.randn(3, 1, 2, 16)
+                        calls.append((step.submit(layer, q, k, v), v))
+                assert all(torch.equal(call.wait(), v) for call, v in calls)
+    assert served.threads[-60:] == [LOOP] * 60
+
+
+def test_a_message_in_parts_holds_up_nobody_and_is_answered_when_it_is_whole(served: Served) -> None:
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        attend(session)
+        for part in (AGAIN[:3], AGAIN[3:] + AGAIN + AGAIN[:7]):
+            raw.socket.sendall(part)
+            for _ in range(3):
+                attend(session)
+        raw.socket.sendall(AGAIN[7:])
+        assert [raw.answer() for _ in range(3)] == ["call"] * 3
+        raw.socket.sendall(doorbell.request_bytes(bytes(100_000))[:50_000])
+        attend(session)
+        raw.socket.sendall(bytes(50_000 + 20))  # what is no message, and three numbers too few for a request
+        assert raw.answer() == "error"
+        attend(session)
+
+
+def test_while_the_device_is_busy_calls_wait_and_wrong_ones_are_told_at_once(served: Served) -> None:
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        for _ in range(2):
+            attend(session)
+        with served.held():
+            raw.socket.sendall(AGAIN)
+            wait_for(lambda: served.server._service.executor.queue_depth == 1, "the call does not wait")
+            with pytest.raises(attnd.InvalidRequest, match="layer is 7"):
+                session.step(DECODE).attend(7, Q, K, V)
+            raw.socket.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                raw.answer()
+            raw.socket.settimeout(20)
+        assert raw.answer() == "call"
+        assert EXECUTOR in served.threads
+
+
+def test_who_reads_no_answers_holds_up_nobody_and_gets_them_all_later(served: Served) -> None:
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        attend(session)
+        num_sent = raw.send_until_nobody_reads(AGAIN)
+        for _ in range(10):
+            attend(session)
+        assert num_sent > 100
+        assert [raw.answer() for _ in range(num_sent)] == ["call"] * num_sent
+
+
+def test_who_reads_nothing_for_too_long_is_ended_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_server, "SEND_S", 0.3)
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        attend(session)
+        with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's
+            for _ in range(100_000):
+                raw.socket.sendall(AGAIN)
+        wait_for(lambda: len(served.server._connections) == 1, "the plane of a client that reads nothing goes on")
+        attend(session)
+
+
+def test_a_long_call_of_one_is_its_own_threads_business(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnd_server.steps.SMALL_STEP_TOKENS", 1)
+    long = attnd.StepMetadata([1], [1], [[0]], [1], kind="decode")
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served):
+        for _ in range(2):
+            attend(session)
+        session.step(long).attend(0, Q, K, V)
+        assert served.threads[-1] == EXECUTOR
+        attend(session)
+        assert served.threads[-1] == LOOP
+
+
+def test_the_end_of_the_server_ends_all_its_clients_and_threads(tmp_path: Path) -> None:
+    with serving(tmp_path) as (server, client):
+        caches = [client.create_cache(**GEOMETRY) for _ in range(3)]
+        sessions = [cache.session() for cache in caches]
+        for session in 2 * sessions:
+            attend(session)
+        server.drain()
+        server.stop(0)
+        server.stop(0)
+        assert not server._loop._thread.is_alive()
+        wait_for(lambda: not server._connections, "a client's thread does not end")
+        for session in sessions:
+            with pytest.raises(attnd.Disconnected):
+                attend(session)
+            session.close()
