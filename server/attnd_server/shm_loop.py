@@ -130,12 +130,16 @@ class ShmLoop:
             except BlockingIOError:
                 pass  # nobody has rung: it is the end
         for seat in given:
-            self._seats[seat.descriptor] = seat
-            self._epoll.register(seat.descriptor, select.EPOLLIN)
+            try:
+                self._epoll.register(seat.descriptor, select.EPOLLIN)
+            except OSError:  # no memory, or too many watches: its own thread can do without
+                seat.left.put(None)
+            else:
+                self._seats[seat.descriptor] = seat
         if not self.is_shared:
             for seat in list(self._seats.values()):
                 self._leave(seat, None)
-        return [seat for seat in given if seat.line.has_unread]
+        return [seat for seat in given if self._has(seat) and seat.line.has_unread]
 
     def _serve(self, ready: dict[Seat, None]) -> dict[Seat, None]:
         """Takes a request of each, and answers what can be answered now. Returns who has sent more."""

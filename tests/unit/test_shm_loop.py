@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +224,45 @@ def test_a_long_call_of_one_is_its_own_threads_business(served: Served, monkeypa
         assert served.threads[-1] == EXECUTOR
         attend(session)
         assert served.threads[-1] == LOOP
+
+
+class FullEpoll:
+    """Watches those who are there, and nobody else."""
+
+    def __init__(self, real: select.epoll) -> None:
+        self._real = real
+
+    def register(self, descriptor: int, events: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def test_whom_the_loop_cannot_watch_is_served_by_its_own_thread(served: Served) -> None:
+    served.server._loop._epoll = FullEpoll(served.server._loop._epoll)  # type: ignore[assignment]
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        for _ in range(3):
+            assert served.thread_of(session) == OWN
+            raw.socket.sendall(AGAIN)
+            assert raw.answer() == "call"
+
+
+def test_a_fault_in_the_loop_ends_whom_it_served_and_nobody_else(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
+        assert [served.thread_of(session) for _ in range(3)][1:] == [LOOP, LOOP]
+        raw.socket.sendall(AGAIN)
+        assert raw.answer() == "call"
+        with monkeypatch.context() as broken:
+            broken.setattr(served.server._loop, "_run_alone", lambda seat, call: 1 // 0)
+            raw.socket.sendall(AGAIN)
+            assert raw.replies.receive() is None
+        assert "ZeroDivisionError" in caplog.text
+        attend(session)
+        with raw_client(served), served.client.create_cache(**GEOMETRY) as other, other.session() as again:
+            assert LOOP in [served.thread_of(each) for each in (session, again, session, again)]
 
 
 def test_the_end_of_the_server_ends_all_its_clients_and_threads(tmp_path: Path) -> None:
