@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from attnd_server.inproc import PRINCIPAL, InprocTransport
 from attnd_server.metrics import CALLS_BOUNDS, Metrics
 from attnd_server.service import AttendSession, AttentionService
 from attnd_server.work import Work
+from attnd_server.work_queue import Job
 
 HEADS, KV_HEADS, DIM, DIM_V, PAGE = 4, 2, 32, 16, 4
 LAYERS, PAGES = 3, 24
@@ -64,6 +68,18 @@ class Waiting:
         release.set()
         assert all(event.wait(60) for event in settled)
         return [outcomes[index] for index in range(len(works))]
+
+    def at_once(self, works: list[Work]) -> list[bytes | BaseException]:
+        """What comes of works that one thread has at the same time and runs itself."""
+        outcomes: dict[Work, bytes | BaseException] = {}
+
+        def done(work: Work, result: bytes | None, error: BaseException | None) -> None:
+            outcomes[work] = error if error is not None else result or b""
+
+        now = time.perf_counter()
+        jobs = [Job(work, partial(done, work), math.inf, now) for work in works]
+        assert self.service.executor.settle_now(jobs) == []
+        return [outcomes[work] for work in works]
 
     def launches(self) -> dict[int, int]:
         """How many launches there were of up to so many calls, for each bound; starts counting anew."""

@@ -95,6 +95,17 @@ def test_what_is_not_alike_runs_alone(server: Waiting) -> None:
     assert calls_per_launch(server, callers({}, {}, {}), [PLAIN, window, PLAIN, window]) == {2: 2}
 
 
+def test_whoever_has_several_calls_at_once_runs_them_in_one_launch_too(server: Waiting) -> None:
+    callers = [Caller(server, [5, 3], seed=1), Caller(server, [9], seed=2), Caller(server, [1], seed=3)]
+    for caller in callers:
+        caller.open()
+    works = [caller.call(layer, EVERYTHING) for layer, caller in enumerate(callers)]
+    alone = [tensors(work()) for work in works]
+    server.launches()
+    assert [tensors(answer) for answer in server.at_once(works)] == alone
+    assert server.launches() == {4: 1}
+
+
 def test_options_that_compute_the_same_are_alike(server: Waiting) -> None:
     sinks = torch.randn(HEADS)
     options = [attnd.AttentionOptions(sinks=sinks.clone()) for _ in range(2)]

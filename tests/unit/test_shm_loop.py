@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ class RawClient:
 
 
 @contextmanager
-def raw_client(served: Served) -> Iterator[RawClient]:
-    with served.client.create_cache(**GEOMETRY) as cache:
+def raw_client(served: Served, **changes: object) -> Iterator[RawClient]:
+    with served.client.create_cache(**{**GEOMETRY, **changes}) as cache:
         raw = RawClient(served.client, cache)
         try:
             yield raw
@@ -263,6 +263,36 @@ def test_a_fault_in_the_loop_ends_whom_it_served_and_nobody_else(
         attend(session)
         with raw_client(served), served.client.create_cache(**GEOMETRY) as other, other.session() as again:
             assert LOOP in [served.thread_of(each) for each in (session, again, session, again)]
+
+
+def test_calls_that_wait_at_the_same_time_share_a_launch(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = served.server._service.executor
+    attend_one, attend_several = executor.attend, executor.attend_together
+    has_begun, go_on, launches = threading.Event(), threading.Event(), []
+
+    def hold(call: Call) -> Result:
+        has_begun.set()
+        assert go_on.wait(30)
+        return attend_one(call)
+
+    def note(calls: list[Call]) -> list[Result]:
+        launches.append((threading.current_thread().name, len(calls)))
+        return attend_several(calls)
+
+    with ExitStack() as stack:
+        clients = [stack.enter_context(raw_client(served, backend="naive")) for _ in range(4)]
+        for raw in 2 * clients:  # after which the loop has them all
+            raw.socket.sendall(AGAIN)
+            assert raw.answer() in ("call", "")
+        monkeypatch.setattr(executor, "attend", hold)
+        monkeypatch.setattr(executor, "attend_together", note)
+        clients[0].socket.sendall(AGAIN)
+        assert has_begun.wait(30)
+        for raw in clients[1:]:
+            raw.socket.sendall(AGAIN)
+        go_on.set()
+        assert [raw.answer() for raw in clients] == ["call"] * 4
+    assert launches == [(LOOP, 3)]
 
 
 def test_the_end_of_the_server_ends_all_its_clients_and_threads(tmp_path: Path) -> None:
