@@ -20,6 +20,7 @@ from attnd.planes import doorbell, sockets
 from attnd.regions import Region
 from attnd.v1 import attention_pb2, plane_pb2
 from attnd_server import shm_server
+from attnd_server.executor import Executor
 from attnd_server.shm_server import ShmServer
 from attnd_server.steps import Call, Result
 from tests.servers import wait_for
@@ -73,6 +74,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr(Executor, "EXPIRY_PERIOD_S", 1e6)  # so that it never has the device by itself
     with serving(tmp_path) as (server, client):
         yield Served(server, client, monkeypatch)
 
