@@ -1,4 +1,7 @@
-"""One thread per device runs everything that touches KV memory: of one cache in order, the caches in turn."""
+"""Everything that touches KV memory, one piece at a time: of one cache in order, the caches in turn.
+
+A thread for each device does what waits; while nothing does, whoever has a short piece of work may do it at once.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ Outcome = tuple[bytes | None, BaseException | None]
 
 
 class Executor:
-    """Runs work on one thread; owns the device.
+    """Runs work on a thread of its own, or on its caller's; owns the device.
 
     Work is refused when the queue is full, and not started once its deadline has passed or nobody wants it any more.
     One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came.
@@ -71,6 +74,7 @@ class Executor:
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
+        self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
         self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
         share = self.MAX_LONG_WORK // 2 if config.asks_who_calls else self.MAX_LONG_WORK
         self._long_places = Shares("warm-ups", "wait", self.MAX_LONG_WORK, share, "retry in a moment")
@@ -134,12 +138,10 @@ class Executor:
         Returns:
             What `work` gives, or None: the device is busy, submit it instead. Raises what `work` raises.
         """
-        # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
+        if not self._take_idle_device():
             return None
         try:
             self.faults.refuse()
-            self._began = time.monotonic()
             self.queue_us = 0
             return work()
         except Exception as error:
@@ -148,8 +150,7 @@ class Executor:
                 raise
             raise told from None
         finally:
-            self._began = 0.0
-            self._device_lock.release()
+            self._give_device_back()
 
     def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """Runs jobs on the caller's thread while the device is idle, those together that can share a launch.
@@ -160,20 +161,30 @@ class Executor:
         Returns:
             Those that did not run, because the device is busy: submit them instead.
         """
-        while jobs and not self._closed and self._queue.is_idle and self._device_lock.acquire(blocking=False):
+        while jobs and self._take_idle_device():
             try:
-                self._began = time.monotonic()
                 taken = [jobs[0]]
                 if len(jobs) > 1:
                     taken += self._others_for(jobs[0], partial(_others_among, jobs))
-                outcomes = self._outcomes(taken)
+                outcomes = self._outcomes(taken, time.perf_counter())
             finally:
-                self._began = 0.0
-                self._device_lock.release()
+                self._give_device_back()
             jobs = [job for job in jobs if job not in taken]
             for job, outcome in zip(taken, outcomes, strict=True):
                 job.done(*outcome)
         return jobs
+
+    def _take_idle_device(self) -> bool:
+        """Takes the device for the calling thread, unless somebody has it or waits for it."""
+        # What waits or is about to begin came before: it may be of the same cache.
+        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
+            return False
+        self._began = time.monotonic()
+        return True
+
+    def _give_device_back(self) -> None:
+        self._began = 0.0
+        self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
         """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
@@ -202,6 +213,7 @@ class Executor:
 
     def prepare_thread(self) -> None:
         """Makes torch's settings of the calling thread what calls need."""
+        self._prepared.is_so = True
         torch.set_grad_enabled(False)
         torch.set_num_threads(self._threads)
 
@@ -274,7 +286,7 @@ class Executor:
             if self._queue.depth:
                 jobs += self._others_for(job, partial(self._queue.take_others, job.lane))
             started = time.perf_counter()
-            outcomes = self._outcomes(jobs)
+            outcomes = self._outcomes(jobs, started)
             self._began = 0.0
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
@@ -286,9 +298,8 @@ class Executor:
         self._long_places.give_back(principal)
         job.done(*outcome)
 
-    def _outcomes(self, jobs: list[Job]) -> list[Outcome]:
+    def _outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
         """What comes of a job, or of several that joined. With the device."""
-        started = time.perf_counter()
         return [self._outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
 
     def _outcome(self, job: Job, started: float) -> Outcome:
@@ -344,22 +355,22 @@ class Executor:
         return None
 
     def attend(self, call: Call) -> Result:
-        """One layer; see `steps.attend`. On the executor's thread."""
+        """One layer; see `steps.attend`. With the device."""
         return attend(call, self.ops)
 
     def attend_together(self, calls: list[Call]) -> list[Result]:
-        """A layer each of several steps of one `Batch`, in one launch. On the executor's thread."""
+        """A layer each of several steps of one `Batch`, in one launch. With the device."""
         return self._shared.attend(calls)
 
     def batch(self, call: Call) -> Batch | None:
-        """What other calls can join to share a launch with a call; None: it runs alone. On the executor's thread."""
+        """What other calls can join to share a launch with a call; None: it runs alone. With the device."""
         return batch_of(call, self.ops, self._config)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
 
-        On the caller's thread if that is short and the device is idle, else on the executor's. A guess: if the step
-        cannot be served so, or there is no place to wait, nothing is lost and the call itself will tell.
+        On the caller's thread if that was prepared, the work is short and the device idle, else on the executor's. A
+        guess: if the step cannot be served so, or there is no place to wait, nothing is lost and the call will tell.
         """
 
         def work() -> bytes:
@@ -367,7 +378,8 @@ class Executor:
             return b""
 
         try:
-            if not step.is_small or self.run_now(work) is None:
+            may_run_here = step.is_small and getattr(self._prepared, "is_so", False)
+            if not may_run_here or self.run_now(work) is None:
                 self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
         except Exception:  # busy, closing, or whatever the work raised
             log.debug("a step was not made ready before its first call", exc_info=True)

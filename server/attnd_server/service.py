@@ -231,7 +231,7 @@ class AttentionService:
         return options
 
     def attend(self, call: Call, encode: Encode, plane: str) -> bytes:
-        """Runs a call that came over `plane` and encodes its reply. On the executor's thread."""
+        """Runs a call that came over `plane` and encodes its reply. With the device."""
         queue_us = self.executor.queue_us
         started = time.perf_counter()
         result = self.executor.attend(call)
@@ -244,7 +244,7 @@ class AttentionService:
         return encode(call, result, queue_us, kernel_us)
 
     def attend_together(self, works: list[CallWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Runs calls that can share a launch, and encodes the reply of each. On the executor's thread."""
+        """Runs calls that can share a launch, and encodes the reply of each. With the device."""
         started = time.perf_counter()
         results = self.executor.attend_together([work.call for work in works])
         kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))

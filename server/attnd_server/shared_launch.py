@@ -43,7 +43,7 @@ class Batch:
         self._add(call.step.metadata)
 
     def takes(self, call: Call) -> bool:
-        """Adds a call if it can be. On the executor's thread."""
+        """Adds a call if it can be. With the device."""
         return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
 
     @property
@@ -62,7 +62,7 @@ class Batch:
 
 
 def batch_of(call: Call, ops: TritonAttentionOps, limits: ServerConfig) -> Batch | None:
-    """A batch with one call; None: the call can share no launch. On the executor's thread."""
+    """A batch with one call; None: the call can share no launch. With the device."""
     key = _key_of(call, ops)
     return None if key is None else Batch(call, key, ops, limits)
 
@@ -219,7 +219,7 @@ def _slots(step: AttentionMetadata) -> torch.Tensor:
 
 
 class SharedLaunches:
-    """Runs calls together. On the executor's thread."""
+    """Runs calls together. With the device."""
 
     def __init__(self, ops: TritonAttentionOps) -> None:
         """Keeps nothing yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class ShareKey(NamedTuple):
 
 @dataclass(eq=False)
 class Step:
-    """A validated step of one cache. Its methods fill in what calls share, on the executor's thread.
+    """A validated step of one cache. Its methods fill in what calls share, for whoever has the device.
 
     Attributes:
         id: the client's number for it.
@@ -58,7 +59,7 @@ class Step:
     share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
 
-    @property
+    @cached_property
     def is_small(self) -> bool:
         """Whether its calls, and what comes before the first, take no longer than a few switches of thread each."""
         most = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS

@@ -43,7 +43,7 @@ class SharedWork(CacheWork):
 
     @abstractmethod
     def group(self) -> Group | None:
-        """A group with this work alone; None: it is done alone. On the executor's thread, as the rest."""
+        """A group with this work alone; None: it is done alone. With the device, as the rest."""
 
     @abstractmethod
     def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:

@@ -11,10 +11,14 @@ from functools import partial
 import pytest
 import torch
 
+import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
+from attnd_server.app import build_service
 from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
 from attnd_server.executor import Executor
+from attnd_server.inproc import InprocTransport
+from attnd_server.steps import Step
 from attnd_server.work import SharedWork, Work
 from attnd_server.work_queue import Job
 
@@ -167,6 +171,40 @@ def test_jobs_that_come_together_are_left_while_the_device_is_busy(executor: Exe
     assert (executor.settle_now(jobs), len(results)) == ([], 2)
     executor.close()
     assert executor.settle_now(jobs) == jobs
+
+
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_a_small_step_is_made_ready_on_threads_of_the_server_alone(
+    monkeypatch: pytest.MonkeyPatch, is_prepared: bool
+) -> None:
+    """What a caller does to torch on its own thread (inference mode, a default device) is nothing to plans."""
+    threads: list[str] = []
+    made = threading.Event()
+
+    def make_ready(step: Step, *_: object) -> None:
+        threads.append(threading.current_thread().name)
+        made.set()
+
+    monkeypatch.setattr(Step, "make_ready", make_ready)
+    service = build_service(ServerConfig(device="cpu"))
+    geometry = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "num_pages": 2, "page_size": 4, "dtype": "float32"}
+    ones = torch.ones(1, 2, 16)
+
+    def two_steps() -> None:
+        if is_prepared:
+            service.executor.prepare_thread()
+        with attnd.Client(InprocTransport(service), timeout_s=30) as client, client.create_cache(**geometry) as cache:
+            with cache.session() as session:
+                for _ in range(2):  # the first tells what the second will want
+                    step = session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode"))
+                    step.attend(0, ones, ones, ones)
+
+    caller = threading.Thread(target=two_steps, name="caller")
+    caller.start()
+    caller.join()
+    assert made.wait(30)
+    assert threads == ["caller" if is_prepared else "executor-cpu"]
+    service.executor.close()
 
 
 def test_closed_executor_refuses(table: CacheTable) -> None:

@@ -60,7 +60,7 @@ class Sample:
 def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     """Copies a part of a call that has run and has an output.
 
-    On the executor's thread, before anything else runs. The pages are then still what the call read: a step never
+    With the device, before anything else runs. The pages are then still what the call read: a step never
     stores into a slot that it reads.
     """
     step, layer, options, q, k, v = call
