@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,8 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests
-from attnd.planes import doorbell, sockets
-from attnd.regions import Region
-from attnd.v1 import plane_pb2
 from attnd_server import shm_server
+from tests.raw_shm import AGAIN, RawClient
 from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
@@ -92,22 +88,11 @@ def test_a_plane_whose_answers_are_not_read_ends(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(shm_server, "SEND_S", 0.3)
     with serving(tmp_path) as (server, client), client.create_cache(**GEOMETRY) as cache:
-        plane = plane_pb2.OpenPlaneResponse.FromString(client.transport.unary("OpenPlane", b"", 10))
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
-            connection.connect(plane.shm.socket_path)
-            connection.sendall(plane.shm.ticket)
-            (descriptor,) = sockets.receive_memories(connection, 1)
-            region = Region(plane.id, sockets.map_memory(descriptor, plane.shm.num_bytes))
-            message = DECODE.to_message(1, cache.ref)
-            connection.sendall(doorbell.request_bytes(requests.wire.step_request(message)))
-            call = requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
-            connection.sendall(doorbell.request_bytes(call))
-            again = doorbell.repeated_call(0, 1, 0) * 1000
-            with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's
-                for _ in range(10_000):
-                    connection.sendall(again)
-            region.close()
+        raw = RawClient(client, cache)
+        with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's
+            for _ in range(10_000):
+                raw.socket.sendall(1000 * AGAIN)
+        raw.close()
         wait_for(lambda: not server._connections, "the plane of a client that reads nothing goes on")
         with cache.session() as session:
             attend(session)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import grpc
@@ -21,6 +21,7 @@ from attnd_server.app import Server
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
 from attnd_server.steps import Call, Result
+from tests.held_device import held
 from tests.servers import wait_for
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
@@ -50,22 +51,9 @@ class Busy:
 
         self.executor.attend = recorded  # type: ignore[method-assign]
 
-    @contextmanager
-    def held(self) -> Iterator[threading.Event]:
+    def held(self) -> AbstractContextManager[threading.Event]:
         """Keeps the device busy until the end, or until the event is set."""
-        release, started = threading.Event(), threading.Event()
-
-        def hold() -> bytes:
-            started.set()
-            release.wait(60)
-            return b""
-
-        self.executor.submit(hold, lambda result, error: None)
-        assert started.wait(30)
-        try:
-            yield release
-        finally:
-            release.set()
+        return held(self.executor)
 
     def wait_for_depth(self, depth: int) -> None:
         wait_for(lambda: self.executor.queue_depth == depth, f"{self.executor.queue_depth} calls wait, not {depth}")
