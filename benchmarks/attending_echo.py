@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from attnd.planes.sockets import map_memory
+from attnd.protocol.shm.sockets import map_memory
 from attnd.tuning import tune_process
 from benchmarks import doorbell_echo, echo
 from benchmarks.backend_alone import BackendAlone

@@ -8,14 +8,15 @@ from functools import partial
 import torch
 
 from attnd.v1 import cache_pb2
-from attnd_server import validation
-from attnd_server.backends.base import DecodeShape, FixedPlan
-from attnd_server.backends.cuda_graph import captured
-from attnd_server.cache import Cache
-from attnd_server.config import AttentionConfig, ServerConfig
-from attnd_server.dispatcher import TritonAttentionOps
-from attnd_server.kernels.pages import stored_tokens
-from attnd_server.metadata import AttentionOptions
+from attnd_server.attention.backends.base import DecodeShape, FixedPlan
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.kernels.pages import stored_tokens
+from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.ops import TritonAttentionOps
+from attnd_server.config import ServerConfig
+from attnd_server.device.cuda_graph import captured
+from attnd_server.kv.cache import Cache
+from attnd_server.service import validation
 from benchmarks.graph_timing import synchronize
 from benchmarks.workload import DecodeStep
 

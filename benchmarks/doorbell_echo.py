@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 
-from attnd.planes.sockets import map_memory, sealed_memory
+from attnd.protocol.shm.sockets import map_memory, sealed_memory
 from attnd.tuning import tune_process
 from benchmarks.servers import environment
 

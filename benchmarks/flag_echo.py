@@ -14,10 +14,10 @@ from types import TracebackType
 
 import torch
 
-from attnd.planes.cuda import CudaPlane, imported_memory, worker_gpu, workers_flags
-from attnd.planes.cuda_layout import WORDS_BYTES, Geometry, StepLayout, step_layout
-from attnd.planes.sockets import map_memory
-from attnd.tensors import DTYPES
+from attnd.planes.cuda.plane import CudaPlane, imported_memory, worker_gpu, workers_flags
+from attnd.protocol.cuda.layout import WORDS_BYTES, Geometry, StepLayout, step_layout
+from attnd.protocol.shm.sockets import map_memory
+from attnd.protocol.tensors import DTYPES
 from benchmarks.graph_timing import synchronize
 from benchmarks.servers import environment
 from benchmarks.workload import DecodeStep
@@ -94,7 +94,7 @@ class FlagEcho:
 
 def serve(connection: socket.socket, device: torch.device, worker_uuid: str, num_layers: int) -> None:
     """Answers steps until the other end hangs up."""
-    from attnd_server.planes.cuda import CudaPlanes
+    from attnd_server.planes.cuda.channel import CudaPlanes
 
     torch.cuda.set_device(device)
     planes = CudaPlanes(device, NUM_BYTES, max_planes=1)

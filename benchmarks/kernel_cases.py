@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
-from attnd_server.config import AttentionBackend
-from attnd_server.metadata import AttentionMetadata, AttentionOptions, new_token_limits
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, new_token_limits
 
 FP8 = torch.float8_e4m3fn
 K = 1024

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnd_server.config import AttentionConfig
+from attnd_server.attention.config import AttentionConfig
 from benchmarks.kernel_cases import FP8, Case
 
 _COLD_BYTES = 512 << 20
@@ -86,7 +86,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def as_slots(pages: torch.Tensor) -> torch.Tensor:
-    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Shares memory."""
+    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Quota memory."""
     return _raw(pages).view(-1, *pages.shape[2:])
 
 

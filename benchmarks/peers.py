@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from attnd_server.backends.base import AttentionKernel, DecodeShape, FixedPlan
-from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig
-from attnd_server.dispatcher import TritonAttentionOps
-from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.backends.base import AttentionKernel, DecodeShape, FixedPlan
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.ops import TritonAttentionOps
 from benchmarks.exactness import FP8_LIMIT
 from benchmarks.graph_timing import host_us
 from benchmarks.kernel_cases import FP8, Case

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from attnd_server.backends.triton import availability
-from attnd_server.config import Layout
+from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.config import Layout
 from benchmarks import ceilings, report
 from benchmarks.graph_timing import Layers, synchronize, time_together
 from benchmarks.kernel_runs import (
@@ -54,7 +54,7 @@ Way = Callable[[KV, KV, torch.Tensor], KV]
 
 def ours_store(pages: KV, new: KV, slots: torch.Tensor) -> KV:
     refuse_without_triton(slots.device)
-    from attnd_server.kernels.store import store_kv
+    from attnd_server.attention.kernels.store import store_kv
 
     store_kv(*pages, *new, slots, Layout.UNIFIED)
     return pages
@@ -68,7 +68,7 @@ def index_copy(pages: KV, new: KV, slots: torch.Tensor) -> KV:
 
 def ours_gather(pages: KV, new: KV, slots: torch.Tensor) -> KV:
     refuse_without_triton(slots.device)
-    from attnd_server.kernels.gather import read_kv
+    from attnd_server.attention.kernels.gather import read_kv
 
     return read_kv(*pages, slots, Layout.UNIFIED, pages[0].dtype)
 

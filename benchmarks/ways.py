@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 import attnd
-from attnd import requests
-from attnd.page_table_deltas import SentPageTables
 from attnd.planes.choice import plane_refusals
-from attnd.tensors import to_array
+from attnd.protocol import requests
+from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.tensors import to_array
 from benchmarks import attending_echo, echo
 from benchmarks.backend_alone import BackendAlone
 from benchmarks.doorbell_echo import DoorbellEcho

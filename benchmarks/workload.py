@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 import attnd
-from attnd_server.backends.naive import reference_torch_attention
-from attnd_server.config import AttentionConfig
+from attnd_server.attention.backends.naive import reference_torch_attention
+from attnd_server.attention.config import AttentionConfig
 from benchmarks.report import refuse_wrong
 
 PAGE_SIZE = 16

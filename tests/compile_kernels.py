@@ -23,14 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attnd_server.config import DISTINCT_LANES, FP8, KVSplitConfig, Layout
-from attnd_server.kernels.decode_items import decode_items
-from attnd_server.kernels.gather import read_kv
-from attnd_server.kernels.items import ITEM_FIELDS
-from attnd_server.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_ROWS, launch_shape
-from attnd_server.kernels.merge import MERGE_FIELDS, merge
-from attnd_server.kernels.paged_attention import paged_attention
-from attnd_server.kernels.store import store_kv
+from attnd_server.attention.config import DISTINCT_LANES, FP8, KVSplitConfig, Layout
+from attnd_server.attention.kernels.decode_items import decode_items
+from attnd_server.attention.kernels.gather import read_kv
+from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_ROWS, launch_shape
+from attnd_server.attention.kernels.merge import MERGE_FIELDS, merge
+from attnd_server.attention.kernels.paged_attention import paged_attention
+from attnd_server.attention.kernels.store import store_kv
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NUM_PAGES = PAGE_SIZE = 16
@@ -151,7 +151,7 @@ def launch_paged(case: Case) -> None:
 def launch_hopper(case: Case) -> None:
     """Decode if there are few rows, else prefill."""
     # Only for Hopper: this module need not load for others.
-    from attnd_server.kernels.hopper_attention import hopper_attention
+    from attnd_server.attention.kernels.hopper_attention import hopper_attention
 
     heads = case.group * NUM_KV_HEADS
     given = (
@@ -165,7 +165,7 @@ def launch_hopper(case: Case) -> None:
 
 def launch_hopper_fp8(case: Case) -> None:
     """Decode over FP8."""
-    from attnd_server.kernels.hopper_decode_fp8 import hopper_decode_fp8
+    from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
 
     heads = case.group * NUM_KV_HEADS
     given = (

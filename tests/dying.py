@@ -85,7 +85,7 @@ def die_while_storing(address: str) -> None:
     """Is killed between two chunks of a StoreKv, of which the server has answered the first."""
     client = attnd.connect(address, timeout_s=20)
     cache = client.create_cache(**GEOMETRY, ttl_s=1, name="of somebody dead")
-    from attnd import requests
+    from attnd.protocol import requests
 
     def chunks() -> Any:
         kv = [np.ones((2, 2, 16), np.float32)] * 2

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from attnd_server import device_faults
 from attnd_server.__main__ import main
-from attnd_server.backends.naive import NaiveAttention
+from attnd_server.attention.backends.naive import NaiveAttention
+from attnd_server.device import faults as device_faults
 
 FAULT, BUG, WRONG = 1313.0, 1414.0, 1515.0
 MESSAGE = "CUDA error: an illegal memory access was encountered"

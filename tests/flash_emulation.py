@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 
-from attnd_server.backends.flash_libraries import FlashAttention2, FlashAttention3, FlashAttention4, FlashLibrary
+from attnd_server.attention.backends.flash_libraries import (
+    FlashAttention2,
+    FlashAttention3,
+    FlashAttention4,
+    FlashLibrary,
+)
 
 
 def libraries() -> dict[str, FlashLibrary]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from attnd_server.executor import Executor
+from attnd_server.execution.executor import Executor
 
 
 @contextmanager

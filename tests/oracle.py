@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from attnd_server.backends.base import AttentionKernel
-from attnd_server.config import FP8, Layout
-from attnd_server.metadata import AttentionOptions
+from attnd_server.attention.backends.base import AttentionKernel
+from attnd_server.attention.config import FP8, Layout
+from attnd_server.attention.metadata import AttentionOptions
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, DTYPES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close
 

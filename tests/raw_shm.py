@@ -7,14 +7,14 @@ import socket
 import torch
 
 import attnd
-from attnd import requests, wire
-from attnd.planes import doorbell, sockets
-from attnd.regions import Region
+from attnd.protocol import frames, requests
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import framing, sockets
 from attnd.v1 import attention_pb2, plane_pb2
 
 DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
 # The first call again; of a cache with 2 KV heads of 16.
-AGAIN = doorbell.repeated_call(0, 1, 0)
+AGAIN = framing.repeated_call(0, 1, 0)
 _Q = torch.ones(1, 2, 16)
 
 
@@ -36,11 +36,11 @@ class RawClient:
         self.socket.sendall(plane.shm.ticket)
         (descriptor,) = sockets.receive_memories(self.socket, 1)
         self.region = Region(plane.id, sockets.map_memory(descriptor, plane.shm.num_bytes))
-        self.replies = doorbell.Replies(self.socket)
-        step = wire.step_request(DECODE.to_message(1, cache.ref))
+        self.replies = framing.Replies(self.socket)
+        step = frames.step_request(DECODE.to_message(1, cache.ref))
         call = requests.attend_call(1, 0, _Q, _Q, _Q, attnd.AttentionOptions())
         for kind, message in (("step", step), ("call", call)):
-            self.socket.sendall(doorbell.request_bytes(message))
+            self.socket.sendall(framing.request_bytes(message))
             assert self.answer() == kind
 
     def answer(self) -> str | None:

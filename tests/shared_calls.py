@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 import attnd
-from attnd import requests, wire
+from attnd.protocol import frames, requests
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution.queue import Job
+from attnd_server.execution.work import Work
 from attnd_server.inproc import PRINCIPAL, InprocTransport
-from attnd_server.metrics import CALLS_BOUNDS, Metrics
-from attnd_server.service import AttendSession, AttentionService
-from attnd_server.work import Work
-from attnd_server.work_queue import Job
+from attnd_server.observe.counts import CALLS_BOUNDS, Metrics
+from attnd_server.service.service import AttendSession, AttentionService
 
 HEADS, KV_HEADS, DIM, DIM_V, PAGE = 4, 2, 32, 16, 4
 LAYERS, PAGES = 3, 24
@@ -154,7 +154,7 @@ class Caller:
         """Opens another step."""
         self.step_id += 1
         message = (metadata or self.metadata()).to_message(self.step_id, self.cache.ref)
-        self.session.request(wire.step_request(message))
+        self.session.request(frames.step_request(message))
 
     def call(self, layer: int, options: attnd.AttentionOptions) -> Work:
         """A call of the open step."""
@@ -170,7 +170,7 @@ class Caller:
 def tensors(answer: bytes | BaseException) -> dict[str, bytes]:
     """Output and lse of an answer."""
     assert isinstance(answer, bytes), answer
-    message, arrays = wire.ATTEND_RESPONSE.decode(answer)
+    message, arrays = frames.ATTEND_RESPONSE.decode(answer)
     assert message.WhichOneof("message") == "call", message
     return {name: bytes(array.data) for name, array in arrays.items()}
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from attnd_server.config import FP8, AttentionConfig, Layout, PrecisionMode
-from attnd_server.metadata import AttentionMetadata
+from attnd_server.attention.config import FP8, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.metadata import AttentionMetadata
 
 CAUSAL, BLOCK_CAUSAL, BIDIRECTIONAL, PREFIX_FULL = "causal", "block_causal", "bidirectional", "prefix_full"
 NUM_PAGES = 160  # more than 4 requests of 37 tokens fill with pages of 1

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from attnd_server.tolerances import TOLERANCES
+from attnd_server.attention.tolerances import TOLERANCES
 
 __all__ = ["TOLERANCES", "assert_as_exact_as_plain", "assert_close"]
 

@@ -14,16 +14,6 @@ from attnd import aio, errors
 from attnd._version import __version__
 from attnd.client import Cache, Client, connect
 from attnd.credentials import Credentials
-from attnd.cuda_session import CudaSession, CudaStep
-from attnd.diffulex import (
-    AttnMetaDataBase,
-    fetch_attn_metadata,
-    is_warming_up,
-    reset_warming_up,
-    set_fetch_fn_for_attn_metadata,
-    set_warming_up,
-)
-from attnd.diffulex_steps import from_diffulex
 from attnd.errors import (
     AttndError,
     CacheLost,
@@ -37,19 +27,29 @@ from attnd.errors import (
     Unauthenticated,
     Unsupported,
 )
-from attnd.kv_split import KVSplit
-from attnd.metadata import StepMetadata
-from attnd.options import AttentionOptions
+from attnd.integrations.diffulex.metadata import (
+    AttnMetaDataBase,
+    fetch_attn_metadata,
+    is_warming_up,
+    reset_warming_up,
+    set_fetch_fn_for_attn_metadata,
+    set_warming_up,
+)
+from attnd.integrations.diffulex.steps import from_diffulex
 from attnd.pages import PagedSequence, PagePool
+from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.kv_split import KVSplit
+from attnd.protocol.step_metadata import StepMetadata
+from attnd.protocol.tensors import Array
+from attnd.protocol.warm_up import WarmUp
 from attnd.session import Session
 from attnd.steps import PendingCall, Step
-from attnd.tensors import Array
 from attnd.timings import Timings
 from attnd.tuning import tune_process
-from attnd.warm_up import WarmUp
 
 if TYPE_CHECKING:
-    from attnd.attention import Attention, attach
+    from attnd.integrations.diffulex.attention import Attention, attach
 
 __all__ = [
     "Array",
@@ -99,7 +99,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads what needs torch when it is first asked for."""
     if name in ("Attention", "attach"):
-        from attnd import attention
+        from attnd.integrations.diffulex import attention
 
         return getattr(attention, name)
     raise AttributeError(f"module 'attnd' has no attribute {name!r}")

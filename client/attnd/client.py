@@ -5,20 +5,20 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Literal, overload
 
-from attnd import requests, wire
 from attnd.credentials import Credentials
-from attnd.cuda_session import CudaSession
 from attnd.errors import AttndError, CacheLost
-from attnd.kv_split import KVSplit
-from attnd.options import AttentionOptions
 from attnd.planes.choice import OpenedStream, PlaneOptions, check_plane, open_stream, plane_refusals
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.grpc import KEEPALIVE_S, Transport, open_transport
+from attnd.planes.retries import until_answered
+from attnd.protocol import frames, requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.kv_split import KVSplit
+from attnd.protocol.requests import DEFAULT_OPTIONS
+from attnd.protocol.warm_up import WarmUp
 from attnd.renewal import Renewal
-from attnd.requests import DEFAULT_OPTIONS
-from attnd.retries import until_answered
 from attnd.session import Session
-from attnd.transport import KEEPALIVE_S, Transport, open_transport
 from attnd.v1 import cache_pb2, capabilities_pb2
-from attnd.warm_up import WarmUp
 
 
 def connect(
@@ -96,7 +96,7 @@ class Client:
             Disconnected: the server is away for longer than the connection timeout.
         """
         data = self.wait_for_answer("GetCapabilities", b"")
-        message: capabilities_pb2.GetCapabilitiesResponse = wire.parse(capabilities_pb2.GetCapabilitiesResponse, data)
+        message: capabilities_pb2.GetCapabilitiesResponse = frames.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
         self._refusals = plane_refusals(message)
         return message
@@ -179,7 +179,7 @@ class Client:
             name=name,
         )
         data = self.transport.unary("CreateCache", request, self.timeout_s, wait=True)
-        return Cache(self, wire.parse(cache_pb2.CreateCacheResponse, data).cache, renew)
+        return Cache(self, frames.parse(cache_pb2.CreateCacheResponse, data).cache, renew)
 
     def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> Cache:
         """A cache that somebody else created, with its lease renewed in the background like one's own.
@@ -201,7 +201,7 @@ class Client:
     def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
         data = self.transport.unary("ListCaches", b"", self.timeout_s)
-        return list(wire.parse(cache_pb2.ListCachesResponse, data).caches)
+        return list(frames.parse(cache_pb2.ListCachesResponse, data).caches)
 
     def prefill(
         self,
@@ -304,7 +304,7 @@ class Cache:
         """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""
         request = cache_pb2.RenewCacheRequest(cache=self.ref).SerializeToString()
         data = self._unary("RenewCache", request)
-        info: cache_pb2.CacheInfo = wire.parse(cache_pb2.RenewCacheResponse, data).cache
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.RenewCacheResponse, data).cache
         return info
 
     def renew(self) -> None:
@@ -330,7 +330,7 @@ class Cache:
         self._client.capabilities()  # waits for it, and learns its epoch and planes
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
         data = self._client.wait_for_answer("AdoptCache", request)
-        info: cache_pb2.CacheInfo = wire.parse(cache_pb2.AdoptCacheResponse, data).cache
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data).cache
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renew:
             self._client._renewal.add(self)
@@ -412,7 +412,7 @@ class Cache:
             k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`.
         """
         responses = self.transport.read_kv(requests.read_kv(self.ref, layer, slots), self._client.timeout_s)
-        return requests.joined([wire.READ_KV_RESPONSE.decode(data) for data in responses], like)
+        return requests.joined([frames.READ_KV_RESPONSE.decode(data) for data in responses], like)
 
     def __enter__(self) -> Cache:
         """The cache itself."""

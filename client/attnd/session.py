@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from attnd import requests
 from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
-from attnd.options import AttentionOptions
-from attnd.page_table_deltas import SentPageTables
-from attnd.requests import MAX_CALLS_UNDER_WAY
-from attnd.retries import Patience
+from attnd.planes.retries import Patience
+from attnd.protocol import requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
 
 if TYPE_CHECKING:
     from attnd.client import Cache
     from attnd.planes.choice import PlaneOptions
-    from attnd.transport import Stream
+    from attnd.planes.grpc import Stream
 
 
 class Session:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attnd.errors import AttndError
-from attnd.options import AttentionOptions
-from attnd.requests import DEFAULT_OPTIONS, Reply
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.requests import DEFAULT_OPTIONS, Reply
 
 if TYPE_CHECKING:
+    from attnd.planes.grpc import Stream
     from attnd.session import Session
-    from attnd.transport import Stream
 
 
 class Step:

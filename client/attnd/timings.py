@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from attnd.requests import Reply
+    from attnd.protocol.requests import Reply
 
 # Calls whose own times are kept, for quantiles.
 KEPT_CALLS = 10_000

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnd._version import __version__
-    from attnd_server.backends.base import AttentionKernel
-    from attnd_server.backends.naive import NaiveAttention
-    from attnd_server.backends.triton import TritonPagedAttention, triton_attention, triton_grouped_attention
-    from attnd_server.backends.window import SlidingWindowAttention
-    from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
-    from attnd_server.dispatcher import TritonAttentionOps
-    from attnd_server.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
+    from attnd_server.attention.backends.base import AttentionKernel
+    from attnd_server.attention.backends.naive import NaiveAttention
+    from attnd_server.attention.backends.triton import TritonPagedAttention, triton_attention, triton_grouped_attention
+    from attnd_server.attention.backends.window import SlidingWindowAttention
+    from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
+    from attnd_server.attention.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
+    from attnd_server.attention.ops import TritonAttentionOps
 
 __all__ = [
     "AttentionBackend",
@@ -40,20 +40,20 @@ __all__ = [
 _MODULES = {
     "AttentionBackend": "attnd_server.config",
     "AttentionConfig": "attnd_server.config",
-    "AttentionKernel": "attnd_server.backends.base",
-    "AttentionMetadata": "attnd_server.metadata",
+    "AttentionKernel": "attnd_server.attention.backends.base",
+    "AttentionMetadata": "attnd_server.attention.metadata",
     "KVSplitConfig": "attnd_server.config",
-    "NaiveAttention": "attnd_server.backends.naive",
+    "NaiveAttention": "attnd_server.attention.backends.naive",
     "PrecisionMode": "attnd_server.config",
-    "SlidingWindowAttention": "attnd_server.backends.window",
-    "TritonAttentionOps": "attnd_server.dispatcher",
-    "TritonPagedAttention": "attnd_server.backends.triton",
+    "SlidingWindowAttention": "attnd_server.attention.backends.window",
+    "TritonAttentionOps": "attnd_server.attention.ops",
+    "TritonPagedAttention": "attnd_server.attention.backends.triton",
     "__version__": "attnd._version",
-    "is_warming_up": "attnd_server.metadata",
-    "reset_warming_up": "attnd_server.metadata",
-    "set_warming_up": "attnd_server.metadata",
-    "triton_attention": "attnd_server.backends.triton",
-    "triton_grouped_attention": "attnd_server.backends.triton",
+    "is_warming_up": "attnd_server.attention.metadata",
+    "reset_warming_up": "attnd_server.attention.metadata",
+    "set_warming_up": "attnd_server.attention.metadata",
+    "triton_attention": "attnd_server.attention.backends.triton",
+    "triton_grouped_attention": "attnd_server.attention.backends.triton",
 }
 
 

@@ -22,7 +22,7 @@ _EXTRAS = {
 def main() -> int:
     """Runs the command line. Returns the exit code, or exits with it."""
     try:
-        from attnd_server.cli import app
+        from attnd_server.cli.main import app
 
         app(prog_name="attnd")
     except ModuleNotFoundError as error:

@@ -15,25 +15,25 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from attnd import wire
 from attnd._version import __version__
-from attnd.transport import keepalive_options
+from attnd.planes.grpc import keepalive_options
+from attnd.protocol import frames
 from attnd.tuning import tune_process
-from attnd_server.cache import Cache
-from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
-from attnd_server.device_faults import end_process
-from attnd_server.executor import Executor
+from attnd_server.device.faults import end_process
+from attnd_server.execution.executor import Executor
 from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
-from attnd_server.metrics import Metrics
-from attnd_server.rpc_metrics import RpcCounter
-from attnd_server.service import AttentionService
-from attnd_server.servicer import SERVICE_NAME, AttentionServicer
-from attnd_server.shm_server import ShmServer
-from attnd_server.snapshots import SnapshotStore
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.snapshots import SnapshotStore
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.rpc_counts import RpcCounter
+from attnd_server.planes.shm.server import ShmServer
+from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
+from attnd_server.service.service import AttentionService
 
 if TYPE_CHECKING:
-    from attnd_server.metrics_endpoint import MetricsEndpoint
+    from attnd_server.observe.prometheus import MetricsEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
     """Options of the gRPC server: what a connection may cost, and when it is given up."""
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", config.max_connection_rpcs),
         *keepalive_options(config.keepalive_s),
         # Clients ping, too; without this the server answers "too many pings".
@@ -214,7 +214,7 @@ class Server:
                 files.reload()
 
     def _open_endpoint(self, metrics: Metrics) -> None:
-        from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
+        from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
 
         collector = ServerCollector(
             metrics, self.service.executor, self.service.caches, self.config, self.service.verifier

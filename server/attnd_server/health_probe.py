@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from attnd_server.cli_credentials import CREDENTIAL_OPTIONS, credentials
+from attnd_server.cli.credentials import CREDENTIAL_OPTIONS, credentials
 
 if TYPE_CHECKING:
     from attnd.credentials import Credentials

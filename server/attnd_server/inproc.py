@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
-from attnd import requests
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
-from attnd.retries import patiently
-from attnd.transport import Stream
+from attnd.planes.grpc import Stream
+from attnd.planes.retries import patiently
+from attnd.protocol import requests
 from attnd.v1 import attention_pb2
 from attnd_server.app import build_service
-from attnd_server.attend_session import CallWork
 from attnd_server.config import ServerConfig
-from attnd_server.service import AttentionService, error_response
-from attnd_server.work import Work
+from attnd_server.execution.work import Work
+from attnd_server.service.service import AttentionService, error_response
+from attnd_server.service.session import CallWork
 
 PRINCIPAL = "inproc"
 
@@ -32,7 +32,7 @@ def connect(config: ServerConfig | None = None) -> InprocTransport:
 
 
 class InprocTransport:
-    """Implements `attnd.transport.Transport` over an AttentionService."""
+    """Implements `attnd.planes.grpc.Transport` over an AttentionService."""
 
     def __init__(self, service: AttentionService) -> None:
         """Owns `service`."""
@@ -89,7 +89,7 @@ class InprocTransport:
 
 
 class InprocStream(Stream):
-    """Implements `attnd.transport.Stream`: a request runs when its answer is asked for."""
+    """Implements `attnd.planes.grpc.Stream`: a request runs when its answer is asked for."""
 
     def __init__(self, transport: InprocTransport, request: Any) -> None:
         """Sends to `request`, an AttendSession's method."""

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import attnd
-from attnd import wire
-from attnd.packing import int32_tensor
+from attnd.protocol import frames
+from attnd.protocol.packing import int32_tensor
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
-from attnd_server import attend_session, service, servicer, validation
-from attnd_server.attend_session import BigStep
 from attnd_server.config import ServerConfig
+from attnd_server.rpc import servicer
+from attnd_server.service import service, validation
+from attnd_server.service import session as attend_session
+from attnd_server.service.session import BigStep
 from tests.e2e.test_overload import Busy, serving
 from tests.servers import wait_for
 
@@ -125,11 +127,11 @@ def test_a_session_asks_its_caller_to_check_big_steps_elsewhere(busy: Busy, monk
     with attnd.connect(busy.server.address) as client, client.create_cache(**GEOMETRY) as cache:
         session = busy.service.open_session("anybody")
         monkeypatch.setattr(attend_session, "BIG_STEP_ELEMENTS", 63)
-        data = wire.step_request(decode(0).to_message(1, cache.ref))
+        data = frames.step_request(decode(0).to_message(1, cache.ref))
         big = session.request_in_parts(data)
         assert isinstance(big, BigStep)
         assert attention_pb2.AttendResponse.FromString(big.answer()).step.step_id == 1
-        again = wire.step_request(decode(0).to_message(2, cache.ref))
+        again = frames.step_request(decode(0).to_message(2, cache.ref))
         answer = session.request(again)  # for planes, each of which has a thread
         assert isinstance(answer, bytes)
         assert attention_pb2.AttendResponse.FromString(answer).step.step_id == 2

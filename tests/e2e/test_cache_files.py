@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 import attnd
-from attnd_server import cli
-from attnd_server.config import FP8, AttentionConfig
-from attnd_server.snapshots import MANIFEST, TENSORS, read_manifest, transfer
+from attnd_server.attention.config import FP8, AttentionConfig
+from attnd_server.cli import cache_files as transfer
+from attnd_server.cli import main as cli
+from attnd_server.kv.snapshots import MANIFEST, TENSORS, read_manifest
 
 GEOMETRY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 64, "page_size": 4}
 # Pages 3, 4 and 62, some of them in part.

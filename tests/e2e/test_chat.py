@@ -13,9 +13,9 @@ import attnd
 pytest.importorskip("transformers")
 
 from attnd.integrations.transformers import RemoteCache  # needs transformers
-from attnd_server.answers import generate, prompt_tokens
-from attnd_server.chat import Conversation, run_chat
-from attnd_server.models import Model, load_model
+from attnd_server.cli.demo.chat import Conversation, run_chat
+from attnd_server.cli.demo.generate import generate, prompt_tokens
+from attnd_server.cli.demo.model import Model, load_model
 from tests.tiny_model import save_tiny_model
 
 

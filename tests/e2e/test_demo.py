@@ -17,8 +17,8 @@ from rich.console import Console
 
 pytest.importorskip("transformers")
 
-import attnd_server.answers  # needs transformers
-from attnd_server.demo import run_demo
+import attnd_server.cli.demo.generate  # needs transformers
+from attnd_server.cli.demo.demo import run_demo
 from tests.tiny_model import save_tiny_model
 
 ROWS = [
@@ -91,7 +91,7 @@ def test_tiny_model_with_a_server_that_runs_already(tiny_model: str, server_addr
 
 
 def test_other_tokens_are_a_failure(tiny_model: str, server_address: str, monkeypatch: pytest.MonkeyPatch):
-    real = attnd_server.answers.generate
+    real = attnd_server.cli.demo.generate.generate
 
     def generate(model, tokens, *, cache=None, **options):
         answer = real(model, tokens, cache=cache, **options)
@@ -99,7 +99,7 @@ def test_other_tokens_are_a_failure(tiny_model: str, server_address: str, monkey
             answer.tokens[-1] += 1
         return answer
 
-    monkeypatch.setattr(attnd_server.answers, "generate", generate)
+    monkeypatch.setattr(attnd_server.cli.demo.generate, "generate", generate)
     written = io.StringIO()
     console = Console(file=written, width=100)
     options = {"device": "cpu", "max_new_tokens": 4, "dtype": "float32", "model_path": tiny_model}

@@ -13,7 +13,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import attnd
-from attnd_server.device_faults import EXIT_CODE
+from attnd_server.device.faults import EXIT_CODE
 from tests.faulty_server import BUG, FAULT
 from tests.scrape import Scrape
 from tests.servers import ServerProcess

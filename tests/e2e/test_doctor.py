@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from attnd_server import doctor
+from attnd_server.cli import doctor
 from tests.servers import ServerProcess
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import attnd
-from attnd import wire
+from attnd.protocol import frames
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from tests.servers import wait_for
 
@@ -200,7 +200,7 @@ def test_messages_cut_short_are_invalid_and_change_nothing(raw: Raw, client: att
         before = everything(cache)
         metadata = attnd.StepMetadata(**SOUND)
         encode: dict[str, Callable[[], bytes]] = {
-            "Prefill": lambda: attnd.requests.unary_call(
+            "Prefill": lambda: attnd.protocol.requests.unary_call(
                 "prefill", metadata, cache.ref, 0, Q, K, V, attnd.AttentionOptions()
             ),
             "RenewCache": lambda: cache_pb2.RenewCacheRequest(cache=cache.ref).SerializeToString(),
@@ -209,8 +209,8 @@ def test_messages_cut_short_are_invalid_and_change_nothing(raw: Raw, client: att
             data = whole()
             for length in {1, 2, 5, len(data) // 2, len(data) - 1}:
                 assert raw.unary(method, data[:length]) == grpc.StatusCode.INVALID_ARGUMENT, (method, length)
-        step = wire.step_request(metadata.to_message(1, cache.ref))
-        call = attnd.requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
+        step = frames.step_request(metadata.to_message(1, cache.ref))
+        call = attnd.protocol.requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
         answers = [
             attention_pb2.AttendResponse.FromString(answer)
             for answer in raw.stream("Attend", [step[:-1], call[:-1], b"", b"\xff" * 40, step])
@@ -222,9 +222,9 @@ def test_messages_cut_short_are_invalid_and_change_nothing(raw: Raw, client: att
 
 def test_tensor_whose_bytes_do_not_fit_its_shape(raw: Raw, client: attnd.Client) -> None:
     with client.create_cache(**GEOMETRY) as cache:
-        step = wire.step_request(attnd.StepMetadata(**SOUND).to_message(1, cache.ref))
+        step = frames.step_request(attnd.StepMetadata(**SOUND).to_message(1, cache.ref))
         call = attention_pb2.AttendRequest.FromString(
-            attnd.requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
+            attnd.protocol.requests.attend_call(1, 0, Q, K, V, attnd.AttentionOptions())
         )
         for shape in ([2**62, 4, 16], [-5, 6, 16], [5, 6, 17], []):
             call.call.q.shape[:] = shape
@@ -233,7 +233,7 @@ def test_tensor_whose_bytes_do_not_fit_its_shape(raw: Raw, client: attnd.Client)
             assert error.field == "q", error
         huge = step_pb2.Step.FromString(attnd.StepMetadata(**SOUND).to_message(2, cache.ref).SerializeToString())
         huge.page_tables.shape[:] = [2**31, 2**31]
-        (answer,) = raw.stream("Attend", [wire.step_request(huge)])
+        (answer,) = raw.stream("Attend", [frames.step_request(huge)])
         assert attention_pb2.AttendResponse.FromString(answer).error.field == "page_tables"
 
 

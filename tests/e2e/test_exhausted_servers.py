@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnd
-from attnd_server import shm_server
+from attnd_server.planes.shm import server as shm_server
 from tests.raw_shm import AGAIN, RawClient
 from tests.servers import ServerProcess, wait_for
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests, wire
-from attnd.transport import SERVICE
+from attnd.planes.grpc import SERVICE
+from attnd.protocol import frames, requests
 from attnd.v1 import attention_pb2
 from attnd_server.identity.tokens import add_token
 from tests import raw_http2
@@ -174,7 +174,7 @@ def test_a_client_that_does_not_read_costs_a_few_answers_of_memory(hardened: Ser
 
             def flood() -> Iterator[bytes]:
                 nonlocal sent
-                yield wire.step_request(message)
+                yield frames.step_request(message)
                 while sent < num_calls:
                     sent += 1
                     yield call

@@ -17,8 +17,8 @@ import torch
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import attnd
-from attnd import requests, wire
-from attnd.transport import SERVICE
+from attnd.planes.grpc import SERVICE
+from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2, plane_pb2
 from attnd_server import health_probe
 from attnd_server.identity.tokens import add_token
@@ -215,7 +215,7 @@ def requests_of(ref: cache_pb2.CacheRef) -> dict[str, tuple[str, list[bytes]]]:
     """By method its kind, and sound requests that name a cache."""
     options = requests.DEFAULT_OPTIONS
     one = (Q[:1], K[:1], V[:1])
-    step = wire.step_request(PREFILL.to_message(1, ref))
+    step = frames.step_request(PREFILL.to_message(1, ref))
     return {
         "RenewCache": ("unary_unary", [cache_pb2.RenewCacheRequest(cache=ref).SerializeToString()]),
         "AdoptCache": ("unary_unary", [cache_pb2.AdoptCacheRequest(cache=ref).SerializeToString()]),
@@ -266,7 +266,7 @@ def test_anothers_cache_is_answered_byte_for_byte_as_an_unknown_one(shared: Secu
 
 def k_of(chunks: list[bytes]) -> torch.Tensor:
     """K of what ReadKv answered."""
-    return requests.joined([wire.READ_KV_RESPONSE.decode(data) for data in chunks], K)[0]
+    return requests.joined([frames.READ_KV_RESPONSE.decode(data) for data in chunks], K)[0]
 
 
 @pytest.mark.parametrize("plane", ["inline", "shm"])

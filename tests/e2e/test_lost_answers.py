@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests, wire
+from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2
 from tests import raw_http2
 
@@ -194,7 +194,7 @@ def test_create_cache_sent_twice_makes_one_cache_and_delete_cache_sent_twice_is_
             name="sent twice",
         )
         answers = [client.transport.unary("CreateCache", request, 30) for _ in range(2)]
-        one, other = (wire.parse(cache_pb2.CreateCacheResponse, data).cache for data in answers)
+        one, other = (frames.parse(cache_pb2.CreateCacheResponse, data).cache for data in answers)
         assert one.cache == other.cache
         assert [info.name for info in client.list_caches()].count("sent twice") == 1
         deletion = cache_pb2.DeleteCacheRequest(cache=one.cache).SerializeToString()

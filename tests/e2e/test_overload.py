@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests
-from attnd.transport import SERVICE
+from attnd.planes.grpc import SERVICE
+from attnd.protocol import requests
 from attnd_server.app import Server
 from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Call, Result
 from attnd_server.inproc import InprocTransport
-from attnd_server.steps import Call, Result
 from tests.held_device import held
 from tests.servers import wait_for
 

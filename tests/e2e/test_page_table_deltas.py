@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests, wire
-from attnd.packing import int32_tensor
-from attnd.page_table_deltas import KEPT_TABLES
 from attnd.pages import page_tables
+from attnd.protocol import frames, requests
+from attnd.protocol.packing import int32_tensor
+from attnd.protocol.page_table_deltas import KEPT_TABLES
 from attnd.v1 import attention_pb2, step_pb2
 
 PAGE = 4
@@ -55,7 +55,7 @@ def steps_sent(monkeypatch: pytest.MonkeyPatch) -> list[step_pb2.Step]:
         steps.append(step)
         return attention_pb2.AttendRequest(step=step).SerializeToString()
 
-    monkeypatch.setattr(wire, "step_request", step_request)
+    monkeypatch.setattr(frames, "step_request", step_request)
     return steps
 
 
@@ -186,7 +186,7 @@ def test_many_steps_opened_ahead_are_told_by_what_the_server_still_has(
 def test_a_server_that_keeps_less_than_it_says_costs_one_step(
     steps_sent: list[step_pb2.Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnd_server.attend_session.MAX_OPEN_STEPS", 1)
+    monkeypatch.setattr("attnd_server.service.session.MAX_OPEN_STEPS", 1)
     with attnd.connect("inproc://") as client, create(client) as cache, cache.session() as session:
         worker = Worker(cache, context_len=300)
         session.step(worker.metadata()).attend(0, *worker.tensors(NUM_REQS))
@@ -209,7 +209,7 @@ def test_hostile_deltas_are_refused_and_the_stream_goes_on(client: attnd.Client)
         stream, same = client.transport.attend(), list(range(NUM_REQS))
 
         def answer(message: step_pb2.Step) -> Any:
-            stream.send(wire.step_request(message))
+            stream.send(frames.step_request(message))
             return stream.receive(30).message
 
         def changed(step_id: int, base_step_id: int, max_pages: int, source_rows: list[int]) -> step_pb2.Step:

@@ -17,8 +17,8 @@ from tests.servers import ServerProcess
 
 transformers = pytest.importorskip("transformers")
 
-from attnd.integrations import recomputing  # noqa: E402  # needs transformers
 from attnd.integrations.transformers import RemoteCache  # noqa: E402
+from attnd.integrations.transformers import recovery as recomputing  # noqa: E402  # needs transformers
 from tests.e2e.test_transformers import GREEDY, locally, make_model, padded_batch, remotely  # noqa: E402
 
 

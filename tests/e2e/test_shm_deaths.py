@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes import doorbell, sockets
+from attnd.protocol.shm import framing, sockets
 from attnd.v1 import attention_pb2, plane_pb2, step_pb2
 from tests.servers import ServerProcess, mapped, wait_for
 
@@ -201,18 +201,18 @@ def test_only_a_fresh_ticket_opens_the_door_and_garbage_ends_the_plane(shm_serve
             memory = sockets.map_memory(sockets.receive_memories(connection, 1)[0], plane.shm.num_bytes)
             with knock(plane, plane.shm.ticket) as second, pytest.raises(attnd.PermissionDenied):
                 sockets.receive_memories(second, 1)[0]
-            replies = doorbell.Replies(connection)
+            replies = framing.Replies(connection)
             for request, field in (
-                (doorbell.repeated_call(0, 1, 0), ""),
-                (doorbell.repeated_call(0, 1, 1 << 31), ""),
-                (doorbell.request_bytes(b"\xff" * 40), ""),
+                (framing.repeated_call(0, 1, 0), ""),
+                (framing.repeated_call(0, 1, 1 << 31), ""),
+                (framing.request_bytes(b"\xff" * 40), ""),
             ):
                 connection.sendall(request)
                 reply = replies.receive()
                 assert reply is not None
                 assert b"message" in reply.message, field
             call = attention_pb2.AttendRequest(call=step_pb2.Call()).SerializeToString()
-            connection.sendall(doorbell.request_bytes(call, 4))
+            connection.sendall(framing.request_bytes(call, 4))
             reply = replies.receive()
             assert reply is not None
             assert b"lane is 4, but must be in 0..3" in reply.message

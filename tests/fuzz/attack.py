@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
-from attnd.planes import doorbell
-from attnd.regions import Region
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2, tensor_pb2
-from attnd_server.replies import RegionReplies
-from attnd_server.shm_line import ShmLine
+from attnd_server.planes.shm.connection import ShmConnection
+from attnd_server.service.replies import RegionReplies
 from tests.fuzz import valid
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.decoder import FRAMES
@@ -162,17 +162,17 @@ class Attack:
         """As a shm plane does it, with the server's own code behind the socket."""
         world, random_ = self.world, self._random
         session = world.service.open_session(CALLER, RegionReplies(Region(1, self._memory)))
-        line = ShmLine(world.service, session, self._ends[0])
+        line = ShmConnection(world.service, session, self._ends[0])
         model, doing = StreamModel(world), "a region's "
         for message in self._steps_and_calls():
             lane = random_.choice((0, 0, 0, 1, 3, 4, 2**32 - 1))
             if message.WhichOneof("message") == "call":
                 self._move_to_region(message.call)
             data = self._spoiled(message) if random_.random() < 0.4 else message.SerializeToString()
-            requests = [doorbell.Request(0, 0, lane, data)]
+            requests = [framing.Request(0, 0, lane, data)]
             while random_.random() < 0.3:
                 step_id = random_.choice([*model.steps]) if model.steps and random_.random() < 0.9 else 7
-                requests.append(doorbell.Request(random_.choice((0, 1, 0, 1, 0, 1, 2, 2**32 - 1)), step_id, lane, b""))
+                requests.append(framing.Request(random_.choice((0, 1, 0, 1, 0, 1, 2, 2**32 - 1)), step_id, lane, b""))
             for request in requests:
                 doing += f"{request.layer} {request.step_id} {request.lane} {request.message.hex()}, "
                 before = bytes(self._memory)

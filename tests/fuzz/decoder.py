@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from attnd import wire
 from attnd.errors import InvalidRequest
-from attnd.regions import Region
-from attnd.tensors import ITEM_SIZES
+from attnd.protocol import frames
+from attnd.protocol.regions import Region
+from attnd.protocol.tensors import ITEM_SIZES
 from attnd.v1 import tensor_pb2
 
 
@@ -24,20 +24,20 @@ class Frame(NamedTuple):
         tensors: their fields.
     """
 
-    frame: wire.Frame
+    frame: frames.Frame
     holder: str
     tensors: tuple[str, ...]
 
 
 FRAMES = {
-    "AttendRequest": Frame(wire.ATTEND_REQUEST, "call", ("q", "k", "v")),
-    "AttendResponse": Frame(wire.ATTEND_RESPONSE, "call", ("lse", "output")),
-    "PrefillRequest": Frame(wire.PREFILL_REQUEST, "call", ("q", "k", "v")),
-    "PrefillResponse": Frame(wire.PREFILL_RESPONSE, "reply", ("lse", "output")),
-    "DecodeRequest": Frame(wire.DECODE_REQUEST, "call", ("q", "k", "v")),
-    "DecodeResponse": Frame(wire.DECODE_RESPONSE, "reply", ("lse", "output")),
-    "StoreKvRequest": Frame(wire.STORE_KV_REQUEST, "", ("k", "v")),
-    "ReadKvResponse": Frame(wire.READ_KV_RESPONSE, "", ("k", "v")),
+    "AttendRequest": Frame(frames.ATTEND_REQUEST, "call", ("q", "k", "v")),
+    "AttendResponse": Frame(frames.ATTEND_RESPONSE, "call", ("lse", "output")),
+    "PrefillRequest": Frame(frames.PREFILL_REQUEST, "call", ("q", "k", "v")),
+    "PrefillResponse": Frame(frames.PREFILL_RESPONSE, "reply", ("lse", "output")),
+    "DecodeRequest": Frame(frames.DECODE_REQUEST, "call", ("q", "k", "v")),
+    "DecodeResponse": Frame(frames.DECODE_RESPONSE, "reply", ("lse", "output")),
+    "StoreKvRequest": Frame(frames.STORE_KV_REQUEST, "", ("k", "v")),
+    "ReadKvResponse": Frame(frames.READ_KV_RESPONSE, "", ("k", "v")),
 }
 
 # What protobuf takes and the decoder does not. No generated code writes any of it.

@@ -31,10 +31,10 @@ def main() -> None:
     """Fuzzes; does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["attnd.wire", "attnd.regions"]):
-        from attnd import wire
+    with atheris.instrument_imports(include=["attnd.protocol.frames", "attnd.protocol.regions"]):
+        from attnd.protocol import frames
 
-        assert wire
+        assert frames
     for folder in [argument for argument in sys.argv[1:] if not argument.startswith("-")][:1]:
         for index, data in enumerate(read_corpus()):
             (Path(folder) / f"{index:04}").write_bytes(data)

@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from attnd.tensors import ITEM_SIZES
+from attnd.protocol.tensors import ITEM_SIZES
 from attnd.v1 import cache_pb2, tensor_pb2
 
 _RANGES = {

@@ -7,13 +7,13 @@ from collections import OrderedDict
 
 from google.protobuf.message import DecodeError
 
-from attnd import wire
 from attnd.errors import AttndError
-from attnd.planes import doorbell
-from attnd.regions import Region
-from attnd.tensors import ITEM_SIZES
+from attnd.protocol import frames
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import framing
+from attnd.protocol.tensors import ITEM_SIZES
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
-from attnd_server.attend_session import MAX_OPEN_STEPS
+from attnd_server.service.session import MAX_OPEN_STEPS
 from tests.fuzz.world import World
 
 # Of the memory that a shm plane shares.
@@ -50,7 +50,7 @@ class StreamModel:
             assert kind == "error"
 
     def answered_in_region(
-        self, request: doorbell.Request, reply: attention_pb2.AttendResponse, is_repeated: bool, memory: bytes
+        self, request: framing.Request, reply: attention_pb2.AttendResponse, is_repeated: bool, memory: bytes
     ) -> None:
         """Follows an answer on a shm plane; `is_repeated`: it was like the lane's last."""
         if request.message:
@@ -94,7 +94,7 @@ def parsed_request(data: bytes) -> attention_pb2.AttendRequest:
 
 def _decodes(data: bytes) -> bool:
     try:
-        wire.ATTEND_REQUEST.decode(data, Region(1, mmap.mmap(-1, REGION_BYTES)))
+        frames.ATTEND_REQUEST.decode(data, Region(1, mmap.mmap(-1, REGION_BYTES)))
     except AttndError:
         return False
     return True

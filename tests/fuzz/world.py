@@ -12,11 +12,12 @@ import torch
 from attnd.errors import ServerFault
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
 from attnd_server.app import build_service
-from attnd_server.cache import Cache
-from attnd_server.config import AttentionConfig, Layout, ServerConfig
+from attnd_server.attention.config import AttentionConfig, Layout
+from attnd_server.config import ServerConfig
 from attnd_server.identity import Principals
-from attnd_server.planes import PlaneTable
-from attnd_server.servicer import AttentionServicer
+from attnd_server.kv.cache import Cache
+from attnd_server.planes.open_planes import PlaneTable
+from attnd_server.rpc.servicer import AttentionServicer
 
 CALLER, OTHER = "caller", "other"
 

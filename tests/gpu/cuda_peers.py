@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from attnd.planes import sockets
-from attnd.planes.cuda_driver import call, device
-from attnd.planes.cuda_gates import GateFlags
-from attnd.planes.cuda_memory import DeviceMemory
-from attnd.planes.cuda_words import HostFlags, HostWords
+from attnd.protocol.cuda.driver import call, device
+from attnd.protocol.cuda.gate_flags import GateFlags
+from attnd.protocol.cuda.host_flags import HostFlags, HostWords
+from attnd.protocol.cuda.memory import DeviceMemory
+from attnd.protocol.shm import sockets
 
 # Seconds after which a side that waits is let go, so that a fault is an assertion and no hang.
 PATIENCE_S = 60.0

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attnd_server.__main__ import main
-from attnd_server.backends.naive import NaiveAttention
+from attnd_server.attention.backends.naive import NaiveAttention
 
 ILLEGAL, ASSERTION, ENDLESS = 1313.0, 1414.0, 1515.0
 # Bytes: far beyond what is mapped.

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from attnd.planes.cuda import _copy_in
-from attnd.planes.cuda_copies import Copier
-from attnd.planes.cuda_driver import CudaError, call, device, device_of
-from attnd.planes.cuda_memory import DeviceMemory
+from attnd.planes.cuda.plane import _copy_in
+from attnd.protocol.cuda.copies import Copier
+from attnd.protocol.cuda.driver import CudaError, call, device, device_of
+from attnd.protocol.cuda.memory import DeviceMemory
 from tests.gpu.cuda_peers import Case, Peers, receive, send
 
 pytest.importorskip("cuda.bindings.driver")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attnd
-from attnd_server.device_faults import EXIT_CODE
+from attnd_server.device.faults import EXIT_CODE
 from tests.servers import ServerProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

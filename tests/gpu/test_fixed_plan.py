@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from attnd_server.backends.base import DecodeShape, FixedPlan
-from attnd_server.config import FP8, KVSplitConfig
-from attnd_server.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.backends.base import DecodeShape, FixedPlan
+from attnd_server.attention.config import FP8, KVSplitConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from tests.gpu.test_triton import KERNELS, options
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 

@@ -10,10 +10,10 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd_server import NaiveAttention
-from attnd_server.backends.base import AttentionKernel
-from attnd_server.config import AttentionBackend
-from attnd_server.dispatcher import TritonAttentionOps
-from attnd_server.metadata import AttentionOptions
+from attnd_server.attention.backends.base import AttentionKernel
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.ops import TritonAttentionOps
 from tests.gpu.test_triton import arrays
 from tests.steps import BIDIRECTIONAL, CAUSAL, Case, Request
 from tests.tolerances import TOLERANCES

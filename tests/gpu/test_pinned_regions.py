@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import attnd
-from attnd_server import steps
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution import step as steps
 from attnd_server.inproc import InprocTransport
-from attnd_server.planes import Pinning, registrar_for
-from attnd_server.planes.pinning import CudaRegistrar
-from attnd_server.shm_server import ShmServer
+from attnd_server.planes.shm.pinning import CudaRegistrar, Pinning, registrar_for
+from attnd_server.planes.shm.server import ShmServer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -88,7 +87,7 @@ def test_calls_from_pinned_memory_have_the_bits_of_those_in_process(
         are_pinned.add(call.q.is_pinned())
         return attend(call, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("attnd_server.executor.attend", watched)
+    monkeypatch.setattr("attnd_server.execution.executor.attend", watched)
     context_lens = [index % PAGE for index in range(NUM_REQS)]
     slots = [request * PAGE + context_len for request, context_len in enumerate(context_lens)]
     tables = [[request] for request in range(NUM_REQS)]

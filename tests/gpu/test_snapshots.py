@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import attnd
-from attnd_server.cache_table import CacheTable
-from attnd_server.config import FP8, AttentionConfig, Layout, ServerConfig
-from attnd_server.kernels.pages import stored_tokens
-from attnd_server.snapshots import SnapshotStore, transfer
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.attention.kernels.pages import stored_tokens
+from attnd_server.cli import cache_files as transfer
+from attnd_server.config import ServerConfig
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.snapshots import SnapshotStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.config import FP8, AttentionBackend, KVSplitConfig, Layout
-from attnd_server.metadata import AttentionOptions
+from attnd_server.attention.config import FP8, AttentionBackend, KVSplitConfig, Layout
+from attnd_server.attention.metadata import AttentionOptions
 from tests.oracle import check
 from tests.steps import BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 from tests.tolerances import assert_as_exact_as_plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnd_server.config import AttentionConfig, Layout
+from attnd_server.attention.config import AttentionConfig, Layout
 
 LAYOUTS = pytest.mark.parametrize("layout", Layout)
 # Among them tokens of several pieces, the last of which is not whole.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
-from attnd_server.backends.triton_schedule import (
+from attnd_server.attention.backends.triton_schedule import (
     Rows,
     Work,
     hopper_schedule,
@@ -23,11 +23,11 @@ from attnd_server.backends.triton_schedule import (
     most_parts,
     request_table,
 )
-from attnd_server.config import KVSplitConfig
-from attnd_server.kernels import items as columns
-from attnd_server.kernels.items import ITEM_FIELDS
-from attnd_server.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_KEYS, HOPPER_ROWS
-from attnd_server.metadata import AttentionMetadata
+from attnd_server.attention.config import KVSplitConfig
+from attnd_server.attention.kernels import items as columns
+from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_KEYS, HOPPER_ROWS
+from attnd_server.attention.metadata import AttentionMetadata
 from tests import interpreter
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
@@ -120,8 +120,8 @@ class Step:
     def on_device(self, device: str) -> tuple[np.ndarray, np.ndarray]:
         """All rows of items and merges."""
         # Only here: whether kernels are interpreted is decided when they load.
-        from attnd_server.kernels.decode_items import STEP_HEADER, decode_items
-        from attnd_server.kernels.merge import MERGE_FIELDS
+        from attnd_server.attention.kernels.decode_items import STEP_HEADER, decode_items
+        from attnd_server.attention.kernels.merge import MERGE_FIELDS
 
         metadata = self.metadata()
         header = torch.tensor([metadata.num_reqs, metadata.page_tables.shape[1], 0, 0])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attnd_server.backends import flash_libraries
-from attnd_server.backends.flash_attn import FlashAttention
-from attnd_server.config import FP8, Layout, PrecisionMode
+from attnd_server.attention.backends import flash_libraries
+from attnd_server.attention.backends.flash_attn import FlashAttention
+from attnd_server.attention.config import FP8, Layout, PrecisionMode
 from tests import flash_emulation, oracle
 from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnd_server import cache as caches
-from attnd_server.config import FP8, AttentionConfig, Layout
-from attnd_server.kernels import pages
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.attention.kernels import pages
+from attnd_server.kv import cache as caches
 from tests import interpreter
 from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
 from tests.steps import DTYPES
@@ -40,7 +40,7 @@ def compare(
     *scales: torch.Tensor,
 ) -> None:
     """Reads slots both ways, into memory full of NaN, and compares."""
-    from attnd_server.kernels.gather import read_kv
+    from attnd_server.attention.kernels.gather import read_kv
 
     new_empty = torch.Tensor.new_empty
 
@@ -132,7 +132,7 @@ def test_offsets_beyond_two_to_the_31(device: str, layout: Layout) -> None:
 
 @LAYOUTS
 def test_a_cache_reads_with_it_what_it_stored(device: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnd_server.kernels import gather, store
+    from attnd_server.attention.kernels import gather, store
 
     launches = []
 
@@ -156,7 +156,7 @@ def test_a_cache_reads_with_it_what_it_stored(device: str, layout: Layout, monke
 
 
 def test_caches_take_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnd_server.kernels import gather, store
+    from attnd_server.attention.kernels import gather, store
 
     plain = config_of(Layout.UNIFIED, torch.bfloat16, 2, 16, 16)
     fp8, gpu, none = replace(plain, kv_dtype=FP8), torch.device("cuda", 0), (None, None)

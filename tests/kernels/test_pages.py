@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from attnd_server.config import FP8, AttentionConfig, Layout
-from attnd_server.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.attention.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
 from tests.oracle import DTYPES, devices
 
 LAYOUTS = pytest.mark.parametrize("layout", Layout)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 
 from attnd_server import NaiveAttention
-from attnd_server.backends.dense_prefill import dense_prefill
-from attnd_server.backends.gather import BATCHED_ROWS, TILE_ROWS, Part, split
-from attnd_server.backends.sdpa import SdpaAttention
-from attnd_server.config import FP8, Layout, PrecisionMode
-from attnd_server.kernels.pages import store_kv, stored_tokens
-from attnd_server.metadata import AttentionOptions
+from attnd_server.attention.backends.dense_prefill import dense_prefill
+from attnd_server.attention.backends.gather import BATCHED_ROWS, TILE_ROWS, Part, split
+from attnd_server.attention.backends.sdpa import SdpaAttention
+from attnd_server.attention.config import FP8, Layout, PrecisionMode
+from attnd_server.attention.kernels.pages import store_kv, stored_tokens
+from attnd_server.attention.metadata import AttentionOptions
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 from tests.tolerances import assert_close
@@ -253,7 +253,7 @@ def test_a_part_of_many_requests_gathers_a_bounded_number_of_tokens(monkeypatch:
     case = Case([Request(5 + request, 1, 1, [request, 9, 8, 7]) for request in range(7)])
     tensors = oracle.tensors(case)
     whole, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
-    monkeypatch.setattr("attnd_server.backends.gather.PART_TOKENS", 3 * 513)
+    monkeypatch.setattr("attnd_server.attention.backends.gather.PART_TOKENS", 3 * 513)
     assert [num_reqs for num_reqs, _, _ in parts(case)] == [3, 3, 1]
     in_parts, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
     assert_close(in_parts, whole.double().numpy(), torch.float32)

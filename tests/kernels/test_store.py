@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnd_server.config import FP8, AttentionConfig, Layout
-from attnd_server.kernels import pages
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.attention.kernels import pages
 from tests import interpreter
 from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
 from tests.steps import DTYPES
@@ -26,7 +26,7 @@ def device() -> Iterator[str]:
 
 def compare(config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor | None, ...]) -> None:
     """Stores some of the tokens both ways, in pages full of NaN, and compares the pages' bytes."""
-    from attnd_server.kernels.store import store_kv
+    from attnd_server.attention.kernels.store import store_kv
 
     slots = torch.randperm(config.num_slots)[: len(k)]
     slots[[0, 5]] = -1
@@ -88,7 +88,7 @@ def test_any_number_is_rounded_to_fp8_as_in_torch(
 
 
 def test_no_tokens(device: str) -> None:
-    from attnd_server.kernels.store import store_kv
+    from attnd_server.attention.kernels.store import store_kv
 
     nothing, slots = torch.empty(0, 2, 8, device=device), torch.empty(0, dtype=torch.int64, device=device)
     k_pages = torch.zeros(3, 4, 2, 8, device=device)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attnd_server.backends.triton import (
+from attnd_server.attention.backends.triton import (
     MAX_CONTEXT_LEN,
     TritonPagedAttention,
     availability,
     triton_attention,
     triton_grouped_attention,
 )
-from attnd_server.backends.window import SlidingWindowAttention
-from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.backends.window import SlidingWindowAttention
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
 from tests import interpreter, oracle
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, NUM_PAGES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attnd_server.backends import xformers
-from attnd_server.backends.xformers import Xformers, XformersAttention
-from attnd_server.config import Layout, PrecisionMode
+from attnd_server.attention.backends import xformers
+from attnd_server.attention.backends.xformers import Xformers, XformersAttention
+from attnd_server.attention.config import Layout, PrecisionMode
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, CAUSAL, Case, Request
 

@@ -10,13 +10,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from attnd import wire
+from attnd.aio import shm as aio_shm
+from attnd.aio.shm import AsyncShmStream
 from attnd.errors import DeadlineExceeded, Disconnected, ServerFault
-from attnd.planes import aio_shm, doorbell
-from attnd.planes.aio_shm import AsyncShmStream
-from attnd.planes.lanes import Lanes
-from attnd.planes.shm import Handshake
-from attnd.regions import Region
+from attnd.planes.shm.lanes import Lanes
+from attnd.planes.shm.stream import Handshake
+from attnd.protocol import frames
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
 
 MIB = 1 << 20
@@ -50,13 +51,13 @@ async def drained(peer: socket.socket) -> bytes:
 
 def test_a_message_that_the_socket_takes_in_parts_arrives_whole_and_before_the_next() -> None:
     async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
-        big, small = b"a" * (4 * MIB), doorbell.repeated_call(1, 2, 0)
+        big, small = b"a" * (4 * MIB), framing.repeated_call(1, 2, 0)
         sending = [asyncio.ensure_future(stream.ask(lambda data=data: data, 30)) for data in (big, small)]  # type: ignore[misc]
         await asyncio.sleep(0.05)
         assert not any(each.done() for each in sending)
         assert await drained(peer) == big + small
         first, second = await asyncio.gather(*sending)
-        peer.send(2 * doorbell.reply_bytes(REPLY))
+        peer.send(2 * framing.reply_bytes(REPLY))
         assert (await first).message.step_id == (await second).message.step_id == 7
 
     run(test)
@@ -104,7 +105,7 @@ def test_what_no_server_sends_ends_the_stream(num_asked: int) -> None:
     async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
         waiting = [await stream.ask(lambda: b"first", 30) for _ in range(num_asked)]
         # Unasked, and then a reply like the one before, of which there was none.
-        peer.send(doorbell.repeated_reply(0, 1, 0, 0, 0, 0) if num_asked else doorbell.reply_bytes(REPLY))
+        peer.send(framing.repeated_reply(0, 1, 0, 0, 0, 0) if num_asked else framing.reply_bytes(REPLY))
         while stream.is_open:
             await asyncio.sleep(0.01)
         assert all(isinstance(each.exception(), ServerFault) for each in waiting)
@@ -114,8 +115,8 @@ def test_what_no_server_sends_ends_the_stream(num_asked: int) -> None:
 
 def test_the_end_of_the_socket_in_the_middle_of_a_message_disconnects() -> None:
     async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
-        waiting = await stream.ask(lambda: wire.step_request(step_pb2.Step(id=7)), 30)
-        peer.send(doorbell.reply_bytes(REPLY)[:-1])
+        waiting = await stream.ask(lambda: frames.step_request(step_pb2.Step(id=7)), 30)
+        peer.send(framing.reply_bytes(REPLY)[:-1])
         await asyncio.sleep(0.05)
         assert not waiting.done()
         peer.shutdown(socket.SHUT_WR)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import attnd
-from attnd import diffulex
-from attnd.attention import Attention, attach
 from attnd.errors import Disconnected, InvalidRequest
-from attnd.metadata import StepMetadata
+from attnd.integrations.diffulex import metadata as diffulex
+from attnd.integrations.diffulex.attention import Attention, attach
+from attnd.protocol.step_metadata import StepMetadata
 from attnd.v1 import backend_pb2, cache_pb2
 from tests.unit.plain import PlainCache
 

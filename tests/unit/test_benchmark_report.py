@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from attnd_server.backends.sdpa import SdpaAttention
+from attnd_server.attention.backends.sdpa import SdpaAttention
 from benchmarks import attending_echo, echo, report
 from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.workload import DecodeStep

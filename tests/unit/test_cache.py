@@ -10,15 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import attnd_server.cache
-import attnd_server.cache_table
+import attnd_server.kv.cache
+import attnd_server.kv.caches
 from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
-from attnd_server import validation
-from attnd_server.cache import Cache
-from attnd_server.cache_table import CacheTable
-from attnd_server.config import FP8, AttentionConfig, KVSplitConfig, Layout, ServerConfig
-from attnd_server.kernels.pages import stored_tokens
+from attnd_server.attention.config import FP8, AttentionConfig, KVSplitConfig, Layout
+from attnd_server.attention.kernels.pages import stored_tokens
+from attnd_server.config import ServerConfig
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.caches import CacheTable
+from attnd_server.service import validation
 
 CPU = torch.device("cpu")
 CONFIG = AttentionConfig(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=4, page_size=4, dtype=torch.float32)
@@ -165,7 +166,7 @@ def test_another_epoch_comes_first(table: CacheTable) -> None:
 
 def test_lease_ends_unless_it_is_used(table: CacheTable, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    for module in (attnd_server.cache, attnd_server.cache_table):
+    for module in (attnd_server.kv.cache, attnd_server.kv.caches):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     silent = table.create(CONFIG, principal="a", ttl_s=20.5, name="")
     used = table.create(CONFIG, principal="a", ttl_s=20.5, name="")

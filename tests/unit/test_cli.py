@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from attnd._version import __version__
 from attnd.credentials import Credentials
-from attnd_server import __main__, app, cli, cli_credentials, cli_options
+from attnd_server import __main__, app
+from attnd_server.cli import credentials as cli_credentials
+from attnd_server.cli import main as cli
+from attnd_server.cli import options as cli_options
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
 
@@ -271,7 +274,7 @@ def test_what_is_no_amount_of_memory(text):
 def test_demo_hands_its_options_on(monkeypatch):
     calls = []
     module = types.SimpleNamespace(run_demo=lambda **options: calls.append(options) or 5)
-    monkeypatch.setitem(sys.modules, "attnd_server.demo", module)
+    monkeypatch.setitem(sys.modules, "attnd_server.cli.demo.demo", module)
     assert run("demo", "--max-new-tokens", 3, "--dtype", "bfloat16", "--address", "h:1").exit_code == 5
     del calls[0]["console"]
     expected = {
@@ -288,7 +291,7 @@ def test_demo_hands_its_options_on(monkeypatch):
 def test_chat_hands_its_options_on(monkeypatch):
     calls = []
     module = types.SimpleNamespace(run_chat=lambda **options: calls.append(options) or 0)
-    monkeypatch.setitem(sys.modules, "attnd_server.chat", module)
+    monkeypatch.setitem(sys.modules, "attnd_server.cli.demo.chat", module)
     assert run("chat", "--temperature", 0, "--model-path", "m.gguf", env={"ATTND_DEVICE": "cpu"}).exit_code == 0
     del calls[0]["console"]
     expected = {
@@ -322,7 +325,7 @@ def test_version():
 
 def test_help_and_probe_do_not_import_torch():
     program = (
-        "import sys, attnd_server.cli, attnd_server.logs, attnd_server.health_probe\n"
+        "import sys, attnd_server.cli.main, attnd_server.observe.logs, attnd_server.health_probe\n"
         "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
@@ -335,15 +338,15 @@ def test_help_and_probe_do_not_import_torch():
 @pytest.mark.parametrize(("module", "extra"), [("typer", "server"), ("rich", "server")])
 def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, module, extra):
     monkeypatch.setitem(sys.modules, module, None)  # how the import system remembers that there is none
-    for name in [name for name in sys.modules if name.startswith((f"{module}.", "attnd_server.cli"))]:
+    for name in [name for name in sys.modules if name.startswith((f"{module}.", "attnd_server.cli.main"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("attnd_server.cli")
+    monkeypatch.delattr("attnd_server.cli.main")
     assert __main__.main() == 1
     assert capsys.readouterr().err == f"attnd: {module} is not installed; try: pip install 'attnd[{extra}]'\n"
 
 
 def test_a_missing_module_of_our_own_is_not_an_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "attnd_server.cli", None)
-    monkeypatch.delattr("attnd_server.cli")
+    monkeypatch.setitem(sys.modules, "attnd_server.cli.main", None)
+    monkeypatch.delattr("attnd_server.cli.main")
     with pytest.raises(ModuleNotFoundError):
         __main__.main()

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from attnd_server.copy_timer import Copies, CopyTimer
+from attnd_server.device.copy_timer import Copies, CopyTimer
 
 DEVICE = torch.device("cuda", 0)
 
@@ -42,7 +42,7 @@ def host_ms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: "stream")
     clock = SimpleNamespace(perf_counter=lambda: times.pop(0) / 1e3)
-    monkeypatch.setattr("attnd_server.copy_timer.time", clock)
+    monkeypatch.setattr("attnd_server.device.copy_timer.time", clock)
     yield times
     assert times == []
 

@@ -15,13 +15,17 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes import cuda, cuda_copies, cuda_driver, cuda_gates, cuda_words
-from attnd.planes.cuda_layout import ALIGNMENT, WORDS_BYTES, Geometry, step_layout
-from attnd.planes.cuda_memory import rounded
-from attnd.planes.device_bytes import CPU, DeviceBytes
+from attnd.planes.cuda import plane as cuda
+from attnd.protocol.cuda import copies as cuda_copies
+from attnd.protocol.cuda import driver as cuda_driver
+from attnd.protocol.cuda import gate_flags as cuda_gates
+from attnd.protocol.cuda import host_flags as cuda_words
+from attnd.protocol.cuda.device_bytes import CPU, DeviceBytes
+from attnd.protocol.cuda.layout import ALIGNMENT, WORDS_BYTES, Geometry, step_layout
+from attnd.protocol.cuda.memory import rounded
 from attnd.v1 import tensor_pb2
-from attnd_server.cuda_server import cuda_planes
-from attnd_server.planes import PlaneTable
+from attnd_server.planes.cuda.session import cuda_planes
+from attnd_server.planes.open_planes import PlaneTable
 
 LLAMA_8B = Geometry(8, 128, 128, tensor_pb2.DTYPE_BFLOAT16)
 

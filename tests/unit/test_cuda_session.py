@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import attnd
-from attnd.cuda_session import CudaSession, CudaStep
-from attnd_server import cuda_server, cuda_watchdog
-from attnd_server.backends.base import DecodeShape
-from attnd_server.backends.triton import TritonPagedAttention
-from attnd_server.config import AttentionBackend, AttentionConfig
-from attnd_server.metadata import AttentionMetadata, AttentionOptions
-from attnd_server.metrics import Metrics
-from tests import host_lanes, interpreter
+from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.triton import TritonPagedAttention
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.observe.counts import Metrics
+from attnd_server.planes.cuda import session as cuda_server
+from attnd_server.planes.cuda import watchdog as cuda_watchdog
+from tests import host_channels, interpreter
 
 pytestmark = pytest.mark.skipif(
     interpreter.reason_against() is not None or torch.cuda.is_available(), reason="needs Triton's interpreter"
@@ -44,8 +45,8 @@ def _interpreted() -> Iterator[None]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[attnd.Client, host_lanes.HostPlanes]]:
-    with host_lanes.serving(tmp_path, monkeypatch) as (client, planes, _):
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[attnd.Client, host_channels.HostPlanes]]:
+    with host_channels.serving(tmp_path, monkeypatch) as (client, planes, _):
         yield client, planes
 
 
@@ -59,7 +60,7 @@ def metadata(context_len: int, num_tokens: int, **more: object) -> attnd.StepMet
     return attnd.StepMetadata([num_tokens], [context_len], [[0, 1, 2]], slots, **more)
 
 
-def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     layers = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3), attnd.AttentionOptions(return_lse=True)]
     with (
@@ -93,7 +94,7 @@ def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, hos
                 assert torch.equal(*stored)
 
 
-def test_steps_are_counted_as_their_calls(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_steps_are_counted_as_their_calls(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     metrics = client.transport._service.metrics = Metrics()
     layers = [attnd.AttentionOptions(), attnd.AttentionOptions(return_lse=True), attnd.AttentionOptions()]
@@ -144,7 +145,7 @@ class ReplannedPlan:
 
 
 def test_captured_steps_give_the_same_bits(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, planes = opened
     made: list[DecodeShape] = []
@@ -159,7 +160,7 @@ def test_captured_steps_give_the_same_bits(
         return lambda: (replays.append(1), launches())[1]
 
     monkeypatch.setattr(TritonPagedAttention, "fixed_plan", fixed_plan)
-    monkeypatch.setattr(host_lanes.HostLane, "capture", staticmethod(captured))
+    monkeypatch.setattr(host_channels.HostLane, "capture", staticmethod(captured))
     layers = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3), attnd.AttentionOptions(return_lse=True)]
     with client.create_cache(**GEOMETRY) as one, client.create_cache(**GEOMETRY) as other:
         with one.session() as ours, other.session(plane="inline") as theirs:
@@ -185,7 +186,7 @@ def test_captured_steps_give_the_same_bits(
         assert used == one.info().num_bytes + other.info().num_bytes
 
 
-def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, planes = opened
     options = attnd.AttentionOptions(softcap=5.0)
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -197,7 +198,7 @@ def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_lanes
         assert len(planes.lanes) == 1
 
 
-def test_cache_only_and_store_only_steps(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_cache_only_and_store_only_steps(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         step = session.step(metadata(0, 2, store_only=True), num_heads=HEADS)
@@ -228,7 +229,7 @@ def one_step(session: CudaSession, context_len: int = 0) -> None:
     ],
 )
 def test_a_refused_step_is_told_by_finish_and_the_next_step_works(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], num_heads: int, page: int, error: str
+    opened: tuple[attnd.Client, host_channels.HostPlanes], num_heads: int, page: int, error: str
 ) -> None:
     client, planes = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -243,7 +244,7 @@ def test_a_refused_step_is_told_by_finish_and_the_next_step_works(
     assert wait_until(lambda: all(lane.is_closed for lane in planes.lanes))
 
 
-def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         session.step(attnd.StepMetadata([1], [0], [[99]], [0]), num_heads=HEADS)
@@ -254,7 +255,7 @@ def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_l
 
 
 def test_a_failure_that_is_found_while_a_step_is_sent_is_told_once(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
 ) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -275,7 +276,7 @@ def test_a_failure_that_is_found_while_a_step_is_sent_is_told_once(
 
 @pytest.mark.parametrize("backend", ["naive", "sdpa"])
 def test_a_backend_that_makes_the_executor_wait_is_refused(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], backend: str
+    opened: tuple[attnd.Client, host_channels.HostPlanes], backend: str
 ) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -285,7 +286,7 @@ def test_a_backend_that_makes_the_executor_wait_is_refused(
 
 
 def test_a_refused_step_spoils_none_that_came_before_it(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second step is refused before the first one's end is looked at."""
     client, planes = opened
@@ -294,7 +295,7 @@ def test_a_refused_step_spoils_none_that_came_before_it(
 
     def finish_late(session: cuda_server.CudaSession, under_way: Any) -> bytes:
         if under_way.step.step.id == 1:
-            assert refused.wait(host_lanes.PATIENCE_S)
+            assert refused.wait(host_channels.PATIENCE_S)
         return finish(session, under_way)
 
     def enqueue(session: cuda_server.CudaSession, step: Any) -> None:
@@ -321,7 +322,7 @@ def test_a_refused_step_spoils_none_that_came_before_it(
 
 
 def test_calls_that_are_not_the_steps_are_refused_before_anything_is_enqueued(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
 ) -> None:
     client, _ = opened
     q, k, v = new_tokens(1)
@@ -347,7 +348,7 @@ def test_calls_that_are_not_the_steps_are_refused_before_anything_is_enqueued(
             session.step(attnd.StepMetadata([4096], [0], [[0] * 256], None), num_heads=HEADS)
 
 
-def test_two_options_for_three_layers_are_refused(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_two_options_for_three_layers_are_refused(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         step = session.step(metadata(0, 1), num_heads=HEADS, options=[attnd.AttentionOptions()] * 2)
@@ -356,7 +357,7 @@ def test_two_options_for_three_layers_are_refused(opened: tuple[attnd.Client, ho
 
 
 def wait_until(is_so: object) -> bool:
-    deadline = time.monotonic() + host_lanes.PATIENCE_S
+    deadline = time.monotonic() + host_channels.PATIENCE_S
     while not is_so():  # type: ignore[operator]
         if time.monotonic() > deadline:
             return False
@@ -365,7 +366,7 @@ def wait_until(is_so: object) -> bool:
 
 
 def test_a_worker_that_leaves_in_the_middle_of_a_step_frees_its_plane_and_the_executor(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
 ) -> None:
     client, planes = opened
     with client.create_cache(**GEOMETRY) as cache:
@@ -382,7 +383,7 @@ def test_a_worker_that_leaves_in_the_middle_of_a_step_frees_its_plane_and_the_ex
 
 
 def test_a_step_that_takes_too_long_fails_on_both_sides(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, planes = opened
     monkeypatch.setattr(cuda_watchdog, "STEP_S", 0.2)
@@ -395,7 +396,7 @@ def test_a_step_that_takes_too_long_fails_on_both_sides(
 
 
 def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _ = opened
     never = threading.Event()
@@ -415,7 +416,7 @@ def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(
 
 
 def test_a_draining_server_ends_the_session_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with host_lanes.serving(tmp_path, monkeypatch) as (client, _, server):
+    with host_channels.serving(tmp_path, monkeypatch) as (client, _, server):
         with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
             one_step(session)
             server.drain()
@@ -425,7 +426,7 @@ def test_a_draining_server_ends_the_session_at_the_next_step(tmp_path: Path, mon
 
 
 def test_cuda_planes_have_a_limit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with host_lanes.serving(tmp_path, monkeypatch, max_cuda_planes=1, max_planes=1) as (client, _, _):
+    with host_channels.serving(tmp_path, monkeypatch, max_cuda_planes=1, max_planes=1) as (client, _, _):
         with client.create_cache(**GEOMETRY) as cache, cache.session() as one, cache.session(plane="shm") as shm:
             one_step(one)
             other = cache.session()
@@ -447,7 +448,9 @@ def test_cuda_planes_have_a_limit_of_their_own(tmp_path: Path, monkeypatch: pyte
             other.close()
 
 
-def test_a_cache_deleted_in_the_middle_of_a_step_fails_it(opened: tuple[attnd.Client, host_lanes.HostPlanes]) -> None:
+def test_a_cache_deleted_in_the_middle_of_a_step_fails_it(
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
+) -> None:
     client, _ = opened
     cache = client.create_cache(**GEOMETRY)
     with cache.session() as session:
@@ -468,7 +471,7 @@ def test_a_cache_deleted_in_the_middle_of_a_step_fails_it(opened: tuple[attnd.Cl
 
 
 def test_the_memory_of_a_deleted_cache_is_kept_until_its_step_is_over(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes],
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
 ) -> None:
     client, planes = opened
     cache = client.create_cache(**GEOMETRY)
@@ -487,7 +490,7 @@ def test_the_memory_of_a_deleted_cache_is_kept_until_its_step_is_over(
 
 
 def test_steps_take_their_turn_among_the_work_on_their_cache(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _ = opened
     executor = client.transport._service.executor
@@ -511,14 +514,14 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
 
 
 def test_a_session_knows_whether_it_takes_turns(
-    opened: tuple[attnd.Client, host_lanes.HostPlanes], monkeypatch: pytest.MonkeyPatch
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         assert not session.takes_turns  # there is no plane yet
         one_step(session)
         assert session.takes_turns
-        monkeypatch.setattr(host_lanes._Gpu, "has_mps", 1)
+        monkeypatch.setattr(host_channels._Gpu, "has_mps", 1)
         assert not session.takes_turns
 
 

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 import attnd
-from attnd import requests
-from attnd_server import decode_graphs
-from attnd_server.backends.base import DecodeShape
-from attnd_server.backends.naive import NaiveAttention
-from attnd_server.cache_table import CacheTable
-from attnd_server.config import AttentionBackend, AttentionConfig, ServerConfig
-from attnd_server.executor import Executor
+from attnd.protocol import requests
+from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.naive import NaiveAttention
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, is_warming_up
+from attnd_server.config import ServerConfig
+from attnd_server.execution import decode_graphs
+from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
-from attnd_server.metadata import AttentionMetadata, AttentionOptions, is_warming_up
-from attnd_server.service import AttentionService
-from attnd_server.warm_up import batch_sizes
+from attnd_server.kv.caches import CacheTable
+from attnd_server.service.service import AttentionService
+from attnd_server.service.warm_up import batch_sizes
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEADS, DIM, DIM_V, PAGE, PAGES = 2, 2, 4, 24, 8, 4, 32
@@ -374,7 +375,7 @@ def test_warm_ups_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_graphs_of_a_cache_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnd_server.warm_up.MAX_GRAPHS", 3 * LAYERS)
+    monkeypatch.setattr("attnd_server.service.warm_up.MAX_GRAPHS", 3 * LAYERS)
     with serving() as server, new_cache(server.client) as cache:
         assert cache.warm_up(num_heads=HEADS, max_reqs=4).num_graphs == 2 * LAYERS
         told = cache.warm_up(num_heads=HEADS, max_reqs=4, query_len=2)

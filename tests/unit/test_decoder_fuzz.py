@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnd import wire
 from attnd.errors import InvalidRequest
+from attnd.protocol import frames
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 from tests.fuzz.decoder import FRAMES, REGION, check
 from tests.fuzz.decoder_target import check_input, read_corpus
@@ -62,17 +62,17 @@ Q = 4  # of Call
 )
 def test_what_no_generated_code_writes_is_refused(data: bytes, rule: str) -> None:
     with pytest.raises(InvalidRequest, match=rule):
-        wire.ATTEND_REQUEST.decode(data)
+        frames.ATTEND_REQUEST.decode(data)
 
 
 def test_a_tensor_has_one_storage() -> None:
     both = tensor().SerializeToString() + tensor(region=tensor_pb2.Region(id=1)).SerializeToString()
     with pytest.raises(InvalidRequest, match="q has data and a region, but must have one of the two"):
-        wire.ATTEND_REQUEST.decode(field(CALL, field(Q, both)), REGION)
+        frames.ATTEND_REQUEST.decode(field(CALL, field(Q, both)), REGION)
 
 
 def test_tensors_of_a_call_are_gone_if_a_step_comes_behind_it() -> None:
     call = attention_pb2.AttendRequest(call=step_pb2.Call(q=tensor())).SerializeToString()
-    message, tensors = wire.ATTEND_REQUEST.decode(call + field(STEP, b""))
+    message, tensors = frames.ATTEND_REQUEST.decode(call + field(STEP, b""))
     assert message.WhichOneof("message") == "step"
     assert tensors == {}

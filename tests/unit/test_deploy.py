@@ -12,12 +12,12 @@ import typer
 import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from attnd_server import cli
-from attnd_server.cli_credentials import CREDENTIAL_OPTIONS
-from attnd_server.config import AttentionBackend
-from attnd_server.metrics import Metrics
-from attnd_server.shadow import ShadowTally
-from attnd_server.steps import Call, Result
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.cli import main as cli
+from attnd_server.cli.credentials import CREDENTIAL_OPTIONS
+from attnd_server.execution.step import Call, Result
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.verify import VerifyTally
 from tests.scrape import Scrape
 from tests.servers import ROOT
 from tests.unit.test_metrics import collector
@@ -46,7 +46,7 @@ def scrape():
     metrics.rpc_started("service/method")
     metrics.rpc_ended("service/method", "OK", 1.0, 1, 1)
     registry = CollectorRegistry()
-    verifier = types.SimpleNamespace(tallies={AttentionBackend.SDPA: ShadowTally()})
+    verifier = types.SimpleNamespace(tallies={AttentionBackend.SDPA: VerifyTally()})
     registry.register(collector(metrics, verifier=verifier))
     ProcessCollector(registry=registry)
     return Scrape.parse(generate_latest(registry).decode())

@@ -14,18 +14,19 @@ import torch
 
 import attnd
 from attnd.errors import AttndError, Disconnected, Exhausted
-from attnd.planes.cuda_driver import CudaError
-from attnd_server import cache as cache_module
-from attnd_server import device_faults
+from attnd.protocol.cuda.driver import CudaError
 from attnd_server.app import build_service
-from attnd_server.cache_table import CacheTable
-from attnd_server.config import FP8, AttentionConfig, ServerConfig
-from attnd_server.cuda_watchdog import Watch, Watchdog
-from attnd_server.device_faults import DeviceFaults, is_device_fault, watch
-from attnd_server.executor import Executor
-from attnd_server.page_space import HostAddresses, SharedSpace
-from attnd_server.work import LongWork, OnCache, Work
-from tests import host_lanes, interpreter
+from attnd_server.attention.config import FP8, AttentionConfig
+from attnd_server.config import ServerConfig
+from attnd_server.device import faults as device_faults
+from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
+from attnd_server.execution.executor import Executor
+from attnd_server.execution.work import LongWork, OnCache, Work
+from attnd_server.kv import cache as cache_module
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.page_space import HostAddresses, SharedSpace
+from attnd_server.planes.cuda.watchdog import Watch, Watchdog
+from tests import host_channels, interpreter
 from tests.shared_calls import Caller, Waiting
 from tests.unit.test_decode_graphs import Captures, new_cache, serving
 
@@ -308,17 +309,17 @@ def test_a_step_of_a_cuda_plane_tells_of_it(where: str, tmp_path: Path, monkeypa
 
     geometry = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "num_pages": 4, "dtype": "float32"}
     q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)
-    with interpreter.interpreter(), host_lanes.serving(tmp_path, monkeypatch) as (client, _, server):
+    with interpreter.interpreter(), host_channels.serving(tmp_path, monkeypatch) as (client, _, server):
         with client.create_cache(**geometry, backend="triton_grouped") as cache, cache.session() as session:
-            monkeypatch.setattr(host_lanes.HostLane, "mark", lambda lane: fails if where == "mark" else bug)
+            monkeypatch.setattr(host_channels.HostLane, "mark", lambda lane: fails if where == "mark" else bug)
             if where == "drain":
-                monkeypatch.setattr(host_lanes.HostLane, "drain", fails)
+                monkeypatch.setattr(host_channels.HostLane, "drain", fails)
             step = session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode"), num_heads=4)
             with pytest.raises(AttndError, match="illegal memory access"):  # noqa: PT012  # where is the socket's choice
                 step.attend(0, q, k, v)
                 step.finish()
             assert server._service.executor.faults.reason == ILLEGAL
-            monkeypatch.setattr(host_lanes.HostLane, "drain", lambda lane: lane.flags.stop())
+            monkeypatch.setattr(host_channels.HostLane, "drain", lambda lane: lane.flags.stop())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), MemoryError("no more"), RuntimeError("no more")])
@@ -418,7 +419,7 @@ def test_a_stream_that_does_not_end_when_it_is_let_go_is_a_fault() -> None:
     faults, failed = DeviceFaults(CPU), threading.Event()
     faults.listen(lambda reason: failed.set())
     near, far = socket.socketpair()
-    flags = host_lanes.EventFlags(threading.Semaphore(0), threading.Semaphore(0))
+    flags = host_channels.EventFlags(threading.Semaphore(0), threading.Semaphore(0))
     watch_of_step = Watch(flags, near, lambda: faults.fail("it does not end"), stuck_s=0.05)
     with near, Watchdog().watching(watch_of_step):
         assert not flags.is_stopped

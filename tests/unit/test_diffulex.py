@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attnd
-from attnd import diffulex
-from attnd.diffulex import AttnMetaDataBase, from_diffulex
-from attnd.diffulex_steps import check_geometry
 from attnd.errors import InvalidRequest
+from attnd.integrations.diffulex import metadata as diffulex
+from attnd.integrations.diffulex.metadata import AttnMetaDataBase, from_diffulex
+from attnd.integrations.diffulex.steps import check_geometry
 from attnd.v1 import cache_pb2
 from tests.unit.plain import PlainCache, elements, one_row, seen
 

@@ -14,13 +14,13 @@ import torch
 import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.app import build_service
-from attnd_server.cache_table import CacheTable
 from attnd_server.config import ServerConfig
-from attnd_server.executor import Executor
+from attnd_server.execution.executor import Executor
+from attnd_server.execution.queue import Job
+from attnd_server.execution.step import Step
+from attnd_server.execution.work import SharedWork, Work
 from attnd_server.inproc import InprocTransport
-from attnd_server.steps import Step
-from attnd_server.work import SharedWork, Work
-from attnd_server.work_queue import Job
+from attnd_server.kv.caches import CacheTable
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 import attnd
 from attnd.errors import Disconnected
 from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
-from attnd_server import info
+from attnd_server.cli import info
 
 CAPABILITIES = capabilities_pb2.GetCapabilitiesResponse(
     version="9.8.7",

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import attnd
-from attnd.regions import Region
-from attnd.tensors import Array
-from attnd.wire import Frame, Framed
+from attnd.protocol.frames import Frame, Framed
+from attnd.protocol.regions import Region
+from attnd.protocol.tensors import Array
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Call, Result
 from attnd_server.inproc import InprocTransport
-from attnd_server.steps import Call, Result
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 8, "head_dim": 64, "num_pages": 64, "dtype": "float32"}
 NUM_TOKENS = 512

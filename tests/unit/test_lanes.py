@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnd
-from attnd.planes.lanes import Lanes, PlacedCall
-from attnd.planes.placed_tensors import INPUTS, PlacedTensors
-from attnd.tensors import Array, to_array
+from attnd.planes.shm.lanes import Lanes, PlacedCall
+from attnd.protocol.shm.placed_tensors import INPUTS, PlacedTensors
+from attnd.protocol.tensors import Array, to_array
 
 NUM_BYTES = 1 << 16
 

@@ -22,14 +22,15 @@ from hypothesis.stateful import (
 )
 
 import attnd
-from attnd import requests, wire
+from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2
-from attnd_server import cache, cache_table
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.executor import Executor
+from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
-from attnd_server.service import AttendSession
+from attnd_server.kv import cache
+from attnd_server.kv import caches as cache_table
+from attnd_server.service.service import AttendSession
 
 PRINCIPALS = st.sampled_from(["one", "two"])
 # Which cache is used, mostly one that is there, and whether by its owner, as nearly always.
@@ -222,7 +223,7 @@ class LeaseMachine(RuleBasedStateMachine):
         step_id = self.step_ids[principal] = self.step_ids.get(principal, 0) + 1
         metadata = attnd.StepMetadata([1], [context_len], [[0, 1]], [context_len], kind="decode")
         message = metadata.to_message(step_id, held.ref)
-        if self.attempt(held, principal, lambda: session.request(wire.step_request(message))) is None:
+        if self.attempt(held, principal, lambda: session.request(frames.step_request(message))) is None:
             return
         for layer in range(LAYERS):
             q, k, v = self.numbers.standard_normal((3, 1, HEADS, DIM), np.float32)
@@ -278,7 +279,7 @@ class LeaseMachine(RuleBasedStateMachine):
         request = requests.read_kv(held.ref, layer, list(range(SLOTS)))
         works = self.attempt(held, principal, lambda: list(self.service.read_kv(request, principal)))
         if works is not None:
-            chunks = [wire.READ_KV_RESPONSE.decode(self.transport._finish(work, 10)) for work in works]
+            chunks = [frames.READ_KV_RESPONSE.decode(self.transport._finish(work, 10)) for work in works]
             k, v = requests.joined(chunks, np.zeros(1, np.float32))
             assert np.array_equal(k, held.k[layer])
             assert np.array_equal(v, held.v[layer])

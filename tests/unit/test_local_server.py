@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnd_server.local_server import LocalServer
+from attnd_server.cli.demo.local_server import LocalServer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 

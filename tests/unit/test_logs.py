@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from attnd_server import logs
+from attnd_server.observe import logs
 
 log = logging.getLogger("attnd_server.test")
 

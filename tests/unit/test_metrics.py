@@ -14,14 +14,15 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 from attnd import errors
-from attnd_server.config import AttentionBackend, ServerConfig
-from attnd_server.copy_timer import Copies
-from attnd_server.device_faults import DeviceFaults
-from attnd_server.histogram import Histogram
-from attnd_server.metrics import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Metrics, PhaseHistogram
-from attnd_server.metrics_endpoint import MetricsEndpoint, ServerCollector
-from attnd_server.rpc_metrics import RpcCounter
-from attnd_server.steps import Call, Result
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.config import ServerConfig
+from attnd_server.device.copy_timer import Copies
+from attnd_server.device.faults import DeviceFaults
+from attnd_server.execution.step import Call, Result
+from attnd_server.observe.counts import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Metrics, PhaseHistogram
+from attnd_server.observe.histogram import Histogram
+from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
+from attnd_server.observe.rpc_counts import RpcCounter
 from tests.scrape import Scrape
 
 Q, K, V = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(5, 2, 8, dtype=torch.float16)

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnd.planes import cuda_driver
-from attnd_server import gpu_addresses, page_space
-from attnd_server.config import FP8, AttentionConfig, Layout
-from attnd_server.page_space import CachePages, PageSpaces
+from attnd.protocol.cuda import driver as cuda_driver
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.device import gpu_addresses
+from attnd_server.kv import page_space
+from attnd_server.kv.page_space import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.
     def refuse(device: torch.device, num_bytes: int) -> None:
         raise OSError("cannot allocate memory")
 
-    monkeypatch.setattr("attnd_server.page_space._addresses", refuse)
+    monkeypatch.setattr("attnd_server.kv.page_space._addresses", refuse)
     held = spaces()
     one, other = held.take(CONFIG), held.take(CONFIG)
     assert one.space is not other.space
@@ -139,7 +140,9 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch, "as_tensor", lambda held, device: torch.empty(*held.shape, dtype=torch.uint8))
-    monkeypatch.setattr("attnd_server.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,)))
+    monkeypatch.setattr(
+        "attnd_server.device.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,))
+    )
     monkeypatch.setattr(page_space, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
     return driver
 

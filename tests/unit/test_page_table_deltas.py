@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnd import Array, StepMetadata
-from attnd.packing import page_tables_array
-from attnd.page_table_deltas import KEPT_TABLES, SentPageTables
+from attnd.protocol.packing import page_tables_array
+from attnd.protocol.page_table_deltas import KEPT_TABLES, SentPageTables
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
-from attnd_server import validation
-from attnd_server.attend_session import MAX_OPEN_STEPS
 from attnd_server.config import ServerConfig
+from attnd_server.service import validation
+from attnd_server.service.session import MAX_OPEN_STEPS
 from tests.unit.plain import elements
 from tests.unit.wire_messages import config_of
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnd_server import shm_server
-from attnd_server.planes import Pinning, registrar_for
-from attnd_server.planes.pinning import CudaRegistrar
+from attnd_server.planes.shm import server as shm_server
+from attnd_server.planes.shm.pinning import CudaRegistrar, Pinning, registrar_for
 from tests.servers import wait_for
 from tests.unit.test_shm_server import GEOMETRY, attend, serving
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from attnd.planes import placed_tensors
-from attnd.planes.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
-from attnd.regions import Region
-from attnd.tensors import Array, from_array, to_array
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import placed_tensors
+from attnd.protocol.shm.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
+from attnd.protocol.tensors import Array, from_array, to_array
 
 SHAPES = {"q": (3, 6, 8), "k": (3, 2, 8), "v": (3, 2, 4)}
 

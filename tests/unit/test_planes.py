@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
-from attnd_server.planes import PlaneTable, SocketFolder
-from attnd_server.shares import Shares
+from attnd_server.identity.quota import Quota
+from attnd_server.planes.open_planes import PlaneTable
+from attnd_server.planes.socket_folder import SocketFolder
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_tickets_expire_and_open_planes_do_not(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("attnd_server.planes.table.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("attnd_server.planes.open_planes.time", SimpleNamespace(monotonic=lambda: now))
     planes = table()
     kept, late = planes.open("me"), planes.open("me")
     planes.claim(kept.ticket, pair[0])
@@ -113,8 +114,8 @@ def test_planes_are_sessions_of_their_principal(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("attnd_server.planes.table.time", SimpleNamespace(monotonic=lambda: now))
-    sessions = Shares("sessions", "are open", 3, 2, "close one")
+    monkeypatch.setattr("attnd_server.planes.open_planes.time", SimpleNamespace(monotonic=lambda: now))
+    sessions = Quota("sessions", "are open", 3, 2, "close one")
     planes = PlaneTable("/somewhere/a.sock", 4096, 9, 9, sessions)
     kept, unused = planes.open("alice"), planes.open("alice", "GPU-1")
     with pytest.raises(Exhausted, match="2 sessions of this principal are open, but a principal's limit is 2"):

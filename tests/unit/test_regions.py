@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnd import wire
 from attnd.errors import InvalidRequest, PermissionDenied, ServerFault
-from attnd.planes import sockets
-from attnd.regions import Region
-from attnd.tensors import Array, torch_tensor
+from attnd.protocol import frames
+from attnd.protocol.regions import Region
+from attnd.protocol.shm import sockets
+from attnd.protocol.tensors import Array, torch_tensor
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 
 NUM_BYTES = 8192
@@ -67,18 +67,18 @@ def test_a_tensor_may_end_where_the_region_does(memory: mmap.mmap) -> None:
 def test_a_tensor_that_cannot_lie_there_is_refused(memory: mmap.mmap, message: tensor_pb2.Tensor, text: str) -> None:
     request = attention_pb2.AttendRequest(call=step_pb2.Call(step_id=1, q=message)).SerializeToString()
     with pytest.raises(InvalidRequest, match=text):
-        wire.ATTEND_REQUEST.decode(request, Region(5, memory))
+        frames.ATTEND_REQUEST.decode(request, Region(5, memory))
 
 
 def test_messages_mix_tensors_in_them_and_in_the_region(memory: mmap.mmap) -> None:
     inline = tensor_pb2.Tensor(dtype=FLOAT32, shape=[1], data=b"abcd")
     call = step_pb2.Call(step_id=3, q=tensor([2], 64), k=inline, reply=tensor_pb2.Region(id=5, offset=640))
     request = attention_pb2.AttendRequest(call=call).SerializeToString()
-    message, tensors = wire.ATTEND_REQUEST.decode(request, Region(5, memory))
+    message, tensors = frames.ATTEND_REQUEST.decode(request, Region(5, memory))
     assert message.call.reply.offset == 640
     assert {name: bytes(array.data) for name, array in tensors.items()} == {"q": bytes(8), "k": b"abcd"}
     with pytest.raises(InvalidRequest, match="q lies in region 5, but this plane is inline"):
-        wire.ATTEND_REQUEST.decode(request)
+        frames.ATTEND_REQUEST.decode(request)
 
 
 def test_placed_arrays_come_back(memory: mmap.mmap) -> None:

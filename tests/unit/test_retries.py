@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from attnd.errors import AttndError, CacheLost, Disconnected, EpochMismatch, Exhausted, InvalidRequest
-from attnd.retries import RECONNECT_PAUSE_S, RECONNECT_S, Patience, patiently, until_answered
+from attnd.planes.retries import RECONNECT_PAUSE_S, RECONNECT_S, Patience, patiently, until_answered
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Time passes in sleeps only; each of them. For `retries` alone: other tests' threads live on in this process."""
     sleeps: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(sleeps), sleep=sleeps.append)
-    monkeypatch.setattr("attnd.retries.time", clock)
+    monkeypatch.setattr("attnd.planes.retries.time", clock)
     return sleeps
 
 

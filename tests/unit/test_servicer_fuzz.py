@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnd.v1 import tensor_pb2
-from attnd_server.cache import Cache
-from attnd_server.cache_table import CacheTable
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.caches import CacheTable
 from tests.fuzz import valid
 from tests.fuzz.attack import Attack, attack
 from tests.fuzz.context import Context, Ended

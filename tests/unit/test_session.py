@@ -10,9 +10,9 @@ import pytest
 
 import attnd
 from attnd.planes.choice import OpenedStream, PlaneOptions
-from attnd.requests import AttendReply
+from attnd.planes.grpc import Stream
+from attnd.protocol.requests import AttendReply
 from attnd.timings import KEPT_CALLS
-from attnd.transport import Stream
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2
 
 METADATA = attnd.StepMetadata([1], [0], [[0]], [0], store_only=True)

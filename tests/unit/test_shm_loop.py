@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes import doorbell
-from attnd_server import shm_server
-from attnd_server.executor import Executor
-from attnd_server.shm_server import ShmServer
-from attnd_server.steps import Call, Result
+from attnd.protocol.shm import framing
+from attnd_server.execution.executor import Executor
+from attnd_server.execution.step import Call, Result
+from attnd_server.planes.shm import server as shm_server
+from attnd_server.planes.shm.server import ShmServer
 from tests.held_device import held
 from tests.raw_shm import AGAIN, DECODE, RawClient
 from tests.servers import wait_for
@@ -106,7 +106,7 @@ def test_a_message_in_parts_holds_up_nobody_and_is_answered_when_it_is_whole(ser
                 attend(session)
         raw.socket.sendall(AGAIN[7:])
         assert [raw.answer() for _ in range(3)] == ["call"] * 3
-        raw.socket.sendall(doorbell.request_bytes(bytes(100_000))[:50_000])
+        raw.socket.sendall(framing.request_bytes(bytes(100_000))[:50_000])
         attend(session)
         raw.socket.sendall(bytes(50_000 + 20))  # what is no message, and three numbers too few for a request
         assert raw.answer() == "error"
@@ -152,7 +152,7 @@ def test_who_reads_nothing_for_too_long_is_ended_alone(served: Served, monkeypat
 
 
 def test_a_long_call_of_one_is_its_own_threads_business(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnd_server.steps.SMALL_STEP_TOKENS", 1)
+    monkeypatch.setattr("attnd_server.execution.step.SMALL_STEP_TOKENS", 1)
     long = attnd.StepMetadata([1], [1], [[0]], [1], kind="decode")
     with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served):
         for _ in range(2):

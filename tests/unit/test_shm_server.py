@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes import sockets
+from attnd.protocol.shm import sockets
 from attnd.v1 import plane_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.copy_timer import Copies
+from attnd_server.device.copy_timer import Copies
 from attnd_server.inproc import InprocTransport
-from attnd_server.shm_server import ShmServer
+from attnd_server.planes.shm.server import ShmServer
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 
@@ -113,7 +113,7 @@ def test_many_sessions_at_once_give_what_each_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plane", ["inline", "shm"])
 def test_what_copies_took_comes_with_every_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane: str) -> None:
-    monkeypatch.setattr("attnd_server.steps.NO_COPIES", Copies(20, 30))
+    monkeypatch.setattr("attnd_server.execution.step.NO_COPIES", Copies(20, 30))
     with serving(tmp_path) as (_, client), client.create_cache(**GEOMETRY) as cache:
         with cache.session(plane=plane) as session:
             for number in (1, 2, 3):  # on the shm plane the second says what is new, and no more

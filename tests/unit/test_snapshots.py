@@ -25,19 +25,12 @@ from safetensors.torch import load_file
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
 from attnd_server import app
-from attnd_server.cache import MAX_EPOCHS, Cache
-from attnd_server.cache_table import CacheTable
-from attnd_server.config import (
-    FP8,
-    AttentionBackend,
-    AttentionConfig,
-    KVSplitConfig,
-    Layout,
-    PrecisionMode,
-    ServerConfig,
-)
-from attnd_server.snapshots import MANIFEST, TENSORS, SnapshotRefused, SnapshotStore, manifest, tensor_file
-from attnd_server.snapshots.manifest import Manifest
+from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.config import ServerConfig
+from attnd_server.kv.cache import MAX_EPOCHS, Cache
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.snapshots import MANIFEST, TENSORS, SnapshotRefused, SnapshotStore, manifest, tensor_file
+from attnd_server.kv.snapshots.manifest import Manifest
 
 CPU = torch.device("cpu")
 CONFIG = AttentionConfig(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=9, page_size=4, dtype=torch.float32)

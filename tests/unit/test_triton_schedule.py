@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
-from attnd_server.backends.triton_schedule import (
+from attnd_server.attention.backends.triton_schedule import (
     Rows,
     Work,
     _to_and_fro,
@@ -22,11 +22,11 @@ from attnd_server.backends.triton_schedule import (
     request_table,
     split_schedule,
 )
-from attnd_server.config import KVSplitConfig
-from attnd_server.kernels import items as columns
-from attnd_server.kernels.cuts import EVERYTHING
-from attnd_server.kernels.items import ITEM_FIELDS
-from attnd_server.metadata import AttentionMetadata
+from attnd_server.attention.config import KVSplitConfig
+from attnd_server.attention.kernels import items as columns
+from attnd_server.attention.kernels.cuts import EVERYTHING
+from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.metadata import AttentionMetadata
 
 PAGE_SIZE = 16
 # Pages of each request in the page tables.

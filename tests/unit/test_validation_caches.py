@@ -9,8 +9,9 @@ import torch
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
-from attnd_server import validation
-from attnd_server.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode, ServerConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.config import ServerConfig
+from attnd_server.service import validation
 from tests.unit.wire_messages import tensor
 
 GEOMETRY = {

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from attnd import wire
 from attnd.errors import Exhausted, InvalidRequest
-from attnd.tensors import Array, dtype_of
+from attnd.protocol import frames
+from attnd.protocol.tensors import Array, dtype_of
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
-from attnd_server import validation
-from attnd_server.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.service import validation
 from tests.unit.wire_messages import CONFIG, LIMITS, array, step, tensor
 
 FLOAT32 = dtype_of("float32")
@@ -49,9 +49,9 @@ def test_a_call_views_the_received_bytes():
 def test_a_reply_that_fits_no_message_is_refused(monkeypatch, return_lse, num_bytes):
     metadata = validation.step(step(), CONFIG, LIMITS)
     message = step_pb2.Call(options=step_pb2.AttentionOptions(return_lse=return_lse))
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", num_bytes + 1024)
+    monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", num_bytes + 1024)
     assert validation.call(message, payloads(), CONFIG, metadata).num_heads == 6
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", num_bytes + 1023)
+    monkeypatch.setattr(frames, "MAX_MESSAGE_BYTES", num_bytes + 1023)
     with pytest.raises(Exhausted) as caught:
         validation.call(message, payloads(), CONFIG, metadata)
     text = f"q asks for {num_bytes} bytes of output, but a reply has room for {num_bytes - 1}"

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnd.errors import AttndError
-from attnd.tensors import Array
+from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2, tensor_pb2
-from attnd_server import validation
-from attnd_server.config import AttentionConfig, ServerConfig
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.config import ServerConfig
+from attnd_server.service import validation
 from tests.unit.wire_messages import CONFIG, LIMITS, NUM_PAGES, PAGE_SIZE, step, tensor
 
 NUM_SLOTS = NUM_PAGES * PAGE_SIZE

@@ -9,7 +9,7 @@ import torch
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import step_pb2, tensor_pb2
-from attnd_server import validation
+from attnd_server.service import validation
 from tests.unit.wire_messages import CONFIG, LIMITS, config_of, step, tensor
 
 BASE = [[0, 1], [2, -1]]

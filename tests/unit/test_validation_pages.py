@@ -10,8 +10,8 @@ import torch
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
-from attnd_server import validation
-from attnd_server.validation import pages
+from attnd_server.service import validation
+from attnd_server.service.validation import pages
 from tests.unit.wire_messages import CONFIG, LIMITS, PAGE_SIZE, step, tensor
 
 

@@ -7,8 +7,8 @@ import torch
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import step_pb2, tensor_pb2
-from attnd_server import validation
-from attnd_server.metadata import MOST_COLUMN, REQUEST_COLUMNS
+from attnd_server.attention.metadata import MOST_COLUMN, REQUEST_COLUMNS
+from attnd_server.service import validation
 from tests.unit.wire_messages import CONFIG, LIMITS, PAGE_SIZE, step, tensor
 
 DECODE = step_pb2.STEP_KIND_DECODE

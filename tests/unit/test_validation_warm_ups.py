@@ -6,11 +6,12 @@ import pytest
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import attention_pb2, step_pb2
-from attnd_server import validation
-from attnd_server.backends.base import DecodeShape
-from attnd_server.config import AttentionBackend, ServerConfig
-from attnd_server.validation.warm_ups import WarmSteps
-from attnd_server.warm_up import shapes_of
+from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.config import ServerConfig
+from attnd_server.service import validation
+from attnd_server.service.validation.warm_ups import WarmSteps
+from attnd_server.service.warm_up import shapes_of
 from tests.unit.wire_messages import CONFIG, LIMITS, NUM_PAGES, PAGE_SIZE, tensor
 
 VALID = {"num_heads": 4, "query_len": 2, "max_reqs": 3, "max_context_len": 9}

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnd.tensors import Array, dtype_of
+from attnd.protocol.tensors import Array, dtype_of
 from attnd.v1 import step_pb2, tensor_pb2
-from attnd_server.config import AttentionConfig, ServerConfig
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.config import ServerConfig
 
 PAGE_SIZE = 4
 NUM_PAGES = 8

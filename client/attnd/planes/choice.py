@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from attnd import wire
 from attnd.errors import AttndError, Exhausted, InvalidRequest, PermissionDenied, Unsupported
-from attnd.transport import Stream, Transport
+from attnd.planes.grpc import Stream, Transport
+from attnd.protocol import frames
 from attnd.v1 import cache_pb2, capabilities_pb2, plane_pb2
 
 PLANES = ("auto", "inline", "shm", "cuda")
@@ -82,7 +82,7 @@ def open_stream(
         return OpenedStream(transport.attend(), untried)
     try:
         plane, refusals = opened_shm(transport.unary("OpenPlane", open_shm_request(), timeout_s))
-        from attnd.planes.shm import open_shm  # has modules that other systems have not
+        from attnd.planes.shm.stream import open_shm  # has modules that other systems have not
 
         return OpenedStream(open_shm(plane, config, wanted.socket_dir, timeout_s), refusals)
     except REFUSALS as error:
@@ -114,7 +114,7 @@ def open_shm_request() -> bytes:
 
 def opened_shm(data: bytes) -> tuple[plane_pb2.OpenPlaneResponse, Mapping[str, str]]:
     """What OpenPlane answered, and why each better plane is not given."""
-    plane = wire.parse(plane_pb2.OpenPlaneResponse, data)
+    plane = frames.parse(plane_pb2.OpenPlaneResponse, data)
     return plane, {_short(refusal.plane): refusal.reason for refusal in plane.refusals}
 
 

@@ -7,7 +7,7 @@ import socket
 from typing import NamedTuple
 
 from attnd.errors import Disconnected, Unsupported
-from attnd.planes import sockets
+from attnd.protocol.shm import sockets
 
 
 class Admission(NamedTuple):

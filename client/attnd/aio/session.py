@@ -1,0 +1,149 @@
+"""Sessions and steps of the asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from attnd.aio.streams import AsyncStream, open_stream
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.retries import Patience
+from attnd.protocol import requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
+
+if TYPE_CHECKING:
+    from attnd.aio.client import AsyncCache
+
+
+class AsyncSession:
+    """One Attend stream of one cache. Calls of several tasks may be under way: answers come in order.
+
+    With two halves of a batch as two steps of two tasks, the one's q, k and v are computed while the server attends the
+    other's. The server reads 4 requests ahead; more wait their turn. On the shm plane so do calls for which the region
+    has no room beside those under way.
+
+    Attributes:
+        plane: how tensors travel, "inline" or "shm"; "" before the first step.
+        refusals: by the name of each better plane, why the session does not have it.
+    """
+
+    def __init__(self, cache: AsyncCache, plane: PlaneOptions) -> None:
+        """Opens no stream yet: the first step does."""
+        self.cache = cache
+        self.plane = ""
+        self.refusals: Mapping[str, str] = {}
+        self._wanted = plane
+        self._stream: AsyncStream | None = None
+        self._opening = asyncio.Lock()  # one task opens the stream; nobody closes it meanwhile
+        self._last_step_id = 0
+        self._sent_tables = SentPageTables()
+
+    async def step(self, metadata: Any) -> AsyncStep:
+        """Opens a step. Sends its metadata once, of page tables what changed; a refusal comes with its first call.
+
+        Arguments and errors as `attnd.Session.step`.
+        """
+        timeout_s = self.cache.client.timeout_s
+        stream = await self._opened_stream()
+        if stream.going_away:
+            if self._stream is stream:
+                self._stream = None
+            await stream.finish(timeout_s)
+            raise Disconnected(f"{stream.going_away}; the next step reconnects")
+        step_id = self._last_step_id = self._last_step_id + 1
+        message = requests.as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
+        message.call_timeout_ms = requests.timeout_ms(timeout_s)
+        answer = await stream.ask(partial(stream.step_request, message), timeout_s)
+        answer.add_done_callback(partial(self._opened, step_id))
+        return AsyncStep(self.cache.client.timeout_s, stream, step_id, answer)
+
+    async def _opened_stream(self) -> AsyncStream:
+        """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
+        async with self._opening:
+            stream = self._stream
+            if stream is None or not (stream.is_open or stream.going_away):
+                self._sent_tables.forget()
+                stream, self.refusals = await open_stream(self.cache.client, self.cache.config, self._wanted)
+                self._stream, self.plane = stream, stream.plane
+            return stream
+
+    def _opened(self, step_id: int, answer: asyncio.Future[AttendReply]) -> None:
+        """What a step's answer says of its page tables."""
+        if answer.cancelled() or answer.exception() is not None:
+            return  # so has the stream ended
+        kind, message, *_ = answer.result()
+        if kind == "error":
+            self._sent_tables.forget()
+        elif kind == "step" and message.takes_deltas:
+            self._sent_tables.accept(step_id)
+
+    async def close(self) -> None:
+        """Ends the stream. The cache stays. The next step opens another stream."""
+        async with self._opening:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.close()
+
+    async def __aenter__(self) -> AsyncSession:
+        """The session itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        await self.close()
+
+
+class AsyncStep:
+    """One forward pass: what its layers share has been sent."""
+
+    def __init__(
+        self, timeout_s: float, stream: AsyncStream, step_id: int, answer: asyncio.Future[AttendReply]
+    ) -> None:
+        """Made by `AsyncSession.step`."""
+        self.id = step_id
+        self.stream = stream
+        self._timeout_s = timeout_s
+        self._answer = answer
+
+    async def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
+        """Attention of one layer. Arguments, result and errors as `attnd.Step.attend`.
+
+        Whoever gives up waiting, as by a timeout of its own, gives up the output alone: the call may still run.
+        """
+        request = partial(self.stream.call_request, self.id, layer, q, k, v, options)
+        patience = Patience(self._timeout_s)
+        while True:
+            answer = await self._answered(await self.stream.ask(request, self._timeout_s))
+            if answer.kind != "error":
+                break
+            error = self._error(answer)
+            pause_s = patience.pause_s(error)
+            if pause_s is None:
+                raise error
+            await asyncio.sleep(pause_s)
+        message = answer.message
+        if answer.kind != "call" or (message.step_id, message.layer) != (self.id, layer):
+            await self.stream.close()  # nobody knows whose the next answer is
+            raise ServerFault(f"the server answered layer {layer} of step {self.id} with {answer.kind} {message}")
+        return requests.reply(message, answer.tensors, q, options.return_lse).output
+
+    async def _answered(self, answer: asyncio.Future[AttendReply]) -> AttendReply:
+        try:
+            return await asyncio.wait_for(answer, self._timeout_s)
+        except asyncio.TimeoutError:
+            await self.stream.close()
+            raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s") from None
+
+    def _error(self, answer: AttendReply) -> AttndError:
+        """What a refused call raises: its step's refusal, if that was refused."""
+        if self._answer.done() and self._answer.result().kind == "error":
+            answer = self._answer.result()
+        return from_message(answer.message)

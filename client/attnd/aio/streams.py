@@ -1,0 +1,189 @@
+"""Attend streams of the asyncio client: whose answer is whose, on every plane."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted, ServerFault
+from attnd.planes import choice
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.grpc import translate
+from attnd.protocol import frames, requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.requests import AttendReply
+from attnd.v1 import cache_pb2, step_pb2
+
+if TYPE_CHECKING:
+    from attnd.aio.client import AsyncClient
+
+
+class AsyncStream:
+    """An Attend stream. Several tasks may ask; answers come in order. Derived classes carry the bytes.
+
+    Attributes:
+        plane: how the tensors of calls travel.
+        is_open: until it is closed or breaks.
+        going_away: why the server wants no more steps; "": it does.
+    """
+
+    plane = "inline"
+
+    def __init__(self) -> None:
+        """Nothing is under way."""
+        self.is_open = True
+        self.going_away = ""
+        self._waiting: deque[asyncio.Future[AttendReply]] = deque()  # what was sent and not answered, in order
+        self._writing = asyncio.Lock()
+        self._progress: asyncio.Future[None] | None = None  # of who cannot send before something is answered
+
+    def step_request(self, step: step_pb2.Step) -> bytes:
+        """What opens a step, for `ask`."""
+        return frames.step_request(step)
+
+    def call_request(self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
+        """A call, for `ask`. Raises InvalidRequest for what cannot be sent, Exhausted if there is no room yet."""
+        return requests.attend_call(step_id, layer, q, k, v, options)
+
+    async def ask(self, request: Callable[[], bytes], timeout_s: float) -> asyncio.Future[AttendReply]:
+        """Sends a message when its turn has come and there is room for it.
+
+        Args:
+            request: makes it, with `step_request` or `call_request`, right before it is sent.
+            timeout_s: how long nothing may be answered while there is no room, in seconds.
+
+        Returns:
+            The answer to come. Who gives it up lets it come all the same.
+
+        Raises:
+            Disconnected: the stream has ended.
+            DeadlineExceeded: there was no room in time. The stream is over then.
+        """
+        async with self._writing:
+            data = await self._made(request, timeout_s)
+            answer: asyncio.Future[AttendReply] = asyncio.get_running_loop().create_future()
+            self._waiting.append(answer)
+            await self._send(data)
+        return answer
+
+    async def _made(self, request: Callable[[], bytes], timeout_s: float) -> bytes:
+        while True:
+            if not self.is_open:
+                raise Disconnected("the step's stream has ended; open the step again")
+            try:
+                return request()
+            except Exhausted:
+                if not self._waiting:
+                    raise
+            await self._next_answer(timeout_s)
+
+    async def _next_answer(self, timeout_s: float) -> None:
+        """Waits until something has been answered, or the stream has ended. For the one task that may write."""
+        self._progress = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(self._progress, timeout_s)
+        except asyncio.TimeoutError:
+            await self.close()
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        finally:
+            self._progress = None
+
+    async def _send(self, data: bytes) -> None:
+        """Sends bytes. If the stream breaks, `_end` says so to whoever waits."""
+        raise NotImplementedError
+
+    async def finish(self, timeout_s: float) -> None:
+        """Closes when all that is under way has been answered, which a server that drains still does."""
+        async with self._writing:
+            try:
+                while self._waiting:
+                    await self._next_answer(timeout_s)
+            except DeadlineExceeded:
+                pass  # their waits say so
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the stream, and all that is under way."""
+        self._end(Disconnected("the session was closed"))
+
+    def _answered(self, answer: AttendReply) -> None:
+        """Gives an answer to what was sent first. Raises ServerFault if that is nothing."""
+        if answer.kind == "going_away":
+            self.going_away = answer.message.reason
+            return
+        if not self._waiting:
+            raise ServerFault(f"the server sent {answer.kind} unasked")
+        future = self._waiting.popleft()
+        if not future.done():  # else whoever waited has given up
+            future.set_result(answer)
+        self._go_on()
+
+    def _end(self, error: AttndError) -> None:
+        """The stream is over: all that is under way learns why. Again does nothing."""
+        self.is_open = False
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # read: a step whose reply nobody awaits is no reason to complain
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._progress is not None and not self._progress.done():
+            self._progress.set_result(None)
+
+
+class AsyncGrpcStream(AsyncStream):
+    """Over gRPC, which holds back who sends more than the server has read."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        """Reads from `call`, in a task, until it ends."""
+        super().__init__()
+        self._call = call
+        self._address = address
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            await self._call.write(data)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # the reader learns why, and tells whoever waits
+
+    async def close(self) -> None:
+        """Ends the stream, and all that is under way."""
+        await super().close()
+        self._call.cancel()
+        await asyncio.wait([self._reader])
+
+    async def _read(self) -> None:
+        told: AttndError = Disconnected("the server ended the stream")
+        try:
+            while (data := await self._call.read()) is not grpc.aio.EOF:
+                self._answered(requests.attend_reply(data))
+        except grpc.RpcError as error:
+            told = translate(error, self._address)
+        except (AttndError, asyncio.CancelledError) as error:
+            told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
+        self._end(told)
+
+
+async def open_stream(
+    client: AsyncClient, config: cache_pb2.CacheConfig, wanted: PlaneOptions
+) -> tuple[AsyncStream, Mapping[str, str]]:
+    """`attnd.planes.choice.open_stream`, awaited."""
+    refusals = choice.inline_refusals(wanted, client.refusals)
+    if refusals is None:
+        try:
+            data = await client.unary("OpenPlane", choice.open_shm_request(), client.timeout_s)
+            plane, refusals = choice.opened_shm(data)
+            from attnd.aio.shm import open_shm  # has modules that other systems have not
+
+            return await open_shm(plane, config, wanted.socket_dir, client.timeout_s), refusals
+        except choice.REFUSALS as error:
+            refusals = choice.refusals_after(error, wanted, client.refusals)
+    return AsyncGrpcStream(client.stream("Attend"), client.address), refusals

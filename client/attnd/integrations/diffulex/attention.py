@@ -1,0 +1,216 @@
+"""The attention layer of a model whose attention is served: a module without parameters. Needs torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from attnd.errors import InvalidRequest
+from attnd.integrations.diffulex import metadata as diffulex
+from attnd.integrations.diffulex.steps import check_geometry, from_diffulex
+from attnd.protocol.attention_options import BACKENDS, AttentionOptions
+from attnd.protocol.packing import ints
+from attnd.protocol.step_metadata import StepMetadata
+
+if TYPE_CHECKING:
+    from attnd.session import Session
+from attnd.steps import Step
+
+
+class Attention(nn.Module):
+    """Attention of one layer, computed by a server: `softmax(scale * q k) v` over the pages and the new tokens.
+
+    Construct the model with it, then number its layers with `attach(model, session)`. Which requests, pages and masks
+    a forward pass is about comes from the function installed by `attnd.set_fetch_fn_for_attn_metadata`, when the layer
+    runs. Outputs have no gradient.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        scale: float,
+        num_kv_heads: int,
+        attn_impl: str = "auto",
+        sliding_window: int | None = None,
+    ) -> None:
+        """A layer that is not attached yet.
+
+        Args:
+            num_heads: query heads, a multiple of `num_kv_heads`.
+            head_dim: elements per head of q and k.
+            scale: factor of q.k.
+            num_kv_heads: KV heads.
+            attn_impl: the backend by name; "auto" is the cache's choice.
+            sliding_window: tokens that a token sees, itself included; None is all.
+
+        Raises:
+            InvalidRequest: no such backend, or heads that do not divide.
+        """
+        super().__init__()
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise InvalidRequest(
+                f"num_heads is {num_heads}, but must be a multiple of num_kv_heads, {num_kv_heads}", field="num_heads"
+            )
+        if attn_impl not in BACKENDS:
+            raise InvalidRequest(
+                f"attn_impl is {attn_impl!r}, but must be one of {', '.join(BACKENDS)}", field="attn_impl"
+            )
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads
+        self.attn_impl = attn_impl
+        self.sliding_window = sliding_window
+        self.layer: int | None = None
+        self._steps: _Steps | None = None
+        self._options = AttentionOptions(
+            scale=scale, window=sliding_window or 0, backend="" if attn_impl == "auto" else attn_impl
+        )
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None) -> torch.Tensor:
+        """Attention of the running forward pass.
+
+        Args:
+            q: `[num_tokens, num_heads * head_dim]` or `[num_tokens, num_heads, head_dim]`, of the cache's dtype.
+            k: `[num_tokens, num_kv_heads * head_dim]` or `[num_tokens, num_kv_heads, head_dim]`.
+            v: `[num_tokens, num_kv_heads * head_dim_v]` or `[num_tokens, num_kv_heads, head_dim_v]`.
+            mask: must be None: the metadata says what is seen.
+
+        Returns:
+            `[num_tokens, num_heads * head_dim_v]`, in q's dtype and on its device.
+
+        Raises:
+            InvalidRequest: a wrong shape, a mask, or a layer that is not attached.
+            AttndError: as `Step.attend`.
+        """
+        if mask is not None:
+            raise InvalidRequest("mask is a tensor, but must be None: the metadata says what is seen", field="mask")
+        q = _in_heads(q, self.num_heads, self.head_dim, "q")
+        k = _in_heads(k, self.num_kv_heads, self.head_dim, "k")
+        v = _in_heads(v, self.num_kv_heads, 0, "v")
+        if not q.shape[0]:
+            return q.new_zeros(0, self.num_heads * v.shape[2])
+        if self._steps is None or self.layer is None:
+            if diffulex.is_warming_up():
+                return q.new_zeros(q.shape[0], self.num_heads * v.shape[2])
+            raise InvalidRequest("the layer is not attached to a server, but must be: attnd.attach(model, session)")
+        output = self._steps.attend(self.layer, q, k, v, self._options)
+        return output.reshape(q.shape[0], -1)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        layer = "not attached" if self.layer is None else f"layer={self.layer}"
+        return (
+            f"{layer}, num_heads={self.num_heads}, head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}, "
+            f"attn_impl={self.attn_impl!r}"
+        )
+
+
+def attach(model: nn.Module, session: Session) -> int:
+    """Numbers the `Attention` layers of a model in the order of `model.modules()`, and has `session` serve them.
+
+    A layer that the model uses twice gets one number. Attaching again replaces what was there.
+
+    Returns:
+        The number of layers.
+
+    Raises:
+        InvalidRequest: the model has no such layer, or its geometry is not the cache's; nothing is attached then.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    config = session.cache.config
+    if not 0 < len(layers) <= config.num_layers:
+        raise InvalidRequest(
+            f"model has {len(layers)} attnd.Attention layers, but must have 1..{config.num_layers} for this cache",
+            field="num_layers",
+        )
+    for number, module in enumerate(layers):
+        for field in ("num_kv_heads", "head_dim"):
+            if getattr(module, field) != getattr(config, field):
+                raise InvalidRequest(
+                    f"{field} of layer {number} is {getattr(module, field)}, but must be {getattr(config, field)} "
+                    "as in the cache",
+                    field=field,
+                )
+    steps = _Steps(session)
+    for number, module in enumerate(layers):
+        module.layer, module._steps = number, steps
+    return len(layers)
+
+
+class _Steps:
+    """The step of the running forward pass: opened by its first layer, shared by the others."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._metadata: Any = None  # held, so that its identity is not given to a later object
+        self._step: Step | None = None
+        self._kv = True
+        self._layers: set[int] = set()
+        self._warm: set[tuple[bytes, int, int, int]] = set()  # what the server warmed up for
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        step = self._current(layer)
+        if diffulex.is_warming_up():
+            self._warm_up(q.shape[1], options)
+        new_k, new_v = (k, v) if self._kv else (None, None)
+        try:
+            output: torch.Tensor = step.attend(layer, q, new_k, new_v, options)
+        except BaseException:
+            self._step = None  # the stream may have ended: whoever tries again needs another step
+            raise
+        return output
+
+    def _current(self, layer: int) -> Step:
+        """The open step if `layer` belongs to it, else a new one.
+
+        It does not belong to it if the metadata is another object, or if the layer ran already: then this is another
+        forward pass, of a runner that changes its metadata in place.
+        """
+        metadata = diffulex.fetch_attn_metadata()
+        if self._step is None or metadata is not self._metadata or layer in self._layers:
+            self._step = None
+            self._step = self._open(metadata)
+            self._metadata, self._layers = metadata, set()
+        self._layers.add(layer)
+        return self._step
+
+    def _open(self, metadata: Any) -> Step:
+        if not isinstance(metadata, StepMetadata):
+            check_geometry(metadata, self._session.cache.config)
+            metadata = from_diffulex(metadata)
+        if metadata.store_only:
+            raise InvalidRequest("store_only is True, but must be False: a layer has an output", field="store_only")
+        self._kv = not metadata.cache_only
+        self._opened = metadata
+        return self._session.step(metadata)
+
+    def _warm_up(self, num_heads: int, options: AttentionOptions) -> None:
+        """Has the server warm up for the open step, if it is a decode step of a shape that is new."""
+        if self._opened.kind != "decode" or self._opened.cache_only:
+            return
+        lens = ints(self._opened.query_lens, "query_lens")
+        shape = (options.encoded, num_heads, lens[0], len(lens))
+        if shape not in self._warm:
+            self._session.cache.warm_up(num_heads=num_heads, query_len=lens[0], max_reqs=len(lens), options=options)
+            self._warm.add(shape)
+
+
+def _in_heads(tensor: torch.Tensor, num_heads: int, head_dim: int, field: str) -> torch.Tensor:
+    """`tensor` as `[num_tokens, num_heads, head_dim]`; a head_dim of 0 is whatever the tensor has."""
+    shape = list(tensor.shape)
+    if len(shape) == 2 and shape[1] % num_heads == 0:
+        tensor = tensor.reshape(shape[0], num_heads, shape[1] // num_heads)
+    if tensor.dim() != 3 or tensor.shape[1] != num_heads or head_dim not in (0, tensor.shape[2]):
+        dim = head_dim or "head_dim_v"
+        raise InvalidRequest(
+            f"{field} has shape {shape}, but must be [num_tokens, {num_heads} * {dim}] or "
+            f"[num_tokens, {num_heads}, {dim}]",
+            field=field,
+        )
+    return tensor

@@ -1,0 +1,133 @@
+"""The attention function and the mask function that transformers calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.transformers.remote_cache import OWNER, RemoteCache
+from attnd.protocol.attention_options import AttentionOptions
+
+NAME = "attnd"
+
+# Attribute of a mask: the sliding window of the layers that it is for, 0 for none.
+_WINDOW = "_attnd_window"
+
+
+def register() -> None:
+    """Makes "attnd" known as an attention implementation. Importing this module does it."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the model's attention module.
+        query: `[batch_size, num_heads, num_new, head_dim]`.
+        key: `[batch_size, num_kv_heads, num_new, head_dim]`, from `RemoteCache.update`.
+        value: `[batch_size, num_kv_heads, num_new, head_dim_v]`.
+        attention_mask: from `padding_mask`.
+        dropout: must be 0.
+        scaling: factor of q.k; None is `head_dim ** -0.5`.
+        **kwargs: `sliding_window`, `softcap`, `s_aux` (sinks) and what does not matter here.
+
+    Returns:
+        Output `[batch_size, num_new, num_heads, head_dim_v]`, contiguous, and None for the weights.
+
+    Raises:
+        InvalidRequest: the key does not come from a RemoteCache.
+        Unsupported: gradients, dropout, or something else that no call can carry.
+        AttndError: see `Step.attend`.
+    """
+    cache, layer = getattr(key, OWNER, (None, 0))
+    if cache is None:
+        raise InvalidRequest(
+            f'attention "{NAME}" needs keys from a RemoteCache: pass past_key_values=RemoteCache(client, model.config, '
+            '...) to the model, or choose another attention with model.set_attn_implementation("sdpa")',
+            field="past_key_values",
+        )
+    if dropout or (query.requires_grad and torch.is_grad_enabled()):
+        raise Unsupported("attention on a server has no gradients: use model.eval() and torch.no_grad()")
+    options = _options(cache, module, layer, attention_mask, scaling, kwargs)
+    return cache.attend(module, layer, query, key, value, attention_mask, options), None
+
+
+def padding_mask(
+    batch_size: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The mask that `attention` gets: which tokens are real, with the window of its layers as an attribute.
+
+    Args:
+        batch_size: rows.
+        kv_length: tokens of each row, cached ones and new ones.
+        attention_mask: bool `[batch_size, kv_length]`, or None: all are real.
+        local_size: sliding window, in tokens.
+        allow_is_causal_skip: False where the mask is more than causal, windowed and padded.
+        device: of the mask.
+        **kwargs: what other implementations need.
+
+    Returns:
+        bool `[batch_size, kv_length]`.
+
+    Raises:
+        Unsupported: the model wants another mask than a causal one.
+    """
+    if not allow_is_causal_skip:
+        raise Unsupported("the model asks for a mask of its own, but calls know causal masks, windows and padding only")
+    if attention_mask is None:
+        attention_mask = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
+    mask = attention_mask.detach()  # another object: several masks are made of one
+    setattr(mask, _WINDOW, local_size or 0)
+    return mask
+
+
+def _options(
+    cache: RemoteCache,
+    module: torch.nn.Module,
+    layer: int,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> AttentionOptions:
+    """A layer's options, made at its first call."""
+    window = getattr(mask, _WINDOW, None)
+    if window is None:
+        window = kwargs.get("sliding_window")
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    key = (layer, scaling, window, softcap, id(sinks))  # the options keep the sinks alive, and so their id
+    options = cache.options.get(key)
+    if options is None:
+        _refuse_unsupported(module, kwargs)
+        options = AttentionOptions(scale=scaling, window=window or 0, softcap=softcap or 0.0, sinks=sinks)
+        cache.options[key] = options
+    return options
+
+
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise Unsupported("the layer is not causal, but a RemoteCache serves causal attention only")
+    if kwargs.get("position_bias") is not None:
+        raise Unsupported("the layer adds a position bias, but calls cannot carry one")
+
+
+register()

@@ -1,0 +1,421 @@
+"""The worker's end of a cuda plane: memory of the server's GPU, mapped here, and what waits for the server's streams.
+
+Tensors are copied to and fro in the order of the worker's own stream; nothing here waits for it. A thread reads the
+server's answers from the socket, and lets the worker's stream go on if the server goes away or fails a step.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from attnd.errors import (
+    AttndError,
+    DeadlineExceeded,
+    Disconnected,
+    InvalidRequest,
+    ServerFault,
+    Unsupported,
+    from_message,
+)
+from attnd.planes.tickets import show_ticket
+from attnd.protocol import requests
+from attnd.protocol.cuda import driver as cuda_driver
+from attnd.protocol.cuda.copies import Copier, Copy, CopyAndWrite, HandOver
+from attnd.protocol.cuda.driver import CudaError, Device, call
+from attnd.protocol.cuda.gate_flags import Counter, GateFlags
+from attnd.protocol.cuda.host_flags import HostFlags, HostWords
+from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
+from attnd.protocol.cuda.memory import DeviceMemory
+from attnd.protocol.shm import framing, sockets
+from attnd.v1 import attention_pb2, plane_pb2
+
+
+def worker_gpu() -> Device:
+    """The GPU that is torch's current one in this process.
+
+    Raises:
+        Unsupported: there is none, or it cannot have a cuda plane; the message says why.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        raise Unsupported("plane is cuda, but this process has no torch with a GPU", field="plane")
+    index = torch.cuda.current_device()
+    try:
+        gpu = cuda_driver.device(index)
+        refusal = gpu.refusal()
+    except CudaError as error:
+        raise Unsupported(f"plane is cuda, but GPU {index} cannot be used: {error}", field="plane") from None
+    if refusal is not None:
+        raise Unsupported(f"plane is cuda, but {refusal}", field="plane")
+    return gpu
+
+
+def check_reach(gpu: Device, servers_uuid: str) -> None:
+    """Raises Unsupported if a worker's GPU cannot get at the memory of the server's; the message says why."""
+    servers = cuda_driver.device_of(servers_uuid)
+    if servers is None:
+        rule = "must be among those that this process sees; see CUDA_VISIBLE_DEVICES, or the container's devices"
+        raise Unsupported(f"plane is cuda, but the server's GPU is {servers_uuid}, which {rule}", field="plane")
+    if not gpu.reaches(servers):
+        rule = "must reach it directly, over NVLink or PCIe"
+        raise Unsupported(f"plane is cuda, but GPU {gpu.uuid} does not reach the server's {servers_uuid}, and {rule}")
+
+
+def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, timeout_s: float) -> CudaPlane:
+    """Connects to a plane that OpenPlane gave.
+
+    Args:
+        plane: the answer.
+        gpu: the worker's.
+        socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
+        timeout_s: how long the server may take, in seconds.
+
+    Raises:
+        Unsupported: this process cannot reach the socket, or not map the memory; the message says why.
+        AttndError: what the server answered.
+    """
+    check_reach(gpu, plane.cuda.gpu_uuid)
+    sizes = [size for size in (plane.cuda.num_bytes, plane.cuda.results_num_bytes) if size]
+    connection, (words, *descriptors), path = show_ticket(
+        plane.cuda.ticket, plane.cuda.socket_path, socket_dir, 1 + len(sizes), timeout_s
+    )
+    try:
+        memory = sockets.map_memory(words, WORDS_BYTES)
+        with gpu.current():
+            mapped = imported_memory(gpu, descriptors, sizes)
+    except CudaError as error:
+        connection.close()
+        raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None
+    except BaseException:
+        connection.close()
+        raise
+    try:
+        with gpu.current():
+            flags = workers_flags(gpu, mapped, memory, on_same_gpu=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
+            return CudaPlane(connection, gpu, mapped, flags, path)
+    except CudaError as error:
+        connection.close()
+        for each in mapped:
+            each.close()
+        raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
+
+
+def imported_memory(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[DeviceMemory]:
+    """The region, and the memory of results if there is one. Closes the descriptors, whatever happens."""
+    mapped: list[DeviceMemory] = []
+    try:
+        for size in sizes:
+            mapped.append(DeviceMemory.imported(gpu, descriptors.pop(0), size))
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        for each in mapped:
+            each.close()
+        raise
+    return mapped
+
+
+def workers_flags(
+    gpu: Device, memory: list[DeviceMemory], words: mmap.mmap, *, on_same_gpu: bool
+) -> HostFlags | GateFlags:
+    """The worker's side of the hand-overs; `gpu` is the thread's current one. Raises CudaError."""
+    if on_same_gpu:
+        return HostFlags(HostWords(words), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
+    return GateFlags(gpu, signal=memory[0].address + TO_SERVER, flag=memory[-1].address + TO_WORKER)
+
+
+class Answer(NamedTuple):
+    """What the server said of a step.
+
+    Attributes:
+        reply: if the step is done.
+        error: if it failed.
+    """
+
+    reply: attention_pb2.CudaStepReply | None
+    error: AttndError | None
+
+
+class CudaPlane:
+    """One plane. One thread at a time.
+
+    Attributes:
+        num_bytes: of the region.
+        going_away: why the server takes no more steps; "" while it does.
+    """
+
+    # Seconds between two looks at the clock and, once nothing is to wait any more, between two tries to let go.
+    PERIOD_S, STOP_PERIOD_S = 0.25, 0.001
+    # Seconds for reading what a server said before it hung up.
+    LAST_WORDS_S = 1.0
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        gpu: Device,
+        memory: list[DeviceMemory],
+        flags: HostFlags | GateFlags,
+        path: str,
+    ) -> None:
+        """Owns all of it; starts the thread. `memory`: the region, and that of results if there is one."""
+        self.num_bytes = min(each.num_bytes for each in memory)
+        self.going_away = ""
+        self._connection = connection
+        self._gpu = gpu
+        self._memory = memory
+        self._flags = flags
+        self._kernel: HandOver | None = None
+        if isinstance(flags, GateFlags):
+            self._kernel = HandOver(gpu, *flags.addresses)
+        else:
+            self._copier, self._counter = Copier(gpu), Counter(gpu)
+            self._writer = CopyAndWrite(gpu, self._counter.address)
+        self._path = path
+        self._replies = framing.Replies(connection)
+        # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
+        self._deadlines: dict[int, float] = {}
+        self._answers: dict[int, Answer] = {}
+        self._failure: AttndError | None = None
+        self._news = threading.Condition()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="attnd-cuda-plane", daemon=True)
+        self._thread.start()
+
+    def send(self, step: attention_pb2.CudaStep, timeout_s: float) -> None:
+        """Sends a step, which the server must have answered after `timeout_s`. Does not wait.
+
+        Raises:
+            AttndError: the plane failed before.
+        """
+        with self._news:
+            if self._failure is not None:
+                raise self._failure
+            self._deadlines[step.step.id] = time.monotonic() + timeout_s
+        message = attention_pb2.AttendRequest(cuda_step=step).SerializeToString()
+        try:
+            self._connection.sendall(framing.request_bytes(message))
+        except OSError as error:
+            with self._news:  # the thread may yet read why the server hung up
+                self._news.wait_for(lambda: self._failure is not None, timeout=self.LAST_WORDS_S)
+            self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
+            assert self._failure is not None
+            raise self._failure from None
+
+    def answer(self, step_id: int, wait: bool) -> Answer | None:
+        """What the server said of a step that was sent, once; None if nothing yet, and it is not to be waited for.
+
+        A failure of the plane is that of all its steps.
+        """
+        with self._news:
+            while step_id not in self._answers and self._failure is None:
+                if not wait:
+                    return None
+                self._news.wait()
+            return self._answers.pop(step_id, Answer(None, self._failure))
+
+    def hand_over(
+        self, stream: int, layer: int, is_last: bool, inputs: list[tuple[Place, Any]], outputs: list[tuple[Place, Any]]
+    ) -> None:
+        """Enqueues one layer: tensors to the region, their hand-over, and the server's tensors back. Raises CudaError.
+
+        Args:
+            stream: of the worker's GPU, which is the current one.
+            layer: of the step.
+            is_last: whether it is the step's last.
+            inputs: places, and torch tensors that go there.
+            outputs: places, and dense torch tensors that come from there.
+        """
+        there, by_driver = [], []
+        for place, tensor in inputs:
+            copy = _copy_in(self._address(place), tensor)
+            if copy is None or not copy.is_possible:
+                by_driver.append((place, tensor.contiguous()))
+            else:
+                there.append(copy)
+        for place, tensor in by_driver:
+            self._copy(self._address(place), tensor.data_ptr(), place.num_bytes, stream)
+        back, by_driver = [], []
+        for place, tensor in outputs:
+            copy = Copy(tensor.data_ptr(), self._address(place), 1, place.num_bytes, place.num_bytes)
+            if copy.is_possible:
+                back.append(copy)
+            else:
+                by_driver.append((place, tensor))
+        if self._kernel is not None:
+            self._kernel.run(stream, there, back)
+        else:
+            assert isinstance(self._flags, HostFlags)
+            self._writer.run(stream, there, *self._flags.signal_of(layer))
+            self._flags.wait(stream, layer, is_last)
+            if back:
+                self._copier.copy(stream, back)
+        for place, tensor in by_driver:
+            self._copy(tensor.data_ptr(), self._address(place), place.num_bytes, stream)
+
+    def _address(self, place: Place) -> int:
+        return self._memory[-1 if place.is_result else 0].address + place.offset
+
+    def _copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
+        if num_bytes:
+            call("cuMemcpyAsync", target, source, num_bytes, stream)
+
+    @property
+    def torch_device(self) -> Any:
+        """Where the worker's tensors are."""
+        return sys.modules["torch"].device("cuda", self._gpu.index)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether worker and server take turns on one GPU, for want of CUDA's Multi-Process Service."""
+        return self._kernel is None and not self._gpu.attribute("MPS_ENABLED")
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Torch's current stream of the worker's GPU, for what is enqueued inside. Raises as `check_capture` does."""
+        cuda = sys.modules["torch"].cuda
+        check_capture(cuda, self._gpu.index)
+        with cuda.device(self._gpu.index):
+            yield cuda.current_stream().cuda_stream
+
+    @property
+    def failure(self) -> AttndError | None:
+        """Why the plane is of no use any more; None: it is."""
+        return self._failure
+
+    def close(self) -> None:
+        """Ends the plane. Waits until the worker's GPU is idle; what waits for the server there is let go first."""
+        if self._closed.is_set():
+            return
+        self._fail(Disconnected("the session was closed"))
+        try:
+            self._gpu.synchronize()
+        finally:
+            self._closed.set()
+            _end(self._connection)
+            self._thread.join()
+            self._connection.close()
+            with self._gpu.current():
+                self._flags.close()
+                if self._kernel is None:
+                    self._counter.close()
+                for each in self._memory:
+                    each.close()
+
+    def _fail(self, failure: AttndError) -> None:
+        """From any thread: the first failure is the plane's; its thread lets go of what waits."""
+        with self._news:
+            if self._failure is None:
+                self._failure = failure
+            self._flags.stop()
+            self._news.notify_all()
+
+    def _read(self) -> None:
+        """The thread: answers, until the plane fails; then lets go of whatever waits, until it is closed."""
+        try:
+            self._read_answers()
+        except AttndError as error:
+            self._fail(error)
+        except OSError as error:
+            self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
+        except Exception as error:
+            self._fail(ServerFault(f"the server's answer cannot be read: {error}"))
+        while not self._closed.wait(self.STOP_PERIOD_S):
+            self._flags.stop()
+
+    def _read_answers(self) -> None:
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        while self._failure is None:
+            if poll.poll(self.PERIOD_S * 1e3):
+                reply = self._replies.receive()
+                if reply is None:
+                    raise Disconnected(f"no connection to the server at {self._path}: end of file")
+                self._take(requests.attend_reply(reply.message))
+            late = [step_id for step_id, deadline in list(self._deadlines.items()) if time.monotonic() > deadline]
+            if late:
+                raise DeadlineExceeded(f"step {late[0]} was not done in time: by the server, or by this worker")
+
+    def _take(self, reply: requests.AttendReply) -> None:
+        if reply.kind == "going_away":
+            self.going_away = reply.message.reason
+        elif reply.kind == "error":
+            raise from_message(reply.message)
+        elif reply.kind == "cuda_step":
+            with self._news:
+                self._deadlines.pop(reply.message.step_id, None)
+                self._answers[reply.message.step_id] = Answer(reply.message, None)
+                self._news.notify_all()
+        else:
+            raise ServerFault(f"the server answered a step on a cuda plane with {reply.kind}")
+
+
+def _end(connection: socket.socket) -> None:
+    """Ends both directions, whoever reads."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # ended already
+
+
+def _copy_in(address: int, tensor: Any) -> Copy | None:
+    """How a tensor `[num_tokens, num_heads, head_dim]` gets to `address`; None: its tokens are not dense."""
+    num_tokens, num_heads, head_dim = tensor.shape
+    token, head, element = tensor.stride()
+    if (head_dim > 1 and element != 1) or (num_heads > 1 and head != head_dim):
+        return None
+    size = tensor.element_size()
+    row_bytes = num_heads * head_dim * size
+    return Copy(address, tensor.data_ptr(), num_tokens, row_bytes, row_bytes if num_tokens == 1 else token * size)
+
+
+def check_capture(cuda: Any, index: int) -> None:
+    """Refuses a capture that would go without what is enqueued on a GPU.
+
+    Args:
+        cuda: `torch.cuda`.
+        index: of the worker's GPU.
+
+    Raises:
+        InvalidRequest: a CUDA graph is being captured on a stream of another GPU.
+    """
+    current = cuda.current_device()
+    if current != index and cuda.is_current_stream_capturing():
+        rule = (
+            f"a session on cuda:{index} needs one of its own: torch.cuda.graph(..., stream=torch.cuda.Stream({index}))"
+        )
+        raise InvalidRequest(f"a CUDA graph is being captured on a stream of cuda:{current}, but {rule}", field="q")
+
+
+def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -> Any:
+    """`value`, if it is what lies at `place`.
+
+    Args:
+        name: to use in errors.
+        value: a torch tensor.
+        place: where it goes.
+        dtype: torch's.
+        device: torch's.
+
+    Raises:
+        InvalidRequest: it is another shape, dtype or device.
+    """
+    found: tuple[Any, ...] = (
+        tuple(getattr(value, "shape", ())),
+        getattr(value, "dtype", None),
+        getattr(value, "device", None),
+    )
+    for what, is_so, must in zip(("shape", "dtype", "device"), found, (place.shape, dtype, device), strict=True):
+        if is_so != must:
+            given = f"{what} {list(is_so) if what == 'shape' else is_so}"
+            rule = f"must have {list(must) if what == 'shape' else must} on this step's cuda plane"
+            raise InvalidRequest(f"{name} has {given}, but {rule}", field=name)
+    return value

@@ -1,0 +1,333 @@
+"""Sessions on a cuda plane: a step is one message, and its layers only enqueue work on the worker's stream."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
+from attnd.protocol import frames, requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
+from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.requests import DEFAULT_OPTIONS
+from attnd.protocol.tensors import DTYPE_NAMES
+from attnd.timings import Timings
+from attnd.v1 import attention_pb2, backend_pb2, plane_pb2
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from attnd.client import Cache
+    from attnd.planes.choice import PlaneOptions
+    from attnd.planes.cuda.plane import Answer, CudaPlane
+    from attnd.protocol.step_metadata import StepMetadata
+
+Options = AttentionOptions | Sequence[AttentionOptions]
+
+
+class CudaSession:
+    """A worker's sequence of steps of one cache, all layers of each, without a message between them.
+
+    `attend` returns at once, as torch's own operations do: its output is there when the stream gets to it. What goes
+    wrong in a step is raised by `CudaStep.finish`, or by the next `step`, and ends the plane; the next step after that
+    opens another. Outputs count once `finish` has returned.
+
+    Attributes:
+        plane: "cuda"; "" before the first step.
+        refusals: of better planes; none is.
+
+    ```
+    with cache.session(plane="cuda") as session:
+        step = session.step(attnd.StepMetadata(...), num_heads=32)
+        for layer in range(num_layers):
+            output = step.attend(layer, q, k, v)
+        step.finish()
+    ```
+
+    In a CUDA graph: `attend` of every layer may be captured during a step, and is replayed in this or any later step of
+    as many tokens, between `session.step(..., num_heads=...)` and `finish`. A graph belongs to one plane: capture it
+    again after a step that failed, and do not replay it after `close`.
+    """
+
+    # Steps that were sent and not answered; `step` waits for the oldest beyond these.
+    MAX_UNANSWERED_STEPS = 2
+
+    def __init__(self, cache: Cache, timeout_s: float, plane: PlaneOptions) -> None:
+        """Opens no plane yet: the first step does."""
+        self.cache = cache
+        self.timeout_s = timeout_s
+        self.plane = ""
+        self.refusals: dict[str, str] = {}
+        config = cache.config
+        self.geometry = Geometry(
+            config.num_kv_heads, config.head_dim, config.head_dim_v or config.head_dim, config.dtype
+        )
+        self._wanted = plane
+        self._timings = Timings(plane="cuda")
+        self._plane: CudaPlane | None = None
+        self._tables = SentPageTables()
+        self._last_step_id = 0
+        self._unanswered: deque[CudaStep] = deque()
+        self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
+
+    def step(self, metadata: Any, *, num_heads: int | None = None, options: Options | None = None) -> CudaStep:
+        """Opens a step. Does not wait, but for the answer of the last step but one.
+
+        Args:
+            metadata: as of `Session.step`.
+            num_heads: query heads of every layer. None: those of the session's last step; in its first, the step is
+                sent with the first `attend`, which tells.
+            options: of all layers, or of each. None: likewise.
+
+        Raises:
+            AttndError: what went wrong in an earlier step.
+            InvalidRequest: the metadata cannot be sent.
+            Disconnected: the server is draining.
+            Unsupported: there is no cuda plane; the message says why.
+        """
+        self._settle()
+        if self._plane is None:
+            self._open()
+        if num_heads is not None or options is not None:
+            each = DEFAULT_OPTIONS if options is None else options
+            listed = (each,) if isinstance(each, AttentionOptions) else tuple(each)
+            if num_heads is None and self._layers is None:
+                rule = "must be given with options in a session's first step"
+                raise InvalidRequest(f"num_heads is None, but {rule}", field="num_heads")
+            self._layers = self._layers[0] if num_heads is None and self._layers else num_heads or 0, listed
+        self._last_step_id += 1
+        step = CudaStep(self, self._last_step_id, requests.as_step_metadata(metadata))
+        if self._layers is not None:
+            self.announce(step, *self._layers)
+        self._timings.num_steps += 1
+        return step
+
+    def announce(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...]) -> None:
+        """Sends a step that was not sent yet. For `CudaStep`."""
+        plane = self._plane
+        assert plane is not None
+        self._layers = num_heads, options
+        message = step.metadata.to_message(step.id, self.cache.ref, self._tables)
+        num_tokens = memoryview(message.cu_seqlens_q.data).cast("i")[-1] if message.cu_seqlens_q.data else 0
+        heads = 0 if step.metadata.store_only else num_heads
+        step.opened(plane, step_layout(num_tokens, heads, self.geometry, plane.num_bytes), options)
+        told = [] if options == (DEFAULT_OPTIONS,) else [each.message for each in options]
+        request = attention_pb2.CudaStep(step=message, num_heads=heads, options=told)
+        try:
+            plane.send(request, self.timeout_s)
+        except AttndError as error:
+            step.error = error
+            self._fail(error)
+            raise
+        self._timings.bytes_sent += request.ByteSize()
+        self._unanswered.append(step)
+
+    def finish(self, step: CudaStep) -> None:
+        """Waits for the answer of a step and those before it. For `CudaStep`."""
+        while step in self._unanswered:
+            self._take(wait=True)
+        if step.error is not None:
+            raise step.error
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the plane that is open is slow: both sides have one GPU and no CUDA Multi-Process Service."""
+        return self._plane is not None and self._plane.takes_turns
+
+    def timings(self) -> Timings:
+        """Sums over the session's steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
+        return self._timings
+
+    def reset_timings(self) -> None:
+        """Starts counting anew."""
+        self._timings = Timings(plane="cuda")
+
+    def close(self) -> None:
+        """Ends the plane, once the worker's GPU is idle. The next step opens another.
+
+        What waits for the server is let go, and means nothing: `finish` steps first.
+        """
+        plane, self._plane = self._plane, None
+        self._unanswered.clear()
+        self._tables.forget()
+        if plane is not None:
+            plane.close()
+
+    def __enter__(self) -> CudaSession:
+        """The session itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes; without an exception, after steps whose every layer was enqueued. Raises what went wrong there."""
+        try:
+            while kind is None and self._unanswered and self._unanswered[0].is_complete:
+                self._take(wait=True)
+        finally:
+            self.close()
+
+    def _settle(self) -> None:
+        """Takes what was answered, and waits where too much is not."""
+        plane = self._plane
+        while self._unanswered and self._take(wait=len(self._unanswered) >= self.MAX_UNANSWERED_STEPS):
+            pass
+        if plane is not None and plane.failure is not None:
+            self.close()
+        elif plane is not None and plane.going_away:
+            reason = plane.going_away
+            self.close()
+            raise Disconnected(f"{reason}; the next step reconnects")
+
+    def _take(self, wait: bool) -> bool:
+        """Takes the answer of the oldest step; False: there is none yet. Raises the step's error."""
+        step = self._unanswered[0]
+        plane = self._plane
+        assert plane is not None
+        answer: Answer | None = plane.answer(step.id, wait)
+        if answer is None:
+            return False
+        self._unanswered.popleft()
+        if answer.reply is None:
+            assert answer.error is not None
+            step.error = answer.error
+            self._fail(answer.error)
+            raise answer.error
+        if answer.reply.takes_deltas:
+            self._tables.accept(step.id)
+        self._timings.queue_us += answer.reply.queue_us
+        self._timings.kernel_us += answer.reply.step_us
+        if answer.reply.backend:
+            name = backend_pb2.Backend.Name(answer.reply.backend)
+            self._timings.backend = name.removeprefix("BACKEND_").lower()
+        return True
+
+    def _fail(self, error: AttndError) -> None:
+        """Ends the plane; what went wrong is told once, and by the `finish` of each step that was not answered."""
+        for step in self._unanswered:
+            step.error = error
+        self.close()
+
+    def _open(self) -> None:
+        if sys.platform != "linux":
+            raise Unsupported(f"plane is cuda, but this process runs on {sys.platform}, and it needs Linux")
+        from attnd.planes.cuda import plane as cuda  # has modules that other systems have not
+
+        gpu = cuda.worker_gpu()
+        request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_CUDA)
+        request.cuda.gpu_uuid = gpu.uuid
+        data = self.cache.transport.unary("OpenPlane", request.SerializeToString(), self.timeout_s)
+        plane = frames.parse(plane_pb2.OpenPlaneResponse, data)
+        self._plane = cuda.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
+        self.plane = "cuda"
+        self._last_step_id = 0
+
+
+class CudaStep:
+    """One forward pass on a cuda plane. Made by `CudaSession.step`."""
+
+    def __init__(self, session: CudaSession, step_id: int, metadata: StepMetadata) -> None:
+        """Not sent yet."""
+        self.id = step_id
+        self.metadata = metadata
+        self.error: AttndError | None = None
+        self._session = session
+        self._plane: CudaPlane | None = None
+        self._layout: StepLayout | None = None
+        self._options: tuple[AttentionOptions, ...] = ()
+        self._next_layer = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `attend` was called for each layer."""
+        return self._next_layer == self._session.cache.config.num_layers
+
+    def opened(self, plane: CudaPlane, layout: StepLayout, options: tuple[AttentionOptions, ...]) -> None:
+        """The step was sent."""
+        self._plane, self._layout, self._options = plane, layout, options
+
+    def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions | None = None) -> Any:
+        """Enqueues attention of one layer on torch's current stream, and returns its output, which comes later.
+
+        Args:
+            layer: of the cache; 0 first, and none left out.
+            q: `[num_tokens, num_heads, head_dim]` of the cache's dtype, on the session's GPU; None in a store-only
+                step.
+            k: `[num_tokens, num_kv_heads, head_dim]`; None in a cache-only step.
+            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step.
+            options: None, or those that the step was opened with for this layer.
+
+        Returns:
+            As `Step.attend`.
+
+        Raises:
+            InvalidRequest: the tensors or the options are not those of this step, or the layer is not the next.
+            AttndError: the plane failed.
+        """
+        started = time.perf_counter()
+        num_layers = self._session.cache.config.num_layers
+        if layer != self._next_layer or layer >= num_layers:
+            rule = (
+                f"on a cuda plane must be the next, {self._next_layer}" if self._next_layer < num_layers else "no more"
+            )
+            raise InvalidRequest(f"layer is {layer}, but {rule} of {num_layers}", field="layer")
+        if self._layout is None:
+            heads = 0 if q is None else q.shape[1]
+            self._session.announce(self, heads, (options or DEFAULT_OPTIONS,))
+        assert self._layout is not None
+        assert self._plane is not None
+        if self._plane.failure is not None:
+            raise self._plane.failure
+        told = self._options[layer if len(self._options) > 1 else 0]
+        if options is not None and options is not told and options.encoded != told.encoded:
+            rule = "must be those that it was opened with; give session.step(..., options=[...]) those of each layer"
+            raise InvalidRequest(f"options of layer {layer} are not those of the step, but {rule}", field="options")
+        output = self._enqueue(layer, q, k, v, told.return_lse)
+        self._next_layer += 1
+        timings, call_us = self._session.timings(), (time.perf_counter() - started) * 1e6
+        timings.num_calls += 1
+        timings.call_us.append(call_us)
+        timings.total_us += call_us
+        return output
+
+    def finish(self) -> None:
+        """Waits until the server has done the whole step, and so the stream up to here all but the last output.
+
+        Raises:
+            AttndError: it failed; outputs of this step mean nothing.
+        """
+        self._session.finish(self)
+
+    def _enqueue(self, layer: int, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
+        from attnd.planes.cuda.plane import check_tensor
+
+        plane, layout = self._plane, self._layout
+        assert plane is not None
+        assert layout is not None
+        torch = sys.modules["torch"]
+        dtype = getattr(torch, DTYPE_NAMES[layout.q.dtype])
+        given = [("q", q, layout.q, self.metadata.store_only)]
+        given += [("k", k, layout.k, self.metadata.cache_only), ("v", v, layout.v, self.metadata.cache_only)]
+        for name, value, _, is_absent in given:
+            if is_absent != (value is None):
+                rule = "must be absent in" if is_absent else "must be given to"
+                raise InvalidRequest(f"{name} is {'given' if is_absent else 'None'}, but {rule} this step", field=name)
+        held = [
+            (place, check_tensor(name, value, place, dtype, plane.torch_device))
+            for name, value, place, is_absent in given
+            if not is_absent
+        ]
+        with plane.stream() as stream:
+            outputs = []
+            if q is not None:
+                outputs.append((layout.output, q.new_empty(layout.output.shape)))
+                if return_lse:
+                    outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=torch.float32)))
+            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
+        if q is None:
+            return None
+        return (outputs[0][1], outputs[1][1]) if return_lse else outputs[0][1]

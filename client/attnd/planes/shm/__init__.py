@@ -1,0 +1,1 @@
+"""The shm plane: tensors lie in host memory that server and client share."""

@@ -1,0 +1,128 @@
+"""The tensors of calls and replies where they lie in a region, and how those of calls like them get there and back.
+
+torch is a peer, never required: tensors of torch are copied by their addresses, which takes half the time of making a
+view of each. What they must have in common with those that lie there was looked at once, when these came.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attnd.protocol.regions import Region
+from attnd.protocol.tensors import Array, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+INPUTS, RESULTS = ("q", "k", "v"), ("output", "lse")
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies; an address is good as long as the region is mapped."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    address: int
+    num_bytes: int
+
+
+class PlacedTensors:
+    """The tensors of a call, or of its reply, that lie in a region.
+
+    Attributes:
+        arrays: views of them, by name.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], names: Sequence[str]) -> None:
+        """`arrays`, of which there are at most those of `names`, lie in a region, or came in a message.
+
+        The region stays mapped as long as this object has them.
+        """
+        self.arrays = arrays
+        # What came in a message cannot be written over, and is not said to be like another.
+        is_placed = not any(array.data.readonly and array.data.nbytes for array in arrays.values())
+        self._torch = sys.modules.get("torch") if is_placed else None
+        self._places = {} if self._torch is None else {name: _place(array) for name, array in arrays.items()}
+        self._in_order = [self._places.get(name) for name in names]
+
+    def fill(self, arrays: Mapping[str, Array]) -> None:
+        """Copies other arrays of the same `key_of` to here."""
+        for name, array in arrays.items():
+            self.arrays[name].data[:] = array.data
+
+    def fill_with_torch(self, *tensors: Any) -> bool:
+        """Copies tensors of torch to here, in the order of `names`, if they are like those that lie here.
+
+        Args:
+            tensors: None for one that there is not.
+
+        Returns:
+            False if any is something else: then none was copied.
+        """
+        if self._torch is None:
+            return False
+        type_of_tensor, pairs = self._torch.Tensor, list(zip(tensors, self._in_order, strict=True))
+        for tensor, place in pairs:
+            if tensor is None or place is None:
+                if tensor is not place:
+                    return False
+            elif not (
+                type(tensor) is type_of_tensor
+                and tensor.shape == place.shape
+                and tensor.dtype is place.dtype
+                and tensor.is_cpu
+                and tensor.is_contiguous()
+            ):
+                return False
+        for tensor, place in pairs:
+            if place is not None:
+                ctypes.memmove(place.address, tensor.data_ptr(), place.num_bytes)
+        return True
+
+    def copies(self, *, as_torch: bool) -> dict[str, Any]:
+        """Copies of all, by name, as tensors of torch or as arrays: what lies here will change."""
+        if not as_torch or self._torch is None:
+            return {name: array._replace(data=memoryview(bytes(array.data))) for name, array in self.arrays.items()}
+        tensors = {}
+        for name, (shape, dtype, address, num_bytes) in self._places.items():
+            tensor = tensors[name] = self._torch.empty(shape, dtype=dtype)
+            ctypes.memmove(tensor.data_ptr(), address, num_bytes)
+        return tensors
+
+
+def place(
+    region: Region, arrays: Mapping[str, Array], start: int, field: str, message: Any, names: Sequence[str]
+) -> PlacedTensors:
+    """Copies arrays to a region, one behind the other, and says in a message where each lies.
+
+    Args:
+        region: where to.
+        arrays: by their fields in `message`.
+        start: offset of the first.
+        field: the name to use in errors.
+        message: of a call or a reply.
+        names: see `PlacedTensors`.
+
+    Raises:
+        InvalidRequest: they do not fit; nothing was copied then.
+    """
+    tensors, views = region.placed(list(arrays.values()), start, field)
+    placed = {}
+    for (name, array), tensor, view in zip(arrays.items(), tensors, views, strict=True):
+        getattr(message, name).CopyFrom(tensor)
+        placed[name] = array._replace(data=view)
+    return PlacedTensors(placed, names)
+
+
+def key_of(arrays: Mapping[str, Array]) -> object:
+    """Equal for calls whose tensors can lie in the same places."""
+    return tuple((name, array.dtype, array.shape) for name, array in arrays.items())
+
+
+def _place(array: Array) -> _Place:
+    num_bytes = array.data.nbytes
+    address = ctypes.addressof(ctypes.c_char.from_buffer(array.data)) if num_bytes else 0
+    return _Place(array.shape, torch_dtype(array.dtype), address, num_bytes)

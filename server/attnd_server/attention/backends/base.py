@@ -1,0 +1,159 @@
+"""The interface of a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Decode steps that one fixed plan serves.
+
+    Attributes:
+        num_reqs: most requests of a step.
+        query_len: new tokens of each request.
+        max_context_len: most cached tokens of a request.
+    """
+
+    num_reqs: int
+    query_len: int
+    max_context_len: int
+
+
+class FixedPlan(Protocol):
+    """A plan whose launches never change: steps are written into its buffers, so its launches can be captured once.
+
+    All calls belong on one stream. Of a plan's layers, none may be launched for a step before `update` with it.
+    """
+
+    @property
+    def shape(self) -> DecodeShape:
+        """The steps that it serves."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the device that its buffers take."""
+
+    def refusal(self, metadata: AttentionMetadata) -> str | None:
+        """None, or the reason why a step does not fit, for people."""
+
+    def update(self, metadata: AttentionMetadata) -> None:
+        """Makes a step that fits the one that `run` computes: one copy and one launch.
+
+        What was launched for earlier steps may still be queued. Waits for the device only where it would be two updates
+        ahead.
+        """
+
+    def run(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
+    ) -> None:
+        """Attention of one layer. Only launches, with the same arguments for every step: a CUDA graph can keep them.
+
+        Args:
+            output: `[num_reqs * query_len, num_heads, head_dim_v]` of the shape in q's dtype, contiguous; the rows of
+                requests that the step does not have are left alone.
+            lse: float32 `[num_reqs * query_len, num_heads]`, likewise; None unless `options.return_lse`.
+            q: `[num_reqs * query_len, num_heads, head_dim]`, contiguous. Rows of requests that the step does not have
+                may hold anything; so may those of k and v.
+            k: `[num_reqs * query_len, num_kv_heads, head_dim]`, contiguous.
+            v: `[num_reqs * query_len, num_kv_heads, head_dim_v]`, contiguous.
+            k_pages: see `AttentionKernel.run`, as for the rest.
+            v_pages: likewise.
+            k_scales: likewise.
+            v_scales: likewise.
+        """
+
+
+class AttentionKernel(Protocol):
+    """One way of computing the attention of a step.
+
+    `plan` runs once per step and kind of layer, `run` once per layer. Inputs are valid: nothing is checked again.
+    """
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """Its name."""
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a request's output bits never depend on what shares its batch, if `KVSplitConfig` asks for that."""
+
+    def supports(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> str | None:
+        """None, or the reason why this step cannot be served, for people."""
+
+    def supports_context_length(self, num_tokens: int) -> bool:
+        """Whether a request may have `num_tokens` of context."""
+
+    def plan(
+        self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
+    ) -> Any:
+        """What `run` needs and every layer with these options shares."""
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> FixedPlan | str:
+        """A plan for all decode steps of a shape, or the reason why this backend has none, for people.
+
+        It takes its memory, compiles and waits for the device: make it before there is work. Its steps get the bits of
+        `plan` and `run`.
+        """
+
+    def run(
+        self,
+        plan: Any,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one layer. Writes nothing but its results.
+
+        New tokens that have a slot are stored there already; those without are in `k` and `v` alone.
+
+        Args:
+            plan: from `plan`.
+            q: `[num_tokens, num_heads, head_dim]`.
+            k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
+            v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
+            k_pages: the layer's K, of shape `config.k_shape`.
+            v_pages: the layer's V, of shape `config.v_shape`.
+            k_scales: float32 `[num_kv_heads]` on the pages' device, by which what K's pages hold is multiplied; None:
+                pages are not scaled.
+            v_scales: likewise for V.
+
+        Returns:
+            output `[num_tokens, num_heads, head_dim_v]` in q's dtype, and lse float32 `[num_tokens, num_heads]` if
+            `options.return_lse`, else None. A row that sees nothing has zeros and -inf.
+        """
+
+
+@runtime_checkable
+class ShiftsPages(AttentionKernel, Protocol):
+    """A kernel that can have requests of several caches in one step, if their pages lie in one tensor."""
+
+    def shifted(self, plan: Any, page_offsets: torch.Tensor) -> Any:
+        """The plan with a number added to each request's page ids, for `run`.
+
+        Args:
+            plan: from `plan`, or what the last `shifted` gave. It is not to be run any more.
+            page_offsets: int32 `[num_reqs]` on the device, to be added to the ids that were planned with. No page that
+                holds context is absent.
+        """

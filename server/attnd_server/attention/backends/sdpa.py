@@ -1,0 +1,211 @@
+"""Backend `sdpa`: torch's scaled_dot_product_attention over gathered pages. Fast on a processor.
+
+Prefill without context gathers nothing and has no masks: on a GPU, cuDNN's kernel serves it, or FlashAttention.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.dense_prefill import dense_prefill
+from attnd_server.attention.backends.gather import Part, mask_elements, split
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
+from attnd_server.attention.kernels.pages import read_kv
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+
+MAX_MASK_ELEMENTS = 2**30
+"""Most elements of all masks of a step, a byte each."""
+
+# What serves dense prefill on a GPU, the fastest first: each takes grouped heads and a causal flag, but no mask.
+_DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    parts: list[Part]
+    is_one_part: bool  # with all rows in their order
+    num_tokens: int
+    layout: Layout
+    dtype: torch.dtype  # to multiply in
+    scale: float
+    head_dim_v: int
+    enable_gqa: bool
+    is_dense_on_gpu: bool
+
+
+class SdpaAttention:
+    """Serves steps without softcap, ALiBi, sinks and lse. Every part of a step (see `gather`) is one call of torch.
+
+    Not batch-invariant: contexts are padded to the longest of their part, which changes the order of sums.
+    """
+
+    backend = AttentionBackend.SDPA
+    batch_invariant = False
+
+    def supports(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> str | None:
+        """None, or the option that torch's function does not have."""
+        for name, asked in (
+            ("softcap", options.softcap != 0),
+            ("alibi_slopes", options.alibi_slopes is not None),
+            ("sinks", options.sinks is not None),
+            ("return_lse", options.return_lse),
+        ):
+            if asked:
+                return f"torch's scaled_dot_product_attention has no {name}"
+        elements = mask_elements(config, metadata, options)
+        if elements > MAX_MASK_ELEMENTS:
+            return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
+        return None
+
+    def supports_context_length(self, num_tokens: int) -> bool:
+        """True: memory is the only limit."""
+        return True
+
+    def plan(
+        self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
+    ) -> _Plan:
+        """The parts of the step with their slots and masks."""
+        dense = dense_prefill(config, metadata, options, device)
+        parts = split(config, metadata, options, device) if dense is None else dense
+        return _Plan(
+            parts=parts,
+            is_one_part=len(parts) == 1 and isinstance(parts[0].rows, slice),
+            num_tokens=metadata.num_tokens,
+            layout=config.layout,
+            dtype=config.precision.dtype(config.dtype),
+            scale=options.scale,
+            head_dim_v=config.head_dim_v,
+            # On a GPU only the kernels that take no mask know grouped heads; with a mask torch would hold all scores.
+            enable_gqa=device.type == "cpu" or dense is not None,
+            is_dense_on_gpu=device.type != "cpu" and dense is not None,
+        )
+
+    def fixed_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> str:
+        """None: the reason."""
+        return "it gathers the pages of each step anew"
+
+    def run(
+        self,
+        plan: _Plan,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one layer; see `AttentionKernel.run`."""
+        if plan.is_one_part:
+            return _run_part(plan, plan.parts[0], q, k, v, k_pages, v_pages, k_scales, v_scales), None
+        output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
+        for part in plan.parts:
+            output[part.rows] = _run_part(plan, part, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return output, None
+
+
+def _run_part(
+    plan: _Plan,
+    part: Part,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
+    if part.side_by_side is not None:
+        return _attend_in_place(plan, part.side_by_side, q, k_pages, v_pages)
+    if part.slots is not None:
+        keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout, plan.dtype, k_scales, v_scales)
+        keys, values = _by_request(keys, part), _by_request(values, part)
+        if k is not None and v is not None:
+            keys[:, part.num_cached :] = _by_request(k[part.new_rows], part)
+            values[:, part.num_cached :] = _by_request(v[part.new_rows], part)
+    elif k is not None and v is not None:
+        keys, values = _by_request(k[part.new_rows], part), _by_request(v[part.new_rows], part)
+        if part.unused is not None:
+            keys, values = keys.clone(), values.clone()
+    if part.unused is not None:  # 0 * NaN is NaN, whatever the mask
+        keys.flatten(0, 1).index_fill_(0, part.unused, 0)
+        values.flatten(0, 1).index_fill_(0, part.unused, 0)
+    output = _attend(plan, part, _by_request(q[part.rows], part), keys, values)
+    if part.blind is not None:
+        output = output.masked_fill(part.blind, 0)
+    return output.flatten(0, 1).to(q.dtype)
+
+
+def _attend_in_place(
+    plan: _Plan, slots: slice, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one token to slots that follow each other in unified pages, `[1, num_heads, head_dim_v]`.
+
+    With as few operations of torch as there can be: each costs what a dozen keys cost.
+    """
+    _, num_heads, head_dim = q.shape
+    queries = q.reshape(1, k_pages.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
+    keys, values = (_heads_of_slots(pages, slots) for pages in (k_pages, v_pages))
+    if plan.dtype is not q.dtype:
+        queries, keys, values = queries.to(plan.dtype), keys.to(plan.dtype), values.to(plan.dtype)
+    output = scaled_dot_product_attention(queries, keys, values, scale=plan.scale)
+    return output.reshape(1, num_heads, plan.head_dim_v).to(q.dtype)
+
+
+def _heads_of_slots(pages: torch.Tensor, slots: slice) -> torch.Tensor:
+    """A view of slots that follow each other in unified pages: `[1, num_kv_heads, num_slots, head_dim]`."""
+    _, _, num_kv_heads, head_dim = pages.shape
+    slot = num_kv_heads * head_dim
+    shape = (1, num_kv_heads, slots.stop - slots.start, head_dim)
+    return pages.as_strided(shape, (0, head_dim, slot, 1), pages.storage_offset() + slots.start * slot)
+
+
+def _by_request(tokens: torch.Tensor, part: Part) -> torch.Tensor:
+    """`[num_reqs * num, num_heads, head_dim]` as `[num_reqs, num, num_heads, head_dim]`."""
+    return tokens.view(part.num_reqs, -1, tokens.shape[1], tokens.shape[2])
+
+
+def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Dense attention, `[num_reqs, num_rows, num_heads, head_dim_v]`.
+
+    Args:
+        plan: of the step.
+        part: of the step.
+        queries: `[num_reqs, num_rows, num_heads, head_dim]`.
+        keys: `[num_reqs, num_keys, num_kv_heads, head_dim]`.
+        values: `[num_reqs, num_keys, num_kv_heads, head_dim_v]`.
+    """
+    num_reqs, num_rows, num_heads, _ = queries.shape
+    num_kv_heads = keys.shape[2]
+    keys, values = keys.to(plan.dtype).transpose(1, 2), values.to(plan.dtype).transpose(1, 2)
+    queries = queries.to(plan.dtype)
+    if num_rows == 1:
+        # The query heads of a KV head become rows: all see the same keys, and nothing is copied.
+        queries = queries.view(num_reqs, num_kv_heads, num_heads // num_kv_heads, -1)
+        output = scaled_dot_product_attention(queries, keys, values, attn_mask=part.mask, scale=plan.scale)
+        return output.reshape(num_reqs, 1, num_heads, plan.head_dim_v)
+    if not plan.enable_gqa:
+        keys, values = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (keys, values))
+    kernels: AbstractContextManager[None] = nullcontext()
+    if plan.is_dense_on_gpu:
+        kernels = sdpa_kernel(_DENSE_KERNELS, set_priority=True)
+    with kernels:
+        output = scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=part.mask,
+            is_causal=part.is_causal,
+            scale=plan.scale,
+            enable_gqa=plan.enable_gqa,
+        )
+    return output.transpose(1, 2)

@@ -1,0 +1,117 @@
+"""Reads K and V at slots: the Triton twin of `pages.read_kv`, in one launch.
+
+A program reads a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
+multiplied by their head's scale in float32 and rounded, bit for bit as torch does it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attnd_server.attention.config import DISTINCT_LANES, Layout
+from attnd_server.attention.kernels.store import slot_offsets, slot_tile
+
+_LANES = tl.constexpr(DISTINCT_LANES)
+
+
+@triton.jit
+def _write_piece(
+    read, values, scales, tokens, elements, exists,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """What the pages hold of elements `elements` of tokens `tokens`, `[TOKENS, PIECE]`, into the result."""
+    if SCALED:
+        heads = elements // HEAD_DIM
+        scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)
+        values = values.to(tl.float32) * scale[None, :]
+    # int64: a result may hold more than 2^31 elements.
+    targets = tokens.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :]
+    tl.store(read + targets, values.to(read.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _read_kernel(
+    k, v,
+    k_pages, v_pages, slot_mapping, k_scales, v_scales, num_tokens,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DISTINCT: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    elements = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    slots = tl.load(slot_mapping + tokens, mask=tokens < num_tokens, other=0)
+    k_exists = (tokens < num_tokens)[:, None] & (elements < KV_HEADS * HEAD_DIM)[None, :]
+    v_exists = (tokens < num_tokens)[:, None] & (elements < KV_HEADS * HEAD_DIM_V)[None, :]
+    k_offsets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
+    v_offsets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    # Both loads first, so that they wait for memory together.
+    stored_k = tl.load(k_pages + k_offsets, mask=k_exists)
+    stored_v = tl.load(v_pages + v_offsets, mask=v_exists)
+    _write_piece(k, stored_k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, SCALED)
+    _write_piece(v, stored_v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, SCALED)
+
+
+def read_kv(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies the K and V of slots out of one layer's pages. All tensors lie on one device.
+
+    Args:
+        k_pages: one layer's K, contiguous.
+        v_pages: one layer's V, contiguous.
+        slots: int64 `[num_tokens]`, contiguous, each of them in the cache: nothing else is looked at.
+        layout: of the pages.
+        dtype: of the results.
+        k_scales: float32 `[num_kv_heads]`, or None: neither K nor V is scaled.
+        v_scales: likewise for V.
+
+    Returns:
+        New contiguous tensors `[num_tokens, num_kv_heads, head_dim]` and `[num_tokens, num_kv_heads, head_dim_v]`.
+    """
+    num_tokens = len(slots)
+    page_size, num_kv_heads, head_dim, head_dim_v = _sizes(k_pages, v_pages, layout)
+    k = k_pages.new_empty(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    v = k_pages.new_empty(num_tokens, num_kv_heads, head_dim_v, dtype=dtype)
+    if not num_tokens:
+        return k, v
+    row = num_kv_heads * max(head_dim, head_dim_v)
+    # As in the store: the same bytes go the other way.
+    tokens, piece = slot_tile(layout, row, dtype.itemsize)
+    with torch.cuda.device_of(k_pages):
+        _read_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
+            k,
+            v,
+            k_pages,
+            v_pages,
+            slots,
+            k_scales,
+            v_scales,
+            num_tokens,
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=head_dim_v,
+            PAGE_SIZE=page_size,
+            DISTINCT=layout is Layout.DISTINCT,
+            SCALED=k_scales is not None,
+            TOKENS=tokens,
+            PIECE=piece,
+            num_warps=4,
+        )
+    return k, v
+
+
+def _sizes(k_pages: torch.Tensor, v_pages: torch.Tensor, layout: Layout) -> tuple[int, int, int, int]:
+    """Slots of a page, KV heads, and elements of a head of K and of V."""
+    if layout is Layout.UNIFIED:
+        _, page_size, num_kv_heads, head_dim = k_pages.shape
+        return page_size, num_kv_heads, head_dim, v_pages.shape[3]
+    _, num_kv_heads, groups, page_size, lanes = k_pages.shape
+    return page_size, num_kv_heads, groups * lanes, v_pages.shape[2]

@@ -1,0 +1,209 @@
+"""Moves K and V between token order and pages, in PyTorch, on any device.
+
+Token order is `[num_tokens, num_kv_heads, head_dim]`. Pages lie in one of two layouts (see `Layout`): in the unified
+one a slot is one row of memory; in the distinct one K is cut into groups of `DISTINCT_LANES` elements and V is
+transposed within a page, so that a slot is scattered. Offsets are int64: a cache may hold more than 2**31 elements.
+
+FP8 pages have scales, float32 `[num_kv_heads]` on their device: see `quantised` and `dequantised`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
+
+FP8_MAX = torch.finfo(FP8).max
+
+
+class StoredTokens(NamedTuple):
+    """Which tokens of a step are stored, and where: the same for all its layers.
+
+    Attributes:
+        slots: int64 `[num_tokens]` on the pages' device; -1 for tokens that are not stored.
+        tokens: int64 `[num_stored]` on the pages' device, the tokens with a slot; None if every token has one.
+        first_slot: the first of the slots, if the pages are on the host, every token has a slot, and these follow each
+            other; None elsewhere.
+    """
+
+    slots: torch.Tensor
+    tokens: torch.Tensor | None = None
+    first_slot: int | None = None
+
+
+def stored_tokens(slot_mapping: torch.Tensor, device: torch.device | str) -> StoredTokens:
+    """Copies slots to the device: once per step.
+
+    Args:
+        slot_mapping: int64 `[num_tokens]` on the host; no slot twice, -1 for tokens that are not stored.
+        device: of the pages.
+    """
+    kept = slot_mapping >= 0
+    if not kept.all():
+        return StoredTokens(slot_mapping.to(device), kept.nonzero().squeeze(1).to(device))
+    follow = torch.device(device).type == "cpu" and len(slot_mapping) > 0 and bool((slot_mapping.diff() == 1).all())
+    return StoredTokens(slot_mapping.to(device), None, int(slot_mapping[0]) if follow else None)
+
+
+def quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What FP8 pages store: `tokens / scales`, clamped to what FP8 holds and rounded to the nearest.
+
+    Args:
+        tokens: `[num_tokens, num_kv_heads, head_dim]`. NaN stays NaN; an infinity becomes the largest number.
+        scales: float32 `[num_kv_heads]`.
+    """
+    # Clamped because torch and the GPUs do not agree on what the cast does beyond the largest number.
+    return (tokens.float() / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `quantised` tokens are read as: times `scales` in float32, then rounded to `dtype`."""
+    return (tokens.float() * scales[:, None]).to(dtype)
+
+
+def store_kv(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    stored: StoredTokens,
+    layout: Layout,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+) -> None:
+    """Writes each stored token's K and V into its slot.
+
+    Args:
+        k_pages: one layer's K, contiguous, written in place.
+        v_pages: one layer's V, contiguous, written in place.
+        k: `[num_tokens, num_kv_heads, head_dim]` on the pages' device.
+        v: `[num_tokens, num_kv_heads, head_dim_v]` on the pages' device.
+        stored: which tokens, and where.
+        layout: of the pages.
+        k_scales: float32 `[num_kv_heads]` on the pages' device for FP8 pages, else None: the pages have k's type.
+        v_scales: likewise for V.
+    """
+    slots, tokens, first_slot = stored
+    if first_slot is not None and k_scales is None and layout is Layout.UNIFIED:
+        _copy_rows(k_pages, k, first_slot)
+        _copy_rows(v_pages, v, first_slot)
+        return
+    if tokens is not None:
+        k, v, slots = k[tokens], v[tokens], slots[tokens]
+    if k_scales is not None and v_scales is not None:
+        k, v = _bytes(quantised(k, k_scales)), _bytes(quantised(v, v_scales))
+        k_pages, v_pages = _bytes(k_pages), _bytes(v_pages)
+    if layout is Layout.UNIFIED:
+        _rows(k_pages).index_copy_(0, slots, k)
+        _rows(v_pages).index_copy_(0, slots, v)
+        return
+    page, offset = _split(slots, v_pages.shape[3])
+    k_pages[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
+    v_pages[page, :, :, offset] = v
+
+
+def _copy_rows(pages: torch.Tensor, tokens: torch.Tensor, first_slot: int) -> None:
+    """Copies tokens to slots that follow each other in unified pages on the host.
+
+    By address: torch's own copies of a token or two take four times as long.
+    """
+    tokens, num_bytes = tokens.contiguous(), tokens.nbytes
+    ctypes.memmove(pages.data_ptr() + first_slot * (num_bytes // len(tokens)), tokens.data_ptr(), num_bytes)
+
+
+def read_kv(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies the K and V of slots out of one layer's pages.
+
+    Args:
+        k_pages: one layer's K, contiguous.
+        v_pages: one layer's V, contiguous.
+        slots: int64 `[num]` on the pages' device, each of them in the cache.
+        layout: of the pages.
+        dtype: of the results.
+        k_scales: float32 `[num_kv_heads]` on the pages' device, or None: the pages are not scaled.
+        v_scales: likewise for V.
+
+    Returns:
+        New contiguous tensors `[num, num_kv_heads, head_dim]` and `[num, num_kv_heads, head_dim_v]`.
+    """
+    k, v = _bytes(k_pages), _bytes(v_pages)
+    if layout is Layout.UNIFIED:
+        k, v = _rows(k).index_select(0, slots), _rows(v).index_select(0, slots)
+    else:
+        page, offset = _split(slots, v.shape[3])
+        k, v = k[page, :, :, offset].flatten(2).contiguous(), v[page, :, :, offset].contiguous()
+    return _read(k.view(k_pages.dtype), dtype, k_scales), _read(v.view(v_pages.dtype), dtype, v_scales)
+
+
+def gather_pages(
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Copies whole pages of one layer into token order.
+
+    Args:
+        pages: one layer's K or V.
+        page_ids: int64 `[num]` on the pages' device. -1 gives some page's tokens, which the caller masks.
+        layout: of the pages.
+        dtype: of the result.
+        scales: float32 `[num_kv_heads]` on the pages' device, or None: the pages are not scaled.
+
+    Returns:
+        A new contiguous tensor `[num * page_size, num_kv_heads, head_dim]`.
+    """
+    gathered = _bytes(pages).index_select(0, page_ids.clamp(min=0))
+    if layout is Layout.DISTINCT:
+        if gathered.dim() == 5:  # K: [num, num_kv_heads, head_dim // lanes, page_size, lanes]
+            gathered = gathered.permute(0, 3, 1, 2, 4).flatten(3)
+        else:  # V: [num, num_kv_heads, head_dim_v, page_size]
+            gathered = gathered.permute(0, 3, 1, 2)
+    return _read(gathered.flatten(0, 1).contiguous().view(pages.dtype), dtype, scales)
+
+
+def copy_pages(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+) -> None:
+    """Copies whole pages in every layer.
+
+    Args:
+        k_pages: K of all layers, `[num_layers, num_pages, ...]` in either layout, written in place.
+        v_pages: V of all layers, likewise.
+        source_pages: int64 `[num_copies]`, pages to read.
+        target_pages: int64 `[num_copies]`, pages to write; none twice and none that is also read.
+    """
+    for pages in (_bytes(k_pages), _bytes(v_pages)):
+        source, target = source_pages.to(pages.device), target_pages.to(pages.device)
+        pages.index_copy_(1, target, pages.index_select(1, source))
+
+
+def _read(tokens: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None) -> torch.Tensor:
+    return tokens.to(dtype) if scales is None else dequantised(tokens, scales, dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Quota memory."""
+    return tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
+
+
+def _rows(pages: torch.Tensor) -> torch.Tensor:
+    """Unified pages as one row per slot: `[num_slots, num_kv_heads, head_dim]`, sharing memory."""
+    return pages.view(-1, pages.shape[2], pages.shape[3])
+
+
+def _split(slots: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and offset in it of each slot."""
+    return slots // page_size, slots % page_size

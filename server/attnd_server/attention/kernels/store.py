@@ -1,0 +1,135 @@
+"""Stores K and V of new tokens in their slots: the Triton twin of `pages.store_kv`, in one launch.
+
+A program moves a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
+quantised to FP8 bit for bit as torch does it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
+from attnd_server.attention.kernels.pages import FP8_MAX
+
+_LANES = tl.constexpr(DISTINCT_LANES)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+# Bytes of K that a program moves, and of V, in the unified layout: 16 for each of its 128 threads. The fastest on an
+# H200 from 1 token to 16,384 of 8 heads x 128, or as good.
+_UNIFIED_BYTES = 2048
+# Tokens and elements of a token that a program moves in the distinct layout, likewise. There V of one token is
+# scattered, and only tokens of one page lie side by side.
+_DISTINCT_TILE = (16, 64)
+
+
+@triton.jit
+def _load_piece(
+    new, scales, tokens, elements, exists, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, QUANTISED: tl.constexpr
+):
+    """Elements `elements` of tokens `tokens`, `[TOKENS, PIECE]`, as they are to be stored."""
+    # int64: a step's k may hold more than 2^31 elements.
+    values = tl.load(new + tokens.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :], mask=exists)
+    if QUANTISED:
+        heads = elements // HEAD_DIM
+        scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)
+        scale = tl.broadcast_to(scale[None, :], values.shape)
+        scaled = tl.math.div_rn(values.to(tl.float32), scale)  # `/` would not round as torch does
+        # Comparisons keep NaN.
+        scaled = tl.where(scaled > _FP8_MAX, _FP8_MAX, tl.where(scaled < -_FP8_MAX, -_FP8_MAX, scaled))
+        values = scaled.to(tl.float8e4nv)
+    return values
+
+
+@triton.jit
+def slot_offsets(
+    slots, elements, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LANES: tl.constexpr
+):
+    """Where elements `elements` of int64 slots `slots` lie in the pages. LANES: of the distinct layout; 0: unified."""
+    # Slots are int64 because a layer's pages may hold more than 2^31 elements.
+    if LANES == 0:
+        return slots[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :]
+    heads, dims = elements // HEAD_DIM, elements % HEAD_DIM
+    in_page = heads * (HEAD_DIM * PAGE_SIZE) + dims // LANES * (PAGE_SIZE * LANES) + dims % LANES
+    of_slots = slots // PAGE_SIZE * (KV_HEADS * HEAD_DIM * PAGE_SIZE) + slots % PAGE_SIZE * LANES
+    return of_slots[:, None] + in_page[None, :]
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _store_kernel(
+    k_pages, v_pages,
+    k, v, slot_mapping, k_scales, v_scales, num_tokens,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DISTINCT: tl.constexpr, QUANTISED: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    elements = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    slots = tl.load(slot_mapping + tokens, mask=tokens < num_tokens, other=-1)
+    k_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM)[None, :]
+    v_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM_V)[None, :]
+    # Both loads first, so that they wait for memory together.
+    new_k = _load_piece(k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, QUANTISED)
+    new_v = _load_piece(v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, QUANTISED)
+    k_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
+    v_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    tl.store(k_pages + k_targets, new_k, mask=k_exists)
+    tl.store(v_pages + v_targets, new_v, mask=v_exists)
+
+
+def store_kv(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: Layout,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
+) -> None:
+    """Writes each token's K and V into its slot. All tensors lie on one device.
+
+    Args:
+        k_pages: one layer's K, contiguous, written in place.
+        v_pages: one layer's V, contiguous, written in place.
+        k: `[num_tokens, num_kv_heads, head_dim]`.
+        v: `[num_tokens, num_kv_heads, head_dim_v]`.
+        slot_mapping: int64 `[num_tokens]`; no slot twice, -1 for tokens that are not stored.
+        layout: of the pages.
+        k_scales: float32 `[num_kv_heads]` for FP8 pages, else None: the pages have k's type.
+        v_scales: likewise for V.
+    """
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if not num_tokens:
+        return
+    row = num_kv_heads * max(head_dim, v.shape[2])
+    tokens, piece = slot_tile(layout, row, k.element_size())
+    with torch.cuda.device_of(k):
+        _store_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
+            k_pages,
+            v_pages,
+            k.contiguous(),
+            v.contiguous(),
+            slot_mapping,
+            k_scales,
+            v_scales,
+            num_tokens,
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_V=v.shape[2],
+            PAGE_SIZE=v_pages.shape[3 if layout is Layout.DISTINCT else 1],
+            DISTINCT=layout is Layout.DISTINCT,
+            QUANTISED=k_pages.dtype is FP8,
+            TOKENS=tokens,
+            PIECE=piece,
+            num_warps=4,
+        )
+
+
+def slot_tile(layout: Layout, row: int, itemsize: int) -> tuple[int, int]:
+    """Tokens and elements of a token that a program moves, for tokens of `row` elements; powers of two."""
+    if layout is Layout.DISTINCT:
+        return _DISTINCT_TILE
+    elements = _UNIFIED_BYTES // itemsize
+    piece = min(triton.next_power_of_2(row), elements)
+    return elements // piece, piece

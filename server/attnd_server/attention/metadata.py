@@ -1,0 +1,260 @@
+"""A step and the options of a layer, after validation: shapes and ranges are facts from here on.
+
+And whether this thread is warming up: preparing for steps that are yet to come, instead of serving one.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attnd_server.attention.config import AttentionBackend
+
+MOST_COLUMN = (1 << 30) - 1
+"""Greatest number among the columns of a request; beyond any position, since contexts end at 2^29 tokens."""
+
+REQUEST_COLUMNS = (
+    "valid_lens",
+    "context_lens",
+    "block_sizes",
+    "prefix_lens",
+    "padded_prefix_lens",
+    "hole_starts",
+    "hole_ends",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """A step's validated metadata, on the host.
+
+    Everything that the masks of design differ in is reduced to four numbers per request: `block_sizes`, `prefix_lens`,
+    `padded_prefix_lens` and the hole. See `new_token_limits`.
+
+    Attributes:
+        is_decode: every request has the same number of new tokens.
+        num_tokens: rows of q, k and v.
+        cu_seqlens_q: int64 `[num_reqs + 1]`; request r has the new tokens `[cu_seqlens_q[r], cu_seqlens_q[r + 1])`.
+        context_lens: int64 `[num_reqs]`, cached tokens.
+        page_tables: int32 or int64 `[num_reqs, max_pages]`; -1 is no page. Pages past the context may hold any id or
+            -1.
+        slot_mapping: int64 `[num_tokens]` with -1 for tokens that are not stored, or None: nothing is stored.
+        valid_lens: int64 `[num_reqs]`, new tokens that count.
+        block_sizes: int64 `[num_reqs]`; 1 is causal, 0 is bidirectional.
+        prefix_lens: int64 `[num_reqs]`; 0 unless the request's mask is prefix-full.
+        padded_prefix_lens: int64 `[num_reqs]`; likewise, at least prefix_lens.
+        hole_starts: int64 `[num_reqs]`; cached positions in [hole_starts, hole_ends) are not seen.
+        hole_ends: int64 `[num_reqs]`.
+        cache_only: new tokens are neither seen nor stored; calls have q only.
+        store_only: calls have k and v only and return nothing.
+    """
+
+    is_decode: bool
+    num_tokens: int
+    cu_seqlens_q: torch.Tensor
+    context_lens: torch.Tensor
+    page_tables: torch.Tensor
+    slot_mapping: torch.Tensor | None
+    valid_lens: torch.Tensor
+    block_sizes: torch.Tensor
+    prefix_lens: torch.Tensor
+    padded_prefix_lens: torch.Tensor
+    hole_starts: torch.Tensor
+    hole_ends: torch.Tensor
+    cache_only: bool = False
+    store_only: bool = False
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests of the step."""
+        return self.context_lens.shape[0]
+
+    @cached_property
+    def columns(self) -> npt.NDArray[np.int32]:
+        """The numbers of each request that kernels go by: `[len(REQUEST_COLUMNS), num_reqs]`.
+
+        None is greater than `MOST_COLUMN`, so that sums of two fit: greater ones mean the same, being past any token.
+        """
+        arrays = [getattr(self, name).numpy() for name in REQUEST_COLUMNS]
+        columns: npt.NDArray[np.int64] = np.minimum(np.concatenate(arrays), MOST_COLUMN)
+        return columns.astype(np.int32).reshape(len(arrays), -1)
+
+    @cached_property
+    def query_lens(self) -> list[int]:
+        """New tokens of each request."""
+        return torch.diff(self.cu_seqlens_q).tolist()
+
+    @cached_property
+    def max_context_len(self) -> int:
+        """The longest context, in tokens; 0 if there is no request."""
+        return int(self.context_lens.max()) if self.num_reqs else 0
+
+    @cached_property
+    def first_absent_pages(self) -> torch.Tensor | None:
+        """The first column of each request's page table without a page: int64 `[num_reqs]`; None if none has any."""
+        tables = self.page_tables.numpy()
+        if not tables.size or tables.min() >= 0:
+            return None
+        is_absent = tables < 0
+        first = is_absent.argmax(axis=1)  # 0 where there is none
+        first[~is_absent[np.arange(len(first)), first]] = tables.shape[1]
+        return torch.from_numpy(first)
+
+    def has_absent_pages(self, page_size: int) -> bool:
+        """Whether a page of `page_size` tokens that holds context is absent from the page tables."""
+        first = self.first_absent_pages
+        return first is not None and bool((first * page_size < self.context_lens).any())
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionOptions:
+    """What a layer computes besides softmax(scale * q k) v. Compared by identity, so that plans can be kept by it.
+
+    Attributes:
+        num_heads: query heads of the call.
+        scale: factor of q.k.
+        softcap: score becomes softcap * tanh(score / softcap); 0 is off.
+        window: a token at p sees no position j with p - j >= window; 0 is off.
+        alibi_slopes: float32 `[num_heads]` on the host, or None.
+        sinks: float32 `[num_heads]` on the host, or None.
+        return_lse: also return lse.
+        backend: backend of the call; None: the cache's.
+    """
+
+    num_heads: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    alibi_slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    return_lse: bool = False
+    backend: AttentionBackend | None = None
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for options that compute the same, and to be kept by where an object does not live long enough."""
+        arrays = [None if array is None else array.numpy().tobytes() for array in (self.alibi_slopes, self.sinks)]
+        scale = torch.tensor(self.scale, dtype=torch.float32).item()  # as it travels; a default did not
+        return (self.num_heads, scale, self.softcap, self.window, *arrays, self.return_lse, self.backend)
+
+
+def decode_step(num_reqs: int, query_len: int, context_len: int = 0, page_size: int = 1) -> AttentionMetadata:
+    """A causal decode step that stores nothing, all requests alike and every page id 0: to plan and compile with.
+
+    Its page tables take no memory, however long the context.
+    """
+    lens = torch.full((num_reqs,), query_len)
+    zeros = torch.zeros(num_reqs, dtype=torch.int64)
+    return AttentionMetadata(
+        is_decode=True,
+        num_tokens=num_reqs * query_len,
+        cu_seqlens_q=torch.arange(num_reqs + 1) * query_len,
+        context_lens=zeros + context_len,
+        page_tables=torch.zeros(1, 1, dtype=torch.int64).expand(num_reqs, max(1, -(-context_len // page_size))),
+        slot_mapping=None,
+        valid_lens=lens,
+        block_sizes=torch.ones_like(lens),
+        prefix_lens=zeros,
+        padded_prefix_lens=zeros,
+        hole_starts=zeros,
+        hole_ends=zeros,
+    )
+
+
+_warm_up = threading.local()
+
+
+def set_warming_up(is_warming_up: bool) -> None:
+    """Says whether this thread is warming up. Others serve callers meanwhile, so that it is each thread's own."""
+    _warm_up.is_on = is_warming_up
+
+
+def is_warming_up() -> bool:
+    """Whether this thread is warming up: what it launches now serves no caller, it compiles or is captured."""
+    return getattr(_warm_up, "is_on", False)
+
+
+def reset_warming_up() -> None:
+    """Ends this thread's warm-up."""
+    set_warming_up(False)
+
+
+def new_token_limits(
+    positions: torch.Tensor,
+    block_size: torch.Tensor | int,
+    prefix_len: torch.Tensor | int,
+    padded_prefix_len: torch.Tensor | int,
+) -> torch.Tensor:
+    """First position that a token does not see among the new tokens; the one mask family, on the host.
+
+    The sizes are those of one request, or tensors that broadcast against `positions` for several.
+
+    Args:
+        positions: int64 `[...]`, absolute positions of the tokens.
+        block_size: of the request; 1 is causal, 0 is bidirectional.
+        prefix_len: of the request; 0 unless prefix-full.
+        padded_prefix_len: of the request; 0 unless prefix-full.
+
+    Returns:
+        int64 like `positions`, exclusive limits.
+    """
+    block_size = torch.as_tensor(block_size)
+    limits = (positions // block_size.clamp(min=1) + 1) * block_size
+    limits = torch.where(positions < padded_prefix_len, padded_prefix_len, limits)
+    limits = torch.where(positions < prefix_len, prefix_len, limits)
+    return torch.where(block_size == 0, torch.iinfo(torch.int64).max, limits)
+
+
+def visible(
+    metadata: AttentionMetadata,
+    request: int,
+    window: int,
+    first_position: int = 0,
+    page_size: int = 1,
+    first_token: int = 0,
+    end_token: int | None = None,
+) -> torch.Tensor:
+    """What each new token of a request sees: the specification of every mask.
+
+    Args:
+        metadata: the step.
+        request: index of the request.
+        window: sliding window in tokens; 0 is off.
+        first_position: cached positions before it are left out of the answer (a window excludes them anyway).
+        page_size: token slots of a page of `page_tables`.
+        first_token: first new token that gets a row.
+        end_token: new token before which the rows end; None is the last.
+
+    Returns:
+        bool `[num_rows, num_cached + num_new]` on the host: cached positions `[first_position, context_len)`, then the
+        new tokens. Without the new tokens if the step is cache-only. Rows past `valid` see nothing.
+    """
+    context_len = int(metadata.context_lens[request])
+    valid_len = int(metadata.valid_lens[request])
+    new = torch.arange(metadata.query_lens[request])
+    tokens = new[first_token:end_token]
+    positions = context_len + tokens
+    cached = torch.arange(first_position, context_len)
+
+    in_hole = (cached >= metadata.hole_starts[request]) & (cached < metadata.hole_ends[request])
+    has_page = metadata.page_tables[request, cached // page_size] >= 0
+    seen = (has_page & ~in_hole).expand(len(tokens), -1)
+    keys = cached
+    if not metadata.cache_only:
+        limits = new_token_limits(
+            positions,
+            int(metadata.block_sizes[request]),
+            int(metadata.prefix_lens[request]),
+            int(metadata.padded_prefix_lens[request]),
+        )
+        seen_new = (context_len + new[None, :] < limits[:, None]) & (new[None, :] < valid_len)
+        seen = torch.cat([seen, seen_new], dim=1)
+        keys = torch.cat([cached, context_len + new])
+    if window:
+        seen = seen & (positions[:, None] - keys[None, :] < window)
+    return seen & (tokens[:, None] < valid_len)

@@ -1,0 +1,1 @@
+"""A real model whose attention a server computes: `attnd demo` and `attnd chat`."""

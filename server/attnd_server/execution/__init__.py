@@ -1,0 +1,1 @@
+"""Who has the device when: the executor, its queue, steps, batches and CUDA graphs."""

@@ -1,0 +1,255 @@
+"""Decode calls of several callers in one launch.
+
+Attention has no weights: calls of different layers, steps and caches differ in their page ids and tensors alone, if the
+caches lie in one space (see `page_space`) and the layers have the same options. A step made of all their requests is
+planned like any other; each launch only adds to a request's page ids where its cache's layer begins. Outputs have the
+bits of calls that are alone, because only kernels and steps that promise that take part.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from attnd.errors import Unsupported
+from attnd_server.attention.backends.base import ShiftsPages
+from attnd_server.attention.kernels.pages import StoredTokens
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.ops import Plan, TritonAttentionOps
+from attnd_server.attention.staging import Buffer, Field, call_fields
+from attnd_server.config import ServerConfig
+from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
+from attnd_server.execution.step import Call, Result, ShareKey, Step
+from attnd_server.kv.page_space import CachePages
+
+# Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
+_MAX_SETS = 16
+# Calls of a launch: many more than fill any device.
+MAX_CALLS = 64
+# A call that replays its graph takes 0.11 ms on an H200, one that has none up to 0.8 ms, alone or shared.
+MIN_CALLS_WITH_GRAPHS = 8
+
+
+class Batch:
+    """Calls that can share a launch."""
+
+    def __init__(self, call: Call, key: ShareKey, ops: TritonAttentionOps, limits: ServerConfig) -> None:
+        """With one call, whose `_key_of` is `key`. Together they obey the limits of one step."""
+        self._key = key
+        self._ops = ops
+        self._limits = limits
+        self._num_calls = self._num_reqs = self._num_tokens = self._max_pages = 0
+        self._add(call.step.metadata)
+
+    def takes(self, call: Call) -> bool:
+        """Adds a call if it can be. With the device."""
+        return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether one launch for all takes less time than one for each."""
+        return self._num_calls >= (MIN_CALLS_WITH_GRAPHS if self._key.has_graphs else 2)
+
+    def _add(self, metadata: AttentionMetadata) -> bool:
+        num_reqs, num_tokens = self._num_reqs + metadata.num_reqs, self._num_tokens + metadata.num_tokens
+        max_pages, limits = max(self._max_pages, metadata.page_tables.shape[1]), self._limits
+        if num_tokens > limits.max_step_tokens or num_reqs * max_pages > limits.max_page_table_elements:
+            return False
+        self._num_calls += 1
+        self._num_reqs, self._num_tokens, self._max_pages = num_reqs, num_tokens, max_pages
+        return True
+
+
+def batch_of(call: Call, ops: TritonAttentionOps, limits: ServerConfig) -> Batch | None:
+    """A batch with one call; None: the call can share no launch. With the device."""
+    key = _key_of(call, ops)
+    return None if key is None else Batch(call, key, ops, limits)
+
+
+def _key_of(call: Call, ops: TritonAttentionOps) -> ShareKey | None:
+    """Equal for calls that can share a launch, of any layers; None: none can. Kept in the step for each options."""
+    step, options = call.step, call.options
+    if step.cache.pages is None or call.q is None or call.k is None or call.v is None:
+        return None
+    if options not in step.share_keys:
+        step.share_keys[options] = _share_key(step, step.cache.pages, options, ops)
+    return step.share_keys[options]
+
+
+def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: TritonAttentionOps) -> ShareKey | None:
+    metadata, config = step.metadata, step.cache.config
+    if not metadata.is_decode or metadata.has_absent_pages(config.page_size):
+        return None
+    query_len = metadata.num_tokens // metadata.num_reqs
+    split = config.kv_split
+    by_own_length = query_len == 1 if split.batch_invariant is None else split.batch_invariant
+    if not (by_own_length or split.chunk_size):
+        return None  # bits may depend on what shares the batch
+    try:
+        kernel = ops.choose(config, metadata, options)
+    except Unsupported:
+        return None
+    if not (kernel.batch_invariant and isinstance(kernel, ShiftsPages)):
+        return None
+    return ShareKey(
+        step.graphs_for(options) is not None, (pages.space.id, kernel.backend.value, query_len, options.key)
+    )
+
+
+class _SharedStep:
+    """The requests of several steps as one step on the space of their caches."""
+
+    def __init__(self, steps: list[Step], options: AttentionOptions, ops: TritonAttentionOps) -> None:
+        cache = steps[0].cache
+        assert cache.pages is not None
+        space = cache.pages.space
+        metadata = _joined([step.metadata for step in steps])
+        kernel = ops.choose(cache.config, steps[0].metadata, options)
+        assert isinstance(kernel, ShiftsPages)
+        self._steps = steps  # held, so that their ids are not given to others
+        self._cache, self._space, self._kernel = cache, space, kernel
+        self._state = kernel.plan(space.config, metadata, options, ops.device)
+        self._num_reqs = torch.tensor([step.metadata.num_reqs for step in steps])
+        self._num_tokens = torch.tensor([step.metadata.num_tokens for step in steps])
+        self._token_counts: list[int] = self._num_tokens.tolist()
+        inputs, results = call_fields(space.config, options)
+        # Before the inputs of a call the pages of the space that come before those of each request's layer.
+        self._inputs = Buffer(metadata.num_tokens, [Field(torch.int32, ()), *inputs], ops.device)
+        self._results = Buffer(metadata.num_tokens, results, ops.device)
+        self._device = ops.device
+        # What the copies of the first launch took; None: there was none yet. All of them copy as many bytes.
+        self._copies = None if ops.device.type == "cuda" else NO_COPIES
+        self._slots = metadata.slot_mapping
+        self._stored: torch.Tensor | None = None  # the tokens that are stored, on the device; None: all
+        if self._slots is not None and (self._slots < 0).any():
+            self._stored = (self._slots >= 0).nonzero().squeeze(1).to(ops.device)
+
+    def attend(self, calls: list[Call]) -> list[Result]:
+        """Runs a call of each step, in the order of the steps: stores all, attends all."""
+        timer = CopyTimer(self._device) if self._copies is None else None
+        self._stage(calls)
+        if timer is not None:
+            timer.mark()
+        whole = self._inputs.head(sum(self._token_counts))
+        whole.on_device.copy_(whole.on_host, non_blocking=True)
+        if timer is not None:
+            timer.mark()
+        offsets, slots, k, v, q = self._inputs.device
+        pages = self._space.k, self._space.v
+        if self._slots is not None:
+            for step in self._steps:
+                step.mark_written()
+            self._cache.store_in(*pages, k, v, StoredTokens(slots, self._stored))
+        self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
+        plan = Plan(self._kernel, self._state)
+        output, lse = plan.run(q, k, v, *pages, self._cache.k_scales, self._cache.v_scales)
+        tensors = [output] if lse is None else [lse, output]
+        if timer is not None:
+            timer.mark()
+        for host, tensor in zip(self._results.host, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        if timer is not None:
+            timer.mark()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        if timer is not None:
+            self._copies = timer.staged()
+        *lses, outputs = (host.split(self._token_counts) for host in self._results.host)
+        by_call = zip(outputs, lses[0] if lses else [None] * len(calls), strict=True)
+        return [Result(*each, self._kernel.backend, self._copies or NO_COPIES) for each in by_call]
+
+    def _stage(self, calls: list[Call]) -> None:
+        """Puts what is new of the calls where one copy takes it from."""
+        offsets, slots, k, v, q = self._inputs.host
+        firsts = torch.tensor([_first_page(call) for call in calls], dtype=torch.int32)
+        by_request = firsts.repeat_interleave(self._num_reqs)
+        offsets[: len(by_request)] = by_request
+        if self._slots is not None:
+            first_slots = firsts.long() * self._space.config.page_size
+            shifted = self._slots + first_slots.repeat_interleave(self._num_tokens)
+            slots.copy_(torch.where(self._slots < 0, -1, shifted))
+        for host, name in ((k, "k"), (v, "v"), (q, "q")):
+            torch.cat([getattr(call, name) for call in calls], out=host)
+
+
+def _first_page(call: Call) -> int:
+    cache = call.step.cache
+    assert cache.pages is not None
+    return cache.pages.first + call.layer * cache.config.num_pages
+
+
+def _joined(steps: list[AttentionMetadata]) -> AttentionMetadata:
+    """One decode step with the requests of several, all with equally many new tokens."""
+    num_pages = max(step.page_tables.shape[1] for step in steps)
+    num_reqs = sum(step.num_reqs for step in steps)
+    tables = torch.zeros(num_reqs, num_pages, dtype=torch.int32)
+    first = 0
+    for step in steps:
+        tables[first : first + step.num_reqs, : step.page_tables.shape[1]] = step.page_tables
+        first += step.num_reqs
+    num_tokens = sum(step.num_tokens for step in steps)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(step, name) for step in steps])
+
+    slots = None
+    if any(step.slot_mapping is not None for step in steps):
+        slots = torch.cat([_slots(step) for step in steps])
+    return AttentionMetadata(
+        is_decode=True,
+        num_tokens=num_tokens,
+        cu_seqlens_q=torch.arange(num_reqs + 1) * (num_tokens // num_reqs),
+        context_lens=joined("context_lens"),
+        page_tables=tables,
+        slot_mapping=slots,
+        valid_lens=joined("valid_lens"),
+        block_sizes=joined("block_sizes"),
+        prefix_lens=joined("prefix_lens"),
+        padded_prefix_lens=joined("padded_prefix_lens"),
+        hole_starts=joined("hole_starts"),
+        hole_ends=joined("hole_ends"),
+    )
+
+
+def _slots(step: AttentionMetadata) -> torch.Tensor:
+    if step.slot_mapping is None:
+        return torch.full((step.num_tokens,), -1)
+    return step.slot_mapping.long()
+
+
+class SharedLaunches:
+    """Runs calls together. With the device."""
+
+    def __init__(self, ops: TritonAttentionOps) -> None:
+        """Keeps nothing yet."""
+        self._ops = ops
+        self._sets: OrderedDict[tuple[object, ...], _SharedStep] = OrderedDict()
+
+    def attend(self, calls: list[Call]) -> list[Result]:
+        """One layer of each of several steps of a `Batch`, all of different caches.
+
+        Returns:
+            The results in the order of the calls. The next call may overwrite them.
+        """
+        # The same steps come in another order for the next layer, but are the same set.
+        order = sorted(range(len(calls)), key=lambda index: id(calls[index].step))
+        ordered = [calls[index] for index in order]
+        key = (ordered[0].options.key, *(id(call.step) for call in ordered))
+        shared = self._sets.get(key)
+        if shared is None:
+            shared = _SharedStep([call.step for call in ordered], ordered[0].options, self._ops)
+            self._sets[key] = shared
+            if len(self._sets) > _MAX_SETS:
+                self._sets.popitem(last=False)
+        self._sets.move_to_end(key)
+        try:
+            results = dict(zip(order, shared.attend(ordered), strict=True))
+        except BaseException:
+            del self._sets[key]  # the device may still read what was staged
+            raise
+        return [results[index] for index in range(len(calls))]
+
+    def forget(self) -> None:
+        """Keeps nothing any more: steps and plans that are over take memory."""
+        self._sets.clear()

@@ -1,0 +1,404 @@
+"""Everything that touches KV memory, one piece at a time: of one cache in order, the caches in turn.
+
+A thread for each device does what waits; while nothing does, whoever has a short piece of work may do it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
+from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.ops import TritonAttentionOps
+from attnd_server.config import ServerConfig
+from attnd_server.device.faults import DeviceFaults, watch
+from attnd_server.execution.batch import Batch, SharedLaunches, batch_of
+from attnd_server.execution.decode_graphs import Capture, cuda_capture
+from attnd_server.execution.queue import Job, WorkQueue
+from attnd_server.execution.step import Call, Result, Step, attend
+from attnd_server.execution.work import Cancelled, Done, Group, LongWork, OnCache, SharedWork, Work
+from attnd_server.identity.quota import Quota
+from attnd_server.kv.caches import CacheTable
+
+log = logging.getLogger(__name__)
+
+Outcome = tuple[bytes | None, BaseException | None]
+"""What is given to `Done`."""
+
+
+class Executor:
+    """Runs work on a thread of its own, or on its caller's; owns the device.
+
+    Work is refused when the queue is full, and not started once its deadline has passed or nobody wants it any more.
+    One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came.
+
+    Attributes:
+        faults: whether the device has failed: then nothing runs any more.
+    """
+
+    # How often leases that have ended are looked for, in seconds.
+    EXPIRY_PERIOD_S = 1.0
+    # LongWork that runs or waits.
+    MAX_LONG_WORK = 64
+
+    def __init__(
+        self, device: torch.device, caches: CacheTable, config: ServerConfig, capture: Capture | None = None
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            device: that it owns.
+            caches: on the device.
+            config: the limits.
+            capture: how decode steps are captured; None: as CUDA graphs, where there are any.
+        """
+        self._caches = caches
+        self._config = config
+        self.device = device
+        self.capture = capture or cuda_capture(device)
+        self.faults = DeviceFaults(device)
+        self.ops = TritonAttentionOps(device)
+        self._shared = SharedLaunches(self.ops)
+        self.queue_us = 0  # how long the running work waited; read by the work itself
+        self._threads = config.threads or _num_threads(device)
+        self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
+        self._closed = False
+        self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
+        self._device_lock = threading.Lock()
+        self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
+        self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
+        share = self.MAX_LONG_WORK // 2 if config.asks_who_calls else self.MAX_LONG_WORK
+        self._long_places = Quota("warm-ups", "wait", self.MAX_LONG_WORK, share, "retry in a moment")
+        self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
+        self._thread.start()
+        if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
+            watch(self.faults, lambda: self.busy_s, config.device_timeout_s)
+
+    @property
+    def queue_depth(self) -> int:
+        """Jobs that wait."""
+        return self._queue.depth
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which the running work has had the device; 0 if there is none."""
+        began = self._began
+        return time.monotonic() - began if began else 0.0
+
+    def submit(
+        self,
+        work: Work,
+        done: Done,
+        timeout_s: float | None = None,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> Job:
+        """Queues `work`; `done` gets its result or its exception, on a thread of the executor's.
+
+        Args:
+            work: called once, unless `timeout_s` has passed before its turn, or nobody wants it.
+            done: must not block or raise.
+            timeout_s: seconds within which the work must have started; None is forever.
+            is_wanted: asked when its turn has come, if anybody still waits for it; `done` gets Cancelled if not.
+
+        Returns:
+            What `cancel` takes.
+
+        Raises:
+            Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
+            Disconnected: the executor was closed, or the device has failed.
+        """
+        if self._closed:
+            raise Disconnected("the server is shutting down")
+        self.faults.refuse()
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        job = Job(work, done, deadline, time.perf_counter(), is_wanted)
+        if isinstance(work, LongWork):
+            self._long_places.take(work.principal())
+            self._side.submit(self._settle_long, job, work.principal())
+        else:
+            self._queue.put(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Takes a job out of the queue, whose `done` is never called then. LongWork and what was started go on."""
+        self._queue.remove(job)
+
+    def run_now(self, work: Work) -> bytes | None:
+        """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
+
+        Returns:
+            What `work` gives, or None: the device is busy, submit it instead. Raises what `work` raises.
+        """
+        if not self._take_idle_device():
+            return None
+        try:
+            self.faults.refuse()
+            self.queue_us = 0
+            return work()
+        except Exception as error:
+            told = self._told(error)
+            if told is error:
+                raise
+            raise told from None
+        finally:
+            self._give_device_back()
+
+    def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """Runs jobs on the caller's thread while the device is idle, those together that can share a launch.
+
+        Args:
+            jobs: of which those of one cache are in the order in which they must run.
+
+        Returns:
+            Those that did not run, because the device is busy: submit them instead.
+        """
+        while jobs and self._take_idle_device():
+            try:
+                taken = [jobs[0]]
+                if len(jobs) > 1:
+                    taken += self._others_for(jobs[0], partial(_others_among, jobs))
+                outcomes = self._outcomes(taken, time.perf_counter())
+            finally:
+                self._give_device_back()
+            jobs = [job for job in jobs if job not in taken]
+            for job, outcome in zip(taken, outcomes, strict=True):
+                job.done(*outcome)
+        return jobs
+
+    def _take_idle_device(self) -> bool:
+        """Takes the device for the calling thread, unless somebody has it or waits for it."""
+        # What waits or is about to begin came before: it may be of the same cache.
+        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
+            return False
+        self._began = time.monotonic()
+        return True
+
+    def _give_device_back(self) -> None:
+        self._began = 0.0
+        self._device_lock.release()
+
+    def take_turn(self, work: Callable[[], None]) -> None:
+        """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
+
+        Raises:
+            Disconnected: the executor was closed.
+        """
+        answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def piece() -> bytes:
+            work()
+            return b""
+
+        job = Job(piece, lambda result, error: answers.put(error), float("inf"), time.perf_counter())
+        self._queue.put(job, always=True)
+        while True:
+            try:
+                error = answers.get(timeout=self.EXPIRY_PERIOD_S)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise Disconnected("the server is shutting down") from None
+                continue
+            if error is not None:
+                raise error
+            return
+
+    def prepare_thread(self) -> None:
+        """Makes torch's settings of the calling thread what calls need."""
+        self._prepared.is_so = True
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(self._threads)
+
+    def _told(self, error: Exception) -> Exception:
+        """What an error of some work is to whoever waits for it."""
+        if self.faults.look_at(error):
+            return self.faults.refusal()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return Exhausted(f"{self.device} has no memory left for this call: {error}")
+        return error
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Lets what waits finish, then ends the thread."""
+        self._closed = True
+        self._side.shutdown(wait=False, cancel_futures=True)
+        self._queue.wake()
+        self._thread.join(timeout_s)
+
+    def is_quiet(self, timeout_s: float = 0.0) -> bool:
+        """After `close`: whether nothing touches KV memory any more, nor ever will again.
+
+        Args:
+            timeout_s: how long to wait for calls that run, on this thread or others, in seconds each.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        self._thread.join(timeout_s)
+        if self._thread.is_alive() or not self._device_lock.acquire(timeout=timeout_s):
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return True
+
+    def _run(self) -> None:
+        self.prepare_thread()
+        expiry = time.monotonic() + self.EXPIRY_PERIOD_S
+        while True:
+            now = time.monotonic()
+            if now >= expiry:
+                self._tidy()
+                expiry = now + self.EXPIRY_PERIOD_S
+            job = self._queue.take(expiry - now if expiry > now else 0)
+            if job is not None:
+                self._settle(job)
+                del job  # holds the call's tensors
+            elif self._closed and not self._queue.depth:
+                return
+
+    def _tidy(self) -> None:
+        """Frees what nobody holds any more."""
+        if self.faults.reason:
+            return
+        with self._device_lock:
+            self._began = time.monotonic()
+            try:
+                self._caches.expire()
+                if self._queue.is_idle:
+                    self._shared.forget()
+            except Exception as error:  # the thread must live: it answers everybody
+                if not self.faults.look_at(error):
+                    log.exception("what nobody holds any more cannot be freed")
+            finally:
+                self._began = 0.0
+
+    def _settle(self, job: Job) -> None:
+        with self._device_lock:
+            self._began = time.monotonic()
+            jobs = [job]
+            if self._queue.depth:
+                jobs += self._others_for(job, partial(self._queue.take_others, job.lane))
+            started = time.perf_counter()
+            outcomes = self._outcomes(jobs, started)
+            self._began = 0.0
+        # First, so that who gets the answer finds the executor idle, if it is.
+        self._queue.finished((time.perf_counter() - started) / len(jobs))
+        for each, outcome in zip(jobs, outcomes, strict=True):
+            each.done(*outcome)
+
+    def _settle_long(self, job: Job, principal: str) -> None:
+        outcome = self._outcome(job, time.perf_counter())
+        self._long_places.give_back(principal)
+        job.done(*outcome)
+
+    def _outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
+        """What comes of a job, or of several that joined. With the device."""
+        return [self._outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
+
+    def _outcome(self, job: Job, started: float) -> Outcome:
+        error = self._reason_against(job)
+        if error is not None:
+            return None, error
+        if not isinstance(job.work, LongWork):
+            self.queue_us = _waited_us(job, started)
+        try:
+            return job.work(), None
+        except Exception as fault:
+            return None, self._told(fault)
+
+    def _others_for(self, job: Job, take: Callable[[Group], list[Job]]) -> list[Job]:
+        """The jobs that are done together with one that was taken: those that `take` finds for its group."""
+        try:
+            group = job.work.group() if isinstance(job.work, SharedWork) else None
+            return take(group) if group is not None else []
+        except Exception as error:  # then it runs alone
+            self.faults.look_at(error)
+            log.exception("calls cannot be looked at together")
+            return []
+
+    def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
+        """What comes of jobs that joined, of which some may not be wanted any more."""
+        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
+        left = [index for index, (_, error) in enumerate(outcomes) if error is None]
+        works = [work for index in left if isinstance(work := jobs[index].work, SharedWork)]
+        try:
+            waited = [_waited_us(jobs[index], started) for index in left]
+            results = works[0].with_others(works, waited) if len(works) > 1 else []
+        except Exception as fault:
+            # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
+            # has failed: then none is begun.
+            self.faults.look_at(fault)
+            log.warning("%d calls cannot run together", len(works), exc_info=fault)
+            results = []
+        if not results:
+            for index in left:
+                outcomes[index] = self._outcome(jobs[index], started)
+        for index, result in zip(left, results, strict=False):
+            outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
+        return outcomes
+
+    def _reason_against(self, job: Job) -> Exception | None:
+        """Why a job whose turn has come is not started."""
+        if self.faults.reason:
+            return self.faults.refusal()
+        if time.monotonic() > job.deadline:
+            return DeadlineExceeded("the deadline passed while the call waited for the executor")
+        if job.is_wanted is not None and not job.is_wanted():
+            return Cancelled("nobody waits for the call any more")
+        return None
+
+    def attend(self, call: Call) -> Result:
+        """One layer; see `steps.attend`. With the device."""
+        return attend(call, self.ops)
+
+    def attend_together(self, calls: list[Call]) -> list[Result]:
+        """A layer each of several steps of one `Batch`, in one launch. With the device."""
+        return self._shared.attend(calls)
+
+    def batch(self, call: Call) -> Batch | None:
+        """What other calls can join to share a launch with a call; None: it runs alone. With the device."""
+        return batch_of(call, self.ops, self._config)
+
+    def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
+        """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
+
+        On the caller's thread if that was prepared, the work is short and the device idle, else on the executor's. A
+        guess: if the step cannot be served so, or there is no place to wait, nothing is lost and the call will tell.
+        """
+
+        def work() -> bytes:
+            step.make_ready(options, self.ops)
+            return b""
+
+        try:
+            may_run_here = step.is_small and getattr(self._prepared, "is_so", False)
+            if not may_run_here or self.run_now(work) is None:
+                self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
+        except Exception:  # busy, closing, or whatever the work raised
+            log.debug("a step was not made ready before its first call", exc_info=True)
+
+
+def _num_threads(device: torch.device) -> int:
+    """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
+    return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
+
+
+def _others_among(jobs: Sequence[Job], group: Group) -> list[Job]:
+    """Those that join the first; see `WorkQueue.take_others`."""
+    lanes, others = {jobs[0].lane}, []
+    for job in jobs[1:]:
+        if job.lane not in lanes and group.takes(job.work):
+            others.append(job)
+        lanes.add(job.lane)
+    return others if group.is_worth_it else []
+
+
+def _waited_us(job: Job, started: float) -> int:
+    return int((started - job.submitted_at) * 1e6)

@@ -1,0 +1,1 @@
+"""Caches: leases on pages, the memory that pages lie in, and snapshots."""

@@ -1,0 +1,279 @@
+"""The KV memory of one cache, and its lease."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from attnd.errors import CacheLost
+from attnd.protocol.packing import float32_tensor
+from attnd.protocol.tensors import KV_DTYPES
+from attnd.v1 import backend_pb2, cache_pb2
+from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
+from attnd_server.kv.page_space import CachePages, PageSpaces
+
+if TYPE_CHECKING:
+    from attnd_server.execution.decode_graphs import DecodeGraphs
+
+# Oldest GPU for which Triton converts to and from FP8.
+MIN_FP8_CAPABILITY = (8, 9)
+# Of a cache that was restored again and again and never used, how many epochs are kept.
+MAX_EPOCHS = 16
+
+
+class Restored(NamedTuple):
+    """What a restored cache was in earlier lives of the server.
+
+    Attributes:
+        id: its id.
+        epochs: those under which it was as it is; the last is that of the life that wrote the snapshot.
+    """
+
+    id: bytes
+    epochs: tuple[int, ...]
+
+
+class Cache:
+    """A lease on KV memory with one geometry.
+
+    Attributes:
+        id: 16 random bytes.
+        principal: who it belongs to.
+        config: its geometry.
+        k_pages: `[num_layers, *config.k_shape]`.
+        v_pages: `[num_layers, *config.v_shape]`.
+        layers: of each layer, its part of either: to find it by an index takes torch a microsecond.
+        k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
+        v_scales: likewise.
+        pages: where they lie among other caches'.
+        restored: what it was before the server was restarted; None: it is of this life.
+        is_used: whether anybody may have changed it in this life of the server.
+        graphs: what warm-ups captured, by what `find_graphs` looks for.
+        num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        *,
+        epoch: int,
+        principal: str,
+        ttl_s: float,
+        name: str,
+        device: torch.device,
+        spaces: PageSpaces | None = None,
+        restored: Restored | None = None,
+        key: bytes = b"",
+    ) -> None:
+        """Takes the pages, all of them zeros, so that nobody sees what a former owner stored.
+
+        Args:
+            config: geometry.
+            epoch: the server's.
+            principal: who it belongs to.
+            ttl_s: its lease, in seconds.
+            name: for people.
+            device: of the pages.
+            spaces: of the device; None: the cache lies alone.
+            restored: what it was before; None: it is new.
+            key: of the request that created it; empty: it had none.
+        """
+        self.id = secrets.token_bytes(16) if restored is None else restored.id
+        self.epoch = epoch
+        self.restored = restored
+        self.is_used = restored is None
+        self.principal = principal
+        self.config = config
+        self.name = name
+        self.key = key
+        self.ttl_s = ttl_s
+        self.k_scales = _scales(config, config.k_scales, device)
+        self.v_scales = _scales(config, config.v_scales, device)
+        self._triton_store, self._triton_read = _triton_kernels(config, device)
+        self.is_closed = False
+        self._holding = threading.Lock()
+        self._num_holders = 1  # the cache itself, until it is closed
+        self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
+        # The last that can fail: nobody would give the pages of half a cache back.
+        self._spaces = spaces or PageSpaces(device, config.num_bytes)
+        self.pages: CachePages | None = self._spaces.take(config)
+        self.k_pages, self.v_pages = self.pages.k, self.pages.v
+        self.layers = list(zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True))
+        self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
+        self.num_graph_bytes = 0
+        self.renew()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.k_pages.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the device's memory, those of graphs' buffers included."""
+        return self.config.num_bytes + self.num_graph_bytes
+
+    @property
+    def num_pages_written(self) -> int:
+        """Pages into which something was stored. Any thread may ask: numpy counts without torch's threads."""
+        return int(np.count_nonzero(self._page_was_written.numpy()))
+
+    @property
+    def written_pages(self) -> torch.Tensor:
+        """Int64, the ids of these pages, rising. Any thread may ask."""
+        return torch.from_numpy(np.flatnonzero(self._page_was_written.numpy()))
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs under which the cache was as it is now, this life's last."""
+        earlier = () if self.is_used or self.restored is None else self.restored.epochs[1 - MAX_EPOCHS :]
+        return (*earlier, self.epoch)
+
+    def renew(self) -> None:
+        """Starts the lease again."""
+        self.expires_at = time.monotonic() + self.ttl_s
+
+    def close(self) -> None:
+        """Frees graphs and, once nobody holds them, pages. On the executor's thread, so that no call is running."""
+        with self._holding:
+            self.is_closed = True
+        for captured in self.graphs.values():
+            for graphs in captured:
+                graphs.close()
+        self.graphs.clear()
+        self.k_pages = self.v_pages = torch.empty(0)
+        self.layers = []
+        pages, self.pages = self.pages, None
+        if pages is not None:
+            self._let_go(pages)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the memory of the pages, for whoever has the device use them while the cache may be closed.
+
+        Calls need not: they run on the thread that closes caches. Raises CacheLost.
+        """
+        with self._holding:
+            self.refuse_if_closed()
+            pages = self.pages
+            self._num_holders += 1
+        try:
+            yield
+        finally:
+            if pages is not None:
+                self._let_go(pages)
+
+    def _let_go(self, pages: CachePages) -> None:
+        """One holder fewer; `close` is the last but those of `held`."""
+        with self._holding:
+            self._num_holders -= 1
+            is_last = not self._num_holders
+        if is_last:
+            self._spaces.give_back(pages, self.config)
+
+    def refuse_if_closed(self) -> None:
+        """Raises CacheLost once the cache was deleted or its lease has ended."""
+        if self.is_closed:
+            raise CacheLost(
+                f"cache {self.id.hex()} was deleted, or its lease of {self.ttl_s:g} s has ended", field="cache.id"
+            )
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
+        """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
+        self.store_in(*self.layers[layer], k, v, stored)
+
+    def store_in(
+        self, k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens
+    ) -> None:
+        """As `store`, into any pages like the cache's: those of its space, with slots there."""
+        layout = self.config.layout
+        if self._triton_store is None:
+            store_kv(k_pages, v_pages, k, v, stored, layout, self.k_scales, self.v_scales)
+        else:
+            self._triton_store(k_pages, v_pages, k, v, stored.slots, layout, self.k_scales, self.v_scales)
+
+    def store_at(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """As `store`, at int64 slots `[num_tokens]` that are looked at when it runs: to be captured. -1 is skipped."""
+        skips = self._triton_store is not None
+        self.store(layer, k, v, StoredTokens(slots) if skips else stored_tokens(slots, self.device))
+
+    def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V at the slots in `config.dtype`, `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
+        read, layout, scales = self._triton_read or read_kv, self.config.layout, (self.k_scales, self.v_scales)
+        return read(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies whole pages in every layer; no page is in both."""
+        copy_pages(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device))
+        self.mark_pages_written(targets)
+
+    def mark_written(self, slot_mapping: torch.Tensor) -> None:
+        """Notes the pages of these slots, for `num_pages_written`. On the host; -1 is skipped."""
+        self._page_was_written[slot_mapping[slot_mapping >= 0] // self.config.page_size] = True
+
+    def mark_pages_written(self, pages: torch.Tensor) -> None:
+        """Notes pages, for `written_pages`. On the host."""
+        self._page_was_written[pages] = True
+
+    def info(self, *, with_id: bool = True) -> cache_pb2.CacheInfo:
+        """The cache as its owner sees it."""
+        config = self.config
+        return cache_pb2.CacheInfo(
+            cache=cache_pb2.CacheRef(id=self.id if with_id else b"", epoch=self.epoch),
+            config=cache_pb2.CacheConfig(
+                num_layers=config.num_layers,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                head_dim_v=config.head_dim_v,
+                page_size=config.page_size,
+                num_pages=config.num_pages,
+                dtype=KV_DTYPES[str(config.dtype).removeprefix("torch.")],
+                layout=cache_pb2.Layout.Value(f"LAYOUT_{config.layout.name}"),
+                backend=backend_pb2.Backend.Value(f"BACKEND_{config.backend.name}"),
+                precision=cache_pb2.Precision.Value(f"PRECISION_{config.precision.name}"),
+                kv_dtype=KV_DTYPES[str(config.kv_dtype).removeprefix("torch.")],
+                k_scales=float32_tensor(config.k_scales, "k_scales") if config.is_quantised else None,
+                v_scales=float32_tensor(config.v_scales, "v_scales") if config.is_quantised else None,
+                kv_split=cache_pb2.KvSplit(**asdict(config.kv_split)),
+            ),
+            ttl_s=self.ttl_s,
+            expires_in_s=max(0.0, self.expires_at - time.monotonic()),
+            num_bytes=config.num_bytes,
+            num_pages_written=self.num_pages_written,
+            name=self.name,
+            awaits_adoption=not self.is_used,
+        )
+
+
+class _TritonKernels(NamedTuple):
+    """What replaces `store_kv` and `read_kv` on a GPU; None: nothing does."""
+
+    store: Callable[..., None] | None = None
+    read: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+def _triton_kernels(config: AttentionConfig, device: torch.device) -> _TritonKernels:
+    """Store and read in Triton, if they run on `device`."""
+    if device.type != "cuda" or availability(device) is not None:
+        return _TritonKernels()
+    if config.is_quantised and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        return _TritonKernels()
+    from attnd_server.attention.kernels import gather, store
+
+    return _TritonKernels(store.store_kv, gather.read_kv)
+
+
+def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
+    if not config.is_quantised:
+        return None
+    return torch.tensor(scales, dtype=torch.float32).expand(config.num_kv_heads).to(device).contiguous()

@@ -1,0 +1,255 @@
+"""All caches of a server: what they may take, whose they are, and when their leases end."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from typing import NamedTuple
+
+import torch
+
+from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
+from attnd.v1 import cache_pb2
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.config import ServerConfig
+from attnd_server.kv.cache import Cache, Restored
+from attnd_server.kv.page_space import PageSpaces
+
+log = logging.getLogger(__name__)
+
+
+def _no_such_cache(cache_id: bytes) -> CacheLost:
+    return CacheLost(
+        f"cache.id is {cache_id.hex() or 'empty'}, but no such cache exists: deleted, expired or never created",
+        field="cache.id",
+    )
+
+
+class _Reservation(NamedTuple):
+    """Memory of a cache that is being allocated, and whose it will be."""
+
+    principal: str
+    num_bytes: int
+
+
+class CacheTable:
+    """All caches of one server. Any thread may call it.
+
+    Attributes:
+        epoch: a random number that names this life of the server.
+        kv_bytes: bytes that all caches may take.
+        share: what one principal may take.
+    """
+
+    def __init__(self, config: ServerConfig, device: torch.device, kv_bytes: int) -> None:
+        """Starts empty, under a new epoch.
+
+        Args:
+            config: the limits.
+            device: where pages live.
+            kv_bytes: bytes that all caches may take.
+        """
+        self.epoch = secrets.randbits(63) | 1
+        self.kv_bytes = kv_bytes
+        self.share = config.principal_limits(kv_bytes)
+        self._config = config
+        self._device = device
+        self._spaces = PageSpaces(device, kv_bytes)
+        self._caches: dict[bytes, Cache] = {}
+        self._keyed: dict[tuple[str, bytes], Cache] = {}  # by principal and key, those that have one
+        self._reserved: dict[object, _Reservation] = {}  # of caches that are being allocated
+        self._keeps_all = False
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that caches take now."""
+        return sum(cache.num_bytes for cache in self.all())
+
+    def create(
+        self,
+        config: AttentionConfig,
+        *,
+        principal: str,
+        ttl_s: float,
+        name: str,
+        key: bytes = b"",
+        restored: Restored | None = None,
+    ) -> Cache:
+        """Leases a new cache, the one that was made with the same key, or one that was `restored` and is to be filled.
+
+        On the executor's thread.
+
+        Raises:
+            InvalidRequest: that one is different.
+            Exhausted: too many caches, or not enough memory, of the server or of the principal's share.
+        """
+        if key and (made := self._keyed.get((principal, key))) is not None:
+            if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
+                rule = "must be of one request alone, sent twice: another cache was created with it"
+                raise InvalidRequest(f"key is {key.hex()}, but {rule}", field="key")
+            made.renew()
+            return made
+        reservation = object()
+        with self._lock:
+            self._refuse_if_too_many(principal)
+            asked = f"num_pages is {config.num_pages}, which takes"
+            used = self._refuse_if_full(principal, config.num_bytes, asked, field="num_pages")
+            self._reserved[reservation] = _Reservation(principal, config.num_bytes)
+        try:
+            cache = Cache(
+                config,
+                epoch=self.epoch,
+                principal=principal,
+                ttl_s=ttl_s,
+                name=name,
+                device=self._device,
+                spaces=self._spaces,
+                restored=restored,
+                key=key,
+            )
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            raise Exhausted(
+                f"num_pages is {config.num_pages}, which takes {config.num_bytes} bytes: of the server's "
+                f"{self.kv_bytes} bytes of KV memory {used} are in use and {self.kv_bytes - used} are free, but "
+                f"{self._device} cannot allocate them: {error}",
+                field="num_pages",
+            ) from None
+        finally:
+            with self._lock:
+                self._reserved.pop(reservation)
+        with self._lock:
+            self._caches[cache.id] = cache
+            if key:
+                self._keyed[principal, key] = cache
+        return cache
+
+    def reserve(self, cache: Cache, num_bytes: int, purpose: str) -> None:
+        """Counts bytes that the graphs of a cache are about to take.
+
+        Raises:
+            Exhausted: they are not free; `purpose` says what takes them.
+        """
+        with self._lock:
+            self._refuse_if_full(cache.principal, num_bytes, f"{purpose} takes")
+            cache.num_graph_bytes += num_bytes
+
+    def _refuse_if_too_many(self, principal: str) -> None:
+        """Refuses one more cache. With the lock."""
+        count = len(self._caches) + len(self._reserved)
+        own = len(self.owned(principal)) + sum(each.principal == principal for each in self._reserved.values())
+        if count >= self._config.max_caches:
+            raise Exhausted(f"{count} caches exist, but the server's limit is {self._config.max_caches}; 0 are free")
+        if own >= self.share.caches:
+            raise Exhausted(
+                f"{own} caches of this principal exist, but a principal's limit is {self.share.caches}; 0 are free"
+            )
+
+    def _refuse_if_full(self, principal: str, num_bytes: int, asked: str, field: str = "") -> int:
+        """Refuses bytes that are not free; `asked` is what takes them. Returns those in use. With the lock."""
+        used = self.num_bytes + sum(each.num_bytes for each in self._reserved.values())
+        own = sum(cache.num_bytes for cache in self.owned(principal))
+        own += sum(each.num_bytes for each in self._reserved.values() if each.principal == principal)
+        for whose, limit, taken in (("the server's", self.kv_bytes, used), ("a principal's", self.share.kv_bytes, own)):
+            if taken + num_bytes > limit:
+                raise Exhausted(
+                    f"{asked} {num_bytes} bytes, but of {whose} {limit} bytes of KV memory {taken} are in use and "
+                    f"{limit - taken} are free",
+                    field=field,
+                )
+        return used
+
+    def release(self, cache: Cache, num_bytes: int) -> None:
+        """Gives back bytes of `reserve`."""
+        with self._lock:
+            cache.num_graph_bytes -= num_bytes
+
+    def get(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """The cache that `ref` names; its lease starts again.
+
+        Raises:
+            EpochMismatch: of an earlier life of the server.
+            CacheLost: unknown, deleted, expired or another principal's.
+        """
+        cache = self._owned(ref.id, principal)
+        if ref.epoch != self.epoch:
+            fate = "and the KV is gone"
+            if cache is not None and cache.restored is not None and ref.epoch in cache.restored.epochs:
+                fate = "and has restored this cache: adopt it to go on (cache.adopt() in the clients, AdoptCache)"
+            raise EpochMismatch(
+                f"cache.epoch is {ref.epoch}, but the server's epoch is {self.epoch}: it was restarted since, {fate}",
+                field="cache.epoch",
+            )
+        if cache is None:
+            raise _no_such_cache(ref.id)
+        cache.is_used = True
+        cache.renew()
+        return cache
+
+    def adopt(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """The cache that was restored from what `ref` names, or that it names as it is; its lease starts again.
+
+        Raises:
+            EpochMismatch: it was restored from a snapshot of another epoch.
+            CacheLost: it was not restored, was deleted since, has expired or is another principal's.
+        """
+        cache = self._owned(ref.id, principal)
+        if cache is None:
+            raise _no_such_cache(ref.id)
+        restored = cache.restored.epochs if cache.restored is not None else ()
+        if ref.epoch not in (*restored, self.epoch):
+            snapshot = restored[-1] if restored else self.epoch
+            raise EpochMismatch(
+                f"cache.epoch is {ref.epoch}, but the cache was restored from a snapshot of epoch {snapshot}, which "
+                "may be without what was stored since: create another cache and store again",
+                field="cache.epoch",
+            )
+        cache.renew()
+        return cache
+
+    def _owned(self, cache_id: bytes, principal: str) -> Cache | None:
+        cache = self._caches.get(cache_id)
+        return cache if cache is not None and cache.principal == principal else None
+
+    def delete(self, ref: cache_pb2.CacheRef, principal: str) -> Cache:
+        """Frees the cache that `ref` names. On the executor's thread. Raises as `get` does."""
+        with self._lock:
+            cache = self.get(ref, principal)
+            self._forget(cache)
+        cache.close()
+        return cache
+
+    def all(self) -> list[Cache]:
+        """Everybody's caches, oldest first."""
+        return list(self._caches.values())
+
+    def owned(self, principal: str) -> list[Cache]:
+        """The principal's caches, oldest first."""
+        return [cache for cache in self.all() if cache.principal == principal]
+
+    def keep_all(self) -> None:
+        """No lease ends any more: nobody can renew one while the server drains, and a snapshot is to have them all."""
+        self._keeps_all = True
+
+    def _forget(self, cache: Cache) -> None:
+        """With the lock."""
+        del self._caches[cache.id]
+        self._keyed.pop((cache.principal, cache.key), None)
+
+    def expire(self) -> list[Cache]:
+        """Frees the caches whose lease has ended, and returns them. On the executor's thread."""
+        if self._keeps_all:
+            return []
+        now = time.monotonic()
+        with self._lock:
+            ended = [cache for cache in self._caches.values() if cache.expires_at <= now]
+            for cache in ended:
+                self._forget(cache)
+        for cache in ended:
+            log.info(
+                "lease ended", extra={"cache": cache.id.hex(), "label": cache.name, "num_bytes": cache.config.num_bytes}
+            )
+            cache.close()
+        return ended

@@ -1,0 +1,23 @@
+"""Caches as files: what a server writes when it ends, and what `attnd cache export` writes.
+
+A snapshot is a folder with two files. `kv.safetensors` holds the pages that were written to, as their bytes are in
+whatever layout; `manifest.json` says whose they were and in which geometry, and has the checksums. A snapshot is used
+whole or refused whole.
+"""
+
+from attnd_server.kv.snapshots.folder import MANIFEST, TENSORS, SnapshotRefused, read_manifest, write_folder
+from attnd_server.kv.snapshots.manifest import Manifest
+from attnd_server.kv.snapshots.store import SnapshotStore
+from attnd_server.kv.snapshots.tensor_file import Progress, TensorLayout
+
+__all__ = [
+    "MANIFEST",
+    "TENSORS",
+    "Manifest",
+    "Progress",
+    "SnapshotRefused",
+    "SnapshotStore",
+    "TensorLayout",
+    "read_manifest",
+    "write_folder",
+]

@@ -1,0 +1,1 @@
+"""Logs, counts, Prometheus, and verification of a sample of the calls."""

@@ -1,0 +1,1 @@
+"""The gRPC door: bytes in, bytes out, errors as statuses."""

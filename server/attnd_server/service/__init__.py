@@ -1,0 +1,1 @@
+"""What a request means: sessions, calls, validation, replies, capabilities."""

@@ -1,0 +1,92 @@
+"""What this server is and can do, as the wire says it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from attnd._version import __version__
+from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd_server.config import ServerConfig
+from attnd_server.execution.executor import Executor
+from attnd_server.kv.caches import CacheTable
+
+NO_SOCKET = "the server was started without --socket-dir"
+
+
+def plane_reasons(has_socket: bool, no_cuda: str | None) -> dict[plane_pb2.Plane.ValueType, str]:
+    """Planes that OpenPlane refuses, with the reason for people.
+
+    Args:
+        has_socket: whether clients can get at memory of this server.
+        no_cuda: why they cannot get at that of its GPU; None: they can.
+    """
+    reasons = {} if no_cuda is None else {plane_pb2.PLANE_CUDA: no_cuda}
+    if not has_socket:
+        reasons[plane_pb2.PLANE_SHM] = NO_SOCKET
+    return reasons
+
+
+def capabilities(
+    config: ServerConfig, executor: Executor, caches: CacheTable, reasons: dict[plane_pb2.Plane.ValueType, str]
+) -> capabilities_pb2.GetCapabilitiesResponse:
+    """The answer to GetCapabilities, with the `plane_reasons`."""
+    planes = [plane_pb2.PLANE_INLINE, plane_pb2.PLANE_SHM, plane_pb2.PLANE_CUDA]
+    return capabilities_pb2.GetCapabilitiesResponse(
+        version=__version__,
+        epoch=caches.epoch,
+        devices=[_device(executor.device, caches)],
+        backends=[
+            capabilities_pb2.BackendState(
+                backend=backend_pb2.Backend.Value(f"BACKEND_{backend.name}"),
+                available=reason is None,
+                reason=reason or "",
+            )
+            for backend, reason in executor.ops.states()
+        ],
+        dtypes=[tensor_pb2.DTYPE_FLOAT32, tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16],
+        kv_dtypes=[tensor_pb2.DTYPE_FLOAT8_E4M3FN],
+        layouts=[cache_pb2.LAYOUT_UNIFIED, cache_pb2.LAYOUT_DISTINCT],
+        masks=[
+            step_pb2.MASK_CAUSAL,
+            step_pb2.MASK_BLOCK_CAUSAL,
+            step_pb2.MASK_BIDIRECTIONAL,
+            step_pb2.MASK_PREFIX_FULL,
+        ],
+        planes=[
+            capabilities_pb2.PlaneState(plane=plane, available=plane not in reasons, reason=reasons.get(plane, ""))
+            for plane in planes
+        ],
+        limits=capabilities_pb2.Limits(
+            max_message_bytes=config.max_message_bytes,
+            max_step_tokens=config.max_step_tokens,
+            max_step_reqs=config.max_step_reqs,
+            max_page_table_elements=config.max_page_table_elements,
+            max_caches=config.max_caches,
+            max_ttl_s=config.max_ttl_s,
+            max_queue_depth=config.max_queue_depth,
+            max_cache_queue_depth=config.max_cache_queue_depth,
+            max_context_len=config.max_context_len,
+            max_sessions=config.max_sessions,
+            max_connection_rpcs=config.max_connection_rpcs,
+            principal_kv_bytes=caches.share.kv_bytes,
+            principal_caches=caches.share.caches,
+            principal_sessions=caches.share.sessions,
+            principal_queue_depth=caches.share.queue_depth,
+        ),
+    )
+
+
+def _device(device: torch.device, caches: CacheTable) -> capabilities_pb2.Device:
+    description, uuid = platform.processor() or platform.machine(), ""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        description, uuid = properties.name, str(properties.uuid)
+    return capabilities_pb2.Device(
+        name=str(device),
+        description=description,
+        uuid=uuid,
+        num_bytes_limit=caches.kv_bytes,
+        num_bytes_used=caches.num_bytes,
+    )

@@ -1,0 +1,136 @@
+"""Results as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from attnd.errors import InvalidRequest
+from attnd.protocol import frames
+from attnd.protocol.regions import Region, aligned
+from attnd.protocol.shm import framing, placed_tensors
+from attnd.protocol.shm.placed_tensors import RESULTS, PlacedTensors
+from attnd.protocol.tensors import Array, to_array
+from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.execution.step import Call, Result
+
+Encode = Callable[[Call, Result, int, int], bytes]
+"""Makes the reply to a call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
+
+
+class Replies(Protocol):
+    """How the calls of one stream are answered.
+
+    Attributes:
+        plane: how its tensors travel.
+        region: where tensors of its calls may lie; None: in messages only.
+    """
+
+    plane: str
+    region: Region | None
+
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int) -> Encode:
+        """What will answer a call of `lane`, and others of its lane and step that differ in the layer alone.
+
+        Raises:
+            InvalidRequest: its reply cannot lie where the message wants it.
+        """
+
+
+class InlineReplies:
+    """Implements `Replies`: tensors travel in the message."""
+
+    plane = "inline"
+    region: Region | None = None
+
+    def __init__(self, frame: frames.Frame) -> None:
+        """Encodes as `frame`."""
+        self._frame = frame
+
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
+        """What will answer a call."""
+        if message.HasField("reply"):
+            raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
+        return self._encode
+
+    def _encode(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        return self._frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
+
+
+class _LastReply(NamedTuple):
+    """A reply to a call, and where its tensors lie: one with these places and this backend is said to be like it."""
+
+    offset: int
+    backend: AttentionBackend | None
+    tensors: PlacedTensors
+
+
+class RegionReplies:
+    """Implements `Replies` for a shm plane: tensors lie in its region, and messages are for its socket."""
+
+    plane = "shm"
+
+    def __init__(self, region: Region) -> None:
+        """Copies results to `region`."""
+        self.region: Region | None = region
+        self._memory = region
+        self._last: dict[int, _LastReply] = {}  # by lane
+
+    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
+        """What will answer a call."""
+        if not message.HasField("reply"):
+            return partial(self._inline, lane)
+        place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
+        if call.q is not None:
+            # Now, so that a call whose reply has no place does not run.
+            config, num_rows = call.step.cache.config, call.q.shape[0] * call.q.shape[1]
+            num_bytes = num_rows * config.head_dim_v * config.dtype.itemsize
+            if call.options.return_lse:
+                num_bytes = aligned(num_bytes) + 4 * num_rows
+            self._memory.view(place, num_bytes, "reply")
+        return partial(self._placed, lane, place.offset)
+
+    def _inline(self, lane: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        self._last.pop(lane, None)
+        reply = call_reply(call, result, queue_us, kernel_us)
+        return framing.reply_bytes(frames.ATTEND_RESPONSE.encode(reply, reply_arrays(result)))
+
+    def _placed(self, lane: int, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
+        last = self._last.get(lane)
+        if (
+            last is not None
+            and last.offset == offset
+            and last.backend is result.backend
+            and last.tensors.fill_with_torch(result.output, result.lse)
+        ):
+            times = (queue_us, result.copies.in_us, kernel_us, result.copies.out_us)
+            return framing.repeated_reply(call.layer, call.step.id, *times)
+        arrays = reply_arrays(result, RESULTS)
+        reply = call_reply(call, result, queue_us, kernel_us)
+        tensors = placed_tensors.place(self._memory, arrays, offset, "reply", reply, RESULTS)
+        self._last[lane] = _LastReply(offset, result.backend, tensors)
+        return framing.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
+
+
+def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> step_pb2.CallReply:
+    """The reply to `call`, without its tensors."""
+    backend = backend_pb2.BACKEND_UNSPECIFIED
+    if result.backend is not None:
+        backend = backend_pb2.Backend.Value(f"BACKEND_{result.backend.name}")
+    return step_pb2.CallReply(
+        step_id=call.step.id,
+        layer=call.layer,
+        backend=backend,
+        queue_us=queue_us,
+        copy_in_us=result.copies.in_us,
+        kernel_us=kernel_us,
+        copy_out_us=result.copies.out_us,
+    )
+
+
+def reply_arrays(result: Result, names: tuple[str, ...] = ("lse", "output")) -> dict[str, Array]:
+    """The reply's tensors that are present, by field, in the order of `names`."""
+    tensors = {name: getattr(result, name) for name in names}
+    return {name: to_array(tensor, name) for name, tensor in tensors.items() if tensor is not None}

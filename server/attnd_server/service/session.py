@@ -1,0 +1,196 @@
+"""One Attend stream, or what is like it on a plane: its open steps, and the work of their calls."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from attnd.errors import InvalidRequest
+from attnd.protocol import frames
+from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
+from attnd.protocol.tensors import Array
+from attnd.v1 import attention_pb2, step_pb2
+from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.execution.batch import Batch
+from attnd_server.execution.step import Call, Step
+from attnd_server.execution.work import SharedWork, Work
+from attnd_server.identity import refuse_if_revoked
+from attnd_server.service import validation
+from attnd_server.service.replies import Encode, Replies
+
+if TYPE_CHECKING:
+    from attnd_server.service.service import AttentionService
+
+# Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
+# The contract has this number too: at Step.id and at StepReply.takes_deltas.
+MAX_OPEN_STEPS = 8
+# Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
+# it should not wait for that.
+BIG_STEP_ELEMENTS = 1 << 17
+
+
+class CallGroup:
+    """Implements `Group` for calls."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Of the calls in `batch`."""
+        self._batch = batch
+
+    def takes(self, work: Work) -> bool:
+        """Adds another if it is a call that can share the launch."""
+        return isinstance(work, CallWork) and self._batch.takes(work.call)
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the launch takes less time than one for each."""
+        return self._batch.is_worth_it
+
+
+@dataclass(frozen=True, eq=False)
+class CallWork(SharedWork):
+    """The work of a call, on a stream or of a unary request."""
+
+    service: AttentionService
+    call: Call
+    encode: Encode
+    plane: str
+
+    def cache_id(self) -> bytes:
+        """The cache's id."""
+        return self.call.step.cache.id
+
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self.call.step.cache.principal
+
+    def __call__(self) -> bytes:
+        """Runs the call and encodes its reply."""
+        return self.service.attend(self.call, self.encode, self.plane)
+
+    def group(self) -> CallGroup | None:
+        """Calls that can share this one's launch; None: it runs alone."""
+        batch = self.service.executor.batch(self.call)
+        return None if batch is None else CallGroup(batch)
+
+    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
+        """Runs calls of one batch in one launch."""
+        return self.service.attend_together([work for work in works if isinstance(work, CallWork)], queue_us)
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds within which it must have started; None is forever."""
+        return self.call.step.call_timeout_s
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes no longer than a few switches of thread."""
+        return self.call.step.is_small
+
+
+@dataclass(frozen=True, eq=False)
+class BigStep:
+    """A step that takes long to check. Call it on any thread, before the session gets its next request.
+
+    Attributes:
+        answer: checks and opens it. Raises what `AttendSession.request` raises.
+    """
+
+    answer: Callable[[], bytes]
+
+
+class AttendSession:
+    """The state of one Attend stream: its open steps."""
+
+    def __init__(self, service: AttentionService, principal: str, replies: Replies) -> None:
+        """Starts without steps."""
+        self._service = service
+        self._principal = principal
+        self._replies = replies
+        self._max_header_bytes = service.config.max_header_bytes
+        # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
+        self._last_calls: dict[int, frames.Framed] = {}
+        self._last_works: dict[int, CallWork] = {}
+        self._steps: OrderedDict[int, Step] = OrderedDict()
+        self._last_id = -1
+        self._last_options: AttentionOptions | None = None
+
+    def request(self, data: bytes, lane: int = 0) -> bytes | Work:
+        """Answers a message of the stream: a step at once, a call of `lane` by work for the executor."""
+        answer = self.request_in_parts(data, lane)
+        return answer.answer() if isinstance(answer, BigStep) else answer
+
+    def request_in_parts(self, data: bytes, lane: int = 0) -> bytes | Work | BigStep:
+        """As `request`, but a step that takes long to check is left to the caller."""
+        refuse_if_revoked(self._principal)
+        message, tensors = frames.ATTEND_REQUEST.decode(data, self._replies.region, self._max_header_bytes)
+        kind = message.WhichOneof("message")
+        if kind == "call":
+            if self._replies.region is not None:
+                if lane >= MAX_CALLS_UNDER_WAY:
+                    raise InvalidRequest(f"lane is {lane}, but must be in 0..{MAX_CALLS_UNDER_WAY - 1}", field="lane")
+                self._last_calls[lane] = frames.Framed(message.call, tensors)
+                self._last_works.pop(lane, None)
+            return self._call(message.call, tensors, lane)
+        if kind == "step":
+            step: step_pb2.Step = message.step
+            return BigStep(partial(self._open, step)) if _is_big(step) else self._open(step)
+        raise InvalidRequest("message is not set, but must be step or call", field="message")
+
+    def repeat(self, layer: int, step_id: int, lane: int) -> Work:
+        """The last call of `lane` again, of another step or layer; checked as if it had come whole."""
+        refuse_if_revoked(self._principal)
+        last_call, last = self._last_calls.get(lane), self._last_works.get(lane)
+        if last_call is None:
+            raise InvalidRequest(
+                f"message is absent, but must be given: there was no call in lane {lane} that is meant again"
+            )
+        if last is not None and last.call.step is self._steps.get(step_id):
+            # What was checked lies in this process and is the same; only the layer is new.
+            step, _, options, q, k, v = last.call
+            step.cache.renew()
+            call = Call(step, validation.layer(layer, step.cache.config), options, q, k, v)
+            return CallWork(last.service, call, last.encode, last.plane)
+        message, tensors = last_call
+        message.layer, message.step_id = layer, step_id
+        return self._call(message, tensors, lane)
+
+    def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
+        call = self._service.call(self._step(message.step_id), message, tensors)
+        work = CallWork(self._service, call, self._replies.encoder(call, message, lane), self._replies.plane)
+        self._last_options = call.options
+        if self._replies.region is not None:
+            self._last_works[lane] = work
+        return work
+
+    def _open(self, message: step_pb2.Step) -> bytes:
+        if message.id <= self._last_id:
+            raise InvalidRequest(
+                f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
+            )
+        open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
+        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps)
+        self._last_id = message.id
+        if self._last_options is not None:  # most likely those of its first call, too
+            self._service.executor.plan_ahead(step, self._last_options)
+        if len(self._steps) > MAX_OPEN_STEPS:
+            self._steps.popitem(last=False)
+        reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)
+        return attention_pb2.AttendResponse(step=reply).SerializeToString()
+
+    def _step(self, step_id: int) -> Step:
+        step = self._steps.get(step_id)
+        if step is None:
+            known = ", ".join(map(str, self._steps)) or "none"
+            raise InvalidRequest(
+                f"call.step_id is {step_id}, but the stream's open steps are: {known}", field="call.step_id"
+            )
+        return step
+
+
+def _is_big(step: step_pb2.Step) -> bool:
+    """Whether page tables are large, as sent or as a delta of a few bytes may make them."""
+    delta_elements = step.page_table_delta.max_pages * len(step.cu_seqlens_q.data) // 4
+    return max(len(step.page_tables.data) // 4, delta_elements) > BIG_STEP_ELEMENTS

@@ -1,0 +1,30 @@
+"""From the wire's bytes to valid objects, or an `attnd.errors` exception that names field, value and rule.
+
+The only place that checks. Everything happens on host memory and before anything is written; what these functions
+return is a fact for everybody behind them. Headers are checked before memory is allocated by them, and no check costs
+more than the bytes that the caller sent, or than the page table that a delta gives. Everything small is copied; only
+q, k and v are views of the received bytes.
+"""
+
+from attnd_server.service.validation.caches import cache_config, create_cache
+from attnd_server.service.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
+from attnd_server.service.validation.pages import copy_pages, slots
+from attnd_server.service.validation.steps import NO_STEPS, step
+from attnd_server.service.validation.warm_ups import warm_up
+
+__all__ = [
+    "NO_STEPS",
+    "CallTensors",
+    "StoreTensors",
+    "cache_config",
+    "call",
+    "copy_pages",
+    "create_cache",
+    "layer",
+    "options",
+    "read_kv",
+    "slots",
+    "step",
+    "store_kv",
+    "warm_up",
+]

@@ -1,0 +1,107 @@
+"""The page tables of a step: sent in full, or as what they differ in from those of an open step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from google.protobuf.message import Message
+
+from attnd.v1 import step_pb2
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.metadata import AttentionMetadata
+from attnd_server.config import ServerConfig
+from attnd_server.service.validation.arrays import INT32, check_range, refuse, refuse_first, required, view
+from attnd_server.service.validation.pages import Int32s, Int64s
+
+
+def page_tables(
+    message: step_pb2.Step,
+    context_lens: Int64s,
+    config: AttentionConfig,
+    limits: ServerConfig,
+    open_steps: Mapping[int, AttentionMetadata],
+) -> Int32s:
+    """The page tables of a step, in memory of their own; the same rules hold however they were sent.
+
+    Args:
+        message: the step.
+        context_lens: `[num_reqs]`.
+        config: the cache.
+        limits: what one step may take.
+        open_steps: by id, the steps that a delta may name.
+
+    Returns:
+        int32 `[num_reqs, max_pages]`: `-1 <= id < config.num_pages`, and the context is covered.
+
+    Raises:
+        InvalidRequest: the step breaks a rule of step.proto.
+    """
+    if message.HasField("page_table_delta"):
+        if message.HasField("page_tables"):
+            refuse("page_table_delta", "page_table_delta is given, but must be absent where page_tables is given")
+        tables = _changed(message.page_table_delta, len(context_lens), limits, open_steps)
+    else:
+        tables = _sent(message, len(context_lens), limits)
+    rule = f"the cache has pages 0..{config.num_pages - 1}, and -1 is no page"
+    check_range(tables, -1, config.num_pages - 1, "page_tables", rule)
+    num_covered = tables.shape[1] * config.page_size
+    rule = f"page_tables covers {num_covered}: {tables.shape[1]} pages of {config.page_size} tokens"
+    check_range(context_lens, 0, num_covered, "context_lens", rule)
+    return tables
+
+
+def _sent(message: step_pb2.Step, num_reqs: int, limits: ServerConfig) -> Int32s:
+    values = view(required(message, "page_tables"), "page_tables", INT32, (num_reqs, "max_pages"))
+    if values.size > limits.max_page_table_elements:
+        rule = f"must have at most {limits.max_page_table_elements}"
+        refuse("page_tables", f"page_tables has {values.size} elements, but {rule}")
+    return values.astype(np.int32)
+
+
+def _changed(
+    delta: step_pb2.PageTableDelta, num_reqs: int, limits: ServerConfig, open_steps: Mapping[int, AttentionMetadata]
+) -> Int32s:
+    """What the delta gives. A few bytes may ask for a large table, so its size is checked before there is one."""
+    base_step = open_steps.get(delta.base_step_id)
+    if base_step is None:
+        known = ", ".join(map(str, open_steps)) or "none"
+        refuse(
+            "page_table_delta.base_step_id",
+            f"page_table_delta.base_step_id is {delta.base_step_id}, but the stream's open steps are: {known}; "
+            "send page_tables instead",
+        )
+    most_pages = limits.max_page_table_elements // num_reqs
+    if delta.max_pages > most_pages:
+        rule = f"must be at most {most_pages}: page tables have at most {limits.max_page_table_elements} elements"
+        refuse("page_table_delta.max_pages", f"page_table_delta.max_pages is {delta.max_pages}, but {rule}")
+    base: Int32s = base_step.page_tables.numpy()
+    rows = _part(delta, "source_rows", num_reqs)
+    rule = f"the table of step {delta.base_step_id} has rows 0..{len(base) - 1}, and -1 is no row"
+    check_range(rows, -1, len(base) - 1, "page_table_delta.source_rows", rule)
+    indices = _part(delta, "indices", "num_changes")
+    num_elements = num_reqs * delta.max_pages
+    rule = f"the table has elements 0..{num_elements - 1}"
+    check_range(indices, 0, num_elements - 1, "page_table_delta.indices", rule)
+    falls = indices[1:] <= indices[:-1]
+    if falls.any():
+        before = int(falls.argmax())
+        rule = f"must be greater than {indices[before]}, the element before it"
+        refuse_first(np.append(False, falls), indices, "page_table_delta.indices", rule)
+    pages = _part(delta, "pages", len(indices))
+
+    tables = np.empty((num_reqs, delta.max_pages), np.int32)
+    num_kept = min(delta.max_pages, base.shape[1])
+    tables[:, :num_kept] = base[rows, :num_kept]  # row -1 is the last one for now
+    tables[:, num_kept:] = -1
+    tables[rows < 0] = -1
+    tables.reshape(-1)[indices] = pages
+    return tables
+
+
+def _part(delta: Message, field: str, length: int | str) -> Int32s:
+    """The required int32 `[length]` tensor `field`; its name in errors is that within the step."""
+    path = f"page_table_delta.{field}"
+    if not delta.HasField(field):
+        refuse(path, f"{path} is absent, but must be given")
+    return view(getattr(delta, field), path, INT32, (length,))

@@ -1,0 +1,206 @@
+"""Makes decode steps of a cache ready before the first of them comes: compiles, captures, and says how it went."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from attnd.errors import AttndError
+from attnd.v1 import attention_pb2, backend_pb2
+from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.metadata import decode_step, reset_warming_up, set_warming_up
+from attnd_server.config import ServerConfig
+from attnd_server.device.faults import is_device_fault
+from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, add_graphs, buffer_bytes, ready_graphs
+from attnd_server.execution.executor import Executor
+from attnd_server.execution.work import LongWork
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.caches import CacheTable
+from attnd_server.service.validation.warm_ups import WarmSteps
+
+# Each size of batch is so many times the one before, from 1 on. A call copies what it brings of q and gets of output,
+# but k and v of the whole size.
+SIZE_STEP = 4
+# Graphs of one cache: for every layer of a big model with a few kinds of steps. What the driver holds for a graph is
+# not among the bytes that are counted.
+MAX_GRAPHS = 8_192
+
+log = logging.getLogger(__name__)
+
+
+def batch_sizes(max_reqs: int) -> list[int]:
+    """The sizes of batches that graphs are captured for; the last is `max_reqs`."""
+    sizes = []
+    size = 1
+    while size < max_reqs:
+        sizes.append(size)
+        size *= SIZE_STEP
+    return [*sizes, max_reqs]
+
+
+def shapes_of(steps: WarmSteps, config: AttentionConfig, limits: ServerConfig) -> list[DecodeShape]:
+    """A shape for each size of batch. Contexts are as long as asked, as the pages hold and as page tables may be."""
+    shapes = []
+    for num_reqs in batch_sizes(steps.max_reqs):
+        num_pages = min(config.num_pages, limits.max_page_table_elements // num_reqs)
+        longest = min(num_pages * config.page_size, limits.max_context_len)
+        shapes.append(DecodeShape(num_reqs, steps.query_len, min(steps.max_context_len or longest, longest)))
+    return shapes
+
+
+class _Nothing(Exception):
+    """There is nothing to capture, or it cannot be; the text says why."""
+
+
+class WarmUp(LongWork):
+    """One warm-up of a cache."""
+
+    def __init__(
+        self, executor: Executor, caches: CacheTable, cache: Cache, steps: WarmSteps, limits: ServerConfig
+    ) -> None:
+        """Nothing is made yet."""
+        self._executor = executor
+        self._caches = caches
+        self._cache = cache
+        self._options = steps.options
+        self._shapes = shapes_of(steps, cache.config, limits)
+        self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
+
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self._cache.principal
+
+    def __call__(self) -> bytes:
+        """Makes what is not there yet. Answers the WarmUpResponse.
+
+        Raises:
+            Unsupported: the steps cannot be served at all.
+            Exhausted: the memory is not free.
+            CacheLost: the cache was closed meanwhile.
+        """
+        started = time.perf_counter()
+        try:
+            with self._cache.held():
+                reason = self._make_all()
+            self._executor.take_turn(self._use)
+        except BaseException:
+            for graphs in self._made:
+                self._discard(graphs)
+            raise
+        ready = [captured for shape in self._shapes if (captured := self._ready(shape))]
+        backend = self._executor.ops.kernel_for(self._cache.config, self._shapes[-1], self._options).backend
+        response = attention_pb2.WarmUpResponse(
+            num_graphs=sum(captured.num_graphs for captured in ready),
+            num_bytes=sum(captured.num_bytes for captured in ready),
+            seconds=time.perf_counter() - started,
+            backend=backend_pb2.Backend.Value(f"BACKEND_{backend.name}"),
+            reason=reason,
+        )
+        told = {"num_graphs": response.num_graphs, "num_bytes": response.num_bytes, "seconds": response.seconds}
+        log.info("warmed up", extra={"cache": self._cache.id.hex(), **told, "reason": reason})
+        return response.SerializeToString()
+
+    def _make_all(self) -> str:
+        """Makes graphs for each shape that has none yet, and returns "", or the reason why not for all."""
+        try:
+            for shape in self._shapes:
+                if not self._ready(shape):
+                    self._made.append(self._make(shape))
+        except _Nothing as reason:
+            return str(reason)
+        except (AttndError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if is_device_fault(error):
+                raise
+            log.warning("decode steps cannot be captured", exc_info=error)
+            return f"decode steps cannot be captured: {error}"
+        return ""
+
+    def _make(self, shape: DecodeShape) -> DecodeGraphs:
+        """Makes and captures the graphs of a shape, and counts their bytes."""
+        cache, options, device, capture = self._cache, self._options, self._executor.device, self._executor.capture
+        kernel = self._executor.ops.kernel_for(cache.config, shape, options)
+        if capture is None:
+            raise _Nothing(f"device is {device}, and only a GPU has CUDA graphs")
+        self._check_count()
+        most = self._shapes[-1].num_reqs
+        purpose = f"max_reqs is {most}: a batch of {shape.num_reqs} requests of {shape.query_len} new tokens"
+        counted = buffer_bytes(cache.config, options, shape)
+        self._caches.reserve(cache, counted, purpose)
+        try:
+            with _warming_up():
+                plan = kernel.fixed_plan(cache.config, shape, options, device)
+                if isinstance(plan, str):
+                    self._compile(kernel, shape.query_len)
+                    reason = f"no fixed plan for batches of {shape.num_reqs}, and is only compiled"
+                    raise _Nothing(f"{kernel.backend.value} has {reason}: {plan}")
+            self._caches.reserve(cache, plan.num_bytes, purpose)
+            counted += plan.num_bytes
+            graphs = DecodeGraphs(cache, options, plan, kernel.backend, shape)
+            self._capture(graphs, capture)
+        except BaseException:
+            self._caches.release(cache, counted)
+            raise
+        return graphs
+
+    def _compile(self, kernel: AttentionKernel, query_len: int) -> None:
+        """Runs a step of one request that nobody wants, the way in which those without graphs run."""
+        cache, device, num_heads = self._cache, self._executor.device, self._options.num_heads
+        config = cache.config
+
+        def tokens(num_heads: int, head_dim: int) -> torch.Tensor:
+            return torch.zeros(query_len, num_heads, head_dim, dtype=config.dtype, device=device)
+
+        q = tokens(num_heads, config.head_dim)
+        k, v = tokens(config.num_kv_heads, config.head_dim), tokens(config.num_kv_heads, config.head_dim_v)
+        cache.store_at(0, k, v, torch.full((query_len,), -1, device=device))
+        plan = kernel.plan(config, decode_step(1, query_len, config.page_size, config.page_size), self._options, device)
+        kernel.run(plan, q, k, v, cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales)
+
+    def _check_count(self) -> None:
+        in_use = [graphs for alike in list(self._cache.graphs.values()) for graphs in alike]
+        num_graphs = sum(graphs.num_graphs for graphs in in_use + self._made)
+        if num_graphs + self._cache.config.num_layers > MAX_GRAPHS:
+            raise _Nothing(f"the cache has {num_graphs} graphs, and the limit is {MAX_GRAPHS}")
+
+    def _capture(self, graphs: DecodeGraphs, capture: Capture) -> None:
+        """Captures a layer a turn, so that others wait for no more than that."""
+        cache = self._cache
+
+        def capture_next() -> None:
+            cache.refuse_if_closed()
+            with _warming_up():
+                graphs.capture_next(cache, capture)
+
+        with _warming_up():
+            graphs.load(decode_step(graphs.shape.num_reqs, graphs.shape.query_len))
+            graphs.launch(cache, 0)  # compiles what the plan did not
+        for _ in range(cache.config.num_layers):
+            self._executor.take_turn(capture_next)
+
+    def _use(self) -> None:
+        self._cache.refuse_if_closed()
+        for graphs in self._made:
+            add_graphs(self._cache, self._options, graphs)
+
+    def _ready(self, shape: DecodeShape) -> DecodeGraphs | None:
+        return ready_graphs(self._cache, self._options, shape)
+
+    def _discard(self, graphs: DecodeGraphs) -> None:
+        self._caches.release(self._cache, graphs.num_bytes)
+        graphs.close()
+
+
+@contextmanager
+def _warming_up() -> Iterator[None]:
+    set_warming_up(True)
+    try:
+        yield
+    finally:
+        reset_warming_up()

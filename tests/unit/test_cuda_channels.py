@@ -1,0 +1,255 @@
+"""What a server makes ahead for cuda planes, with a driver that only notes what it is asked."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from ctypes import addressof, c_char
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from attnd.errors import Exhausted
+from attnd.protocol.cuda import copies as cuda_copies
+from attnd.protocol.cuda import driver as cuda_driver
+from attnd.protocol.cuda import gate_flags as cuda_gates
+from attnd.protocol.cuda import host_flags as cuda_words
+from attnd.protocol.cuda import memory as cuda_memory
+from attnd.protocol.cuda.device_bytes import CPU
+from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES
+from attnd_server.planes.cuda import channel as cuda
+from attnd_server.planes.cuda import streams as cuda_streams
+from attnd_server.planes.cuda.channel import CudaChannel, CudaPlanes
+
+# What may wait for all that runs on a GPU.
+SLOW = {
+    "cuMemAllocAsync",
+    "cuMemFreeAsync",
+    "cuMemHostRegister",
+    "cuMemHostUnregister",
+    "cuMemUnmap",
+    "cuModuleLoadData",
+    "cuStreamCreate",
+    "cuStreamDestroy",
+}
+GPU, OTHER_GPU = "00000000-0000-0000-0000-000000000000", "another"
+
+
+class NotingDriver:
+    """Says yes to everything.
+
+    Attributes:
+        asked: names of functions, by the thread that asked.
+        is_full: whether there is no memory.
+        busy: how often a stream is still found busy.
+        held_up: streams that are always.
+        others_get_on: whether the stream of all other work does.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, str]] = []
+        self.is_full = False
+        self.busy = 0
+        self.held_up: set[int] = set()
+        self.others_get_on = True
+        self._numbers = itertools.count(1)
+        self._memory: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu") or not name[2].isupper():
+            return MagicMock()
+        special = getattr(self, f"_{name}", None) if f"_{name}" in type(self).__dict__ else None
+        plain = {"cuDeviceGetUuid": SimpleNamespace(bytes=bytes(16)), "cuMemGetAllocationGranularity": 4096}
+        gives_nothing = {"cuStreamQuery", "cuLaunchKernel", "cuStreamBatchMemOp"}
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            self.asked.append((threading.get_ident(), name))
+            if special is not None:
+                return (0, special(*arguments)) if name != "cuStreamQuery" else (special(*arguments),)
+            if name in gives_nothing:
+                return (0,)
+            return 0, plain.get(name, next(self._numbers))
+
+        if name == "cuMemCreate" and self.is_full:
+            return lambda *_: (SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY"), None)
+        return function
+
+    def _cuMemAddressReserve(self, num_bytes: int, *_: int) -> int:
+        memory = mmap.mmap(-1, num_bytes)
+        self._memory.append(c_char.from_buffer(memory))
+        return addressof(self._memory[-1])
+
+    def _cuMemHostGetDevicePointer(self, address: int, _: int) -> int:
+        return address
+
+    def _cuMemExportToShareableHandle(self, *_: Any) -> int:
+        return os.memfd_create("region")
+
+    def _cuStreamQuery(self, stream: int) -> Any:
+        self.busy -= 1
+        is_busy = self.busy >= 0 or stream in self.held_up
+        return SimpleNamespace(name="CUDA_ERROR_NOT_READY") if is_busy else 0
+
+    def asked_here(self) -> Counter[str]:
+        """By this thread, since it last asked."""
+        here = Counter(name for thread, name in self.asked if thread == threading.get_ident())
+        self.asked = [each for each in self.asked if each[0] != threading.get_ident()]
+        return here
+
+    def asked_elsewhere(self) -> Counter[str]:
+        return Counter(name for thread, name in self.asked if thread != threading.get_ident())
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
+    noting = NotingDriver()
+    for module in (cuda_copies, cuda_driver, cuda_gates, cuda_memory, cuda_words):
+        monkeypatch.setattr(module, "driver", lambda: noting)
+    monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: cuda_driver.Device(0))
+    monkeypatch.setattr(cuda_gates, "_STOP_WORDS", cuda_gates._StopWords())
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
+    monkeypatch.setattr(cuda, "_let_torch_keep_memory", lambda device: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **where: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: noting.others_get_on)
+    )
+    monkeypatch.setattr(cuda, "CUDA", CPU)  # for torch, which has no GPU here
+    made: list[cuda.SharedWords] = []
+    make = cuda.SharedWords.__init__
+
+    def noted(words: cuda.SharedWords) -> None:
+        make(words)
+        made.append(words)
+
+    monkeypatch.setattr(cuda.SharedWords, "__init__", noted)
+    OPENED.clear()
+    yield noting
+    for opened in OPENED:  # they live as long as a server; what they made must not outlive the test
+        idle = threading.Event()
+        opened._slow_work.put(idle.set)
+        assert idle.wait(10)
+    for words in made:
+        words.close()
+        words.words._held = None
+        words.words._memory.close()
+
+
+OPENED: list[CudaPlanes] = []
+
+
+def planes(max_planes: int = 2) -> CudaPlanes:
+    OPENED.append(CudaPlanes(torch.device("cuda", 0), 1 << 16, max_planes))
+    return OPENED[-1]
+
+
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return is_so()
+
+
+def take(opened: CudaPlanes, worker_gpu: str) -> CudaChannel:
+    lane = opened.open(worker_gpu)
+    for descriptor in lane.descriptors():
+        os.close(descriptor)
+    return lane
+
+
+@pytest.mark.parametrize("worker_gpu", [GPU, OTHER_GPU])
+def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: NotingDriver, worker_gpu: str) -> None:
+    opened = planes()
+    made = driver.asked_here()
+    assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
+    assert made["cuModuleLoadData"] == 2  # gates and copies
+    for _ in range(5):
+        lanes = [take(opened, worker_gpu) for _ in range(2)]
+        assert lanes[0].handle != lanes[1].handle
+        for layer in range(2):
+            lanes[0].flags.wait(lanes[0].handle, layer, layer == 1)
+            lanes[0].flags.signal(lanes[0].handle, layer, layer == 1)
+        for lane in lanes:
+            opened.close(lane)
+        assert not SLOW & set(driver.asked_here())
+        # By the thread that nobody waits for.
+        assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] % 2 == 0 and opened._words.qsize() == 2)
+    num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
+    assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] == 10 * num_memories)
+    assert driver.asked_elsewhere()["cuMemHostRegister"] == driver.asked_elsewhere()["cuMemHostUnregister"] == 10
+
+
+def test_streams_that_share_a_queue_are_not_taken(driver: NotingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_streams, "_HELD_UP_S", 0.01)
+    on, device = cuda_driver.Device(0), torch.device("cuda", 0)
+    first = cuda_streams.independent_streams(on, device, 3)
+    handles = [stream.handle for stream in first]
+    # The driver's numbers rise; of the streams to come, some are held up by those that wait.
+    driver.held_up = {handle for handle in range(handles[-1] + 1, handles[-1] + 40) if handle // 2 % 2}
+    second = cuda_streams.independent_streams(on, device, 3)
+    assert not {stream.handle for stream in second} & driver.held_up
+    assert driver.asked_here()["cuMemHostUnregister"] == 2
+
+
+def test_a_server_with_too_few_queues_says_so_and_does_without(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_streams, "_HELD_UP_S", 0.01)
+    driver.others_get_on = False
+    streams = cuda_streams.independent_streams(cuda_driver.Device(0), torch.device("cuda", 0), 3)
+    assert len({stream.handle for stream in streams}) == 3
+    assert "only 0 of 3 streams for cuda planes are independent" in caplog.text
+
+
+def test_a_lane_is_let_go_before_it_is_freed(driver: NotingDriver) -> None:
+    opened = planes()
+    lane = take(opened, GPU)
+    words = lane._words.words
+    driver.busy = 3
+    opened.close(lane)
+    assert driver.busy < 0
+    assert lane.flags.is_stopped
+    assert wait_until(lambda: not words._is_registered)
+    driver.busy = 0
+
+
+def test_words_are_where_the_contract_says(driver: NotingDriver) -> None:
+    opened = planes()
+    lane = take(opened, OTHER_GPU)
+    region, results = lane._memory
+    assert lane.flags.addresses[2:4] == (results.address + TO_WORKER, region.address + TO_SERVER)
+    lane = take(opened, GPU)
+    assert lane._words.words.num_words == WORDS_BYTES // 4
+
+
+def test_a_worker_that_the_server_cannot_reach_finds_results_in_the_region(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = planes()
+    assert opened.results_num_bytes(OTHER_GPU) == opened.num_bytes
+    assert opened.results_num_bytes(GPU) == 0
+    monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: None)
+    assert opened.results_num_bytes(OTHER_GPU) == 0
+    lane = take(opened, OTHER_GPU)
+    (region,) = lane._memory
+    assert lane.flags.addresses[2:4] == (region.address + TO_WORKER, region.address + TO_SERVER)
+
+
+def test_a_full_gpu_costs_no_stream(driver: NotingDriver) -> None:
+    opened = planes(1)
+    driver.is_full = True
+    for _ in range(3):
+        with pytest.raises(Exhausted, match="no memory for a cuda plane's region of 65536 bytes: cuMemCreate failed"):
+            opened.open(GPU)
+    driver.is_full = False
+    opened.close(take(opened, GPU))
