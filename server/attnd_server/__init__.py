@@ -38,13 +38,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AttentionBackend": "attnd_server.config",
-    "AttentionConfig": "attnd_server.config",
+    "AttentionBackend": "attnd_server.attention.config",
+    "AttentionConfig": "attnd_server.attention.config",
     "AttentionKernel": "attnd_server.attention.backends.base",
     "AttentionMetadata": "attnd_server.attention.metadata",
-    "KVSplitConfig": "attnd_server.config",
+    "KVSplitConfig": "attnd_server.attention.config",
     "NaiveAttention": "attnd_server.attention.backends.naive",
-    "PrecisionMode": "attnd_server.config",
+    "PrecisionMode": "attnd_server.attention.config",
     "SlidingWindowAttention": "attnd_server.attention.backends.window",
     "TritonAttentionOps": "attnd_server.attention.ops",
     "TritonPagedAttention": "attnd_server.attention.backends.triton",

@@ -211,12 +211,13 @@ def test_insecure_says_what_is_missing(served, arguments, missing):
     assert len(served) == 1
 
 
-@pytest.mark.parametrize("command", ["info", "doctor", "demo", "chat"])
-def test_commands_hand_credentials_on(monkeypatch, tmp_path, command):
+@pytest.mark.parametrize("module_name", ["info", "doctor", "demo.demo", "demo.chat"])
+def test_commands_hand_credentials_on(monkeypatch, tmp_path, module_name):
     handed_on = []
+    command = module_name.rpartition(".")[2]
     name = f"run_{command}"
     module = types.SimpleNamespace(**{name: lambda *values, **named: handed_on.extend((*values, *named.values())) or 0})
-    monkeypatch.setitem(sys.modules, f"attnd_server.{command}", module)
+    monkeypatch.setitem(sys.modules, f"attnd_server.cli.{module_name}", module)
     token_file = tmp_path / "token"
     arguments = ["--tls-ca", "ca.pem", "--tls-client-cert", "c.pem", "--tls-client-key", "c.key"]
     assert run(command, *arguments, env={"ATTND_TOKEN_FILE": str(token_file)}).exit_code == 0
