@@ -99,7 +99,7 @@ docker: ## the server's image
 
 clean: ## removes environments, caches and built files
 	rm -rf .venv .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find client server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find client server tests benchmarks docs examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make-venv,$(VENV))
