@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pdoc
 from pdoc import doc, extract
@@ -48,7 +49,7 @@ def load(name: str) -> doc.Module:
     return doc.Module(module)
 
 
-def members(item: doc.Doc) -> Iterator[doc.Doc]:
+def members(item: doc.Doc[Any]) -> Iterator[doc.Doc[Any]]:
     """A module or class and all that it shows, each once where it is defined."""
     yield item
     if isinstance(item, doc.Namespace):
@@ -65,7 +66,7 @@ def entries(section: re.Pattern[str], text: str) -> set[str]:
     return {name for block in section.findall(text) for name in ENTRY.findall(block)}
 
 
-def exists(reference: str, item: doc.Doc, named: dict[str, doc.Doc]) -> bool:
+def exists(reference: str, item: doc.Doc[Any], named: dict[str, doc.Doc[Any]]) -> bool:
     """Whether a name that the docstring of `item` mentions is public, or one that some module of its package has."""
     if reference in named or reference in WIRE:
         return True
@@ -82,7 +83,7 @@ def exists(reference: str, item: doc.Doc, named: dict[str, doc.Doc]) -> bool:
 def faults(modules: list[doc.Module]) -> Iterator[str]:
     """What is wrong with the docstrings, a line each."""
     shown = [item for module in modules for item in members(module)]
-    named: dict[str, doc.Doc] = {}
+    named: dict[str, doc.Doc[Any]] = {}
     for item in shown:
         named[item.fullname] = item
         named.setdefault(item.qualname, item)

@@ -61,8 +61,10 @@ def main(address: str = "inproc://") -> None:
         request = attnd.PagedSequence(attnd.PagePool(cache.config.num_pages, cache.config.page_size))
 
         def step(slots: list[int], context_len: int) -> attnd.Step:
-            block = {"kind": "decode", "mask": "block_causal", "block_size": BLOCK}
-            return session.step(attnd.StepMetadata([BLOCK], [context_len], [request.pages], slots, **block))
+            metadata = attnd.StepMetadata(
+                [BLOCK], [context_len], [request.pages], slots, kind="decode", mask="block_causal", block_size=BLOCK
+            )
+            return session.step(metadata)
 
         model.logits(PROMPT, step(request.extend(BLOCK), 0).attend)
         for _ in range(NEW_BLOCKS):

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnd
 from attnd.integrations.transformers import RemoteCache
@@ -36,7 +36,7 @@ def make_model() -> Any:
         num_key_value_heads=2,
         initializer_range=0.3,
     )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return LlamaForCausalLM(config)
 
 
 def main(address: str = "inproc://") -> None:
