@@ -20,14 +20,16 @@ from attnd.planes.grpc import keepalive_options
 from attnd.protocol import frames
 from attnd.tuning import tune_process
 from attnd_server.config import ServerConfig
-from attnd_server.device.faults import end_process
+from attnd_server.device.faults import DeviceFaults, end_process
 from attnd_server.execution.executor import Executor
 from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.snapshots import SnapshotStore
+from attnd_server.observe.calls import CallObserver
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
+from attnd_server.observe.verify import Verifier
 from attnd_server.planes.shm.server import ShmServer
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
@@ -89,10 +91,15 @@ def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
 
 
 def build_service(config: ServerConfig, metrics: Metrics | None = None) -> AttentionService:
-    """The executor, the cache table and the service over them, which counts in `metrics` if there are any."""
+    """The executor, the cache table and the service over them, which count in `metrics` if there are any."""
     device = select_device(config.device)
     caches = CacheTable(config, device, kv_bytes_limit(config, device))
-    return AttentionService(config, Executor(device, caches, config), caches, metrics)
+    faults, verifier = DeviceFaults(device), None
+    if config.verify:
+        verifier = Verifier(config.verify, device, faults, refuses=config.verify_action == "refuse")
+    observer = None if metrics is None and verifier is None else CallObserver(metrics, verifier)
+    executor = Executor(device, caches, config, faults=faults, observer=observer)
+    return AttentionService(config, executor, caches, metrics, verifier)
 
 
 class Server:

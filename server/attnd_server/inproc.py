@@ -19,9 +19,9 @@ from attnd.protocol import requests
 from attnd.v1 import attention_pb2
 from attnd_server.app import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.service.service import AttentionService, error_response
-from attnd_server.service.session import CallWork
 
 PRINCIPAL = "inproc"
 
@@ -65,7 +65,7 @@ class InprocTransport:
         if isinstance(answer, bytes):
             return answer
         executor = self._service.executor
-        if executor.device.type == "cuda" and isinstance(answer, CallWork) and answer.is_small:
+        if executor.device.type == "cuda" and isinstance(answer, Call) and answer.step.is_small:
             with torch.no_grad():  # as on the executor's thread
                 result = executor.run_now(answer)
             if result is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.device import faults as device_faults
 from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.work import LongWork, OnCache, Work
+from attnd_server.execution.work import CacheWork, SideWork, Work
 from attnd_server.kv import cache as cache_module
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.page_space import HostAddresses, SharedSpace
@@ -176,7 +175,7 @@ def test_what_runs_and_all_that_waits_is_told_and_nothing_begins_any_more() -> N
     held = Held(broken)
     ran: list[int] = []
     for number in range(3):
-        held.submit(f"waiting {number}", OnCache(bytes([number]), lambda: bytes(ran)))
+        held.submit(f"waiting {number}", CacheWork(bytes([number]), "", lambda: bytes(ran)))
     held.end()
     assert [name for name, _, _ in held.outcomes] == ["running", "waiting 0", "waiting 1", "waiting 2"]
     assert all(isinstance(error, Disconnected) and "illegal memory" in str(error) for _, _, error in held.outcomes)
@@ -214,24 +213,13 @@ def test_other_errors_are_what_they_were() -> None:
     assert not mine.faults.reason
 
 
-class Long(LongWork):
-    """Work beside the executor, with a turn on it."""
-
-    def __init__(self, mine: Executor, turn: Callable[[], Any]) -> None:
-        self._executor, self._turn = mine, turn
-
-    def principal(self) -> str:
-        return "anybody"
-
-    def __call__(self) -> bytes:
-        self._executor.take_turn(self._turn)
-        return b"done"
-
-
-def test_long_work_is_told_too() -> None:
+def test_side_work_is_told_too() -> None:
     mine, told = executor(), threading.Event()
     outcomes: list[BaseException | None] = []
-    mine.submit(Long(mine, broken), lambda result, error: (outcomes.append(error), told.set()))
+    mine.submit(
+        SideWork("anybody", lambda: bytes(mine.take_turn(broken) or 0)),
+        lambda result, error: (outcomes.append(error), told.set()),
+    )
     assert told.wait(30)
     assert isinstance(outcomes[0], Disconnected)
     mine.close()

@@ -24,7 +24,7 @@ from attnd_server.attention.config import FP8, AttentionBackend
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.inproc import PRINCIPAL, InprocTransport
+from attnd_server.inproc import InprocTransport
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier, verifier
 from attnd_server.observe.verify.check import Verdict, verify
@@ -341,8 +341,7 @@ def test_calls_of_graphs_are_verified() -> None:
         tally = checked(service).tallies[AttentionBackend.NAIVE]
         assert (sum(tally.ratios.counts), tally.mismatches) == (3, 0)
         tally.ratios.counts[:] = [0] * len(tally.ratios.counts)
-        (alike,) = service.caches.owned(PRINCIPAL)[0].graphs.values()
-        graphs = alike[-1]
+        graphs = service.executor.graphs.all()[-1]
         replay = graphs._replays[0]
         graphs._replays[0] = lambda: (replay(), graphs._memory.results.host[-1].add_(1))
         worker.server.together([worker.call(0, DEFAULT)])

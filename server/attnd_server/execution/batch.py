@@ -21,6 +21,7 @@ from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.step import Call, Result, ShareKey, Step
+from attnd_server.execution.work import Work
 from attnd_server.kv.page_space import CachePages
 
 # Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
@@ -42,8 +43,11 @@ class Batch:
         self._num_calls = self._num_reqs = self._num_tokens = self._max_pages = 0
         self._add(call.step.metadata)
 
-    def takes(self, call: Call) -> bool:
-        """Adds a call if it can be. With the device."""
+    def takes(self, work: Work) -> bool:
+        """Adds some work if it is a call that can be. With the device."""
+        return isinstance(work, Call) and self._takes(work)
+
+    def _takes(self, call: Call) -> bool:
         return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
 
     @property

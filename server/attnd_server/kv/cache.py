@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from attnd_server.attention.backends.triton import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
 from attnd_server.kv.page_space import CachePages, PageSpaces
-
-if TYPE_CHECKING:
-    from attnd_server.execution.decode_graphs import DecodeGraphs
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
@@ -58,8 +55,7 @@ class Cache:
         pages: where they lie among other caches'.
         restored: what it was before the server was restarted; None: it is of this life.
         is_used: whether anybody may have changed it in this life of the server.
-        graphs: what warm-ups captured, by what `find_graphs` looks for.
-        num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
+        num_graph_bytes: bytes of the device's memory that buffers of its CUDA graphs take, or are about to.
     """
 
     def __init__(
@@ -109,7 +105,7 @@ class Cache:
         self.pages: CachePages | None = self._spaces.take(config)
         self.k_pages, self.v_pages = self.pages.k, self.pages.v
         self.layers = list(zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True))
-        self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
+        self._when_closed: list[Callable[[], None]] = []
         self.num_graph_bytes = 0
         self.renew()
 
@@ -144,18 +140,21 @@ class Cache:
         self.expires_at = time.monotonic() + self.ttl_s
 
     def close(self) -> None:
-        """Frees graphs and, once nobody holds them, pages. On the executor's thread, so that no call is running."""
+        """Frees its pages, once nobody holds them. On the executor's thread, so that no call is running."""
         with self._holding:
             self.is_closed = True
-        for captured in self.graphs.values():
-            for graphs in captured:
-                graphs.close()
-        self.graphs.clear()
+        for listener in self._when_closed:
+            listener()
+        self._when_closed.clear()
         self.k_pages = self.v_pages = torch.empty(0)
         self.layers = []
         pages, self.pages = self.pages, None
         if pages is not None:
             self._let_go(pages)
+
+    def when_closed(self, listener: Callable[[], None]) -> None:
+        """Lets `close` call a listener, for what was made with the addresses of its pages. On the executor's thread."""
+        self._when_closed.append(listener)
 
     @contextmanager
     def held(self) -> Iterator[None]:

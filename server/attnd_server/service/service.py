@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -26,7 +25,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
-from attnd_server.execution.work import NewCache, OnCache, Work
+from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache, on_cache
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.identity.quota import Quota
 from attnd_server.kv.cache import Cache
@@ -37,8 +36,8 @@ from attnd_server.planes.cuda.channel import CudaPlanes
 from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.service import validation
 from attnd_server.service.capabilities import NO_SOCKET, capabilities, plane_reasons
-from attnd_server.service.replies import Encode, InlineReplies, Replies
-from attnd_server.service.session import AttendSession, CallWork
+from attnd_server.service.replies import InlineReplies, Replies
+from attnd_server.service.session import AttendSession
 from attnd_server.service.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
@@ -60,9 +59,22 @@ class AttentionService:
     """
 
     def __init__(
-        self, config: ServerConfig, executor: Executor, caches: CacheTable, metrics: Metrics | None = None
+        self,
+        config: ServerConfig,
+        executor: Executor,
+        caches: CacheTable,
+        metrics: Metrics | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
-        """Serves `caches` with `executor`, and counts in `metrics`; None: does not count."""
+        """Serves `caches` with `executor`.
+
+        Args:
+            config: the limits.
+            executor: of the device of the caches.
+            caches: of the server.
+            metrics: count what is refused; None: nobody counts.
+            verifier: of the executor's calls, to be closed with it; None: there is none.
+        """
         self.config = config
         self.executor = executor
         self.caches = caches
@@ -70,10 +82,7 @@ class AttentionService:
         self.planes: PlaneTable | None = None
         self.cuda: CudaPlanes | str = NO_SOCKET
         self.draining = False
-        self.verifier: Verifier | None = None
-        if config.verify:
-            refuses = config.verify_action == "refuse"
-            self.verifier = Verifier(config.verify, executor.device, executor.faults, refuses=refuses)
+        self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
@@ -120,7 +129,7 @@ class AttentionService:
             cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name, key=request.key)
             return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
 
-        return NewCache(principal, work)
+        return new_cache(principal, work)
 
     def renew_cache(self, data: bytes, principal: str) -> bytes:
         """RenewCache."""
@@ -147,7 +156,7 @@ class AttentionService:
             cache = self.caches.delete(ref, principal)
             return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
 
-        return OnCache(ref.id, work, principal)
+        return CacheWork(ref.id, principal, work)
 
     def list_caches(self, data: bytes, principal: str) -> bytes:
         """ListCaches."""
@@ -165,7 +174,7 @@ class AttentionService:
             cache.copy_pages(sources, targets)
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
-        return OnCache(cache.id, work, principal)
+        return on_cache(cache, work)
 
     def warm_up(self, data: bytes, principal: str) -> Work:
         """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
@@ -173,7 +182,7 @@ class AttentionService:
         request = frames.parse(attention_pb2.WarmUpRequest, data)
         cache = self.caches.get(request.cache, principal)
         steps = validation.warm_up(request, cache.config, self.config)
-        return WarmUp(self.executor, self.caches, cache, steps, self.config)
+        return SideWork(principal, WarmUp(self.executor, self.caches, cache, steps, self.config))
 
     def prefill(self, data: bytes, principal: str) -> Work:
         """Prefill: a step and one call of it."""
@@ -197,7 +206,7 @@ class AttentionService:
         step = self.step(request.message.step, principal)
         call = self.call(step, request.message.call, request.tensors)
         replies = InlineReplies(reply)
-        return CallWork(self, call, replies.encoder(call, request.message.call), replies.plane)
+        return replies.answered(call, request.message.call)
 
     def step(
         self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
@@ -207,7 +216,8 @@ class AttentionService:
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
-        return Step(message.id, cache, metadata, call_timeout_s=message.call_timeout_ms / 1e3 or None)
+        timeout_s = message.call_timeout_ms / 1e3 or None
+        return Step(message.id, cache, metadata, timeout_s, self.executor.graphs.of(cache))
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""
@@ -231,38 +241,6 @@ class AttentionService:
                 self._options[key] = options
         return options
 
-    def attend(self, call: Call, encode: Encode, plane: str) -> bytes:
-        """Runs a call that came over `plane` and encodes its reply. With the device."""
-        queue_us = self.executor.queue_us
-        started = time.perf_counter()
-        result = self.executor.attend(call)
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
-        if self.metrics is not None:
-            self.metrics.launched(1)
-            self.metrics.call_served(plane, call, result, queue_us, kernel_us)
-        if self.verifier is not None and self.verifier.is_due():
-            self.verifier.take(call, result)
-        return encode(call, result, queue_us, kernel_us)
-
-    def attend_together(self, works: list[CallWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Runs calls that can share a launch, and encodes the reply of each. With the device."""
-        started = time.perf_counter()
-        results = self.executor.attend_together([work.call for work in works])
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))
-        if self.metrics is not None:
-            self.metrics.launched(len(works))
-        replies: list[bytes | Exception] = []
-        for work, result, waited_us in zip(works, results, queue_us, strict=True):
-            if self.metrics is not None:
-                self.metrics.call_served(work.plane, work.call, result, waited_us, kernel_us)
-            try:
-                if self.verifier is not None and self.verifier.is_due():
-                    self.verifier.take(work.call, result)
-                replies.append(work.encode(work.call, result, waited_us, kernel_us))
-            except Exception as error:  # this call's own
-                replies.append(error)
-        return replies
-
     def open_session(self, principal: str, replies: Replies | None = None) -> AttendSession:
         """The state of one Attend stream, or of what is like it on a plane."""
         self.refuse_if_draining()
@@ -280,7 +258,7 @@ class AttentionService:
             cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
             return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
 
-        return OnCache(cache.id, work, principal)
+        return on_cache(cache, work)
 
     def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
         """ReadKv: the work of each chunk. Checks everything before the first."""
@@ -291,7 +269,7 @@ class AttentionService:
         per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
         chunk = max(1, READ_CHUNK_BYTES // per_slot)
         return (
-            OnCache(cache.id, partial(self._read_chunk, cache, layer, slots, first, chunk), principal)
+            on_cache(cache, partial(self._read_chunk, cache, layer, slots, first, chunk))
             for first in range(0, len(slots), chunk)
         )
 

@@ -63,7 +63,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     With the device, before anything else runs. The pages are then still what the call read: a step never
     stores into a slot that it reads.
     """
-    step, layer, options, q, k, v = call
+    step, layer, options, q, k, v = call[:6]
     cache, metadata = step.cache, step.metadata
     config, output, backend = cache.config, result.output, result.backend
     assert q is not None

@@ -26,7 +26,7 @@ from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.device.faults import is_device_fault
-from attnd_server.execution.work import OnCache
+from attnd_server.execution.work import on_cache
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel, CudaPlanes
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
@@ -243,7 +243,7 @@ class CudaSession:
             return b""
 
         # In its turn among the cache's calls, copies and deletion.
-        work = OnCache(step.step.cache.id, enqueue, step.step.cache.principal)
+        work = on_cache(step.step.cache, enqueue)
         if executor.run_now(work) is not None:
             return
         executor.submit(work, lambda result, error: outcome.put(error))

@@ -9,10 +9,11 @@ import threading
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
+from attnd_server.execution.step import Call
 from attnd_server.execution.work import Cancelled, Work
 from attnd_server.planes.open_planes import end
 from attnd_server.service.service import AttentionService, error_response
-from attnd_server.service.session import AttendSession, BigStep, CallWork
+from attnd_server.service.session import AttendSession, BigStep
 
 Begun = bytes | Work | BigStep
 """What is left to do for a request that was read and checked: send the answer, run a call, check a step."""
@@ -126,11 +127,11 @@ class ShmConnection:
 
     def _run(self, work: Work) -> bytes:
         executor, timeout_s = self._service.executor, None
-        if isinstance(work, CallWork):
-            result = executor.run_now(work) if work.is_small else None
+        if isinstance(work, Call):
+            result = executor.run_now(work) if work.step.is_small else None
             if result is not None:
                 return result
-            timeout_s = work.timeout_s
+            timeout_s = work.step.call_timeout_s
         results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
         executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._peer_is_there)
         result, error = results.get()

@@ -20,8 +20,8 @@ from functools import partial
 from attnd.errors import AttndError
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.queue import Job
+from attnd_server.execution.step import Call
 from attnd_server.planes.shm.connection import AnswerSocket, Begun, ShmConnection
-from attnd_server.service.session import CallWork
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class SharedLoop:
                 seat.answers.end()
         return {seat: None for seat in ready if self._has(seat) and seat.line.has_unread}
 
-    def _begin(self, seat: LoopClient) -> CallWork | None:
+    def _begin(self, seat: LoopClient) -> Call | None:
         """Reads and checks a client's next request; a short call is to be run yet, all else was answered or left."""
         if not self._has(seat):
             return None
@@ -171,7 +171,7 @@ class SharedLoop:
             self._leave(seat, None)
             return None
         begun = seat.line.begin(request)
-        if isinstance(begun, CallWork) and begun.is_small:
+        if isinstance(begun, Call) and begun.step.is_small:
             return begun
         if isinstance(begun, bytes):
             self._answer(seat, begun)
@@ -179,7 +179,7 @@ class SharedLoop:
             self._leave(seat, begun)
         return None
 
-    def _run_alone(self, seat: LoopClient, call: CallWork) -> None:
+    def _run_alone(self, seat: LoopClient, call: Call) -> None:
         try:
             answer = self._executor.run_now(call)
         except Exception as error:
@@ -189,7 +189,7 @@ class SharedLoop:
         else:
             self._answer(seat, answer)
 
-    def _run_together(self, calls: list[tuple[LoopClient, CallWork]]) -> None:
+    def _run_together(self, calls: list[tuple[LoopClient, Call]]) -> None:
         now = time.perf_counter()
         jobs = {Job(call, partial(self._settled, seat), float("inf"), now): (seat, call) for seat, call in calls}
         for job in self._executor.settle_now(list(jobs)):
