@@ -20,7 +20,7 @@ from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.backends.triton import availability
 from attnd_server.config import AttentionConfig
 from attnd_server.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
-from attnd_server.page_space import CachePages, PageSpaces
+from attnd_server.page_space import CachePages, PageSpaces, with_index
 
 if TYPE_CHECKING:
     from attnd_server.decode_graphs import DecodeGraphs
@@ -88,6 +88,7 @@ class Cache:
             restored: what it was before; None: it is new.
             key: of the request that created it; empty: it had none.
         """
+        device = with_index(device)
         self.id = secrets.token_bytes(16) if restored is None else restored.id
         self.epoch = epoch
         self.restored = restored

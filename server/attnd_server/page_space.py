@@ -35,6 +35,13 @@ log = logging.getLogger(__name__)
 _ids = itertools.count()
 
 
+def with_index(device: torch.device | str) -> torch.device:
+    """The device with its number: "cuda" alone is this thread's current GPU, which may be another one later."""
+    device = torch.device(device)
+    is_current = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_current else device
+
+
 class Addresses(Protocol):
     """Bytes in a row that have memory only where somebody asked for it.
 
