@@ -56,7 +56,7 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
-def test_the_readme_is_short_and_leads_to_every_page():
+def test_the_readme_is_short_and_leads_to_the_pages():
     assert len(README.read_text().splitlines()) <= 160
     pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
     assert len(pages) >= 5
