@@ -56,7 +56,7 @@ test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
 	$(PY) -m tests.fuzz $(ARGS)
 
-soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of SECURITY.md's table
+soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of docs/security-runs.md
 	$(PY) -m tests.soak $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
