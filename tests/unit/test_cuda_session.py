@@ -498,7 +498,7 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
     real = executor.submit
 
     def submit(work: Any, *rest: Any, **more: Any) -> Any:
-        lanes.append(work.cache_id())
+        lanes.append(work.cache_id)
         return real(work, *rest, **more)
 
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:

@@ -13,6 +13,7 @@ from attnd_server.attention.auto_choice import kind_of, orders_for
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, decode_step
+from attnd_server.device.indexed import with_index
 
 
 class _Off(Exception):
@@ -116,7 +117,7 @@ class TritonAttentionOps:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device = with_index(device)
         self._kernels: dict[AttentionBackend, AttentionKernel] = {}
         self._reasons: dict[AttentionBackend, str] = {}
         self._orders = orders_for(self.device, _capability(self.device))

@@ -20,6 +20,7 @@ from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.attention.backends.triton import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
+from attnd_server.device.indexed import with_index
 from attnd_server.kv.page_space import CachePages, PageSpaces
 
 # Oldest GPU for which Triton converts to and from FP8.
@@ -84,6 +85,7 @@ class Cache:
             restored: what it was before; None: it is new.
             key: of the request that created it; empty: it had none.
         """
+        device = with_index(device)
         self.id = secrets.token_bytes(16) if restored is None else restored.id
         self.epoch = epoch
         self.restored = restored

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnd.protocol.alignment import aligned
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.dense_prefill import dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
@@ -157,7 +158,7 @@ def _attend_in_place(
     keys, values = (_heads_of_slots(pages, slots) for pages in (k_pages, v_pages))
     if plan.dtype is not q.dtype:
         queries, keys, values = queries.to(plan.dtype), keys.to(plan.dtype), values.to(plan.dtype)
-    output = scaled_dot_product_attention(queries, keys, values, scale=plan.scale)
+    output = scaled_dot_product_attention(aligned(queries), aligned(keys), aligned(values), scale=plan.scale)
     return output.reshape(1, num_heads, plan.head_dim_v).to(q.dtype)
 
 
@@ -186,8 +187,8 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
     """
     num_reqs, num_rows, num_heads, _ = queries.shape
     num_kv_heads = keys.shape[2]
-    keys, values = keys.to(plan.dtype).transpose(1, 2), values.to(plan.dtype).transpose(1, 2)
-    queries = queries.to(plan.dtype)
+    queries, keys, values = (aligned(tensor.to(plan.dtype)) for tensor in (queries, keys, values))
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if num_rows == 1:
         # The query heads of a KV head become rows: all see the same keys, and nothing is copied.
         queries = queries.view(num_reqs, num_kv_heads, num_heads // num_kv_heads, -1)

@@ -1,7 +1,7 @@
 """One thread that answers the short requests of all shm planes, as soon as there are several.
 
 With a thread for each client, as a lone one has, the interpreter's lock goes from hand to hand with every call: from
-one thread 16 clients get twice the small calls (`benchmarks/README.md`). So one waits for all sockets, takes a request
+one thread 16 clients get twice the small calls (`docs/benchmarks.md`). So one waits for all sockets, takes a request
 of each that has one, and runs the short calls itself, those together that can share a launch. Whatever may take long is
 left to the thread of the client that sent it, and the other clients wait for none of it: a message that has not come as
 a whole, a large step, a long call, any call while the device is busy, an answer that is not read.
