@@ -14,6 +14,7 @@ import torch
 
 from attnd_server.attention.backends.base import AttentionKernel
 from attnd_server.attention.config import FP8, Layout
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, DTYPES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close
@@ -59,6 +60,11 @@ class Tensors:
     v_scales: torch.Tensor | None
     # K and V of each slot that something sees: float64 [num_kv_heads, head_dim].
     slots: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def pages(self) -> LayerPages:
+        """The pages and scales, as backends take them."""
+        return LayerPages(self.k_pages, self.v_pages, self.k_scales, self.v_scales)
 
 
 def sees(case: Case, request: Request, row: int, key: int, is_new: bool) -> bool:
@@ -207,13 +213,11 @@ def options(case: Case, given: Tensors) -> AttentionOptions:
 
 def run(kernel: AttentionKernel, case: Case, given: Tensors, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and lse of a kernel, on the host."""
-    scales = () if case.kv_dtype is not FP8 else (given.k_scales, given.v_scales)
-    moved = [
-        None if tensor is None else tensor.to(device)
-        for tensor in (given.q, given.k, given.v, given.k_pages, given.v_pages, *scales)
-    ]
+    q, k, v, *pages = (
+        None if tensor is None else tensor.to(device) for tensor in (given.q, given.k, given.v, *given.pages)
+    )
     plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
-    output, lse = kernel.run(plan, *moved)
+    output, lse = kernel.run(plan, q, k, v, LayerPages(*pages))
     assert output.dtype == case.dtype
     assert output.shape == (case.num_tokens, case.num_heads, case.head_dim_v)
     return output.cpu(), None if lse is None else lse.cpu()

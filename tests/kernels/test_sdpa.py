@@ -103,8 +103,8 @@ def test_one_token_behind_pages_that_follow_each_other_reads_them_where_they_lie
         assert given.v is not None
         plan = SdpaAttention().plan(case.config(), metadata, oracle.options(case, given), CPU)
         stored = stored_tokens(torch.tensor([slot]), CPU)
-        store_kv(given.k_pages, given.v_pages, given.k, given.v, stored, case.layout)
-        output, _ = SdpaAttention().run(plan, given.q, given.k, given.v, given.k_pages, given.v_pages)
+        store_kv(given.pages, given.k, given.v, stored, case.layout)
+        output, _ = SdpaAttention().run(plan, given.q, given.k, given.v, given.pages)
         assert_close(output, oracle.attend(case, given)[0], case.coarsest)
         return case, plan.parts, output
 

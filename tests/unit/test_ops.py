@@ -198,9 +198,7 @@ def test_a_context_that_a_kernel_cannot_hold_is_refused(
 def test_attend_computes_and_names_the_backend(ops: TritonAttentionOps) -> None:
     given = oracle.tensors(CASE)
     metadata: AttentionMetadata = CASE.metadata()
-    output, lse, backend = ops.attend(
-        CASE.config(), metadata, PLAIN, given.q, given.k, given.v, given.k_pages, given.v_pages
-    )
+    output, lse, backend = ops.attend(CASE.config(), metadata, PLAIN, given.q, given.k, given.v, given.pages)
     assert_close(output, oracle.attend(CASE, given)[0], torch.float32)
     assert lse is None
     assert backend is AttentionBackend.SDPA

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 
@@ -57,10 +58,7 @@ class FixedPlan(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> None:
         """Attention of one layer. Only launches, with the same arguments for every step: a CUDA graph can keep them.
 
@@ -72,10 +70,7 @@ class FixedPlan(Protocol):
                 may hold anything; so may those of k and v.
             k: `[num_reqs * query_len, num_kv_heads, head_dim]`, contiguous.
             v: `[num_reqs * query_len, num_kv_heads, head_dim_v]`, contiguous.
-            k_pages: see `AttentionKernel.run`, as for the rest.
-            v_pages: likewise.
-            k_scales: likewise.
-            v_scales: likewise.
+            pages: of the layer.
         """
 
 
@@ -119,10 +114,7 @@ class AttentionKernel(Protocol):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer. Writes nothing but its results.
 
@@ -133,11 +125,7 @@ class AttentionKernel(Protocol):
             q: `[num_tokens, num_heads, head_dim]`.
             k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
             v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
-            k_pages: the layer's K, of shape `config.k_shape`.
-            v_pages: the layer's V, of shape `config.v_shape`.
-            k_scales: float32 `[num_kv_heads]` on the pages' device, by which what K's pages hold is multiplied; None:
-                pages are not scaled.
-            v_scales: likewise for V.
+            pages: of the layer.
 
         Returns:
             output `[num_tokens, num_heads, head_dim_v]` in q's dtype, and lse float32 `[num_tokens, num_heads]` if

@@ -11,6 +11,7 @@ import torch
 
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 if TYPE_CHECKING:
@@ -94,13 +95,10 @@ class TritonPagedAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`. Only launches."""
-        return plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return plan.run(q, k, v, pages)
 
 
 def triton_attention(
@@ -115,7 +113,7 @@ def triton_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plan and one layer in one call, with programs for each query head; see `AttentionKernel.run`."""
     kernel = TritonPagedAttention(AttentionBackend.TRITON)
-    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, k_pages, v_pages)
+    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, LayerPages(k_pages, v_pages))
 
 
 def triton_grouped_attention(
@@ -130,4 +128,4 @@ def triton_grouped_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plan and one layer in one call, with programs for each group of query heads; see `AttentionKernel.run`."""
     kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
-    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, k_pages, v_pages)
+    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, LayerPages(k_pages, v_pages))

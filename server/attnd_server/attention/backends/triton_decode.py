@@ -24,6 +24,7 @@ from attnd_server.attention.kernels.items import ITEM_FIELDS, NUM_NEW, PREFETCHE
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
 from attnd_server.attention.kernels.merge import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import LOG2E
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import REQUEST_COLUMNS, AttentionMetadata, AttentionOptions
 from attnd_server.device.cuda_graph import Launches, captured
 
@@ -170,13 +171,10 @@ class FixedTritonPlan:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> None:
         """Attention of one layer; see `base.FixedPlan.run`."""
-        self.plan.launch(output, lse, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        self.plan.launch(output, lse, q, k, v, pages)
 
 
 def _results(

@@ -18,6 +18,7 @@ from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, Tile
 from attnd_server.attention.kernels.merge import merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.softmax import LOG2E
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 
@@ -102,17 +103,14 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launches the kernels of one layer; see `AttentionKernel.run`."""
         num_tokens, num_heads, _ = q.shape
         output = q.new_empty(num_tokens, num_heads, self.config.head_dim_v)
         lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if self.options.return_lse else None
         q, k, v = q.contiguous(), k if k is None else k.contiguous(), v if v is None else v.contiguous()
-        self.launch(output, lse, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        self.launch(output, lse, q, k, v, pages)
         return output, lse
 
     def launch(
@@ -122,19 +120,16 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         """As `run`, into `output` and `lse`. All tensors are contiguous."""
         with torch.cuda.device_of(q):
             for index, launch in enumerate(self.launches):
                 results = _Results(output, lse, *self._partials(index, launch, q))
                 if launch.tile is None:
-                    self._run_on_hopper(launch, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
+                    self._run_on_hopper(launch, results, q, k, v, pages)
                 else:
-                    self._run(launch, launch.tile, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
+                    self._run(launch, launch.tile, results, q, k, v, pages)
 
     def _run(
         self,
@@ -144,10 +139,7 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         paged_attention(
             results.output,
@@ -158,10 +150,7 @@ class TritonPlan:
             q,
             k,
             v,
-            k_pages,
-            v_pages,
-            k_scales,
-            v_scales,
+            pages,
             self.page_tables,
             launch.items,
             self.alibi_slopes,
@@ -182,13 +171,9 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         output, lse, partial_output, partial_lse = results
-        call = (output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages)
         step = (self.page_tables, launch.items, self.alibi_slopes, self.sinks)
         numbers: _Numbers = {
             "rows": launch.rows,
@@ -201,11 +186,11 @@ class TritonPlan:
         if self.config.is_quantised:
             from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
 
-            hopper_decode_fp8(*call, k_scales, v_scales, *step, **numbers)
+            hopper_decode_fp8(*results, q, k, v, pages, *step, **numbers)
         else:
             from attnd_server.attention.kernels.hopper_attention import hopper_attention
 
-            hopper_attention(*call, *step, **numbers)
+            hopper_attention(*results, q, k, v, pages, *step, **numbers)
         if partial_output is not None and partial_lse is not None and launch.merges is not None:
             merge(
                 output,
