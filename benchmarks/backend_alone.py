@@ -141,4 +141,4 @@ class BackendAlone:
     def _launch(self, plan: FixedPlan, layer: int, output: torch.Tensor) -> None:
         q, k, v = self._layers[layer]
         self._cache.store_at(layer, k, v, self._slots)
-        plan.run(output, None, q, k, v, self._cache.layers[layer])
+        plan.launch(output, None, q, k, v, self._cache.layers[layer])

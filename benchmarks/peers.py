@@ -85,7 +85,7 @@ class Ours:
 
             def run_fixed(layer: int) -> torch.Tensor:
                 output = outputs[min(layer, 1)]
-                fixed.run(output, None, tensors.q, tensors.k, tensors.v, tensors.layers[layer])
+                fixed.launch(output, None, tensors.q, tensors.k, tensors.v, tensors.layers[layer])
                 return output
 
             return Prepared(run_fixed, limit=limit, plan_us=self._plan_us(case, fixed.update))

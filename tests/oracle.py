@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,14 +214,31 @@ def options(case: Case, given: Tensors) -> AttentionOptions:
 
 def run(kernel: AttentionKernel, case: Case, given: Tensors, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and lse of a kernel, on the host."""
-    q, k, v, *pages = (
-        None if tensor is None else tensor.to(device) for tensor in (given.q, given.k, given.v, *given.pages)
-    )
     plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
-    output, lse = kernel.run(plan, q, k, v, LayerPages(*pages))
+    output, lse = kernel.run(plan, *_on(device, given))
     assert output.dtype == case.dtype
     assert output.shape == (case.num_tokens, case.num_heads, case.head_dim_v)
     return output.cpu(), None if lse is None else lse.cpu()
+
+
+def _on(device: str, given: Tensors) -> tuple[Any, Any, Any, LayerPages]:
+    """q, k, v and pages on a device."""
+    q, k, v, *pages = (
+        None if tensor is None else tensor.to(device) for tensor in (given.q, given.k, given.v, *given.pages)
+    )
+    return q, k, v, LayerPages(*pages)
+
+
+def check_launch(kernel: AttentionKernel, case: Case, device: str) -> None:
+    """Compares what a kernel writes into tensors full of NaN with what it returns."""
+    given = tensors(case)
+    plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
+    results = kernel.run(plan, *_on(device, given))
+    written = [None if result is None else torch.full_like(result, math.nan) for result in results]
+    kernel.launch(plan, *written, *_on(device, given))
+    for actual, expected in zip(written, results, strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or torch.equal(actual, expected)
 
 
 def check(kernel: AttentionKernel, case: Case, device: str) -> None:

@@ -126,10 +126,10 @@ def bench(case: Case, query_len: int, kv_split: KVSplitConfig) -> Bench:
     metadata = result.fill(draw(case, query_len, seed=0))
     assert plan.refusal(metadata) is None
     plan.update(metadata)
-    plan.run(output, lse, *inputs)  # compiles
+    plan.launch(output, lse, *inputs)  # compiles
     result.check(metadata, output, lse)
     with torch.cuda.graph(result.graph):
-        plan.run(output, lse, *inputs)
+        plan.launch(output, lse, *inputs)
     return result
 
 
@@ -203,7 +203,7 @@ def test_the_largest_step_of_a_large_shape() -> None:
     layer = LayerPages(*(torch.randn(2600, 16, 2, 128, device=DEVICE).bfloat16() for _ in range(2)))
     output, lse = torch.empty_like(q), torch.empty(300, 8, device=DEVICE)
     plan.update(metadata)
-    plan.run(output, lse, q, k, v, layer)
+    plan.launch(output, lse, q, k, v, layer)
     wanted = KERNEL.run(KERNEL.plan(config, metadata, opts, DEVICE), q, k, v, layer)
     assert torch.equal(output, wanted[0])
     assert torch.equal(lse, wanted[1])

@@ -140,7 +140,7 @@ class ReplannedPlan:
         kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
         self._plan = kernel.plan(self._config, metadata, self._options, torch.device("cpu"))
 
-    def run(self, *tensors: Any) -> None:
+    def launch(self, *tensors: Any) -> None:
         self._plan.launch(*tensors)
 
 

@@ -105,6 +105,18 @@ class Plan:
         """Attention of one layer: output and lse; see `AttentionKernel.run`."""
         return self.kernel.run(self.state, q, k, v, pages)
 
+    def launch(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """Attention of one layer, into `output` and `lse`; see `AttentionKernel.launch`."""
+        self.kernel.launch(self.state, output, lse, q, k, v, pages)
+
 
 class TritonAttentionOps:
     """One interface over all backends of a device, with automatic selection that tells its reasons.

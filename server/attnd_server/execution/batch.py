@@ -16,7 +16,7 @@ from attnd.errors import Unsupported
 from attnd_server.attention.backends.base import ShiftsPages
 from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
-from attnd_server.attention.ops import Plan, TritonAttentionOps
+from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
@@ -142,8 +142,7 @@ class _SharedStep:
                 step.mark_written()
             self._cache.store_in(self._pages, k, v, StoredTokens(slots, self._stored))
         self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
-        plan = Plan(self._kernel, self._state)
-        output, lse = plan.run(q, k, v, self._pages)
+        output, lse = self._kernel.run(self._state, q, k, v, self._pages)
         tensors = [output] if lse is None else [lse, output]
         if timer is not None:
             timer.mark()

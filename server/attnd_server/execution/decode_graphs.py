@@ -127,7 +127,7 @@ class DecodeGraphs:
         if self._has_copies:
             inputs.fetch()
         cache.store_at(layer, k, v, slots)
-        plan.run(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
+        plan.launch(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
         if self._has_copies:
             results.send()
 

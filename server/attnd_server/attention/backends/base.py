@@ -45,13 +45,13 @@ class FixedPlan(Protocol):
         """None, or the reason why a step does not fit, for people."""
 
     def update(self, metadata: AttentionMetadata) -> None:
-        """Makes a step that fits the one that `run` computes: one copy and one launch.
+        """Makes a step that fits the one that `launch` computes: one copy and one launch.
 
         What was launched for earlier steps may still be queued. Waits for the device only where it would be two updates
         ahead.
         """
 
-    def run(
+    def launch(
         self,
         output: torch.Tensor,
         lse: torch.Tensor | None,
@@ -77,7 +77,8 @@ class FixedPlan(Protocol):
 class AttentionKernel(Protocol):
     """One way of computing the attention of a step.
 
-    `plan` runs once per step and kind of layer, `run` once per layer. Inputs are valid: nothing is checked again.
+    `plan` runs once per step and kind of layer, `run` or `launch` once per layer. Inputs are valid: nothing is checked
+    again.
     """
 
     @property
@@ -97,7 +98,7 @@ class AttentionKernel(Protocol):
     def plan(
         self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
     ) -> Any:
-        """What `run` needs and every layer with these options shares."""
+        """What `run` and `launch` need and every layer with these options shares."""
 
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
@@ -132,13 +133,35 @@ class AttentionKernel(Protocol):
             `options.return_lse`, else None. A row that sees nothing has zeros and -inf.
         """
 
+    def launch(
+        self,
+        plan: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into tensors that are there.
+
+        Args:
+            plan: from `plan`.
+            output: `[num_tokens, num_heads, head_dim_v]` in q's dtype, contiguous.
+            lse: float32 `[num_tokens, num_heads]`, contiguous; None unless `options.return_lse`.
+            q: as for `run`, but contiguous; so are k and v.
+            k: likewise.
+            v: likewise.
+            pages: as for `run`.
+        """
+
 
 @runtime_checkable
 class ShiftsPages(AttentionKernel, Protocol):
     """A kernel that can have requests of several caches in one step, if their pages lie in one tensor."""
 
     def shifted(self, plan: Any, page_offsets: torch.Tensor) -> Any:
-        """The plan with a number added to each request's page ids, for `run`.
+        """The plan with a number added to each request's page ids.
 
         Args:
             plan: from `plan`, or what the last `shifted` gave. It is not to be run any more.

@@ -94,6 +94,19 @@ class FlashAttention:
 
         return two_parts.run_parts(plan, q, over_context, over_new)
 
+    def launch(
+        self,
+        plan: TwoParts,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`: the library has results of its own, which are copied."""
+        two_parts.copy_results(self.run(plan, q, k, v, pages), output, lse)
+
 
 def _call(
     plan: TwoParts,

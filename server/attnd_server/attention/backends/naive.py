@@ -146,15 +146,30 @@ class NaiveAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         output = q.new_empty(*q.shape[:2], plan.config.head_dim_v)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if plan.options.return_lse else None
+        self.launch(plan, output, lse, q, k, v, pages)
+        return output, lse
+
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`."""
         bounds = plan.metadata.cu_seqlens_q.tolist()
         for request, (start, end) in enumerate(pairwise(bounds)):
             new_k, new_v = (None if tensor is None else tensor[start:end] for tensor in (k, v))
             keys, values = self.keys_and_values(plan, request, new_k, new_v, pages)
             for tile in range(start, end, TILE):
                 rows = slice(tile, min(tile + TILE, end))
-                output[rows], lse[rows] = self._tile(plan, request, rows, start, q, keys, values)
-        return output, lse if plan.options.return_lse else None
+                output[rows], lse_of_rows = self._tile(plan, request, rows, start, q, keys, values)
+                if lse is not None:
+                    lse[rows] = lse_of_rows
 
     def keys_and_values(
         self,

@@ -105,9 +105,22 @@ class SdpaAttention:
         if plan.is_one_part:
             return _run_part(plan, plan.parts[0], q, k, v, pages), None
         output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
+        self.launch(plan, output, None, q, k, v, pages)
+        return output, None
+
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output`; see `AttentionKernel.launch`."""
         for part in plan.parts:
             output[part.rows] = _run_part(plan, part, q, k, v, pages)
-        return output, None
 
 
 def _run_part(

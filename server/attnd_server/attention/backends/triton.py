@@ -100,6 +100,19 @@ class TritonPagedAttention:
         """Attention of one layer; see `AttentionKernel.run`. Only launches."""
         return plan.run(q, k, v, pages)
 
+    def launch(
+        self,
+        plan: TritonPlan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`. Only launches."""
+        plan.launch(output, lse, q, k, v, pages)
+
 
 def triton_attention(
     config: AttentionConfig,

@@ -71,7 +71,7 @@ class FixedTritonPlan:
         options: the layers'.
         rows: of a program.
         is_few: see `Launch`.
-        device: of pages and tensors. Planning runs in Triton's interpreter too, `run` on a Hopper GPU alone.
+        device: of pages and tensors. Planning runs in Triton's interpreter too, `launch` on a Hopper GPU alone.
 
     Attributes:
         shape: the steps.
@@ -150,7 +150,7 @@ class FixedTritonPlan:
         return None
 
     def update(self, metadata: AttentionMetadata) -> None:
-        """Makes a step that fits the one that `run` computes. Does not wait for the device.
+        """Makes a step that fits the one that `launch` computes. Does not wait for the device.
 
         Unless it is two updates ahead of it: what an update sends must stay until the device has it.
         """
@@ -164,7 +164,7 @@ class FixedTritonPlan:
         staged.send(parts)
         self._lay_out()
 
-    def run(
+    def launch(
         self,
         output: torch.Tensor,
         lse: torch.Tensor | None,
@@ -173,7 +173,7 @@ class FixedTritonPlan:
         v: torch.Tensor,
         pages: LayerPages,
     ) -> None:
-        """Attention of one layer; see `base.FixedPlan.run`."""
+        """Attention of one layer; see `base.FixedPlan.launch`."""
         self.plan.launch(output, lse, q, k, v, pages)
 
 

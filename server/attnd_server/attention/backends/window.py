@@ -87,5 +87,18 @@ class SlidingWindowAttention:
         """Attention of one layer; see `AttentionKernel.run`."""
         return self.kernel.run(plan, q, k, v, pages)
 
+    def launch(
+        self,
+        plan: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`."""
+        self.kernel.launch(plan, output, lse, q, k, v, pages)
+
     def _narrow(self, options: AttentionOptions) -> AttentionOptions:
         return replace(options, window=min(options.window or self.window, self.window))

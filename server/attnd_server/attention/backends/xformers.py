@@ -153,6 +153,19 @@ class XformersAttention:
 
         return two_parts.run_parts(plan.parts, q, over_context, over_new)
 
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`: the library has results of its own, which are copied."""
+        two_parts.copy_results(self.run(plan, q, k, v, pages), output, lse)
+
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, mask: Any, operator: Any
     ) -> Partial:

@@ -118,7 +118,7 @@ class StepGraph:
         cache = self.cache
         cache.store_at(layer, self._k, self._v, self._slots)
         returned = lse if options.return_lse else None
-        self._plans[options].run(output, returned, self._q, self._k, self._v, cache.layers[layer])
+        self._plans[options].launch(output, returned, self._q, self._k, self._v, cache.layers[layer])
 
 
 class StepGraphs:
