@@ -149,7 +149,7 @@ def launch_paged(case: Case) -> None:
 def launch_hopper(case: Case) -> None:
     """Decode if there are few rows, else prefill."""
     # Only for Hopper: this module need not load for others.
-    from attnd_server.attention.kernels.hopper_attention import hopper_attention
+    from attnd_server.attention.kernels.hopper.attention import hopper_attention
 
     heads = case.group * NUM_KV_HEADS
     given = (
@@ -163,7 +163,7 @@ def launch_hopper(case: Case) -> None:
 
 def launch_hopper_fp8(case: Case) -> None:
     """Decode over FP8."""
-    from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
+    from attnd_server.attention.kernels.hopper.decode_fp8 import hopper_decode_fp8
 
     heads = case.group * NUM_KV_HEADS
     given = (

@@ -38,7 +38,7 @@ def _hopper_kernels_load(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        import attnd_server.attention.kernels.hopper_attention  # noqa: F401
+        import attnd_server.attention.kernels.hopper.attention  # noqa: F401
     except (AttributeError, ImportError) as error:
         log.warning("triton has no kernels for Hopper: %s", error)
         return False

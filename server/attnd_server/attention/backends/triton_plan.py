@@ -184,11 +184,11 @@ class TritonPlan:
         }
         # Only here: elsewhere these modules need not even load.
         if self.config.is_quantised:
-            from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
+            from attnd_server.attention.kernels.hopper.decode_fp8 import hopper_decode_fp8
 
             hopper_decode_fp8(*results, q, k, v, pages, *step, **numbers)
         else:
-            from attnd_server.attention.kernels.hopper_attention import hopper_attention
+            from attnd_server.attention.kernels.hopper.attention import hopper_attention
 
             hopper_attention(*results, q, k, v, pages, *step, **numbers)
         if partial_output is not None and partial_lse is not None and launch.merges is not None:

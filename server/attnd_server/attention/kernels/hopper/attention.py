@@ -16,10 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attnd_server.attention.kernels.hopper_consumer import GROUP_ROWS, consumer
-from attnd_server.attention.kernels.hopper_decode import hopper_decode_kernel
-from attnd_server.attention.kernels.hopper_items import COLUMNS
-from attnd_server.attention.kernels.hopper_producer import make_ring, producer
+from attnd_server.attention.kernels.hopper.consumer import GROUP_ROWS, consumer
+from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
+from attnd_server.attention.kernels.hopper.items import COLUMNS
+from attnd_server.attention.kernels.hopper.producer import make_ring, producer
 from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, hopper_launch
 from attnd_server.attention.kernels.softmax import LOG2E, log2_scale
 from attnd_server.attention.layer_pages import LayerPages
@@ -117,7 +117,7 @@ def hopper_attention(
         pages: of a layer, unified and without scales; page_size is a multiple of 16.
         page_tables: int32; the items say where each request's begins. Only pages of the context are read, and up to
             PREFETCHED elements past them brought close.
-        items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
+        items: int32 `[num_items, ITEM_FIELDS]`; see `kernels/items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
         rows: of an item: HOPPER_ROWS, or for decode a power of two from 16 to HOPPER_DECODE_ROWS, with head dims up

@@ -1,4 +1,4 @@
-"""Decode over pages of FP8 (e4m3) on Hopper's own units: `hopper_decode.py` for half the bytes.
+"""Decode over pages of FP8 (e4m3) on Hopper's own units: `decode.py` for half the bytes.
 
 The copy engine and shared memory see two FP8 as one int16, so that everything there is as for 16-bit pages. On the way
 to the tensor cores, which take their first operand from registers, each int16 becomes two float16, exactly: two tensors
@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.attention.kernels.hopper_attention import descriptors, plain_scale
-from attnd_server.attention.kernels.hopper_items import (
+from attnd_server.attention.kernels.hopper.attention import descriptors, plain_scale
+from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
     limit,
     num_work,
@@ -30,8 +30,8 @@ from attnd_server.attention.kernels.hopper_items import (
     tile_of,
     work,
 )
-from attnd_server.attention.kernels.hopper_producer import make_ring, producer
-from attnd_server.attention.kernels.hopper_rows import cap_scores, mask_scores, rebase, store_item
+from attnd_server.attention.kernels.hopper.producer import make_ring, producer
+from attnd_server.attention.kernels.hopper.rows import cap_scores, mask_scores, rebase, store_item
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
