@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import Layout
 from attnd_server.attention.layer_pages import LayerPages
 from benchmarks import ceilings, report

@@ -134,7 +134,7 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launch_paged(case: Case) -> None:
-    """Decode if a request has one token, else prefill; as `triton_plan` launches it."""
+    """Decode if a request has one token, else prefill; as `TritonPlan` launches it."""
     is_few = case.tokens <= 16
     dims, item_size = max(16, triton.next_power_of_2(case.head_dim)), (case.kv_dtype or case.dtype).itemsize
     heads = case.group * NUM_KV_HEADS

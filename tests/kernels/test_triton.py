@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attnd_server.attention.backends.triton import (
+from attnd_server.attention.backends.triton.attention import (
     MAX_CONTEXT_LEN,
     TritonPagedAttention,
     availability,

@@ -34,7 +34,7 @@ def _sdpa(device: torch.device) -> AttentionKernel:
 
 def _triton(backend: AttentionBackend) -> Callable[[torch.device], AttentionKernel]:
     def load(device: torch.device) -> AttentionKernel:
-        from attnd_server.attention.backends import triton
+        from attnd_server.attention.backends.triton import attention as triton
 
         reason = triton.availability(device)
         if reason is not None:

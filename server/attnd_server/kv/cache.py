@@ -17,7 +17,7 @@ from attnd.errors import CacheLost
 from attnd.protocol.packing import float32_tensor
 from attnd.protocol.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
-from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
 from attnd_server.attention.layer_pages import LayerPages

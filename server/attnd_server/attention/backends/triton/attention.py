@@ -1,6 +1,6 @@
 """Backends `triton` and `triton_grouped`: paged attention on a GPU, or in Triton's interpreter for tests.
 
-This module imports without triton; what needs it is in `triton_plan` and `triton_schedule` and loads when it is used.
+This module imports without triton; what needs it is in the other modules of this folder and loads when it is used.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 if TYPE_CHECKING:
-    from attnd_server.attention.backends.triton_decode import FixedTritonPlan
-    from attnd_server.attention.backends.triton_plan import TritonPlan
+    from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
+    from attnd_server.attention.backends.triton.plan import TritonPlan
 
 # Oldest GPU with bfloat16 tensor cores.
 MIN_CAPABILITY = (8, 0)
@@ -73,7 +73,7 @@ class TritonPagedAttention:
         self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
     ) -> TritonPlan:
         """Lays out the step's work on the host and copies it to the device in one transfer."""
-        from attnd_server.attention.backends.triton_plan import make_plan
+        from attnd_server.attention.backends.triton.planning import make_plan
 
         return make_plan(config, metadata, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 
@@ -85,7 +85,7 @@ class TritonPagedAttention:
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> FixedTritonPlan | str:
         """One where Hopper's kernels serve the shape; see `AttentionKernel.fixed_plan`."""
-        from attnd_server.attention.backends.triton_decode import make_fixed_plan
+        from attnd_server.attention.backends.triton.fixed_plan import make_fixed_plan
 
         return make_fixed_plan(config, shape, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from attnd_server.attention.backends.triton_schedule import Ints
+from attnd_server.attention.backends.triton.work import Ints
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.items import HAS_ABSENT_PAGES, NUM_NEW

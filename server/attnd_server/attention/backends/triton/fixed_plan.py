@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.staged_step import StagedStep
-from attnd_server.attention.backends.triton import MAX_CONTEXT_LEN
-from attnd_server.attention.backends.triton_launches import fits_hopper, launches_of, multiprocessors
-from attnd_server.attention.backends.triton_plan import Launch, TritonPlan
-from attnd_server.attention.backends.triton_schedule import Rows, is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
+from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.launches import fits_hopper, launches_of, multiprocessors
+from attnd_server.attention.backends.triton.plan import Launch, TritonPlan
+from attnd_server.attention.backends.triton.staged_step import StagedStep
+from attnd_server.attention.backends.triton.work import Rows
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.decode_items import MAX_REQUESTS, STEP_HEADER, decode_items
 from attnd_server.attention.kernels.items import ITEM_FIELDS, NUM_NEW, PREFETCHED
