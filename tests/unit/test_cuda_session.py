@@ -14,7 +14,7 @@ import torch
 import attnd
 from attnd.planes.cuda.session import CudaSession, CudaStep
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.triton import TritonPagedAttention
+from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.observe.counts import Metrics
@@ -140,7 +140,7 @@ class ReplannedPlan:
         kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
         self._plan = kernel.plan(self._config, metadata, self._options, torch.device("cpu"))
 
-    def run(self, *tensors: Any) -> None:
+    def launch(self, *tensors: Any) -> None:
         self._plan.launch(*tensors)
 
 

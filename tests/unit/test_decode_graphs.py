@@ -52,7 +52,7 @@ class FixedNaivePlan:
         self._num_rows = metadata.num_tokens
         self._plan = self._kernel.plan(self._config, metadata, self._options, CPU)
 
-    def run(self, output: torch.Tensor, lse: torch.Tensor | None, *tensors: Any) -> None:
+    def launch(self, output: torch.Tensor, lse: torch.Tensor | None, *tensors: Any) -> None:
         rows = self.shape.num_reqs * self.shape.query_len
         assert [tensor.shape[0] for tensor in (output, *tensors[:3])] == [rows] * 4
         q, k, v = (tensor[: self._num_rows] for tensor in tensors[:3])

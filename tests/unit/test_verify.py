@@ -49,10 +49,7 @@ def call_of(case: Case, tensors: oracle.Tensors) -> Call:
     cache = types.SimpleNamespace(
         config=case.config(),
         device=CPU,
-        k_pages=tensors.k_pages[None],
-        v_pages=tensors.v_pages[None],
-        k_scales=tensors.k_scales,
-        v_scales=tensors.v_scales,
+        layers=[tensors.pages],
     )
     step = types.SimpleNamespace(cache=cache, metadata=case.metadata())
     return Call(step, 0, oracle.options(case, tensors), tensors.q, tensors.k, tensors.v)
@@ -100,8 +97,8 @@ def test_a_part_of_a_call_can_be_verified(case: Case) -> None:
     some = max(whole.num_bytes // 3, 40_000)
     sample = sampled(case, NaiveAttention(), some)
     assert not verify(sample).is_mismatch
-    copied = (sample.q, sample.k, sample.v, sample.output, sample.lse, sample.k_pages, sample.v_pages)
-    empty = sample.config.page_size * (sample.k_pages[0].nbytes + sample.v_pages[0].nbytes)  # a page for no context
+    copied = (sample.q, sample.k, sample.v, sample.output, sample.lse, sample.pages.k, sample.pages.v)
+    empty = sample.config.page_size * (sample.pages.k[0].nbytes + sample.pages.v[0].nbytes)  # a page for no context
     assert sum(tensor.nbytes for tensor in copied if tensor is not None) <= sample.choice.num_bytes + empty
 
 

@@ -127,8 +127,7 @@ class DecodeGraphs:
         if self._has_copies:
             inputs.fetch()
         cache.store_at(layer, k, v, slots)
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
-        plan.run(output, lse[0] if lse else None, q, k, v, *pages)
+        plan.launch(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
         if self._has_copies:
             results.send()
 

@@ -205,5 +205,5 @@ def _store_and_attend(
         cache.store(call.layer, k, v, step.stored)
     if plan is None or q is None:
         return None, None, None
-    output, lse = plan.run(q, k, v, *cache.layers[call.layer], cache.k_scales, cache.v_scales)
+    output, lse = plan.run(q, k, v, cache.layers[call.layer])
     return output, lse, plan.kernel.backend

@@ -17,9 +17,10 @@ from attnd.errors import CacheLost
 from attnd.protocol.packing import float32_tensor
 from attnd.protocol.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
-from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.indexed import with_index
 from attnd_server.kv.page_space import CachePages, PageSpaces
 
@@ -50,9 +51,7 @@ class Cache:
         config: its geometry.
         k_pages: `[num_layers, *config.k_shape]`.
         v_pages: `[num_layers, *config.v_shape]`.
-        layers: of each layer, its part of either: to find it by an index takes torch a microsecond.
-        k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
-        v_scales: likewise.
+        layers: the pages of each layer: to find them by an index takes torch a microsecond.
         pages: where they lie among other caches'.
         restored: what it was before the server was restarted; None: it is of this life.
         is_used: whether anybody may have changed it in this life of the server.
@@ -95,8 +94,7 @@ class Cache:
         self.name = name
         self.key = key
         self.ttl_s = ttl_s
-        self.k_scales = _scales(config, config.k_scales, device)
-        self.v_scales = _scales(config, config.v_scales, device)
+        scales = _scales(config, config.k_scales, device), _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
         self._holding = threading.Lock()
@@ -106,7 +104,8 @@ class Cache:
         self._spaces = spaces or PageSpaces(device, config.num_bytes)
         self.pages: CachePages | None = self._spaces.take(config)
         self.k_pages, self.v_pages = self.pages.k, self.pages.v
-        self.layers = list(zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True))
+        of_layers = zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True)
+        self.layers = [LayerPages(k, v, *scales) for k, v in of_layers]
         self._when_closed: list[Callable[[], None]] = []
         self.num_graph_bytes = 0
         self.renew()
@@ -191,17 +190,15 @@ class Cache:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        self.store_in(*self.layers[layer], k, v, stored)
+        self.store_in(self.layers[layer], k, v, stored)
 
-    def store_in(
-        self, k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens
-    ) -> None:
+    def store_in(self, pages: LayerPages, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """As `store`, into any pages like the cache's: those of its space, with slots there."""
         layout = self.config.layout
         if self._triton_store is None:
-            store_kv(k_pages, v_pages, k, v, stored, layout, self.k_scales, self.v_scales)
+            store_kv(pages, k, v, stored, layout)
         else:
-            self._triton_store(k_pages, v_pages, k, v, stored.slots, layout, self.k_scales, self.v_scales)
+            self._triton_store(pages, k, v, stored.slots, layout)
 
     def store_at(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """As `store`, at int64 slots `[num_tokens]` that are looked at when it runs: to be captured. -1 is skipped."""
@@ -210,8 +207,8 @@ class Cache:
 
     def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V at the slots in `config.dtype`, `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        read, layout, scales = self._triton_read or read_kv, self.config.layout, (self.k_scales, self.v_scales)
-        return read(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
+        read = self._triton_read or read_kv
+        return read(self.layers[layer], slot_mapping, self.config.layout, self.config.dtype)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""

@@ -156,7 +156,7 @@ class WarmUp:
         k, v = tokens(config.num_kv_heads, config.head_dim), tokens(config.num_kv_heads, config.head_dim_v)
         cache.store_at(0, k, v, torch.full((query_len,), -1, device=device))
         plan = kernel.plan(config, decode_step(1, query_len, config.page_size, config.page_size), self._options, device)
-        kernel.run(plan, q, k, v, cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales)
+        kernel.run(plan, q, k, v, cache.layers[0])
 
     def _check_count(self) -> None:
         in_use = listed(self._executor.graphs.of(self._cache))

@@ -129,16 +129,15 @@ class CudaStep:
     def _enqueue_layers(self, lane: Channel, layout: StepLayout) -> None:
         step, cache = self.step, self.step.cache
         q, k, v, output, lse = (lane.tensor(place) for place in layout)
-        new = (None, None) if step.metadata.cache_only else (k, v)
+        new_k, new_v = (None, None) if step.metadata.cache_only else (k, v)
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
             lane.flags.wait(lane.handle, layer, is_last)
             if step.stored is not None:
                 cache.store(layer, k, v, step.stored)
             if options in step.plans:
-                pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
-                # A plan of Triton's, which writes where it is told.
-                step.plans[options].state.launch(output, lse if options.return_lse else None, q, *new, *pages)
+                returned = lse if options.return_lse else None
+                step.plans[options].launch(output, returned, q, new_k, new_v, cache.layers[layer])
             lane.flags.signal(lane.handle, layer, is_last)
 
     def _load_kernels(
@@ -152,11 +151,10 @@ class CudaStep:
         cache, metadata = self.step.cache, self.step.metadata
         if self.step.stored is not None:
             cache.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
-        new = (None, None) if metadata.cache_only else (k, v)
-        pages = cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales
+        new_k, new_v = (None, None) if metadata.cache_only else (k, v)
         for options, plan in self.step.plans.items():
             results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
-            plan.state.launch(*results, q, *new, *pages)
+            plan.launch(*results, q, new_k, new_v, cache.layers[0])
 
 
 def layer_options(options: list[AttentionOptions], num_layers: int) -> list[AttentionOptions]:

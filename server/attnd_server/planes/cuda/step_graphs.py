@@ -117,9 +117,8 @@ class StepGraph:
     def _store_and_attend(self, layer: int, options: AttentionOptions, output: torch.Tensor, lse: torch.Tensor) -> None:
         cache = self.cache
         cache.store_at(layer, self._k, self._v, self._slots)
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
         returned = lse if options.return_lse else None
-        self._plans[options].run(output, returned, self._q, self._k, self._v, *pages)
+        self._plans[options].launch(output, returned, self._q, self._k, self._v, cache.layers[layer])
 
 
 class StepGraphs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attnd_server.attention.kernels.hopper_items import finish_rows
+from attnd_server.attention.kernels.hopper.items import finish_rows
 
 _LN2 = gl.constexpr(0.6931471805599453)
 

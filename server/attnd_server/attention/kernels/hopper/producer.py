@@ -1,4 +1,4 @@
-"""The warps of Hopper's kernels that bring K and V from pages and new tokens, piece by piece; see `hopper_items.py`."""
+"""The warps of Hopper's kernels that bring K and V from pages and new tokens, piece by piece; see `items.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attnd_server.attention.kernels.hopper_items import COLUMNS, await_release, num_work, prefetch, sync, tile_at, work
+from attnd_server.attention.kernels.hopper.items import COLUMNS, await_release, num_work, prefetch, sync, tile_at, work
 from attnd_server.attention.kernels.items import CONTEXT_LEN, FIRST_KEY, HOLE_END, HOLE_START, ITEM_FIELDS, Q_ROW, TABLE
 
 _COLUMNS = gl.constexpr(COLUMNS)

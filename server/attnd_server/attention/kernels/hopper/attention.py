@@ -16,12 +16,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attnd_server.attention.kernels.hopper_consumer import GROUP_ROWS, consumer
-from attnd_server.attention.kernels.hopper_decode import hopper_decode_kernel
-from attnd_server.attention.kernels.hopper_items import COLUMNS
-from attnd_server.attention.kernels.hopper_producer import make_ring, producer
+from attnd_server.attention.kernels.hopper.consumer import GROUP_ROWS, consumer
+from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
+from attnd_server.attention.kernels.hopper.items import COLUMNS
+from attnd_server.attention.kernels.hopper.producer import make_ring, producer
 from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, hopper_launch
 from attnd_server.attention.kernels.softmax import LOG2E, log2_scale
+from attnd_server.attention.layer_pages import LayerPages
 
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
@@ -91,8 +92,7 @@ def hopper_attention(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pages: LayerPages,
     page_tables: torch.Tensor,
     items: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
@@ -114,11 +114,10 @@ def hopper_attention(
         q: `[num_tokens, num_heads, head_dim]`, float16 or bfloat16.
         k: `[num_tokens, num_kv_heads, head_dim]`, or None: new tokens are not seen.
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None.
-        k_pages: one layer's K, `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a multiple of 16.
-        v_pages: one layer's V.
+        pages: of a layer, unified and without scales; page_size is a multiple of 16.
         page_tables: int32; the items say where each request's begins. Only pages of the context are read, and up to
             PREFETCHED elements past them brought close.
-        items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
+        items: int32 `[num_items, ITEM_FIELDS]`; see `kernels/items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
         rows: of an item: HOPPER_ROWS, or for decode a power of two from 16 to HOPPER_DECODE_ROWS, with head dims up
@@ -129,6 +128,7 @@ def hopper_attention(
         window: 0 is off.
     """
     num_heads, head_dim = q.shape[1:]
+    k_pages, v_pages, _, _ = pages
     page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
     piece = 32 if page_size % 32 == 0 else 16
     kernel = _hopper_attention_kernel if rows == HOPPER_ROWS else hopper_decode_kernel

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnd_server.attention.backends.triton_schedule import Ints
+from attnd_server.attention.backends.triton.work import Ints
 from attnd_server.attention.kernels.decode_items import STEP_HEADER
 from attnd_server.attention.metadata import REQUEST_COLUMNS
 from attnd_server.device.pinned_tensor import PinnedTensor

@@ -1,6 +1,6 @@
 """Backends `triton` and `triton_grouped`: paged attention on a GPU, or in Triton's interpreter for tests.
 
-This module imports without triton; what needs it is in `triton_plan` and `triton_schedule` and loads when it is used.
+This module imports without triton; what needs it is in the other modules of this folder and loads when it is used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import torch
 
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 if TYPE_CHECKING:
-    from attnd_server.attention.backends.triton_decode import FixedTritonPlan
-    from attnd_server.attention.backends.triton_plan import TritonPlan
+    from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
+    from attnd_server.attention.backends.triton.plan import TritonPlan
 
 # Oldest GPU with bfloat16 tensor cores.
 MIN_CAPABILITY = (8, 0)
@@ -72,7 +73,7 @@ class TritonPagedAttention:
         self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
     ) -> TritonPlan:
         """Lays out the step's work on the host and copies it to the device in one transfer."""
-        from attnd_server.attention.backends.triton_plan import make_plan
+        from attnd_server.attention.backends.triton.planning import make_plan
 
         return make_plan(config, metadata, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 
@@ -84,7 +85,7 @@ class TritonPagedAttention:
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> FixedTritonPlan | str:
         """One where Hopper's kernels serve the shape; see `AttentionKernel.fixed_plan`."""
-        from attnd_server.attention.backends.triton_decode import make_fixed_plan
+        from attnd_server.attention.backends.triton.fixed_plan import make_fixed_plan
 
         return make_fixed_plan(config, shape, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
 
@@ -94,13 +95,23 @@ class TritonPagedAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`. Only launches."""
-        return plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return plan.run(q, k, v, pages)
+
+    def launch(
+        self,
+        plan: TritonPlan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`. Only launches."""
+        plan.launch(output, lse, q, k, v, pages)
 
 
 def triton_attention(
@@ -115,7 +126,7 @@ def triton_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plan and one layer in one call, with programs for each query head; see `AttentionKernel.run`."""
     kernel = TritonPagedAttention(AttentionBackend.TRITON)
-    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, k_pages, v_pages)
+    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, LayerPages(k_pages, v_pages))
 
 
 def triton_grouped_attention(
@@ -130,4 +141,4 @@ def triton_grouped_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plan and one layer in one call, with programs for each group of query heads; see `AttentionKernel.run`."""
     kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
-    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, k_pages, v_pages)
+    return kernel.run(kernel.plan(config, metadata, options, q.device), q, k, v, LayerPages(k_pages, v_pages))

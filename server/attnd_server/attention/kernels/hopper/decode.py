@@ -1,6 +1,6 @@
 """Decode on Hopper's own units: attention of a few rows over a paged context, at the speed of the memory.
 
-As `hopper_attention.py`, with the products turned round: keys and the dims of V are the long side of each product, the
+As `attention.py`, with the products turned round: keys and the dims of V are the long side of each product, the
 few rows the short one, of which the tensor cores take as little as 16 ("swap AB"). So a tile of keys costs four warps
 less time than its bytes cost the memory, which two more warps keep busy across items.
 """
@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from attnd_server.attention.kernels.hopper_items import (
+from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
     limit,
     num_work,
@@ -23,8 +23,8 @@ from attnd_server.attention.kernels.hopper_items import (
     tile_of,
     work,
 )
-from attnd_server.attention.kernels.hopper_producer import make_ring, producer
-from attnd_server.attention.kernels.hopper_rows import mask_scores, rebase, store_item
+from attnd_server.attention.kernels.hopper.producer import make_ring, producer
+from attnd_server.attention.kernels.hopper.rows import mask_scores, rebase, store_item
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,

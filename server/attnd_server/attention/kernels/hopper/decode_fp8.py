@@ -1,4 +1,4 @@
-"""Decode over pages of FP8 (e4m3) on Hopper's own units: `hopper_decode.py` for half the bytes.
+"""Decode over pages of FP8 (e4m3) on Hopper's own units: `decode.py` for half the bytes.
 
 The copy engine and shared memory see two FP8 as one int16, so that everything there is as for 16-bit pages. On the way
 to the tensor cores, which take their first operand from registers, each int16 becomes two float16, exactly: two tensors
@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.attention.kernels.hopper_attention import descriptors, plain_scale
-from attnd_server.attention.kernels.hopper_items import (
+from attnd_server.attention.kernels.hopper.attention import descriptors, plain_scale
+from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
     limit,
     num_work,
@@ -30,8 +30,8 @@ from attnd_server.attention.kernels.hopper_items import (
     tile_of,
     work,
 )
-from attnd_server.attention.kernels.hopper_producer import make_ring, producer
-from attnd_server.attention.kernels.hopper_rows import cap_scores, mask_scores, rebase, store_item
+from attnd_server.attention.kernels.hopper.producer import make_ring, producer
+from attnd_server.attention.kernels.hopper.rows import cap_scores, mask_scores, rebase, store_item
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
@@ -50,6 +50,7 @@ from attnd_server.attention.kernels.items import (
 )
 from attnd_server.attention.kernels.launch_shapes import hopper_fp8_launch
 from attnd_server.attention.kernels.softmax import LOG2E, log2_scale
+from attnd_server.attention.layer_pages import LayerPages
 
 _COLUMNS = gl.constexpr(COLUMNS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
@@ -290,10 +291,7 @@ def hopper_decode_fp8(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    pages: LayerPages,
     page_tables: torch.Tensor,
     items: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
@@ -307,10 +305,10 @@ def hopper_decode_fp8(
 ) -> None:
     """As `hopper_attention` over pages of FP8, for items of few rows: see `fits_hopper_fp8`.
 
-    `k_pages` and `v_pages` are float8_e4m3fn `[num_pages, page_size, num_kv_heads, head_dim]`, head dims alike and 128
-    or 256. `k_scales` and `v_scales` are float32 `[num_kv_heads]`, what the pages are to be multiplied with, or None.
+    The pages are unified, in float8_e4m3fn, with or without scales; head dims are alike and 128 or 256.
     """
     num_heads, head_dim = q.shape[1:]
+    k_pages, v_pages, k_scales, v_scales = pages
     page_size, num_kv_heads = k_pages.shape[1:3]
     k_pairs, v_pairs = k_pages.view(torch.int16), v_pages.view(torch.int16)
     piece = 32 if page_size % 32 == 0 else 16

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
-import numpy as np
 import torch
 
-from attnd_server.attention.backends.triton import MAX_CONTEXT_LEN
-from attnd_server.attention.backends.triton_launches import fits_hopper, launches_of, multiprocessors
-from attnd_server.attention.backends.triton_schedule import Ints, Rows, hopper_schedule, request_table, split_schedule
+from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
+from attnd_server.attention.backends.triton.launches import multiprocessors
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.kernels.items import NUM_NEW
-from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, Tile
+from attnd_server.attention.kernels.launch_shapes import Tile
 from attnd_server.attention.kernels.merge import merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
-from attnd_server.attention.kernels.softmax import LOG2E
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.metadata import AttentionOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +98,14 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launches the kernels of one layer; see `AttentionKernel.run`."""
         num_tokens, num_heads, _ = q.shape
         output = q.new_empty(num_tokens, num_heads, self.config.head_dim_v)
         lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if self.options.return_lse else None
         q, k, v = q.contiguous(), k if k is None else k.contiguous(), v if v is None else v.contiguous()
-        self.launch(output, lse, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        self.launch(output, lse, q, k, v, pages)
         return output, lse
 
     def launch(
@@ -122,19 +115,16 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         """As `run`, into `output` and `lse`. All tensors are contiguous."""
         with torch.cuda.device_of(q):
             for index, launch in enumerate(self.launches):
                 results = _Results(output, lse, *self._partials(index, launch, q))
                 if launch.tile is None:
-                    self._run_on_hopper(launch, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
+                    self._run_on_hopper(launch, results, q, k, v, pages)
                 else:
-                    self._run(launch, launch.tile, results, q, k, v, k_pages, v_pages, k_scales, v_scales)
+                    self._run(launch, launch.tile, results, q, k, v, pages)
 
     def _run(
         self,
@@ -144,10 +134,7 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         paged_attention(
             results.output,
@@ -158,10 +145,7 @@ class TritonPlan:
             q,
             k,
             v,
-            k_pages,
-            v_pages,
-            k_scales,
-            v_scales,
+            pages,
             self.page_tables,
             launch.items,
             self.alibi_slopes,
@@ -182,13 +166,9 @@ class TritonPlan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> None:
         output, lse, partial_output, partial_lse = results
-        call = (output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages)
         step = (self.page_tables, launch.items, self.alibi_slopes, self.sinks)
         numbers: _Numbers = {
             "rows": launch.rows,
@@ -199,13 +179,13 @@ class TritonPlan:
         }
         # Only here: elsewhere these modules need not even load.
         if self.config.is_quantised:
-            from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
+            from attnd_server.attention.kernels.hopper.decode_fp8 import hopper_decode_fp8
 
-            hopper_decode_fp8(*call, k_scales, v_scales, *step, **numbers)
+            hopper_decode_fp8(*results, q, k, v, pages, *step, **numbers)
         else:
-            from attnd_server.attention.kernels.hopper_attention import hopper_attention
+            from attnd_server.attention.kernels.hopper.attention import hopper_attention
 
-            hopper_attention(*call, *step, **numbers)
+            hopper_attention(*results, q, k, v, pages, *step, **numbers)
         if partial_output is not None and partial_lse is not None and launch.merges is not None:
             merge(
                 output,
@@ -229,81 +209,3 @@ class TritonPlan:
                 q.new_empty(num_rows, q.shape[1], dtype=torch.float32),
             )
         return self.partials[index]
-
-
-def make_plan(
-    config: AttentionConfig,
-    metadata: AttentionMetadata,
-    options: AttentionOptions,
-    is_grouped: bool,
-    device: torch.device,
-) -> TritonPlan:
-    """Lays out the work of a step and copies it to the device."""
-    query_group = options.num_heads // config.num_kv_heads
-    group = query_group if is_grouped else 1
-    dtype = config.precision.dtype(config.dtype)
-    hopper = is_grouped and fits_hopper(config, dtype, device)
-    num_pages = max(1, -(-metadata.max_context_len // config.page_size))
-    tables = metadata.page_tables[:, :num_pages].numpy()
-    table = request_table(metadata, tables, config.page_size)
-    chosen = list(launches_of(table, config, group, dtype, hopper))
-    works = []
-    for tile, num_rows, _, requests in chosen:
-        keys = HOPPER_KEYS if tile is None else tile.keys
-        rows = Rows(group, options.num_heads // group, num_rows, keys, multiprocessors(device))
-        works.append(
-            (hopper_schedule if tile is None else split_schedule)(requests, config.kv_split, options.window, rows)
-        )
-    # Page tables first: kernels prefetch a little past their end.
-    host: list[Ints | None] = [tables, _bits(options.alibi_slopes), _bits(options.sinks)]
-    for work in works:
-        counters = np.zeros(work.num_counters * (options.num_heads // group), np.int32) if work.num_counters else None
-        host += [work.items, work.merges if len(work.merges) else None, counters]
-    page_tables, slopes, sinks, *arrays = _upload(host, device)
-    assert page_tables is not None
-    return TritonPlan(
-        config=config,
-        options=options,
-        group=group,
-        launches=[
-            Launch(
-                tile,
-                num_rows,
-                is_few,
-                work.num_partial_rows,
-                items,
-                merges,
-                counters,
-                int(requests[:, NUM_NEW.value].max()),
-            )
-            for (tile, num_rows, is_few, requests), work, items, merges, counters in zip(
-                chosen, works, arrays[0::3], arrays[1::3], arrays[2::3], strict=True
-            )
-        ],
-        page_tables=page_tables,
-        alibi_slopes=None if slopes is None else slopes.view(torch.float32),
-        sinks=None if sinks is None else sinks.view(torch.float32),
-    )
-
-
-def _bits(per_head: torch.Tensor | None) -> Ints | None:
-    """A float32 tensor in units of log2, as integers."""
-    return None if per_head is None else (per_head.float() * LOG2E).numpy().view(np.int32)
-
-
-def _upload(parts: Sequence[Ints | None], device: torch.device) -> list[Any]:
-    """Host arrays on the device as int32, by one copy that does not wait."""
-    # Aligned to 16 bytes, because Triton compiles anew for a pointer that is not.
-    sizes = [0 if part is None else -(-part.size // 4) * 4 for part in parts]
-    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    array, start = host.numpy(), 0
-    for part, size in zip(parts, sizes, strict=True):
-        if part is not None:
-            array[start : start + part.size].reshape(part.shape)[...] = part
-        start += size
-    uploaded = host.to(device, non_blocking=True)
-    result, start = [], 0
-    for part, size in zip(parts, sizes, strict=True):
-        result.append(None if part is None else uploaded[start : start + part.size].view(part.shape))
-        start += size
-    return result

@@ -1,6 +1,6 @@
 """The warps of Hopper's kernel for many rows that multiply: each group of four takes 64 rows of an item.
 
-See `hopper_attention.py`. While the tensor cores work on one tile's products, the group's other units take the softmax
+See `attention.py`. While the tensor cores work on one tile's products, the group's other units take the softmax
 of the next.
 """
 
@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.attention.kernels.hopper_items import (
+from attnd_server.attention.kernels.hopper.items import (
     finish_rows,
     limit,
     num_work,

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from attnd_server.attention.backends.triton_schedule import Ints
+from attnd_server.attention.backends.triton.work import Ints
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.items import HAS_ABSENT_PAGES, NUM_NEW
@@ -38,7 +38,7 @@ def _hopper_kernels_load(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        import attnd_server.attention.kernels.hopper_attention  # noqa: F401
+        import attnd_server.attention.kernels.hopper.attention  # noqa: F401
     except (AttributeError, ImportError) as error:
         log.warning("triton has no kernels for Hopper: %s", error)
         return False

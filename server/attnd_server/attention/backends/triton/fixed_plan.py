@@ -13,17 +13,19 @@ import numpy as np
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.staged_step import StagedStep
-from attnd_server.attention.backends.triton import MAX_CONTEXT_LEN
-from attnd_server.attention.backends.triton_launches import fits_hopper, launches_of, multiprocessors
-from attnd_server.attention.backends.triton_plan import Launch, TritonPlan
-from attnd_server.attention.backends.triton_schedule import Rows, is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
+from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.launches import fits_hopper, launches_of, multiprocessors
+from attnd_server.attention.backends.triton.plan import Launch, TritonPlan
+from attnd_server.attention.backends.triton.staged_step import StagedStep
+from attnd_server.attention.backends.triton.work import Rows
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.decode_items import MAX_REQUESTS, STEP_HEADER, decode_items
 from attnd_server.attention.kernels.items import ITEM_FIELDS, NUM_NEW, PREFETCHED
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
 from attnd_server.attention.kernels.merge import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import LOG2E
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import REQUEST_COLUMNS, AttentionMetadata, AttentionOptions
 from attnd_server.device.cuda_graph import Launches, captured
 
@@ -70,7 +72,7 @@ class FixedTritonPlan:
         options: the layers'.
         rows: of a program.
         is_few: see `Launch`.
-        device: of pages and tensors. Planning runs in Triton's interpreter too, `run` on a Hopper GPU alone.
+        device: of pages and tensors. Planning runs in Triton's interpreter too, `launch` on a Hopper GPU alone.
 
     Attributes:
         shape: the steps.
@@ -149,7 +151,7 @@ class FixedTritonPlan:
         return None
 
     def update(self, metadata: AttentionMetadata) -> None:
-        """Makes a step that fits the one that `run` computes. Does not wait for the device.
+        """Makes a step that fits the one that `launch` computes. Does not wait for the device.
 
         Unless it is two updates ahead of it: what an update sends must stay until the device has it.
         """
@@ -163,20 +165,17 @@ class FixedTritonPlan:
         staged.send(parts)
         self._lay_out()
 
-    def run(
+    def launch(
         self,
         output: torch.Tensor,
         lse: torch.Tensor | None,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> None:
-        """Attention of one layer; see `base.FixedPlan.run`."""
-        self.plan.launch(output, lse, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        """Attention of one layer; see `base.FixedPlan.launch`."""
+        self.plan.launch(output, lse, q, k, v, pages)
 
 
 def _results(
