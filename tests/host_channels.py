@@ -22,10 +22,12 @@ from attnd.planes.cuda import plane as cuda
 from attnd.protocol.cuda.layout import WORDS_BYTES, Place
 from attnd.protocol.shm import sockets
 from attnd.protocol.tensors import DTYPE_NAMES
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
 from attnd_server.planes.cuda.channel import CudaPlanes
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.shm import server as shm_server
 from attnd_server.planes.shm.server import ShmServer
 
 GPU = "00000000-1111-2222-3333-444444444444"
@@ -169,9 +171,10 @@ def serving(
     folder: Path, patch: pytest.MonkeyPatch, *, region_bytes: int = 1 << 20, **limits: int
 ) -> Iterator[tuple[attnd.Client, HostPlanes, ShmServer]]:
     """A server with such planes, and a client that asks for them."""
-    service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), **limits))
-    server = ShmServer(service)
-    planes = service.cuda = HostPlanes(region_bytes)
+    planes, offered = HostPlanes(region_bytes), Planes()
+    patch.setattr(shm_server, "cuda_planes", lambda device, num_bytes, max_planes: planes)
+    service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), **limits), planes=offered)
+    server = ShmServer(service, offered)
 
     def imported(user: object, descriptor: int, num_bytes: int) -> _Memory:
         os.close(descriptor)

@@ -526,7 +526,7 @@ def test_a_session_knows_whether_it_takes_turns(
 
 
 def test_a_process_without_a_gpu_says_so(tmp_path: Path) -> None:
-    from attnd_server.app import build_service
+    from attnd_server.build import build_service
     from attnd_server.config import ServerConfig
     from attnd_server.inproc import InprocTransport
 

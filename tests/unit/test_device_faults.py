@@ -15,8 +15,8 @@ import torch
 import attnd
 from attnd.errors import AttndError, Disconnected, Exhausted
 from attnd.protocol.cuda.driver import CudaError
-from attnd_server.app import build_service
 from attnd_server.attention.config import FP8, AttentionConfig
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device import faults as device_faults
 from attnd_server.device.faults import DeviceFaults, is_device_fault, watch

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
-from attnd_server import app
+from attnd_server import app, build
 from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import MAX_EPOCHS, Cache
@@ -383,7 +383,7 @@ def test_nothing_is_written_while_a_call_runs_or_after_a_fault(
 ) -> None:
     monkeypatch.setattr(app, "QUIET_S", 0.01)
     server = app.Server(ServerConfig(device="cpu"))
-    server.service = app.build_service(server.config)
+    server.service = build.build_service(server.config)
     executor, go_on = server.service.executor, threading.Event()
     cache = filled(server.service.caches)
     executor.submit(lambda: str(go_on.wait(20)).encode(), lambda result, error: None)

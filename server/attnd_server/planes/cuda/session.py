@@ -57,6 +57,7 @@ def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPl
 
 def serve_cuda(
     service: AttentionService,
+    planes: CudaPlanes,
     plane: Plane,
     connection: socket.socket,
     let_in: Callable[[list[int]], None],
@@ -66,20 +67,20 @@ def serve_cuda(
 
     Args:
         service: what it serves.
+        planes: that give it what it computes on.
         plane: that was claimed.
         connection: its socket.
         let_in: sends the descriptors of its memory, and closes them.
         send: sends a message.
     """
-    assert isinstance(service.cuda, CudaPlanes)
     service.executor.prepare_thread()
-    lane = service.cuda.open(plane.worker_gpu)
+    lane = planes.open(plane.worker_gpu)
     try:
         let_in(lane.descriptors())
         session = CudaSession(service, plane.principal, lane, connection)
         _serve(service, session, connection, send)
     finally:
-        service.cuda.close(lane)
+        planes.close(lane)
 
 
 def _serve(

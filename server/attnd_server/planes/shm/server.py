@@ -17,7 +17,9 @@ from attnd.errors import AttndError, Exhausted, PermissionDenied
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import sockets
 from attnd.protocol.shm.sockets import set_timeouts
+from attnd_server.planes.cuda.channel import CudaPlanes
 from attnd_server.planes.cuda.session import cuda_planes, serve_cuda
+from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.open_planes import Plane, PlaneTable, end
 from attnd_server.planes.shm.connection import AnswerSocket, Begun, ShmConnection
 from attnd_server.planes.shm.pinning import Pinning, registrar_for
@@ -39,8 +41,8 @@ MAX_HANDSHAKES = 64
 class ShmServer:
     """Listens in `config.socket_dir` and serves planes until `stop`."""
 
-    def __init__(self, service: AttentionService) -> None:
-        """Starts to listen; from now on OpenPlane gives planes.
+    def __init__(self, service: AttentionService, planes: Planes) -> None:
+        """Starts to listen, and offers its planes among `planes`.
 
         Raises:
             OSError: there can be no socket in the folder.
@@ -50,10 +52,11 @@ class ShmServer:
         self._users = {os.geteuid(), *config.socket_uids}
         self._listener = SocketFolder(config.socket_dir).listen(for_others=bool(config.socket_uids))
         self._path: str = self._listener.getsockname()
-        self._planes = service.planes = PlaneTable(
+        self._planes = PlaneTable(
             self._path, config.region_bytes, config.max_planes, config.max_cuda_planes, service.sessions
         )
-        service.cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
+        self._cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
+        planes.offer(self._planes, self._cuda)
         self._pinning = Pinning(registrar_for(service.executor.device))
         self._loop = SharedLoop(service.executor)
         self._connections: dict[_Connection, None] = {}
@@ -107,7 +110,9 @@ class ShmServer:
             raise refusal
         if len(self._connections) >= self._max_connections:
             raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
-        connection = _Connection(self._service, self._planes, self._pinning, self._loop, accepted, self._connections)
+        connection = _Connection(
+            self._service, self._planes, self._cuda, self._pinning, self._loop, accepted, self._connections
+        )
         self._connections[connection] = None
         try:
             connection.start()
@@ -123,6 +128,7 @@ class _Connection(threading.Thread):
         self,
         service: AttentionService,
         planes: PlaneTable,
+        cuda: CudaPlanes | str,
         pinning: Pinning,
         loop: SharedLoop,
         accepted: socket.socket,
@@ -131,6 +137,7 @@ class _Connection(threading.Thread):
         super().__init__(name="shm-plane", daemon=True)
         self._service = service
         self._planes = planes
+        self._cuda = cuda
         self._pinning = pinning
         self._loop = loop
         self._socket = accepted
@@ -175,7 +182,8 @@ class _Connection(threading.Thread):
 
     def _serve(self, plane: Plane) -> None:
         if plane.worker_gpu:
-            serve_cuda(self._service, plane, self._socket, self._let_in_cuda, self._answers.send)
+            assert not isinstance(self._cuda, str)  # or no ticket would be for one
+            serve_cuda(self._service, self._cuda, plane, self._socket, self._let_in_cuda, self._answers.send)
             return
         memory = self._share()
         with self._pinning.pinned(memory):
