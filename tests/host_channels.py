@@ -25,7 +25,7 @@ from attnd.protocol.tensors import DTYPE_NAMES
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
-from attnd_server.planes.cuda.channel import CudaPlanes
+from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.shm import server as shm_server
 from attnd_server.planes.shm.server import ShmServer
@@ -61,7 +61,7 @@ class EventFlags:
         pass
 
 
-class HostLane:
+class HostChannel:
     """The server's end."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
@@ -93,19 +93,19 @@ class HostLane:
 
 
 class HostPlanes(CudaPlanes):
-    """Lanes of the host. The last one that was opened is where a worker of this process looks for its own end."""
+    """Channels of the host. The last one that was opened is where a worker of this process looks for its own end."""
 
     def __init__(self, num_bytes: int) -> None:
         self.gpu_uuid = GPU
         self.num_bytes = num_bytes
-        self.lanes: list[HostLane] = []
+        self.channels: list[HostChannel] = []
 
     def open(self, worker_gpu: str) -> Any:
-        self.lanes.append(HostLane(self.num_bytes))
-        return self.lanes[-1]
+        self.channels.append(HostChannel(self.num_bytes))
+        return self.channels[-1]
 
-    def close(self, lane: Any) -> None:
-        lane.is_closed = True
+    def close(self, channel: Any) -> None:
+        channel.is_closed = True
 
     def results_num_bytes(self, worker_gpu: str) -> int:
         return 0
@@ -127,11 +127,11 @@ class _Gpu:
 
 
 class _Memory:
-    """The worker's mapping of a lane's region."""
+    """The worker's mapping of a channel's region."""
 
-    def __init__(self, lane: HostLane) -> None:
-        self.address, self.num_bytes = lane.region.data_ptr(), lane.num_bytes
-        self._region = lane.region
+    def __init__(self, channel: HostChannel) -> None:
+        self.address, self.num_bytes = channel.region.data_ptr(), channel.num_bytes
+        self._region = channel.region
 
     def close(self) -> None:
         pass
@@ -178,13 +178,13 @@ def serving(
 
     def imported(user: object, descriptor: int, num_bytes: int) -> _Memory:
         os.close(descriptor)
-        return _Memory(planes.lanes[-1])
+        return _Memory(planes.channels[-1])
 
     patch.setattr(cuda, "worker_gpu", _Gpu)
     patch.setattr(cuda, "check_reach", lambda gpu, uuid: None)
     patch.setattr(cuda.DeviceMemory, "imported", imported)
     patch.setattr(cuda, "HostWords", lambda memory: memory)
-    patch.setattr(cuda, "HostFlags", lambda words, signal, flag: planes.lanes[-1].workers_flags)
+    patch.setattr(cuda, "HostFlags", lambda words, signal, flag: planes.channels[-1].workers_flags)
     patch.setattr(cuda, "CudaPlane", HostPlane)
     patch.setattr(cuda, "Copier", lambda gpu: None)
     patch.setattr(cuda, "Counter", _Counter)

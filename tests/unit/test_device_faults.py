@@ -311,15 +311,15 @@ def test_a_step_of_a_cuda_plane_tells_of_it(where: str, tmp_path: Path, monkeypa
     q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)
     with interpreter.interpreter(), host_channels.serving(tmp_path, monkeypatch) as (client, _, server):
         with client.create_cache(**geometry, backend="triton_grouped") as cache, cache.session() as session:
-            monkeypatch.setattr(host_channels.HostLane, "mark", lambda lane: fails if where == "mark" else bug)
+            monkeypatch.setattr(host_channels.HostChannel, "mark", lambda channel: fails if where == "mark" else bug)
             if where == "drain":
-                monkeypatch.setattr(host_channels.HostLane, "drain", fails)
+                monkeypatch.setattr(host_channels.HostChannel, "drain", fails)
             step = session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode"), num_heads=4)
             with pytest.raises(AttndError, match="illegal memory access"):  # noqa: PT012  # where is the socket's choice
                 step.attend(0, q, k, v)
                 step.finish()
             assert server._service.executor.faults.reason == ILLEGAL
-            monkeypatch.setattr(host_channels.HostLane, "drain", lambda lane: lane.flags.stop())
+            monkeypatch.setattr(host_channels.HostChannel, "drain", lambda channel: channel.flags.stop())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), MemoryError("no more"), RuntimeError("no more")])

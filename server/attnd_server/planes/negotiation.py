@@ -5,7 +5,7 @@ from __future__ import annotations
 from attnd.errors import Exhausted, InvalidRequest, Unsupported
 from attnd.protocol import frames
 from attnd.v1 import plane_pb2
-from attnd_server.planes.cuda.channel import CudaPlanes
+from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.service.plane_offer import PlaneReasons
 

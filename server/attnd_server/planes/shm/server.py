@@ -17,8 +17,8 @@ from attnd.errors import AttndError, Exhausted, PermissionDenied
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import sockets
 from attnd.protocol.shm.sockets import set_timeouts
-from attnd_server.planes.cuda.channel import CudaPlanes
-from attnd_server.planes.cuda.session import cuda_planes, serve_cuda
+from attnd_server.planes.cuda.planes import CudaPlanes, cuda_planes
+from attnd_server.planes.cuda.serve import serve_cuda
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.open_planes import Plane, PlaneTable, end
 from attnd_server.planes.shm.connection import AnswerSocket, Begun, ShmConnection
