@@ -25,10 +25,10 @@ from attnd.protocol.tensors import DTYPE_NAMES
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
+from attnd_server.planes import server as plane_server
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.negotiation import Planes
-from attnd_server.planes.shm import server as shm_server
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes.server import PlaneServer
 
 GPU = "00000000-1111-2222-3333-444444444444"
 # Seconds: longer than anything here should take.
@@ -169,12 +169,12 @@ class HostPlane(cuda.CudaPlane):
 @contextmanager
 def serving(
     folder: Path, patch: pytest.MonkeyPatch, *, region_bytes: int = 1 << 20, **limits: int
-) -> Iterator[tuple[attnd.Client, HostPlanes, ShmServer]]:
+) -> Iterator[tuple[attnd.Client, HostPlanes, PlaneServer]]:
     """A server with such planes, and a client that asks for them."""
     planes, offered = HostPlanes(region_bytes), Planes()
-    patch.setattr(shm_server, "cuda_planes", lambda device, num_bytes, max_planes: planes)
+    patch.setattr(plane_server, "cuda_planes", lambda device, num_bytes, max_planes: planes)
     service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), **limits), planes=offered)
-    server = ShmServer(service, offered)
+    server = PlaneServer(service, offered)
 
     def imported(user: object, descriptor: int, num_bytes: int) -> _Memory:
         os.close(descriptor)

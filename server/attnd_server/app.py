@@ -29,7 +29,7 @@ from attnd_server.kv.snapshots import SnapshotStore
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
 from attnd_server.planes.negotiation import Planes
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes.server import PlaneServer
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
 
@@ -116,7 +116,9 @@ class Server:
             self._snapshots.restore(self.service.caches, self.config.max_ttl_s)
         elif self._snapshots is not None and (found := self._snapshots.found()):
             log.warning("snapshots are left alone: restore is not set", extra={"num_snapshots": len(found)})
-        self._shm = _shm_server(self.service, planes)  # now that nothing else can fail: it has a name in a folder
+        self._plane_server = _plane_server(
+            self.service, planes
+        )  # now that nothing else can fail: it has a name in a folder
         if self._snapshots is not None:
             self._snapshots.consume()
         await self._server.start()
@@ -140,9 +142,9 @@ class Server:
             self.service.caches.keep_all()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
-        if self._shm is not None:
-            await asyncio.to_thread(self._shm.drain)
-            planes = asyncio.to_thread(self._shm.stop, self.config.drain_s)
+        if self._plane_server is not None:
+            await asyncio.to_thread(self._plane_server.drain)
+            planes = asyncio.to_thread(self._plane_server.stop, self.config.drain_s)
             await asyncio.gather(self._server.stop(self.config.drain_s), planes)
         else:
             await self._server.stop(self.config.drain_s)
@@ -209,7 +211,7 @@ class Server:
             await self._health.set(name, status)
 
 
-def _shm_server(service: AttentionService, planes: Planes) -> ShmServer | None:
+def _plane_server(service: AttentionService, planes: Planes) -> PlaneServer | None:
     """The server of shm planes, if it is configured.
 
     Raises:
@@ -220,7 +222,7 @@ def _shm_server(service: AttentionService, planes: Planes) -> ShmServer | None:
     if sys.platform != "linux":
         raise RuntimeError("socket_dir is given, but must be empty: sealed memory needs Linux")
     try:
-        return ShmServer(service, planes)
+        return PlaneServer(service, planes)
     except OSError as error:
         raise RuntimeError(f"socket_dir is {service.config.socket_dir}, but there can be no socket: {error}") from None
 
