@@ -23,8 +23,9 @@ from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.work import LongWork, OnCache, Work
 from attnd_server.kv import cache as cache_module
+from attnd_server.kv.addresses import HostAddresses
 from attnd_server.kv.caches import CacheTable
-from attnd_server.kv.page_space import HostAddresses, SharedSpace
+from attnd_server.kv.page_space import SharedSpace
 from attnd_server.planes.cuda.watchdog import Watch, Watchdog
 from tests import host_channels, interpreter
 from tests.shared_calls import Caller, Waiting

@@ -20,7 +20,7 @@ from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.attention.backends.triton import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
-from attnd_server.kv.page_space import CachePages, PageSpaces
+from attnd_server.kv.page_spaces import CachePages, PageSpaces
 
 if TYPE_CHECKING:
     from attnd_server.execution.decode_graphs import DecodeGraphs
