@@ -7,7 +7,7 @@ import threading
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
-from attnd_server.planes.open_planes import end
+from attnd_server.planes.socket_ends import end
 
 
 class AnswerSocket:

@@ -18,9 +18,10 @@ from attnd.protocol.shm import sockets
 from attnd_server.planes.connection import PlaneConnection
 from attnd_server.planes.cuda.planes import cuda_planes
 from attnd_server.planes.negotiation import Planes
-from attnd_server.planes.open_planes import PlaneTable, end
+from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.planes.shm.pinning import Pinning, registrar_for
 from attnd_server.planes.shm.shared_loop import SharedLoop
+from attnd_server.planes.socket_ends import end
 from attnd_server.planes.socket_folder import SocketFolder
 from attnd_server.service.service import AttentionService
 

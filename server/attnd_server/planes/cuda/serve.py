@@ -16,7 +16,8 @@ from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.cuda.session import CudaSession, StepUnderWay
-from attnd_server.planes.open_planes import Plane, end
+from attnd_server.planes.open_planes import Plane
+from attnd_server.planes.socket_ends import end
 from attnd_server.service.service import AttentionService, error_response
 
 # Steps of a session that are enqueued at once: one that runs, and one that runs after it. Graphs have room for two.
