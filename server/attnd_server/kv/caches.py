@@ -27,6 +27,13 @@ def _no_such_cache(cache_id: bytes) -> CacheLost:
     )
 
 
+def _refuse_if_different(made: Cache, config: AttentionConfig, ttl_s: float, name: str) -> None:
+    """Refuses a request that has the key of another one."""
+    if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
+        rule = "must be of one request alone, sent twice: another cache was created with it"
+        raise InvalidRequest(f"key is {made.key.hex()}, but {rule}", field="key")
+
+
 class CacheTable:
     """All caches of one server. Any thread may call it.
 
@@ -80,9 +87,7 @@ class CacheTable:
             Exhausted: too many caches, or not enough memory, of the server or of the principal's share.
         """
         if key and (made := self._keyed.get((principal, key))) is not None:
-            if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
-                rule = "must be of one request alone, sent twice: another cache was created with it"
-                raise InvalidRequest(f"key is {key.hex()}, but {rule}", field="key")
+            _refuse_if_different(made, config, ttl_s, name)
             made.renew()
             return made
         asked = f"num_pages is {config.num_pages}, which takes"
