@@ -17,7 +17,7 @@ from attnd.planes.grpc import Stream
 from attnd.planes.retries import patiently
 from attnd.protocol import requests
 from attnd.v1 import attention_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work

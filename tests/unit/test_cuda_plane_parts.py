@@ -24,7 +24,7 @@ from attnd.protocol.cuda.device_bytes import CPU, DeviceBytes
 from attnd.protocol.cuda.layout import ALIGNMENT, WORDS_BYTES, Geometry, step_layout
 from attnd.protocol.cuda.memory import rounded
 from attnd.v1 import tensor_pb2
-from attnd_server.planes.cuda.session import cuda_planes
+from attnd_server.planes.cuda.planes import cuda_planes
 from attnd_server.planes.open_planes import PlaneTable
 
 LLAMA_8B = Geometry(8, 128, 128, tensor_pb2.DTYPE_BFLOAT16)

@@ -22,6 +22,7 @@ from attnd_server.execution import decode_graphs
 from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
 from attnd_server.kv.caches import CacheTable
+from attnd_server.planes.negotiation import Planes
 from attnd_server.service.service import AttentionService
 from attnd_server.service.warm_up import batch_sizes
 
@@ -121,7 +122,7 @@ def serving(
     captures, kernel, caches = captures or Captures(), kernel or FixedNaive(), CacheTable(config, CPU, kv_bytes)
     executor = Executor(CPU, caches, config, captures)
     executor.ops._kernels[AttentionBackend.NAIVE] = kernel
-    with attnd.Client(InprocTransport(AttentionService(config, executor, caches))) as client:
+    with attnd.Client(InprocTransport(AttentionService(config, executor, caches, Planes()))) as client:
         yield Server(client, caches, captures, kernel, executor)
 
 

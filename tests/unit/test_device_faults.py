@@ -14,16 +14,17 @@ import torch
 import attnd
 from attnd.errors import AttndError, Disconnected, Exhausted
 from attnd.protocol.cuda.driver import CudaError
-from attnd_server.app import build_service
 from attnd_server.attention.config import FP8, AttentionConfig
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device import faults as device_faults
 from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.work import CacheWork, SideWork, Work
 from attnd_server.kv import cache as cache_module
+from attnd_server.kv.addresses import HostAddresses
 from attnd_server.kv.caches import CacheTable
-from attnd_server.kv.page_space import HostAddresses, SharedSpace
+from attnd_server.kv.page_space import SharedSpace
 from attnd_server.planes.cuda.watchdog import Watch, Watchdog
 from tests import host_channels, interpreter
 from tests.shared_calls import Caller, Waiting
@@ -299,15 +300,15 @@ def test_a_step_of_a_cuda_plane_tells_of_it(where: str, tmp_path: Path, monkeypa
     q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)
     with interpreter.interpreter(), host_channels.serving(tmp_path, monkeypatch) as (client, _, server):
         with client.create_cache(**geometry, backend="triton_grouped") as cache, cache.session() as session:
-            monkeypatch.setattr(host_channels.HostLane, "mark", lambda lane: fails if where == "mark" else bug)
+            monkeypatch.setattr(host_channels.HostChannel, "mark", lambda channel: fails if where == "mark" else bug)
             if where == "drain":
-                monkeypatch.setattr(host_channels.HostLane, "drain", fails)
+                monkeypatch.setattr(host_channels.HostChannel, "drain", fails)
             step = session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode"), num_heads=4)
             with pytest.raises(AttndError, match="illegal memory access"):  # noqa: PT012  # where is the socket's choice
                 step.attend(0, q, k, v)
                 step.finish()
             assert server._service.executor.faults.reason == ILLEGAL
-            monkeypatch.setattr(host_channels.HostLane, "drain", lambda lane: lane.flags.stop())
+            monkeypatch.setattr(host_channels.HostChannel, "drain", lambda channel: channel.flags.stop())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), MemoryError("no more"), RuntimeError("no more")])

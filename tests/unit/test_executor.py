@@ -14,7 +14,7 @@ import torch
 
 import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution import executor as executor_module
 from attnd_server.execution.executor import Executor

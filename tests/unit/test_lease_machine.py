@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 import attnd
 from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport

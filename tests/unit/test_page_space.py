@@ -16,9 +16,9 @@ from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device import gpu_addresses
 from attnd_server.device.indexed import with_index
-from attnd_server.kv import page_space
+from attnd_server.kv import addresses
 from attnd_server.kv.cache import Cache
-from attnd_server.kv.page_space import CachePages, PageSpaces
+from attnd_server.kv.page_spaces import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
 
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.
     def refuse(device: torch.device, num_bytes: int) -> None:
         raise OSError("cannot allocate memory")
 
-    monkeypatch.setattr("attnd_server.kv.page_space._addresses", refuse)
+    monkeypatch.setattr("attnd_server.kv.page_space.addresses_on", refuse)
     held = spaces()
     one, other = held.take(CONFIG), held.take(CONFIG)
     assert one.space is not other.space
@@ -146,7 +146,7 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(
         "attnd_server.device.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,))
     )
-    monkeypatch.setattr(page_space, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
+    monkeypatch.setattr(addresses, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
     return driver
 
 

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from prometheus_client import CollectorRegistry, generate_latest
 
 import attnd
-from attnd_server.app import build_service
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import FP8, AttentionBackend
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result

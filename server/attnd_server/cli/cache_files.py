@@ -23,7 +23,8 @@ from attnd_server.attention.kernels.pages import dequantised, quantised, read_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.kv.snapshots.folder import TENSORS, open_regular, read_manifest, refused, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
-from attnd_server.kv.snapshots.tensor_file import CHUNK_BYTES, TensorFileRefused, TensorLayout, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
 from attnd_server.service import validation
 
 Advance = Callable[[int, int], None]

@@ -22,7 +22,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.step import Call, Result, ShareKey, Step
 from attnd_server.execution.work import Work
-from attnd_server.kv.page_space import CachePages
+from attnd_server.kv.page_spaces import CachePages
 
 # Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
 _MAX_SETS = 16

@@ -22,7 +22,7 @@ from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.indexed import with_index
-from attnd_server.kv.page_space import CachePages, PageSpaces
+from attnd_server.kv.page_spaces import CachePages, PageSpaces
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)

@@ -72,7 +72,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
-        self._service.draining = True
+        self._service.drain()
         self._drain.set()
 
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:

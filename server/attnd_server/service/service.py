@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from google.protobuf.message import Message
 
-from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest, ServerFault, Unsupported, to_message
+from attnd.errors import AttndError, Disconnected, InvalidRequest, ServerFault, to_message
 from attnd.protocol import frames
 from attnd.protocol.packing import tensor
 from attnd.protocol.tensors import Array, to_array
-from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
+from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -32,10 +32,9 @@ from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier
-from attnd_server.planes.cuda.channel import CudaPlanes
-from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.service import validation
-from attnd_server.service.capabilities import NO_SOCKET, capabilities, plane_reasons
+from attnd_server.service.capabilities import capabilities
+from attnd_server.service.plane_offer import PlaneOffer
 from attnd_server.service.replies import InlineReplies, Replies
 from attnd_server.service.session import AttendSession
 from attnd_server.service.warm_up import WarmUp
@@ -53,8 +52,6 @@ class AttentionService:
 
     Attributes:
         sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
-        planes: the planes with a socket; None: the server has none for them.
-        cuda: the cuda planes among them, or why there are none, for people.
         verifier: looks at some of the calls again; None: nobody does.
     """
 
@@ -63,6 +60,7 @@ class AttentionService:
         config: ServerConfig,
         executor: Executor,
         caches: CacheTable,
+        planes: PlaneOffer,
         metrics: Metrics | None = None,
         verifier: Verifier | None = None,
     ) -> None:
@@ -72,6 +70,7 @@ class AttentionService:
             config: the limits.
             executor: of the device of the caches.
             caches: of the server.
+            planes: what it offers besides the inline plane.
             metrics: count what is refused; None: nobody counts.
             verifier: of the executor's calls, to be closed with it; None: there is none.
         """
@@ -79,9 +78,8 @@ class AttentionService:
         self.executor = executor
         self.caches = caches
         self.metrics = metrics
-        self.planes: PlaneTable | None = None
-        self.cuda: CudaPlanes | str = NO_SOCKET
-        self.draining = False
+        self._planes = planes
+        self._is_draining = False
         self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
@@ -98,7 +96,7 @@ class AttentionService:
             "Prefill": self.prefill,
             "Decode": self.decode,
             "OpenPlane": self.open_plane,
-            "ClosePlane": self.close_plane,
+            "ClosePlane": planes.close,
         }
         self.unary = {name: self._while_sound(method) for name, method in self.unary.items()}
 
@@ -117,7 +115,7 @@ class AttentionService:
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
-        return capabilities(self.config, self.executor, self.caches, self._plane_reasons()).SerializeToString()
+        return capabilities(self.config, self.executor, self.caches, self._planes.reasons()).SerializeToString()
 
     def create_cache(self, data: bytes, principal: str) -> Work:
         """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
@@ -280,69 +278,9 @@ class AttentionService:
         return frames.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
 
     def open_plane(self, data: bytes, principal: str) -> bytes:
-        """OpenPlane. The inline plane needs no opening."""
+        """OpenPlane."""
         self.refuse_if_draining()
-        request = frames.parse(plane_pb2.OpenPlaneRequest, data)
-        wanted = request.plane
-        if wanted not in plane_pb2.Plane.values():
-            raise InvalidRequest(f"plane is {wanted}, but must be a value of Plane", field="plane")
-        reasons = self._plane_reasons()
-        if wanted in reasons:
-            name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
-            raise Unsupported(f"plane is {name}, but {reasons[wanted]}", field="plane")
-        if wanted == plane_pb2.PLANE_CUDA:
-            return self._open_cuda(request.cuda.gpu_uuid, principal).SerializeToString()
-        reasons.setdefault(plane_pb2.PLANE_CUDA, "it is given only where it is asked for by name")
-        response = plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE)
-        if self.planes is not None and wanted != plane_pb2.PLANE_INLINE:
-            try:
-                plane = self.planes.open(principal)
-            except Exhausted as error:
-                if wanted == plane_pb2.PLANE_SHM:
-                    raise
-                reasons[plane_pb2.PLANE_SHM] = str(error)
-            else:
-                shm = plane_pb2.ShmPlane(
-                    ticket=plane.ticket, socket_path=self.planes.socket_path, num_bytes=self.planes.num_bytes
-                )
-                response = plane_pb2.OpenPlaneResponse(id=plane.id, plane=plane_pb2.PLANE_SHM, shm=shm)
-        if wanted != plane_pb2.PLANE_INLINE:
-            response.refusals.extend(plane_pb2.PlaneRefusal(plane=key, reason=why) for key, why in reasons.items())
-        return response.SerializeToString()
-
-    def _open_cuda(self, worker_gpu: str, principal: str) -> plane_pb2.OpenPlaneResponse:
-        cuda, planes = self.cuda, self.planes
-        assert planes is not None
-        assert not isinstance(cuda, str)
-        if not worker_gpu:
-            raise InvalidRequest("cuda.gpu_uuid is empty, but must name the GPU of the worker", field="cuda.gpu_uuid")
-        plane = planes.open(principal, worker_gpu)
-        flags = plane_pb2.CUDA_FLAGS_HOST if worker_gpu == cuda.gpu_uuid else plane_pb2.CUDA_FLAGS_GATES
-        return plane_pb2.OpenPlaneResponse(
-            id=plane.id,
-            plane=plane_pb2.PLANE_CUDA,
-            cuda=plane_pb2.CudaPlane(
-                ticket=plane.ticket,
-                socket_path=planes.socket_path,
-                num_bytes=cuda.num_bytes,
-                gpu_uuid=cuda.gpu_uuid,
-                flags=flags,
-                results_num_bytes=cuda.results_num_bytes(worker_gpu),
-            ),
-        )
-
-    def _plane_reasons(self) -> dict[plane_pb2.Plane.ValueType, str]:
-        return plane_reasons(self.planes is not None, self.cuda if isinstance(self.cuda, str) else None)
-
-    def close_plane(self, data: bytes, principal: str) -> bytes:
-        """ClosePlane."""
-        plane_id = frames.parse(plane_pb2.ClosePlaneRequest, data).id
-        if self.planes is None:
-            raise InvalidRequest(
-                f"id is {plane_id}, but no plane is open: the inline plane needs no closing", field="id"
-            )
-        self.planes.close(plane_id, principal)
-        return plane_pb2.ClosePlaneResponse().SerializeToString()
+        return self._planes.open(data, principal)
 
     def told(self, error: Exception) -> AttndError:
         """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that."""
@@ -358,10 +296,14 @@ class AttentionService:
             self.metrics.refused(refusal)
         return refusal
 
+    def drain(self) -> None:
+        """Refuses new caches, steps and planes from now on; what runs goes on."""
+        self._is_draining = True
+
     def refuse_if_draining(self) -> None:
         """Raises Disconnected once the server drains, or its device has failed."""
         self.executor.faults.refuse()
-        if self.draining:
+        if self._is_draining:
             raise Disconnected("the server is draining: it takes no new steps; reconnect elsewhere or later")
 
 
