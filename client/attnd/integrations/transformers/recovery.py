@@ -21,7 +21,7 @@ from attnd.errors import CacheLost, Disconnected, InvalidRequest
 from attnd.integrations.transformers.padded_batch import NewTokens, PaddedBatch
 
 if TYPE_CHECKING:
-    from attnd.client import Cache
+    from attnd.cache import Cache
     from attnd.integrations.transformers.remote_cache import RemoteCache
 
 log = logging.getLogger(__name__)

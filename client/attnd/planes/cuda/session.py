@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
-from attnd.protocol import frames, requests
+from attnd.foreign_metadata import as_step_metadata
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.leases import Lease
+from attnd.protocol import frames
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
 from attnd.protocol.page_table_deltas import SentPageTables
@@ -21,8 +24,6 @@ from attnd.v1 import attention_pb2, backend_pb2, plane_pb2
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from attnd.client import Cache
-    from attnd.planes.choice import PlaneOptions
     from attnd.planes.cuda.plane import Answer, CudaPlane
     from attnd.protocol.step_metadata import StepMetadata
 
@@ -56,7 +57,7 @@ class CudaSession:
     # Steps that were sent and not answered; `step` waits for the oldest beyond these.
     MAX_UNANSWERED_STEPS = 2
 
-    def __init__(self, cache: Cache, timeout_s: float, plane: PlaneOptions) -> None:
+    def __init__(self, cache: Lease, timeout_s: float, plane: PlaneOptions) -> None:
         """Opens no plane yet: the first step does."""
         self.cache = cache
         self.timeout_s = timeout_s
@@ -100,7 +101,7 @@ class CudaSession:
                 raise InvalidRequest(f"num_heads is None, but {rule}", field="num_heads")
             self._layers = self._layers[0] if num_heads is None and self._layers else num_heads or 0, listed
         self._last_step_id += 1
-        step = CudaStep(self, self._last_step_id, requests.as_step_metadata(metadata))
+        step = CudaStep(self, self._last_step_id, as_step_metadata(metadata))
         if self._layers is not None:
             self.announce(step, *self._layers)
         self._timings.num_steps += 1
