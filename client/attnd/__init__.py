@@ -38,7 +38,8 @@ from attnd.integrations.diffulex.metadata import (
     set_warming_up,
 )
 from attnd.pages import PagedSequence, PagePool
-from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cache_spec import CacheSpec
 from attnd.protocol.kv_split import KVSplit
