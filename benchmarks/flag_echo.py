@@ -14,7 +14,8 @@ from types import TracebackType
 
 import torch
 
-from attnd.planes.cuda.plane import CudaPlane, imported_memory, worker_gpu, workers_flags
+from attnd.planes.cuda.opening import imported_memory, worker_gpu, workers_flags
+from attnd.planes.cuda.plane import CudaPlane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Geometry, StepLayout, step_layout
 from attnd.protocol.shm.sockets import map_memory
 from attnd.protocol.tensors import DTYPES

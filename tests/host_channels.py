@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda import plane as cuda
+from attnd.planes.cuda import opening, plane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Place
 from attnd.protocol.shm import sockets
 from attnd.protocol.tensors import DTYPE_NAMES
@@ -41,10 +41,6 @@ class EventFlags:
     def __init__(self, given: threading.Semaphore, taken: threading.Semaphore) -> None:
         self.is_stopped = False
         self._given, self._taken = given, taken
-
-    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
-        self.signal(stream, layer, is_last)
-        self.wait(stream, layer, is_last)
 
     def wait(self, stream: int, layer: int, is_last: bool) -> None:
         while not self.is_stopped:
@@ -147,7 +143,7 @@ class _Counter:
         pass
 
 
-class HostPlane(cuda.CudaPlane):
+class HostPlane(plane.CudaPlane):
     """The worker's end."""
 
     @property
@@ -161,7 +157,9 @@ class HostPlane(cuda.CudaPlane):
     def hand_over(self, stream: int, layer: int, is_last: bool, inputs: Any, outputs: Any) -> None:
         for place, tensor in inputs:
             ctypes.memmove(self._address(place), tensor.contiguous().data_ptr(), place.num_bytes)
-        self._flags.exchange(stream, layer, is_last)
+        assert isinstance(self._flags, EventFlags)
+        self._flags.signal(stream, layer, is_last)
+        self._flags.wait(stream, layer, is_last)
         for place, tensor in outputs:
             ctypes.memmove(tensor.data_ptr(), self._address(place), place.num_bytes)
 
@@ -180,15 +178,15 @@ def serving(
         os.close(descriptor)
         return _Memory(planes.channels[-1])
 
-    patch.setattr(cuda, "worker_gpu", _Gpu)
-    patch.setattr(cuda, "check_reach", lambda gpu, uuid: None)
-    patch.setattr(cuda.DeviceMemory, "imported", imported)
-    patch.setattr(cuda, "HostWords", lambda memory: memory)
-    patch.setattr(cuda, "HostFlags", lambda words, signal, flag: planes.channels[-1].workers_flags)
-    patch.setattr(cuda, "CudaPlane", HostPlane)
-    patch.setattr(cuda, "Copier", lambda gpu: None)
-    patch.setattr(cuda, "Counter", _Counter)
-    patch.setattr(cuda, "CopyAndWrite", lambda gpu, arrived: None)
+    patch.setattr(opening, "worker_gpu", _Gpu)
+    patch.setattr(opening, "check_reach", lambda gpu, uuid: None)
+    patch.setattr(opening.DeviceMemory, "imported", imported)
+    patch.setattr(opening, "HostWords", lambda memory: memory)
+    patch.setattr(opening, "HostFlags", lambda words, signal, flag: planes.channels[-1].workers_flags)
+    patch.setattr(opening, "CudaPlane", HostPlane)
+    patch.setattr(plane, "Copier", lambda gpu: None)
+    patch.setattr(plane, "Counter", _Counter)
+    patch.setattr(plane, "CopyAndWrite", lambda gpu, arrived: None)
     try:
         with attnd.Client(InprocTransport(service), plane="cuda", timeout_s=PATIENCE_S) as client:
             yield client, planes, server

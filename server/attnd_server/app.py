@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from attnd._version import __version__
-from attnd.planes.grpc import keepalive_options
+from attnd.planes.grpc_options import keepalive_options
 from attnd.protocol import frames
 from attnd.tuning import tune_process
 from attnd.v1 import plane_pb2

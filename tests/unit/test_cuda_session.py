@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.cuda.step import CudaStep
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from attnd.errors import InvalidRequest
 from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
-from attnd.v1 import cache_pb2
 
 
 class _Batch(NamedTuple):
@@ -38,6 +37,11 @@ class _Batch(NamedTuple):
     decoding: list[bool]
 
 
+def as_step_metadata(metadata: Any) -> StepMetadata:
+    """`metadata` itself, or what an object with the attributes of Diffulex's metadata means."""
+    return metadata if isinstance(metadata, StepMetadata) else from_diffulex(metadata)
+
+
 def from_diffulex(metadata: Any) -> StepMetadata:
     """The step that a Diffulex-like metadata object describes.
 
@@ -57,25 +61,6 @@ def from_diffulex(metadata: Any) -> StepMetadata:
         if max(slots, default=-1) >= 0:
             return _refined_in_place(metadata, batch, slots)
     return _step(metadata, batch)
-
-
-def check_geometry(metadata: Any, config: cache_pb2.CacheConfig) -> None:
-    """Checks the page size and layout that a Diffulex-like object names against those of the cache.
-
-    Raises:
-        InvalidRequest: they differ.
-    """
-    page_size = getattr(metadata, "page_size", config.page_size)
-    if page_size != config.page_size:
-        raise InvalidRequest(
-            f"page_size is {page_size}, but must be {config.page_size} as in the cache", field="page_size"
-        )
-    layout = getattr(metadata, "kv_cache_layout", None)
-    expected = "distinct" if config.layout == cache_pb2.LAYOUT_DISTINCT else "unified"
-    if layout is not None and layout != expected:
-        raise InvalidRequest(
-            f"kv_cache_layout is {layout!r}, but must be {expected!r} as in the cache", field="kv_cache_layout"
-        )
 
 
 def _batch(metadata: Any) -> _Batch:
