@@ -2,7 +2,7 @@
 
 Counting is in the path of every call, and its data is out of the processor's cache by the next one: so there are no
 locks, no text and no searches in it, just a few additions. Whoever is asked for the numbers turns them into what a
-monitoring system reads (see `metrics_endpoint`). No number knows whose call it was.
+monitoring system reads (see `prometheus`). No number knows whose call it was.
 """
 
 from __future__ import annotations

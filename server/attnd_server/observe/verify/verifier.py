@@ -91,7 +91,7 @@ class Verifier:
         self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
         if not refuses:
-            self._thread = threading.Thread(target=self._run, name="shadow-verifier", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
             self._thread.start()
 
     def is_due(self) -> bool:
