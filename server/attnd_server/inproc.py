@@ -50,11 +50,11 @@ class InprocTransport:
     def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
         """Calls StoreKv."""
         for request in requests:
-            yield self._answer(self._service.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
+            yield self._answer(self._service.kv.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
 
     def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
         """Calls ReadKv."""
-        for work in self._service.read_kv(request, PRINCIPAL):
+        for work in self._service.kv.read_kv(request, PRINCIPAL):
             yield self._finish(work, timeout_s)
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def test_calls_from_pinned_memory_have_the_bits_of_those_in_process(
         are_pinned.add(call.q.is_pinned())
         return attend(call, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("attnd_server.execution.executor.attend", watched)
+    monkeypatch.setattr("attnd_server.execution.runner.attend", watched)
     context_lens = [index % PAGE for index in range(NUM_REQS)]
     slots = [request * PAGE + context_len for request, context_len in enumerate(context_lens)]
     tables = [[request] for request in range(NUM_REQS)]

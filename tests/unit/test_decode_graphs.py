@@ -360,7 +360,7 @@ def test_others_are_served_while_kernels_compile() -> None:
 
 
 def test_warm_ups_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Executor, "MAX_SIDE_WORK", 1)
+    monkeypatch.setattr("attnd_server.execution.side.MAX_SIDE_WORK", 1)
     refused: list[BaseException] = []
 
     def ask_again() -> None:

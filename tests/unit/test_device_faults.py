@@ -252,7 +252,7 @@ def test_calls_that_share_a_broken_launch_are_not_tried_alone(monkeypatch: pytes
             worker.open()
         monkeypatch.setattr(service.executor._shared, "attend", broken)
         alone: list[int] = []
-        monkeypatch.setattr(service.executor, "attend", lambda call: alone.append(1))
+        monkeypatch.setattr(service.executor.runner, "attend", lambda call: alone.append(1))
         answers = workers[0].server.together([worker.call(0, attnd.AttentionOptions()) for worker in workers])
         assert all(isinstance(answer, Disconnected) for answer in answers)
         assert not alone

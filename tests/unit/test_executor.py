@@ -16,7 +16,7 @@ import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.execution import executor as executor_module
+from attnd_server.execution import runner
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.queue import Job
 from attnd_server.execution.step import Call, Result, Step
@@ -117,11 +117,9 @@ def launches(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launched.append("+".join(call.plane for call in calls))
         return [Result(None, None, None) for _ in calls]
 
-    monkeypatch.setattr(
-        executor_module, "batch_of", lambda call, *_: None if call.options == "alone" else SameKind(call)
-    )
-    monkeypatch.setattr(executor, "attend", attend)
-    monkeypatch.setattr(executor, "attend_together", attend_together)
+    monkeypatch.setattr(runner, "batch_of", lambda call, *_: None if call.options == "alone" else SameKind(call))
+    monkeypatch.setattr(executor.runner, "attend", attend)
+    monkeypatch.setattr(executor.runner, "attend_together", attend_together)
     return launched
 
 

@@ -39,13 +39,13 @@ class Served:
         self.server, self.client = server, client
         self.threads: list[str] = []
         executor = server._service.executor
-        really = executor.attend
+        really = executor.runner.attend
 
         def attend_and_note(call: Call) -> Result:
             self.threads.append(threading.current_thread().name)
             return really(call)
 
-        monkeypatch.setattr(executor, "attend", attend_and_note)
+        monkeypatch.setattr(executor.runner, "attend", attend_and_note)
 
     def thread_of(self, session: attnd.Session) -> str:
         """The thread that runs the session's next call."""
@@ -204,7 +204,7 @@ def test_a_fault_in_the_loop_ends_whom_it_served_and_nobody_else(
 
 def test_calls_that_wait_at_the_same_time_share_a_launch(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = served.server._service.executor
-    attend_one, attend_several = executor.attend, executor.attend_together
+    attend_one, attend_several = executor.runner.attend, executor.runner.attend_together
     has_begun, go_on, launches = threading.Event(), threading.Event(), []
 
     def hold(call: Call) -> Result:
@@ -221,8 +221,8 @@ def test_calls_that_wait_at_the_same_time_share_a_launch(served: Served, monkeyp
         for raw in 2 * clients:  # after which the loop has them all
             raw.socket.sendall(AGAIN)
             assert raw.answer() == "call"
-        monkeypatch.setattr(executor, "attend", hold)
-        monkeypatch.setattr(executor, "attend_together", note)
+        monkeypatch.setattr(executor.runner, "attend", hold)
+        monkeypatch.setattr(executor.runner, "attend_together", note)
         clients[0].socket.sendall(AGAIN)
         assert has_begun.wait(30)
         for raw in clients[1:]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,37 +87,24 @@ class Plan:
     Attributes:
         kernel: the backend that was chosen.
         state: what its `plan` gave.
+        run: attention of one layer of q, k, v and pages: output and lse; see `AttentionKernel.run`.
+        launch: the same into output and lse that are given before q; see `AttentionKernel.launch`.
     """
 
     kernel: AttentionKernel
     state: Any
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = field(init=False, repr=False)
+    launch: Callable[..., None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Binds the kernel's methods once: a layer calls them without a frame of Python between."""
+        object.__setattr__(self, "run", partial(self.kernel.run, self.state))
+        object.__setattr__(self, "launch", partial(self.kernel.launch, self.state))
 
     @property
     def backend(self) -> AttentionBackend:
         """The backend's name."""
         return self.kernel.backend
-
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        pages: LayerPages,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of one layer: output and lse; see `AttentionKernel.run`."""
-        return self.kernel.run(self.state, q, k, v, pages)
-
-    def launch(
-        self,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        pages: LayerPages,
-    ) -> None:
-        """Attention of one layer, into `output` and `lse`; see `AttentionKernel.launch`."""
-        self.kernel.launch(self.state, output, lse, q, k, v, pages)
 
 
 class TritonAttentionOps:

@@ -11,49 +11,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
 
 import torch
 
-from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
+from attnd.errors import Disconnected
 from attnd_server.attention.metadata import AttentionOptions
-from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
-from attnd_server.execution.batch import SharedLaunches, batch_of
-from attnd_server.execution.decode_graphs import Capture, CapturedGraphs, cuda_capture
+from attnd_server.execution.captured_graphs import CapturedGraphs
+from attnd_server.execution.decode_graphs import Capture, cuda_capture
 from attnd_server.execution.queue import IsWorthIt, Job, Joins, WorkQueue
-from attnd_server.execution.step import Call, Result, Step, attend
-from attnd_server.execution.work import Cancelled, Done, SideWork, Work, on_cache
-from attnd_server.identity.quota import Quota
+from attnd_server.execution.runner import Observer, Runner
+from attnd_server.execution.side import SideThread
+from attnd_server.execution.step import Step
+from attnd_server.execution.work import Done, SideWork, Work, on_cache
 from attnd_server.kv.caches import CacheTable
 
 log = logging.getLogger(__name__)
-
-Outcome = tuple[bytes | None, BaseException | None]
-"""What is given to `Done`."""
-
-
-class Observer(Protocol):
-    """Sees the calls that ran. With the device."""
-
-    def launched(self, num_calls: int) -> None:
-        """A launch had so many calls; `served` is told of each."""
-
-    def served(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
-        """A call has run, and its reply comes next.
-
-        Args:
-            call: the call.
-            result: what it gave.
-            queue_us: how long it waited, in microseconds.
-            kernel_us: how long it had the device, without copies.
-
-        Raises:
-            AttndError: is answered instead.
-        """
 
 
 class Executor:
@@ -65,12 +40,12 @@ class Executor:
     Attributes:
         faults: whether the device has failed: then nothing runs any more.
         graphs: what warm-ups captured.
+        runner: runs what has the device.
+        ops: its backends.
     """
 
     # How often leases that have ended are looked for, in seconds.
     EXPIRY_PERIOD_S = 1.0
-    # SideWork that runs or waits.
-    MAX_SIDE_WORK = 64
 
     def __init__(
         self,
@@ -98,18 +73,15 @@ class Executor:
         self.capture = capture or cuda_capture(device)
         self.faults = faults or DeviceFaults(device)
         self.graphs = CapturedGraphs()
-        self._observer = observer
-        self.ops = TritonAttentionOps(device)
-        self._shared = SharedLaunches(self.ops)
+        self.runner = Runner(device, config, self.faults, observer)
+        self.ops = self.runner.ops
         self._threads = config.threads or _num_threads(device)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
         self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
-        self._side = ThreadPoolExecutor(1, f"side-work-{device}", self.prepare_thread)
-        share = self.MAX_SIDE_WORK // 2 if config.asks_who_calls else self.MAX_SIDE_WORK
-        self._side_places = Quota("warm-ups", "wait", self.MAX_SIDE_WORK, share, "retry in a moment")
+        self._side = SideThread(device, config, self.runner, self.prepare_thread)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
         if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
@@ -154,8 +126,7 @@ class Executor:
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
         if isinstance(work, SideWork):
-            self._side_places.take(work.principal)
-            self._side.submit(self._settle_side, job, work.principal)
+            self._side.submit(job, work.principal)
         else:
             self._queue.put(job)
         return job
@@ -175,9 +146,9 @@ class Executor:
         try:
             if self.faults.reason:
                 self.faults.refuse()
-            return self._perform(work, queue_us=0)
+            return self.runner.perform(work, queue_us=0)
         except Exception as error:
-            told = self._told(error)
+            told = self.runner.told(error)
             if told is error:
                 raise
             raise told from None
@@ -197,8 +168,8 @@ class Executor:
             try:
                 taken = [jobs[0]]
                 if len(jobs) > 1:
-                    taken += self._others_for(jobs[0], partial(_others_among, jobs))
-                outcomes = self._outcomes(taken, time.perf_counter())
+                    taken += self.runner.others_for(jobs[0], partial(_others_among, jobs))
+                outcomes = self.runner.outcomes(taken, time.perf_counter())
             finally:
                 self._give_device_back()
             jobs = [job for job in jobs if job not in taken]
@@ -249,18 +220,10 @@ class Executor:
         torch.set_grad_enabled(False)
         torch.set_num_threads(self._threads)
 
-    def _told(self, error: Exception) -> Exception:
-        """What an error of some work is to whoever waits for it."""
-        if self.faults.look_at(error):
-            return self.faults.refusal()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return Exhausted(f"{self.device} has no memory left for this call: {error}")
-        return error
-
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
         self._closed = True
-        self._side.shutdown(wait=False, cancel_futures=True)
+        self._side.close()
         self._queue.wake()
         self._thread.join(timeout_s)
 
@@ -304,7 +267,7 @@ class Executor:
             try:
                 self._caches.expire()
                 if self._queue.is_idle:
-                    self._shared.forget()
+                    self.runner.forget()
             except Exception as error:  # the thread must live: it answers everybody
                 if not self.faults.look_at(error):
                     log.exception("what nobody holds any more cannot be freed")
@@ -316,116 +279,14 @@ class Executor:
             self._began = time.monotonic()
             jobs = [job]
             if self._queue.depth:
-                jobs += self._others_for(job, partial(self._queue.take_others, job.cache_id))
+                jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
             started = time.perf_counter()
-            outcomes = self._outcomes(jobs, started)
+            outcomes = self.runner.outcomes(jobs, started)
             self._began = 0.0
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
         for each, outcome in zip(jobs, outcomes, strict=True):
             each.done(*outcome)
-
-    def _settle_side(self, job: Job, principal: str) -> None:
-        outcome = self._outcome(job, time.perf_counter())
-        self._side_places.give_back(principal)
-        job.done(*outcome)
-
-    def _outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
-        """What comes of a job, or of several that joined. With the device."""
-        return [self._outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
-
-    def _outcome(self, job: Job, started: float) -> Outcome:
-        error = self._reason_against(job)
-        if error is not None:
-            return None, error
-        try:
-            return self._perform(job.work, _waited_us(job, started)), None
-        except Exception as fault:
-            return None, self._told(fault)
-
-    def _perform(self, work: Work, queue_us: int) -> bytes:
-        """What comes of some work, which waited for so long. With the device, unless it is SideWork."""
-        return self._reply(work, queue_us) if isinstance(work, Call) else work()
-
-    def _reply(self, call: Call, queue_us: int) -> bytes:
-        """Attends a call and encodes its reply."""
-        assert call.encode is not None
-        started = time.perf_counter()
-        result = self.attend(call)
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
-        if self._observer is not None:
-            self._observer.launched(1)
-            self._observer.served(call, result, queue_us, kernel_us)
-        return call.encode(call, result, queue_us, kernel_us)
-
-    def _replies(self, calls: list[Call], queue_us: list[int]) -> list[bytes | Exception]:
-        """Attends calls of one batch in one launch, and encodes the reply of each, or the error of its own."""
-        started = time.perf_counter()
-        results = self.attend_together(calls)
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))
-        if self._observer is not None:
-            self._observer.launched(len(calls))
-        replies: list[bytes | Exception] = []
-        for call, result, waited_us in zip(calls, results, queue_us, strict=True):
-            assert call.encode is not None
-            try:
-                if self._observer is not None:
-                    self._observer.served(call, result, waited_us, kernel_us)
-                replies.append(call.encode(call, result, waited_us, kernel_us))
-            except Exception as error:  # this call's own
-                replies.append(error)
-        return replies
-
-    def _others_for(self, job: Job, take: Callable[[Joins, IsWorthIt], list[Job]]) -> list[Job]:
-        """The jobs whose calls join that of one that was taken: those that `take` finds."""
-        if not isinstance(job.work, Call):
-            return []
-        try:
-            batch = batch_of(job.work, self.ops, self._config)
-            return [] if batch is None else take(lambda other: batch.takes(other.work), lambda: batch.is_worth_it)
-        except Exception as error:  # then it runs alone
-            self.faults.look_at(error)
-            log.exception("calls cannot be looked at together")
-            return []
-
-    def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
-        """What comes of jobs that joined, of which some may not be wanted any more."""
-        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
-        left = [index for index, (_, error) in enumerate(outcomes) if error is None]
-        calls = [call for index in left if isinstance(call := jobs[index].work, Call)]
-        try:
-            waited = [_waited_us(jobs[index], started) for index in left]
-            results = self._replies(calls, waited) if len(calls) > 1 else []
-        except Exception as fault:
-            # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
-            # has failed: then none is begun.
-            self.faults.look_at(fault)
-            log.warning("%d calls cannot run together", len(calls), exc_info=fault)
-            results = []
-        if not results:
-            for index in left:
-                outcomes[index] = self._outcome(jobs[index], started)
-        for index, result in zip(left, results, strict=False):
-            outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
-        return outcomes
-
-    def _reason_against(self, job: Job) -> Exception | None:
-        """Why a job whose turn has come is not started."""
-        if self.faults.reason:
-            return self.faults.refusal()
-        if time.monotonic() > job.deadline:
-            return DeadlineExceeded("the deadline passed while the call waited for the executor")
-        if job.is_wanted is not None and not job.is_wanted():
-            return Cancelled("nobody waits for the call any more")
-        return None
-
-    def attend(self, call: Call) -> Result:
-        """One layer; see `steps.attend`. With the device."""
-        return attend(call, self.ops)
-
-    def attend_together(self, calls: list[Call]) -> list[Result]:
-        """A layer each of several steps of one `Batch`, in one launch. With the device."""
-        return self._shared.attend(calls)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
@@ -459,7 +320,3 @@ def _others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> 
             others.append(job)
         cache_ids.add(job.cache_id)
     return others if is_worth_it() else []
-
-
-def _waited_us(job: Job, started: float) -> int:
-    return int((started - job.submitted_at) * 1e6)

@@ -14,7 +14,8 @@ from attnd_server.attention.kernels.pages import StoredTokens, stored_tokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
-from attnd_server.execution.decode_graphs import CacheGraphs, DecodeGraphs, find_graphs
+from attnd_server.execution.captured_graphs import CacheGraphs, find_graphs
+from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.kv.cache import Cache
 
 # Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half

@@ -113,9 +113,14 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
-                is_alone = self._num_streams == 1 and answers.is_empty
+                is_alone = self._num_streams == 1 and not answers.waiting
                 answer = self._begin(session, data, is_alone, context)
-                await answers.put(await self._opened(answer) if isinstance(answer, BigStep) else answer)
+                if isinstance(answer, BigStep):
+                    answer = await self._opened(answer)
+                if answers.waiting or not isinstance(answer, bytes):
+                    await answers.put(answer)
+                else:
+                    await write(answer)
             await answers.finish()
         finally:
             self._service.sessions.give_back(principal)
@@ -130,9 +135,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         executor = self._service.executor
         try:
             answer = session.request_in_parts(data)
-            if isinstance(answer, bytes):
-                return answer
-            if isinstance(answer, BigStep):
+            if isinstance(answer, (bytes, BigStep)):
                 return answer
             if is_alone and isinstance(answer, Call) and answer.step.is_small:
                 result = executor.run_now(answer)
@@ -184,7 +187,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """The answer to a chunk of StoreKv."""
         try:
             refuse_if_revoked(principal)
-            return await self._finish(await self._checked(self._service.store_kv, data, principal), context)
+            return await self._finish(await self._checked(self._service.kv.store_kv, data, principal), context)
         except Exception as error:
             return error_response(attention_pb2.StoreKvResponse, self._service.told(error))
 
@@ -193,7 +196,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             principal = self._principals.of(context)
             with self._service.sessions.held(principal):
-                for work in await self._checked(self._service.read_kv, data, principal):
+                for work in await self._checked(self._service.kv.read_kv, data, principal):
                     await context.write(await self._finish(work, context))
         except Exception as error:
             await self._abort(context, error)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import torch
+from cachetools import LRUCache
 from google.protobuf.message import Message
 
 from attnd.errors import AttndError, Disconnected, InvalidRequest, ServerFault, to_message
@@ -20,20 +20,19 @@ from attnd.protocol.packing import tensor
 from attnd.protocol.tensors import Array, to_array
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
-from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache, on_cache
+from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.identity.quota import Quota
-from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier
 from attnd_server.service import validation
 from attnd_server.service.capabilities import capabilities
+from attnd_server.service.kv_requests import KvRequests
 from attnd_server.service.plane_offer import PlaneOffer
 from attnd_server.service.replies import InlineReplies, Replies
 from attnd_server.service.session import AttendSession
@@ -43,8 +42,6 @@ log = logging.getLogger(__name__)
 
 # Checked options that are kept, and how long their messages may be: 1024 heads with slopes and sinks fit.
 MAX_KEPT_OPTIONS, MAX_KEPT_OPTION_BYTES = 1_024, 9 << 10
-# Bytes of K and V in one chunk of ReadKv.
-READ_CHUNK_BYTES = 4 << 20
 
 
 class AttentionService:
@@ -52,6 +49,7 @@ class AttentionService:
 
     Attributes:
         sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
+        kv: the requests that read and write KV without attention.
         verifier: looks at some of the calls again; None: nobody does.
     """
 
@@ -83,7 +81,8 @@ class AttentionService:
         self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
-        self._options: dict[tuple[object, ...], AttentionOptions] = {}
+        self._options: LRUCache[tuple[object, ...], AttentionOptions] = LRUCache(MAX_KEPT_OPTIONS)
+        self.kv = KvRequests(config, caches)
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
             "CreateCache": self.create_cache,
@@ -91,7 +90,7 @@ class AttentionService:
             "AdoptCache": self.adopt_cache,
             "DeleteCache": self.delete_cache,
             "ListCaches": self.list_caches,
-            "CopyPages": self.copy_pages,
+            "CopyPages": self.kv.copy_pages,
             "WarmUp": self.warm_up,
             "Prefill": self.prefill,
             "Decode": self.decode,
@@ -161,19 +160,6 @@ class AttentionService:
         caches = [cache.info(with_id=False) for cache in self.caches.owned(principal)]
         return cache_pb2.ListCachesResponse(caches=caches).SerializeToString()
 
-    def copy_pages(self, data: bytes, principal: str) -> Work:
-        """CopyPages."""
-        request = frames.parse(cache_pb2.CopyPagesRequest, data)
-        cache = self.caches.get(request.cache, principal)
-        sources, targets = validation.copy_pages(request, cache.config)
-
-        def work() -> bytes:
-            cache.refuse_if_closed()
-            cache.copy_pages(sources, targets)
-            return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
-
-        return on_cache(cache, work)
-
     def warm_up(self, data: bytes, principal: str) -> Work:
         """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
         self.refuse_if_draining()
@@ -228,13 +214,15 @@ class AttentionService:
     def checked_options(
         self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int
     ) -> AttentionOptions:
-        """A model's layers send the same few options again and again, so checked ones are kept by their bytes."""
+        """The options of a layer, checked unless the same bytes were before: layers send the same few again and again.
+
+        Raises:
+            InvalidRequest: they are wrong.
+        """
         key = (message.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
         options = self._options.get(key)
         if options is None:
             options = validation.options(message, config, num_heads)
-            if len(self._options) >= MAX_KEPT_OPTIONS:
-                self._options.clear()
             if len(key[0]) <= MAX_KEPT_OPTION_BYTES:
                 self._options[key] = options
         return options
@@ -243,39 +231,6 @@ class AttentionService:
         """The state of one Attend stream, or of what is like it on a plane."""
         self.refuse_if_draining()
         return AttendSession(self, principal, replies or InlineReplies(frames.ATTEND_RESPONSE))
-
-    def store_kv(self, data: bytes, principal: str) -> Work:
-        """One chunk of StoreKv."""
-        request = frames.STORE_KV_REQUEST.decode(data, max_header_bytes=self.config.max_header_bytes)
-        cache = self.caches.get(request.message.cache, principal)
-        layer, slots, k, v = validation.store_kv(request.message, request.tensors, cache.config)
-
-        def work() -> bytes:
-            cache.refuse_if_closed()
-            cache.mark_written(slots)
-            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
-            return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
-
-        return on_cache(cache, work)
-
-    def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
-        """ReadKv: the work of each chunk. Checks everything before the first."""
-        request = frames.parse(attention_pb2.ReadKvRequest, data)
-        cache = self.caches.get(request.cache, principal)
-        layer, slots = validation.read_kv(request, cache.config)
-        config = cache.config
-        per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
-        chunk = max(1, READ_CHUNK_BYTES // per_slot)
-        return (
-            on_cache(cache, partial(self._read_chunk, cache, layer, slots, first, chunk))
-            for first in range(0, len(slots), chunk)
-        )
-
-    def _read_chunk(self, cache: Cache, layer: int, slots: torch.Tensor, first: int, chunk: int) -> bytes:
-        cache.refuse_if_closed()
-        k, v = cache.read(layer, slots[first : first + chunk].to(cache.device))
-        header = attention_pb2.ReadKvResponse(first=first)
-        return frames.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
 
     def open_plane(self, data: bytes, principal: str) -> bytes:
         """OpenPlane."""

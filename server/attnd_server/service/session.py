@@ -16,7 +16,7 @@ from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
-from attnd_server.identity import refuse_if_revoked
+from attnd_server.identity import TokenPrincipal, refuse_if_revoked
 from attnd_server.service import validation
 from attnd_server.service.replies import Replies
 
@@ -49,6 +49,7 @@ class AttendSession:
         """Starts without steps."""
         self._service = service
         self._principal = principal
+        self._can_be_revoked = isinstance(principal, TokenPrincipal)
         self._replies = replies
         self._max_header_bytes = service.config.max_header_bytes
         # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
@@ -65,7 +66,8 @@ class AttendSession:
 
     def request_in_parts(self, data: bytes, lane: int = 0) -> bytes | Work | BigStep:
         """As `request`, but a step that takes long to check is left to the caller."""
-        refuse_if_revoked(self._principal)
+        if self._can_be_revoked:
+            refuse_if_revoked(self._principal)
         message, tensors = frames.ATTEND_REQUEST.decode(data, self._replies.region, self._max_header_bytes)
         kind = message.WhichOneof("message")
         if kind == "call":
@@ -82,7 +84,8 @@ class AttendSession:
 
     def repeat(self, layer: int, step_id: int, lane: int) -> Work:
         """The last call of `lane` again, of another step or layer; checked as if it had come whole."""
-        refuse_if_revoked(self._principal)
+        if self._can_be_revoked:
+            refuse_if_revoked(self._principal)
         last_call, last = self._last_calls.get(lane), self._last_checked.get(lane)
         if last_call is None:
             raise InvalidRequest(

@@ -16,7 +16,8 @@ from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import decode_step, reset_warming_up, set_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
-from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes, listed
+from attnd_server.execution.captured_graphs import listed
+from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
