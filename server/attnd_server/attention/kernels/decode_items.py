@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.attention.config import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
 from attnd_server.attention.kernels.cuts import (
     EVERYTHING,
     KEYS_PER_NEW_TOKEN,
@@ -45,6 +44,7 @@ from attnd_server.attention.kernels.items import (
 )
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
 from attnd_server.attention.kernels.merge import MERGE_FIELDS
+from attnd_server.attention.kv_split import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
 
 # A step for the device, int32: how many requests, pages of a row of the page tables, nothing; then REQUEST_COLUMNS of
 # the requests, each as long as the requests are many. A block size of 0 is bidirectional.

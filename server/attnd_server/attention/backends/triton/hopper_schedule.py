@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from attnd_server.attention.backends.triton.hopper_parts import key_tiles_of, part_tiles_of
 from attnd_server.attention.backends.triton.work import Ints, Rows, Work, first_keys_of, partial_rows_of, spread
-from attnd_server.attention.config import KVSplitConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.items import ITEM_FIELDS
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
+from attnd_server.attention.kv_split import KVSplitConfig
 
 
 def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows) -> Work:
