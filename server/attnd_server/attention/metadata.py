@@ -29,7 +29,7 @@ REQUEST_COLUMNS = (
 class AttentionMetadata:
     """A step's validated metadata, on the host.
 
-    Everything that the masks of design differ in is reduced to four numbers per request: `block_sizes`, `prefix_lens`,
+    Everything in which masks differ is reduced to four numbers per request: `block_sizes`, `prefix_lens`,
     `padded_prefix_lens` and the hole. See `masks.new_token_limits`.
 
     Attributes:

@@ -134,7 +134,7 @@ class NaiveAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "it looks at each request on the host"
 
     def run(

@@ -99,7 +99,7 @@ def _lay_out(numbers: bytes, rows: int, group: int, items_at_once: float) -> _La
 
 
 def _to_and_fro(order: npt.NDArray[np.signedinteger], at_once: float) -> Any:
-    """Turns every second round round: programs take an item of each, and none shall get the longest of all."""
+    """Reverses every second round: a program takes an item of each, and none shall always get the longest."""
     position = np.arange(len(order))
     turn = position // at_once
     first = np.ceil(turn * at_once)
