@@ -83,7 +83,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def as_slots(pages: torch.Tensor) -> torch.Tensor:
-    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Quota memory."""
+    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Shares memory."""
     return _raw(pages).view(-1, *pages.shape[2:])
 
 

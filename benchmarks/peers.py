@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape, FixedPlan
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from benchmarks.exactness import FP8_LIMIT

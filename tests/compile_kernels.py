@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attnd_server.attention.config import DISTINCT_LANES, FP8, KVSplitConfig, Layout
+from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.decode_items import decode_items
 from attnd_server.attention.kernels.gather import read_kv
 from attnd_server.attention.kernels.items import ITEM_FIELDS
@@ -31,6 +31,7 @@ from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOP
 from attnd_server.attention.kernels.merge import MERGE_FIELDS, merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.store import store_kv
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
         triton_grouped_attention,
     )
     from attnd_server.attention.backends.window import SlidingWindowAttention
-    from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
-    from attnd_server.attention.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
+    from attnd_server.attention.config import AttentionBackend, AttentionConfig, PrecisionMode
+    from attnd_server.attention.kv_split import KVSplitConfig
+    from attnd_server.attention.metadata import AttentionMetadata
     from attnd_server.attention.ops import TritonAttentionOps
+    from attnd_server.attention.warming_up import is_warming_up, reset_warming_up, set_warming_up
 
 __all__ = [
     "AttentionBackend",
@@ -46,16 +48,16 @@ _MODULES = {
     "AttentionConfig": "attnd_server.attention.config",
     "AttentionKernel": "attnd_server.attention.backends.base",
     "AttentionMetadata": "attnd_server.attention.metadata",
-    "KVSplitConfig": "attnd_server.attention.config",
+    "KVSplitConfig": "attnd_server.attention.kv_split",
     "NaiveAttention": "attnd_server.attention.backends.naive",
     "PrecisionMode": "attnd_server.attention.config",
     "SlidingWindowAttention": "attnd_server.attention.backends.window",
     "TritonAttentionOps": "attnd_server.attention.ops",
     "TritonPagedAttention": "attnd_server.attention.backends.triton.attention",
     "__version__": "attnd._version",
-    "is_warming_up": "attnd_server.attention.metadata",
-    "reset_warming_up": "attnd_server.attention.metadata",
-    "set_warming_up": "attnd_server.attention.metadata",
+    "is_warming_up": "attnd_server.attention.warming_up",
+    "reset_warming_up": "attnd_server.attention.warming_up",
+    "set_warming_up": "attnd_server.attention.warming_up",
     "triton_attention": "attnd_server.attention.backends.triton.attention",
     "triton_grouped_attention": "attnd_server.attention.backends.triton.attention",
 }

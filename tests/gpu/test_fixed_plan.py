@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape, FixedPlan
-from attnd_server.attention.config import FP8, KVSplitConfig
+from attnd_server.attention.config import FP8
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from tests.gpu.test_triton import KERNELS, options

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.attention.config import FP8, KVSplitConfig
+from attnd_server.attention.config import FP8
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.gpu.test_triton import KERNELS, options

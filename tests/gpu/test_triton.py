@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.attention.config import FP8, AttentionBackend, KVSplitConfig, Layout
+from attnd_server.attention.config import FP8, AttentionBackend, Layout
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.oracle import check

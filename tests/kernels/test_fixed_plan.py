@@ -21,9 +21,10 @@ from attnd_server.attention.backends.triton.attention import TritonPagedAttentio
 from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule
 from attnd_server.attention.backends.triton.work import Rows, request_table
 from attnd_server.attention.backends.window import SlidingWindowAttention
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from tests import interpreter
 

@@ -19,7 +19,8 @@ from attnd_server.attention.backends.triton.attention import (
     triton_grouped_attention,
 )
 from attnd_server.attention.backends.window import SlidingWindowAttention
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from tests import interpreter, oracle
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, NUM_PAGES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close

@@ -16,7 +16,8 @@ from attnd.protocol import requests
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, is_warming_up
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.warming_up import is_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.execution import decode_graphs
 from attnd_server.execution.executor import Executor

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnd_server.attention.config import AttentionBackend
-from attnd_server.attention.metadata import visible
+from attnd_server.attention.masks import visible
 from benchmarks import blocks, chunked, decode, fp8, kernel_benchmark, prefill, ragged, roofline, store
 from benchmarks.ceilings import Ceilings
 from benchmarks.dense_peers import Flex, Sdpa

@@ -259,11 +259,7 @@ class LeaseMachine(RuleBasedStateMachine):
         held, principal = self.chosen(which, by_owner)
         k, v = self.numbers.standard_normal((2, len(slots), HEADS, DIM), np.float32)
         for request in requests.store_kv(held.ref, 0, slots, k, v):
-            self.attempt(
-                held,
-                principal,
-                lambda data=request: self.transport._finish(self.service.kv.store_kv(data, principal), 10),
-            )
+            self.attempt(held, principal, lambda data=request: self.stored(data, principal))
             if held.is_there and held.principal == principal:
                 held.k[0, slots], held.v[0, slots] = k, v
 

@@ -16,7 +16,8 @@ from attnd_server.attention import ops as dispatcher
 from attnd_server.attention.auto_choice import CHOICES, Choice, StepKind, kind_of, orders_for
 from attnd_server.attention.backends import flash_libraries, xformers
 from attnd_server.attention.backends.triton import attention as triton
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from tests import oracle

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
 from attnd_server import app, build
-from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import MAX_EPOCHS, Cache
 from attnd_server.kv.caches import CacheTable

@@ -33,7 +33,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     """No context."""
     EVEN_PREFILL = "even prefill"
-    """The same, of prompts of one length up to EVEN_TOKENS, whose masks need no words: see `is_dense_prefill`."""
+    """The same, of prompts of one length up to EVEN_TOKENS with plain masks: see `is_dense_prefill`."""
     CHUNKED = "chunked"
     """Anything else: more new tokens, on some context."""
 

@@ -13,7 +13,8 @@ from attnd.errors import AttndError
 from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.metadata import decode_step, reset_warming_up, set_warming_up
+from attnd_server.attention.metadata import decode_step
+from attnd_server.attention.warming_up import reset_warming_up, set_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
 from attnd_server.execution.captured_graphs import listed

@@ -64,7 +64,7 @@ class FlashAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "the library splits keys by the batch"
 
     def run(

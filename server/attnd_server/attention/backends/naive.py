@@ -12,7 +12,8 @@ from attnd_server.attention.backends.window import first_visible_pages
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.kernels.pages import gather_pages
 from attnd_server.attention.layer_pages import LayerPages
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, visible
+from attnd_server.attention.masks import visible
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 # New tokens of a request whose scores [num_heads, TILE, num_keys] exist at once. Counted from the request's own first
 # token, so that it changes nothing between batches.
@@ -133,7 +134,7 @@ class NaiveAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "it looks at each request on the host"
 
     def run(

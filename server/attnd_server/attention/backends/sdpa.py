@@ -91,7 +91,7 @@ class SdpaAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "it gathers the pages of each step anew"
 
     def run(

@@ -1,4 +1,4 @@
-"""Reads K and V at slots: the Triton twin of `pages.read_kv`, in one launch.
+"""Reads K and V at slots: what `pages.read_kv` does, in one launch of Triton.
 
 A program reads a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
 multiplied by their head's scale in float32 and rounded, bit for bit as torch does it.

@@ -52,7 +52,7 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 @triton.jit
 def _limits(positions, block_size, prefix_len, padded_prefix_len):
-    """First position that each token does not see among the new ones; see `metadata.new_token_limits`."""
+    """First position that each token does not see among the new ones; see `masks.new_token_limits`."""
     limits = (positions // block_size + 1) * block_size
     limits = tl.where(positions < padded_prefix_len, padded_prefix_len, limits)
     return tl.where(positions < prefix_len, prefix_len, limits)

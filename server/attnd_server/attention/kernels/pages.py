@@ -186,7 +186,7 @@ def _read(tokens: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Quota memory."""
+    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Shares memory."""
     return tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
 
 

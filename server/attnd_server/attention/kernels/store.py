@@ -1,4 +1,4 @@
-"""Stores K and V of new tokens in their slots: the Triton twin of `pages.store_kv`, in one launch.
+"""Stores K and V of new tokens in their slots: what `pages.store_kv` does, in one launch of Triton.
 
 A program moves a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
 quantised to FP8 bit for bit as torch does it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from attnd_server.attention.backends.triton.work import Ints, Rows, chunk_keys_of, first_keys_of
-from attnd_server.attention.config import KVSplitConfig
 from attnd_server.attention.kernels.cuts import MIN_OWN_TILES, MOST_WAVES, OWN_PARTS, PART_COST
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, HOPPER_ROWS
+from attnd_server.attention.kv_split import KVSplitConfig
 
 
 def key_tiles_of(context_lens: Ints, first_keys: Ints) -> Ints:

@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from attnd_server.attention.backends.triton.hopper_parts import key_tiles_of, part_tiles_of
 from attnd_server.attention.backends.triton.work import Ints, Rows, Work, first_keys_of, partial_rows_of, spread
-from attnd_server.attention.config import KVSplitConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.items import ITEM_FIELDS
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
+from attnd_server.attention.kv_split import KVSplitConfig
 
 
 def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows) -> Work:
@@ -99,7 +99,7 @@ def _lay_out(numbers: bytes, rows: int, group: int, items_at_once: float) -> _La
 
 
 def _to_and_fro(order: npt.NDArray[np.signedinteger], at_once: float) -> Any:
-    """Turns every second round round: programs take an item of each, and none shall get the longest of all."""
+    """Reverses every second round: a program takes an item of each, and none shall always get the longest."""
     position = np.arange(len(order))
     turn = position // at_once
     first = np.ceil(turn * at_once)

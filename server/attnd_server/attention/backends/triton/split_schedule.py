@@ -16,10 +16,10 @@ from attnd_server.attention.backends.triton.work import (
     partial_rows_of,
     spread,
 )
-from attnd_server.attention.config import KVSplitConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.launch_shapes import MAX_SPLIT_TOKENS
+from attnd_server.attention.kv_split import KVSplitConfig
 
 # Programs of a decode launch for each multiprocessor, if there is that much to do: enough for the last ones to be
 # short, few enough for their start not to count.

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attnd_server.attention.config import KVSplitConfig, power_of_two
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING, KEYS_PER_NEW_TOKEN, MAX_LEAST_CHUNK
 from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kv_split import KVSplitConfig, power_of_two
 from attnd_server.attention.metadata import AttentionMetadata
 
 Ints = npt.NDArray[np.int32]

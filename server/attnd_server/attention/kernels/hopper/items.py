@@ -37,7 +37,7 @@ sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def limit(position, block_size, prefix_len, padded_prefix_len):
-    """First position that a token does not see among the new ones; see `metadata.new_token_limits`."""
+    """First position that a token does not see among the new ones; see `masks.new_token_limits`."""
     if block_size == 1:  # causal: no division
         block_end = position + 1
     else:
