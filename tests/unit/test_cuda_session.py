@@ -495,11 +495,11 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
 ) -> None:
     client, _ = opened
     executor = client.transport._service.executor
-    channels: list[bytes] = []
+    cache_ids: list[bytes] = []
     real = executor.submit
 
     def submit(work: Any, *rest: Any, **more: Any) -> Any:
-        channels.append(work.cache_id)
+        cache_ids.append(work.cache_id)
         return real(work, *rest, **more)
 
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -510,7 +510,7 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
         for layer in range(3):
             step.attend(layer, *new_tokens(1))
         step.finish()
-        assert channels == [cache.ref.id]
+        assert cache_ids == [cache.ref.id]
         monkeypatch.undo()
 
 
