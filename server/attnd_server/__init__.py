@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from attnd._version import __version__
     from attnd_server.attention.backends.base import AttentionKernel
     from attnd_server.attention.backends.naive import NaiveAttention
-    from attnd_server.attention.backends.triton import TritonPagedAttention, triton_attention, triton_grouped_attention
+    from attnd_server.attention.backends.triton.attention import (
+        TritonPagedAttention,
+        triton_attention,
+        triton_grouped_attention,
+    )
     from attnd_server.attention.backends.window import SlidingWindowAttention
     from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
     from attnd_server.attention.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
@@ -47,13 +51,13 @@ _MODULES = {
     "PrecisionMode": "attnd_server.attention.config",
     "SlidingWindowAttention": "attnd_server.attention.backends.window",
     "TritonAttentionOps": "attnd_server.attention.ops",
-    "TritonPagedAttention": "attnd_server.attention.backends.triton",
+    "TritonPagedAttention": "attnd_server.attention.backends.triton.attention",
     "__version__": "attnd._version",
     "is_warming_up": "attnd_server.attention.metadata",
     "reset_warming_up": "attnd_server.attention.metadata",
     "set_warming_up": "attnd_server.attention.metadata",
-    "triton_attention": "attnd_server.attention.backends.triton",
-    "triton_grouped_attention": "attnd_server.attention.backends.triton",
+    "triton_attention": "attnd_server.attention.backends.triton.attention",
+    "triton_grouped_attention": "attnd_server.attention.backends.triton.attention",
 }
 
 

@@ -379,5 +379,5 @@ def test_in_process_calls_that_are_late_are_not_started(busy: Busy) -> None:
             with pytest.raises(attnd.DeadlineExceeded):
                 hasty.decode(cache, DECODE, 0, Q, K, V)
             busy.wait_for_depth(0)
-        hasty._renewal.close()
+        hasty.renewal.close()
         assert busy.launched == []

@@ -14,15 +14,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
-from attnd_server.attention.backends.triton_schedule import (
-    Rows,
-    Work,
-    hopper_schedule,
-    is_chunked,
-    is_even,
-    most_parts,
-    request_table,
-)
+from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule
+from attnd_server.attention.backends.triton.work import Rows, Work, request_table
 from attnd_server.attention.config import KVSplitConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.items import ITEM_FIELDS

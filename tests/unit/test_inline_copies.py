@@ -19,7 +19,7 @@ import attnd
 from attnd.protocol.frames import Frame, Framed
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call, Result
 from attnd_server.inproc import InprocTransport

@@ -23,8 +23,9 @@ from hypothesis.stateful import (
 
 import attnd
 from attnd.protocol import frames, requests
+from attnd.protocol.cache_spec import CacheSpec
 from attnd.v1 import cache_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
@@ -145,7 +146,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule(principal=PRINCIPALS, ttl_s=st.sampled_from([1.0, 5.0, 60.0]))
     def create(self, principal: str, ttl_s: float) -> None:
         there = [held for held in self.model if held.is_there]
-        request = requests.create_cache(**GEOMETRY, ttl_s=ttl_s)
+        request = CacheSpec(**GEOMETRY, ttl_s=ttl_s).to_request()
         if len(there) == MAX_CACHES:
             with pytest.raises(attnd.Exhausted, match=f"{MAX_CACHES} caches exist"):
                 self.call("CreateCache", request, principal)

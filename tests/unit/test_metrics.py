@@ -34,7 +34,11 @@ RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA, Co
 
 def collector(metrics, caches=(), queue_depth=0, faults=None, verifier=None):
     table = types.SimpleNamespace(all=lambda: list(caches), kv_bytes=1 << 30)
-    executor = types.SimpleNamespace(queue_depth=queue_depth, faults=faults or DeviceFaults(torch.device("cpu")))
+    executor = types.SimpleNamespace(
+        queue_depth=queue_depth,
+        faults=faults or DeviceFaults(torch.device("cpu")),
+        graphs=types.SimpleNamespace(all=lambda: [graphs for cache in caches for graphs in cache.graphs]),
+    )
     return ServerCollector(metrics, executor, table, ServerConfig(max_caches=9), verifier)
 
 
@@ -154,7 +158,7 @@ def test_memory_and_queue_are_what_they_are_when_asked():
             num_pages_written=num_pages_written,
             num_bytes=num_bytes,
             num_graph_bytes=100 * len(num_graphs),
-            graphs={"a": [types.SimpleNamespace(num_graphs=each) for each in num_graphs]},
+            graphs=[types.SimpleNamespace(num_graphs=each) for each in num_graphs],
         )
 
     scrape = scraped(Metrics(), [cache(8, 3, 1000), cache(4, 4, 900, 2, 32)], queue_depth=17)

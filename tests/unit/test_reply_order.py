@@ -12,7 +12,7 @@ import torch
 import attnd
 from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2, tensor_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.identity import ANYBODY
 from attnd_server.rpc.reply_order import ReplyOrder

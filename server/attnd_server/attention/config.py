@@ -63,7 +63,7 @@ class KVSplitConfig:
         max_splits: most chunks of a request, 1..1024; chunks are longer than `chunk_size` where there would be more.
         batch_invariant: cut by the request's own length alone, so that output bits never depend on what shares the
             batch; without it the cut follows the batch. None: with it for requests with one new token, without it for
-            others, where it costs more (see benchmarks/README.md).
+            others, where it costs more (see docs/benchmarks.md).
     """
 
     chunk_size: int = 0

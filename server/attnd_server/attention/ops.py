@@ -12,7 +12,9 @@ from attnd.errors import Unsupported
 from attnd_server.attention.auto_choice import kind_of, orders_for
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, decode_step
+from attnd_server.device.indexed import with_index
 
 
 class _Off(Exception):
@@ -33,7 +35,7 @@ def _sdpa(device: torch.device) -> AttentionKernel:
 
 def _triton(backend: AttentionBackend) -> Callable[[torch.device], AttentionKernel]:
     def load(device: torch.device) -> AttentionKernel:
-        from attnd_server.attention.backends import triton
+        from attnd_server.attention.backends.triton import attention as triton
 
         reason = triton.availability(device)
         if reason is not None:
@@ -99,13 +101,22 @@ class Plan:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer: output and lse; see `AttentionKernel.run`."""
-        return self.kernel.run(self.state, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return self.kernel.run(self.state, q, k, v, pages)
+
+    def launch(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """Attention of one layer, into `output` and `lse`; see `AttentionKernel.launch`."""
+        self.kernel.launch(self.state, output, lse, q, k, v, pages)
 
 
 class TritonAttentionOps:
@@ -116,7 +127,7 @@ class TritonAttentionOps:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device = with_index(device)
         self._kernels: dict[AttentionBackend, AttentionKernel] = {}
         self._reasons: dict[AttentionBackend, str] = {}
         self._orders = orders_for(self.device, _capability(self.device))
@@ -193,10 +204,7 @@ class TritonAttentionOps:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionBackend]:
         """One layer at once: output, lse and the backend that computed them. Stores nothing.
 
@@ -204,7 +212,7 @@ class TritonAttentionOps:
             Unsupported: see `choose`.
         """
         plan = self.plan(config, metadata, options)
-        output, lse = plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
+        output, lse = plan.run(q, k, v, pages)
         return output, lse, plan.backend
 
     def _refusal(

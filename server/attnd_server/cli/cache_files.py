@@ -14,7 +14,8 @@ from attnd_server.attention.config import AttentionConfig
 from attnd_server.cli.cache_pages import narrowest, pages_of, refuse_if_inexact, slots_of, tokens_of
 from attnd_server.kv.snapshots.folder import TENSORS, open_regular, read_manifest, refused, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
-from attnd_server.kv.snapshots.tensor_file import CHUNK_BYTES, TensorFileRefused, TensorLayout, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
 from attnd_server.service import validation
 
 Advance = Callable[[int, int], None]

@@ -15,6 +15,7 @@ import torch
 from attnd.errors import InvalidRequest
 from attnd_server.attention.config import FP8, AttentionConfig
 from attnd_server.attention.kernels.pages import dequantised, quantised, read_kv, store_kv, stored_tokens
+from attnd_server.attention.layer_pages import LayerPages
 
 
 def refuse_if_inexact(config: AttentionConfig) -> None:
@@ -52,7 +53,7 @@ def pages_of(k: torch.Tensor, v: torch.Tensor, config: AttentionConfig) -> dict[
     pages = _like(config, len(k) // config.page_size)
     k_pages, v_pages = (torch.zeros(shape, dtype=config.kv_dtype) for shape in (pages.k_shape, pages.v_shape))
     slots = stored_tokens(torch.arange(len(k)), "cpu")
-    store_kv(k_pages, v_pages, k, v, slots, config.layout, *_scales(config))
+    store_kv(LayerPages(k_pages, v_pages, *_scales(config)), k, v, slots, config.layout)
     return {True: k_pages.flatten().view(torch.uint8), False: v_pages.flatten().view(torch.uint8)}
 
 
@@ -64,7 +65,8 @@ def tokens_of(k: bytearray, v: bytearray, num_pages: int, config: AttentionConfi
         torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
         for data, shape in ((k, pages.k_shape), (v, pages.v_shape))
     )
-    return read_kv(k_pages, v_pages, torch.arange(pages.num_slots), config.layout, config.dtype, *_scales(config))
+    stored = LayerPages(k_pages, v_pages, *_scales(config))
+    return read_kv(stored, torch.arange(pages.num_slots), config.layout, config.dtype)
 
 
 def _like(config: AttentionConfig, num_pages: int) -> AttentionConfig:

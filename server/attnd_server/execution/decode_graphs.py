@@ -127,8 +127,7 @@ class DecodeGraphs:
         if self._has_copies:
             inputs.fetch()
         cache.store_at(layer, k, v, slots)
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
-        plan.run(output, lse[0] if lse else None, q, k, v, *pages)
+        plan.launch(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
         if self._has_copies:
             results.send()
 
@@ -253,28 +252,61 @@ def _no_mark() -> None:
     """Of a call whose copies are not timed."""
 
 
-def _key(options: AttentionOptions, query_len: int) -> tuple[object, ...]:
-    return (query_len, options.key)
+CacheGraphs = dict[tuple[object, ...], list[DecodeGraphs]]
+"""The graphs of one cache, by what `find_graphs` looks for, small ones first."""
 
 
-def add_graphs(cache: Cache, options: AttentionOptions, graphs: DecodeGraphs) -> None:
-    """Lets the calls of a cache use captured graphs."""
-    alike = cache.graphs.setdefault(_key(options, graphs.shape.query_len), [])
-    alike.append(graphs)
-    alike.sort(key=lambda each: (each.shape.num_reqs, each.shape.max_context_len))
-
-
-def ready_graphs(cache: Cache, options: AttentionOptions, shape: DecodeShape) -> DecodeGraphs | None:
-    """Graphs of a cache for batches of just that size that serve every step of `shape`."""
-    for graphs in cache.graphs.get(_key(options, shape.query_len), ()):
-        if graphs.shape.num_reqs == shape.num_reqs and graphs.shape.max_context_len >= shape.max_context_len:
-            return graphs
-    return None
-
-
-def find_graphs(cache: Cache, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
+def find_graphs(captured: CacheGraphs, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
     """The smallest graphs of a cache that serve a step of layers with these options."""
-    if not cache.graphs or not metadata.is_decode:
+    if not captured or not metadata.is_decode:
         return None
     query_len = metadata.num_tokens // metadata.num_reqs
-    return next((graphs for graphs in cache.graphs.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)
+    return next((graphs for graphs in captured.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)
+
+
+class CapturedGraphs:
+    """The graphs of all caches of a device. What is added and removed, by whoever has the device."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._by_cache: dict[bytes, CacheGraphs] = {}
+
+    def of(self, cache: Cache) -> CacheGraphs:
+        """Those of a cache; empty until the first are added. Any thread may ask."""
+        return self._by_cache.get(cache.id, {})
+
+    def all(self) -> list[DecodeGraphs]:
+        """Those of all caches. Any thread may ask."""
+        return [graphs for captured in list(self._by_cache.values()) for graphs in listed(captured)]
+
+    def add(self, cache: Cache, options: AttentionOptions, graphs: DecodeGraphs) -> None:
+        """Lets later steps of a cache use captured graphs, until the cache closes."""
+        captured = self._by_cache.get(cache.id)
+        if captured is None:
+            captured = self._by_cache[cache.id] = {}
+            cache.when_closed(partial(self._close, cache.id))
+        alike = captured.setdefault(_key(options, graphs.shape.query_len), [])
+        alike.append(graphs)
+        alike.sort(key=lambda each: (each.shape.num_reqs, each.shape.max_context_len))
+
+    def ready(self, cache: Cache, options: AttentionOptions, shape: DecodeShape) -> DecodeGraphs | None:
+        """Graphs of a cache for batches of just that size that serve every step of `shape`."""
+        for graphs in self.of(cache).get(_key(options, shape.query_len), ()):
+            if graphs.shape.num_reqs == shape.num_reqs and graphs.shape.max_context_len >= shape.max_context_len:
+                return graphs
+        return None
+
+    def _close(self, cache_id: bytes) -> None:
+        captured = self._by_cache.pop(cache_id)
+        for graphs in listed(captured):
+            graphs.close()
+        captured.clear()  # steps that are open have it
+
+
+def listed(captured: CacheGraphs) -> list[DecodeGraphs]:
+    """All graphs of a cache."""
+    return [graphs for alike in list(captured.values()) for graphs in list(alike)]
+
+
+def _key(options: AttentionOptions, query_len: int) -> tuple[object, ...]:
+    return (query_len, options.key)

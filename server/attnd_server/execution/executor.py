@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -21,11 +22,11 @@ from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
-from attnd_server.execution.batch import Batch, SharedLaunches, batch_of
-from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.queue import Job, WorkQueue
+from attnd_server.execution.batch import SharedLaunches, batch_of
+from attnd_server.execution.decode_graphs import Capture, CapturedGraphs, cuda_capture
+from attnd_server.execution.queue import IsWorthIt, Job, Joins, WorkQueue
 from attnd_server.execution.step import Call, Result, Step, attend
-from attnd_server.execution.work import Cancelled, Done, Group, LongWork, OnCache, SharedWork, Work
+from attnd_server.execution.work import Cancelled, Done, SideWork, Work, on_cache
 from attnd_server.identity.quota import Quota
 from attnd_server.kv.caches import CacheTable
 
@@ -33,6 +34,26 @@ log = logging.getLogger(__name__)
 
 Outcome = tuple[bytes | None, BaseException | None]
 """What is given to `Done`."""
+
+
+class Observer(Protocol):
+    """Sees the calls that ran. With the device."""
+
+    def launched(self, num_calls: int) -> None:
+        """A launch had so many calls; `served` is told of each."""
+
+    def served(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+        """A call has run, and its reply comes next.
+
+        Args:
+            call: the call.
+            result: what it gave.
+            queue_us: how long it waited, in microseconds.
+            kernel_us: how long it had the device, without copies.
+
+        Raises:
+            AttndError: is answered instead.
+        """
 
 
 class Executor:
@@ -43,15 +64,23 @@ class Executor:
 
     Attributes:
         faults: whether the device has failed: then nothing runs any more.
+        graphs: what warm-ups captured.
     """
 
     # How often leases that have ended are looked for, in seconds.
     EXPIRY_PERIOD_S = 1.0
-    # LongWork that runs or waits.
-    MAX_LONG_WORK = 64
+    # SideWork that runs or waits.
+    MAX_SIDE_WORK = 64
 
     def __init__(
-        self, device: torch.device, caches: CacheTable, config: ServerConfig, capture: Capture | None = None
+        self,
+        device: torch.device,
+        caches: CacheTable,
+        config: ServerConfig,
+        capture: Capture | None = None,
+        *,
+        faults: DeviceFaults | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Starts the thread.
 
@@ -60,24 +89,27 @@ class Executor:
             caches: on the device.
             config: the limits.
             capture: how decode steps are captured; None: as CUDA graphs, where there are any.
+            faults: of the device; None: new ones.
+            observer: sees the calls that ran; None: nobody does.
         """
         self._caches = caches
         self._config = config
         self.device = device
         self.capture = capture or cuda_capture(device)
-        self.faults = DeviceFaults(device)
+        self.faults = faults or DeviceFaults(device)
+        self.graphs = CapturedGraphs()
+        self._observer = observer
         self.ops = TritonAttentionOps(device)
         self._shared = SharedLaunches(self.ops)
-        self.queue_us = 0  # how long the running work waited; read by the work itself
         self._threads = config.threads or _num_threads(device)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
         self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
-        self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
-        share = self.MAX_LONG_WORK // 2 if config.asks_who_calls else self.MAX_LONG_WORK
-        self._long_places = Quota("warm-ups", "wait", self.MAX_LONG_WORK, share, "retry in a moment")
+        self._side = ThreadPoolExecutor(1, f"side-work-{device}", self.prepare_thread)
+        share = self.MAX_SIDE_WORK // 2 if config.asks_who_calls else self.MAX_SIDE_WORK
+        self._side_places = Quota("warm-ups", "wait", self.MAX_SIDE_WORK, share, "retry in a moment")
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
         if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
@@ -121,15 +153,15 @@ class Executor:
         self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
-        if isinstance(work, LongWork):
-            self._long_places.take(work.principal())
-            self._side.submit(self._settle_long, job, work.principal())
+        if isinstance(work, SideWork):
+            self._side_places.take(work.principal)
+            self._side.submit(self._settle_side, job, work.principal)
         else:
             self._queue.put(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Takes a job out of the queue, whose `done` is never called then. LongWork and what was started go on."""
+        """Takes a job out of the queue, whose `done` is never called then. SideWork and what was started go on."""
         self._queue.remove(job)
 
     def run_now(self, work: Work) -> bytes | None:
@@ -141,9 +173,9 @@ class Executor:
         if not self._take_idle_device():
             return None
         try:
-            self.faults.refuse()
-            self.queue_us = 0
-            return work()
+            if self.faults.reason:
+                self.faults.refuse()
+            return self._perform(work, queue_us=0)
         except Exception as error:
             told = self._told(error)
             if told is error:
@@ -177,7 +209,7 @@ class Executor:
     def _take_idle_device(self) -> bool:
         """Takes the device for the calling thread, unless somebody has it or waits for it."""
         # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
+        if self._closed or self._queue.depth or self._queue.is_taken or not self._device_lock.acquire(blocking=False):
             return False
         self._began = time.monotonic()
         return True
@@ -187,7 +219,7 @@ class Executor:
         self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
-        """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
+        """Runs a piece of SideWork on the executor's thread, and waits until it is done. Raises what it raises.
 
         Raises:
             Disconnected: the executor was closed.
@@ -284,7 +316,7 @@ class Executor:
             self._began = time.monotonic()
             jobs = [job]
             if self._queue.depth:
-                jobs += self._others_for(job, partial(self._queue.take_others, job.lane))
+                jobs += self._others_for(job, partial(self._queue.take_others, job.cache_id))
             started = time.perf_counter()
             outcomes = self._outcomes(jobs, started)
             self._began = 0.0
@@ -293,9 +325,9 @@ class Executor:
         for each, outcome in zip(jobs, outcomes, strict=True):
             each.done(*outcome)
 
-    def _settle_long(self, job: Job, principal: str) -> None:
+    def _settle_side(self, job: Job, principal: str) -> None:
         outcome = self._outcome(job, time.perf_counter())
-        self._long_places.give_back(principal)
+        self._side_places.give_back(principal)
         job.done(*outcome)
 
     def _outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
@@ -306,18 +338,51 @@ class Executor:
         error = self._reason_against(job)
         if error is not None:
             return None, error
-        if not isinstance(job.work, LongWork):
-            self.queue_us = _waited_us(job, started)
         try:
-            return job.work(), None
+            return self._perform(job.work, _waited_us(job, started)), None
         except Exception as fault:
             return None, self._told(fault)
 
-    def _others_for(self, job: Job, take: Callable[[Group], list[Job]]) -> list[Job]:
-        """The jobs that are done together with one that was taken: those that `take` finds for its group."""
+    def _perform(self, work: Work, queue_us: int) -> bytes:
+        """What comes of some work, which waited for so long. With the device, unless it is SideWork."""
+        return self._reply(work, queue_us) if isinstance(work, Call) else work()
+
+    def _reply(self, call: Call, queue_us: int) -> bytes:
+        """Attends a call and encodes its reply."""
+        assert call.encode is not None
+        started = time.perf_counter()
+        result = self.attend(call)
+        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
+        if self._observer is not None:
+            self._observer.launched(1)
+            self._observer.served(call, result, queue_us, kernel_us)
+        return call.encode(call, result, queue_us, kernel_us)
+
+    def _replies(self, calls: list[Call], queue_us: list[int]) -> list[bytes | Exception]:
+        """Attends calls of one batch in one launch, and encodes the reply of each, or the error of its own."""
+        started = time.perf_counter()
+        results = self.attend_together(calls)
+        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))
+        if self._observer is not None:
+            self._observer.launched(len(calls))
+        replies: list[bytes | Exception] = []
+        for call, result, waited_us in zip(calls, results, queue_us, strict=True):
+            assert call.encode is not None
+            try:
+                if self._observer is not None:
+                    self._observer.served(call, result, waited_us, kernel_us)
+                replies.append(call.encode(call, result, waited_us, kernel_us))
+            except Exception as error:  # this call's own
+                replies.append(error)
+        return replies
+
+    def _others_for(self, job: Job, take: Callable[[Joins, IsWorthIt], list[Job]]) -> list[Job]:
+        """The jobs whose calls join that of one that was taken: those that `take` finds."""
+        if not isinstance(job.work, Call):
+            return []
         try:
-            group = job.work.group() if isinstance(job.work, SharedWork) else None
-            return take(group) if group is not None else []
+            batch = batch_of(job.work, self.ops, self._config)
+            return [] if batch is None else take(lambda other: batch.takes(other.work), lambda: batch.is_worth_it)
         except Exception as error:  # then it runs alone
             self.faults.look_at(error)
             log.exception("calls cannot be looked at together")
@@ -327,15 +392,15 @@ class Executor:
         """What comes of jobs that joined, of which some may not be wanted any more."""
         outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
         left = [index for index, (_, error) in enumerate(outcomes) if error is None]
-        works = [work for index in left if isinstance(work := jobs[index].work, SharedWork)]
+        calls = [call for index in left if isinstance(call := jobs[index].work, Call)]
         try:
             waited = [_waited_us(jobs[index], started) for index in left]
-            results = works[0].with_others(works, waited) if len(works) > 1 else []
+            results = self._replies(calls, waited) if len(calls) > 1 else []
         except Exception as fault:
             # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
             # has failed: then none is begun.
             self.faults.look_at(fault)
-            log.warning("%d calls cannot run together", len(works), exc_info=fault)
+            log.warning("%d calls cannot run together", len(calls), exc_info=fault)
             results = []
         if not results:
             for index in left:
@@ -362,10 +427,6 @@ class Executor:
         """A layer each of several steps of one `Batch`, in one launch. With the device."""
         return self._shared.attend(calls)
 
-    def batch(self, call: Call) -> Batch | None:
-        """What other calls can join to share a launch with a call; None: it runs alone. With the device."""
-        return batch_of(call, self.ops, self._config)
-
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
 
@@ -380,7 +441,7 @@ class Executor:
         try:
             may_run_here = step.is_small and getattr(self._prepared, "is_so", False)
             if not may_run_here or self.run_now(work) is None:
-                self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
+                self.submit(on_cache(step.cache, work), lambda result, error: None)
         except Exception:  # busy, closing, or whatever the work raised
             log.debug("a step was not made ready before its first call", exc_info=True)
 
@@ -390,14 +451,14 @@ def _num_threads(device: torch.device) -> int:
     return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
 
 
-def _others_among(jobs: Sequence[Job], group: Group) -> list[Job]:
+def _others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
     """Those that join the first; see `WorkQueue.take_others`."""
-    lanes, others = {jobs[0].lane}, []
+    cache_ids, others = {jobs[0].cache_id}, []
     for job in jobs[1:]:
-        if job.lane not in lanes and group.takes(job.work):
+        if job.cache_id not in cache_ids and joins(job):
             others.append(job)
-        lanes.add(job.lane)
-    return others if group.is_worth_it else []
+        cache_ids.add(job.cache_id)
+    return others if is_worth_it() else []
 
 
 def _waited_us(job: Job, started: float) -> int:

@@ -113,7 +113,7 @@ class ServerCollector(Collector):
 
     def _memory(self) -> Iterable[Metric]:
         caches = self._caches.all()
-        graphs = [each for cache in caches for alike in list(cache.graphs.values()) for each in list(alike)]
+        graphs = self._executor.graphs.all()
         gauges: dict[str, tuple[str, int]] = {
             "attnd_caches": ("Caches that are leased.", len(caches)),
             "attnd_caches_limit": ("Most caches at one time.", self._config.max_caches),

@@ -14,11 +14,12 @@ from google.protobuf import any_pb2
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, Unauthenticated, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.execution.executor import Executor
+from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.service.service import AttentionService, error_response
-from attnd_server.service.session import AttendSession, BigStep, CallWork
+from attnd_server.service.session import AttendSession, BigStep
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Bytes of a message from which its check is worth a thread of its own: up to then it takes some milliseconds at most.
@@ -71,7 +72,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
-        self._service.draining = True
+        self._service.drain()
         self._drain.set()
 
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
@@ -133,7 +134,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 return answer
             if isinstance(answer, BigStep):
                 return answer
-            if is_alone and isinstance(answer, CallWork) and answer.is_small:
+            if is_alone and isinstance(answer, Call) and answer.step.is_small:
                 result = executor.run_now(answer)
                 if result is not None:
                     return result
@@ -251,5 +252,5 @@ def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> 
 
 def _soonest(context: Context, work: Work) -> float | None:
     """Seconds within which work must have started: those that its RPC has left or its call allows; None is forever."""
-    left_s, timeout_s = context.time_remaining(), work.timeout_s if isinstance(work, CallWork) else None
+    left_s, timeout_s = context.time_remaining(), work.step.call_timeout_s if isinstance(work, Call) else None
     return min((each for each in (left_s, timeout_s) if each is not None), default=None)

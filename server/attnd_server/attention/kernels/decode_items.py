@@ -114,7 +114,7 @@ def _own_tiles(
 
 @triton.jit
 def _even_tiles(context_lens, num_reqs, longest, num_tiles, num_groups, num_multiprocessors, max_splits, window):
-    """Tiles of every part, so that the last program ends soon; see `triton_schedule._even_parts`."""
+    """Tiles of every part, so that the last program ends soon; see `hopper_parts._even_parts`."""
     most_parts = tl.minimum(max_splits, longest)
     # int64: what no part costs more than does not fit 32 bits.
     best, best_cost = longest.to(tl.int64), longest.to(tl.int64) * 0 + _MOST_COST
