@@ -34,7 +34,7 @@ from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
 
 if TYPE_CHECKING:
-    from attnd_server.observe.prometheus import MetricsEndpoint
+    from attnd_server.observe.endpoint import MetricsEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,8 @@ class Server:
                 files.reload()
 
     def _open_endpoint(self, metrics: Metrics) -> None:
-        from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
+        from attnd_server.observe.endpoint import MetricsEndpoint
+        from attnd_server.observe.prometheus import ServerCollector
 
         collector = ServerCollector(
             metrics, self.service.executor, self.service.caches, self.config, self.service.verifier

@@ -19,10 +19,12 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import Copies
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.observe.counts import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Metrics, PhaseHistogram
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.endpoint import MetricsEndpoint
 from attnd_server.observe.histogram import Histogram
-from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
+from attnd_server.observe.prometheus import ServerCollector
 from attnd_server.observe.rpc_counts import RpcCounter
+from attnd_server.observe.tallies import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, PhaseHistogram
 from tests.scrape import Scrape
 
 Q, K, V = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(5, 2, 8, dtype=torch.float16)

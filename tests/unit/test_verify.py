@@ -1,4 +1,4 @@
-"""Shadow verification: what is picked and copied, what counts as wrong, and what comes of it."""
+"""Verification: what is picked and copied, what counts as wrong, and what comes of it."""
 
 from __future__ import annotations
 
@@ -449,10 +449,10 @@ def test_a_broken_device_that_verification_sees_is_broken_for_all(monkeypatch: p
 
 
 def test_the_fraction_is_kept_and_no_call_has_a_place_of_its_own() -> None:
-    shadow = Verifier(0.05, CPU, DeviceFaults(CPU))
-    shadow._random.seed(1)
-    due = [number for number in range(40_000) if shadow.is_due()]
-    shadow.close()
+    some = Verifier(0.05, CPU, DeviceFaults(CPU))
+    some._random.seed(1)
+    due = [number for number in range(40_000) if some.is_due()]
+    some.close()
     assert 1_800 < len(due) < 2_200  # 2000, and 4.6 standard deviations
     assert {number % 32 for number in due} == set(range(32))
     every = Verifier(1.0, CPU, DeviceFaults(CPU), refuses=True)

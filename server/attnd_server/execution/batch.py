@@ -8,9 +8,8 @@ bits of calls that are alone, because only kernels and steps that promise that t
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
+from cachetools import LRUCache
 
 from attnd.errors import Unsupported
 from attnd_server.attention.backends.base import ShiftsPages
@@ -227,7 +226,7 @@ class SharedLaunches:
     def __init__(self, ops: TritonAttentionOps) -> None:
         """Keeps nothing yet."""
         self._ops = ops
-        self._sets: OrderedDict[tuple[object, ...], _SharedStep] = OrderedDict()
+        self._sets: LRUCache[tuple[object, ...], _SharedStep] = LRUCache(_MAX_SETS)
 
     def attend(self, calls: list[Call]) -> list[Result]:
         """One layer of each of several steps of a `Batch`, all of different caches.
@@ -243,9 +242,6 @@ class SharedLaunches:
         if shared is None:
             shared = _SharedStep([call.step for call in ordered], ordered[0].options, self._ops)
             self._sets[key] = shared
-            if len(self._sets) > _MAX_SETS:
-                self._sets.popitem(last=False)
-        self._sets.move_to_end(key)
         try:
             results = dict(zip(order, shared.attend(ordered), strict=True))
         except BaseException:

@@ -5,6 +5,7 @@ computes them with the arithmetic of the backend `naive` in float64 on the proce
 some calls, off everybody's way or before they are answered.
 """
 
-from attnd_server.observe.verify.verifier import DROP_REASONS, Verifier, VerifyTally
+from attnd_server.observe.verify.tally import DROP_REASONS, VerifyTally
+from attnd_server.observe.verify.verifier import Verifier
 
 __all__ = ["DROP_REASONS", "Verifier", "VerifyTally"]
