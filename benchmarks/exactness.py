@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attnd_server.attention.backends.naive import reference_torch_attention
-from attnd_server.attention.metadata import visible
+from attnd_server.attention.masks import visible
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_tensors import Tensors, as_slots
 from benchmarks.report import WrongResult, refuse_wrong
@@ -98,8 +98,9 @@ def _keys_and_values(
     slots = case.page_tables[request, positions // case.page_size] * case.page_size + positions % case.page_size
     new = slice(int(case.cu_seqlens_q[request]), int(case.cu_seqlens_q[request + 1]))
     result = []
-    given = (tensors.k, tensors.v), tensors.layers[layer], (tensors.k_scales, tensors.v_scales)
-    for tokens, pages, scales in zip(*given, strict=True):
+    of_layer = tensors.layers[layer]
+    given = (tensors.k, of_layer.k, of_layer.k_scales), (tensors.v, of_layer.v, of_layer.v_scales)
+    for tokens, pages, scales in given:
         context = as_slots(pages)[slots.to(pages.device)].view(pages.dtype)
         if scales is not None:
             context = context.double() * (scales.double()[:, None] if scaled else 1.0)

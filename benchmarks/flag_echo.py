@@ -14,7 +14,8 @@ from types import TracebackType
 
 import torch
 
-from attnd.planes.cuda.plane import CudaPlane, imported_memory, worker_gpu, workers_flags
+from attnd.planes.cuda.opening import imported_memory, worker_gpu, workers_flags
+from attnd.planes.cuda.plane import CudaPlane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Geometry, StepLayout, step_layout
 from attnd.protocol.shm.sockets import map_memory
 from attnd.protocol.tensors import DTYPES
@@ -94,26 +95,26 @@ class FlagEcho:
 
 def serve(connection: socket.socket, device: torch.device, worker_uuid: str, num_layers: int) -> None:
     """Answers steps until the other end hangs up."""
-    from attnd_server.planes.cuda.channel import CudaPlanes
+    from attnd_server.planes.cuda.planes import CudaPlanes
 
     torch.cuda.set_device(device)
     planes = CudaPlanes(device, NUM_BYTES, max_planes=1)
-    lane = planes.open(worker_uuid)
-    socket.send_fds(connection, [b"m"], lane.descriptors())
+    channel = planes.open(worker_uuid)
+    socket.send_fds(connection, [b"m"], channel.descriptors())
 
     def layers() -> None:
         for layer in range(num_layers):
-            lane.flags.wait(lane.handle, layer, layer == num_layers - 1)
-            lane.flags.signal(lane.handle, layer, layer == num_layers - 1)
+            channel.flags.wait(channel.handle, layer, layer == num_layers - 1)
+            channel.flags.signal(channel.handle, layer, layer == num_layers - 1)
 
-    assert lane.capture is not None
-    replay = lane.capture(layers)
+    assert channel.capture is not None
+    replay = channel.capture(layers)
     while _is_told(connection):
-        with lane.current():
+        with channel.current():
             replay()
-        lane.mark()()
+        channel.mark()()
         connection.sendall(b"d")
-    lane.drain()
+    channel.drain()
 
 
 def _is_told(connection: socket.socket) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attnd_server.attention.config import AttentionBackend, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend
+from attnd_server.attention.kv_split import KVSplitConfig
 from benchmarks import ceilings, report, roofline
 from benchmarks.dense_peers import dense_peers
 from benchmarks.exactness import Expected, expected

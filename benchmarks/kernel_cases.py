@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from attnd_server.attention.config import AttentionBackend
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, new_token_limits
+from attnd_server.attention.masks import new_token_limits
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 FP8 = torch.float8_e4m3fn
 K = 1024

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from benchmarks.kernel_cases import FP8, Case
 
 _COLD_BYTES = 512 << 20
@@ -22,30 +23,26 @@ class Tensors:
         q: `[num_tokens, num_heads, head_dim]`, shared by the layers.
         k: `[num_tokens, num_kv_heads, head_dim]`, likewise.
         v: like k.
-        layers: K and V pages of each layer, `[num_pages, page_size, num_kv_heads, head_dim]`.
-        k_scales: float32 `[num_kv_heads]` of FP8 pages, else None.
-        v_scales: likewise.
+        layers: the pages of each layer, `[num_pages, page_size, num_kv_heads, head_dim]`; all have the same scales.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    k_scales: torch.Tensor | None
-    v_scales: torch.Tensor | None
+    layers: list[LayerPages]
 
     def config(self, case: Case) -> AttentionConfig:
         """Of the cache that the pages are."""
-        pages = self.layers[0][0]
-        geometry = (len(self.layers), case.num_kv_heads, case.head_dim, pages.shape[0], case.page_size)
-        if self.k_scales is None or self.v_scales is None:
+        pages = self.layers[0]
+        geometry = (len(self.layers), case.num_kv_heads, case.head_dim, len(pages.k), case.page_size)
+        if pages.k_scales is None or pages.v_scales is None:
             return AttentionConfig(*geometry, dtype=case.dtype)
         return AttentionConfig(
             *geometry,
             dtype=case.dtype,
             kv_dtype=case.kv_dtype,
-            k_scales=tuple(self.k_scales.tolist()),
-            v_scales=tuple(self.v_scales.tolist()),
+            k_scales=tuple(pages.k_scales.tolist()),
+            v_scales=tuple(pages.v_scales.tolist()),
         )
 
 
@@ -57,14 +54,14 @@ def draw(case: Case, device: torch.device) -> Tensors:
     )
     num_pages = int((case.page_tables >= 0).sum())
     shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
+    scales = [0.5 + torch.rand(case.num_kv_heads, device=device) if case.kv_dtype else None for _ in range(2)]
     pages_dtype, slots, layers = case.kv_dtype or case.dtype, case.new_slots.to(device), []
     for _ in range(num_layers(case, device)):
         k_pages, v_pages = normal(shape, pages_dtype, device), normal(shape, pages_dtype, device)
         as_slots(k_pages).index_copy_(0, slots, _raw(k.to(pages_dtype)))
         as_slots(v_pages).index_copy_(0, slots, _raw(v.to(pages_dtype)))
-        layers.append((k_pages, v_pages))
-    scales = [0.5 + torch.rand(case.num_kv_heads, device=device) if case.kv_dtype else None for _ in range(2)]
-    return Tensors(q, k, v, layers, *scales)
+        layers.append(LayerPages(k_pages, v_pages, *scales))
+    return Tensors(q, k, v, layers)
 
 
 def num_layers(case: Case, device: torch.device) -> int:
@@ -86,7 +83,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def as_slots(pages: torch.Tensor) -> torch.Tensor:
-    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Quota memory."""
+    """Pages as `[num_slots, num_kv_heads, head_dim]`, FP8 as bytes, which torch can index. Shares memory."""
     return _raw(pages).view(-1, *pages.shape[2:])
 
 

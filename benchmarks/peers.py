@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape, FixedPlan
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from benchmarks.exactness import FP8_LIMIT
@@ -77,8 +78,7 @@ class Ours:
         config = replace(tensors.config(case), kv_split=self._kv_split)
         options, metadata = case.options(self._backend), case.metadata()
         kernel = self._ops.choose(config, metadata, options)
-        limit = None if tensors.k_scales is None else FP8_LIMIT
-        scales = () if tensors.k_scales is None else (tensors.k_scales, tensors.v_scales)
+        limit = FP8_LIMIT if config.is_quantised else None
         fixed = self._fixed_plan(kernel, config, metadata, options)
         if fixed is not None:
             # The last layer must not write over the first layer's output, which is checked too.
@@ -86,7 +86,7 @@ class Ours:
 
             def run_fixed(layer: int) -> torch.Tensor:
                 output = outputs[min(layer, 1)]
-                fixed.run(output, None, tensors.q, tensors.k, tensors.v, *tensors.layers[layer], *scales)
+                fixed.launch(output, None, tensors.q, tensors.k, tensors.v, tensors.layers[layer])
                 return output
 
             return Prepared(run_fixed, limit=limit, plan_us=self._plan_us(case, fixed.update))
@@ -94,7 +94,7 @@ class Ours:
         state = kernel.plan(config, metadata, options, self._device)
 
         def run(layer: int) -> torch.Tensor:
-            return kernel.run(state, tensors.q, tensors.k, tensors.v, *tensors.layers[layer], *scales)[0]
+            return kernel.run(state, tensors.q, tensors.k, tensors.v, tensors.layers[layer])[0]
 
         plan_us = self._plan_us(case, lambda step: kernel.plan(config, step, options, self._device))
         return Prepared(run, limit=limit, plan_us=plan_us)
@@ -188,7 +188,7 @@ class FlashAttention3:
         outputs = [torch.empty_like(tensors.q) for _ in range(2)]
 
         def call(layer: int) -> torch.Tensor:
-            caches, output = together or tensors.layers[layer], outputs[min(layer, 1)]
+            caches, output = together or tensors.layers[layer][:2], outputs[min(layer, 1)]
             module.attend(
                 ops, q, *caches, output, page_tables=page_tables, scale=case.scale, metadata=metadata, **common
             )

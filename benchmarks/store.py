@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import Layout
+from attnd_server.attention.layer_pages import LayerPages
 from benchmarks import ceilings, report
 from benchmarks.graph_timing import Layers, synchronize, time_together
 from benchmarks.kernel_runs import (
@@ -56,7 +57,7 @@ def ours_store(pages: KV, new: KV, slots: torch.Tensor) -> KV:
     refuse_without_triton(slots.device)
     from attnd_server.attention.kernels.store import store_kv
 
-    store_kv(*pages, *new, slots, Layout.UNIFIED)
+    store_kv(LayerPages(*pages), *new, slots, Layout.UNIFIED)
     return pages
 
 
@@ -70,7 +71,7 @@ def ours_gather(pages: KV, new: KV, slots: torch.Tensor) -> KV:
     refuse_without_triton(slots.device)
     from attnd_server.attention.kernels.gather import read_kv
 
-    return read_kv(*pages, slots, Layout.UNIFIED, pages[0].dtype)
+    return read_kv(LayerPages(*pages), slots, Layout.UNIFIED, pages[0].dtype)
 
 
 def index_select(pages: KV, new: KV, slots: torch.Tensor) -> KV:

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attnd_server.attention.config import DISTINCT_LANES, FP8, KVSplitConfig, Layout
+from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.decode_items import decode_items
 from attnd_server.attention.kernels.gather import read_kv
 from attnd_server.attention.kernels.items import ITEM_FIELDS
@@ -31,6 +31,8 @@ from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOP
 from attnd_server.attention.kernels.merge import MERGE_FIELDS, merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.store import store_kv
+from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.layer_pages import LayerPages
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NUM_PAGES = PAGE_SIZE = 16
@@ -98,19 +100,16 @@ class Case:
         shape = self.tokens, NUM_KV_HEADS, self.head_dim
         return (empty(*shape, dtype=self.dtype), empty(*shape, dtype=self.dtype)) if is_seen else (None, None)
 
-    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer."""
+    def pages(self) -> LayerPages:
+        """Of a layer."""
         dtype = self.kv_dtype or self.dtype
+        scales = (empty(NUM_KV_HEADS, dtype=FP32) if self.kv_dtype is FP8 else None,) * 2
         if self.layout is Layout.UNIFIED:
             shape = NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, self.head_dim
-            return empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
+            return LayerPages(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype), *scales)
         shape = NUM_PAGES, NUM_KV_HEADS, self.head_dim // DISTINCT_LANES, PAGE_SIZE, DISTINCT_LANES
-        return empty(*shape, dtype=dtype), empty(*shape[:2], self.head_dim, PAGE_SIZE, dtype=dtype)
-
-    def scales(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of fp8 pages."""
-        scales = empty(NUM_KV_HEADS, dtype=FP32) if self.kv_dtype is FP8 else None
-        return scales, scales
+        v_shape = *shape[:2], self.head_dim, PAGE_SIZE
+        return LayerPages(empty(*shape, dtype=dtype), empty(*v_shape, dtype=dtype), *scales)
 
     def query(self) -> torch.Tensor:
         """Of the call."""
@@ -136,13 +135,13 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launch_paged(case: Case) -> None:
-    """Decode if a request has one token, else prefill; as `triton_plan` launches it."""
+    """Decode if a request has one token, else prefill; as `TritonPlan` launches it."""
     is_few = case.tokens <= 16
     dims, item_size = max(16, triton.next_power_of_2(case.head_dim)), (case.kv_dtype or case.dtype).itemsize
     heads = case.group * NUM_KV_HEADS
     paged_attention(
         *case.outputs(), empty(64, dtype=torch.int32) if case.split else None, case.query(),
-        *case.new(not case.cached_only), *case.pages(), *case.scales(), *tables(), case.per_head(heads),
+        *case.new(not case.cached_only), case.pages(), *tables(), case.per_head(heads),
         case.per_head(heads), tile=launch_shape(case.tokens, case.group, dims, item_size), heads=case.group,
         is_few=is_few, compute=case.dtype, **case.numbers(),
     )  # fmt: skip
@@ -151,11 +150,11 @@ def launch_paged(case: Case) -> None:
 def launch_hopper(case: Case) -> None:
     """Decode if there are few rows, else prefill."""
     # Only for Hopper: this module need not load for others.
-    from attnd_server.attention.kernels.hopper_attention import hopper_attention
+    from attnd_server.attention.kernels.hopper.attention import hopper_attention
 
     heads = case.group * NUM_KV_HEADS
     given = (
-        *case.outputs(), case.query(), *case.new(not case.cached_only), *case.pages(), *tables(),
+        *case.outputs(), case.query(), *case.new(not case.cached_only), case.pages(), *tables(),
         case.per_head(heads), case.per_head(heads),
     )  # fmt: skip
     rows = max(16, triton.next_power_of_2(case.tokens * case.group))
@@ -165,11 +164,11 @@ def launch_hopper(case: Case) -> None:
 
 def launch_hopper_fp8(case: Case) -> None:
     """Decode over FP8."""
-    from attnd_server.attention.kernels.hopper_decode_fp8 import hopper_decode_fp8
+    from attnd_server.attention.kernels.hopper.decode_fp8 import hopper_decode_fp8
 
     heads = case.group * NUM_KV_HEADS
     given = (
-        *case.outputs(), case.query(), *case.new(not case.cached_only), *case.pages(), *case.scales(), *tables(),
+        *case.outputs(), case.query(), *case.new(not case.cached_only), case.pages(), *tables(),
         case.per_head(heads), case.per_head(heads),
     )  # fmt: skip
     rows = max(16, triton.next_power_of_2(case.tokens * case.group))
@@ -196,12 +195,12 @@ def launch_items(case: Case) -> None:
 def launch_store(case: Case) -> None:
     """The store of new tokens."""
     slots = empty(case.tokens, dtype=torch.int64)
-    store_kv(*case.pages(), *case.new(True), slots, case.layout, *case.scales())
+    store_kv(case.pages(), *case.new(True), slots, case.layout)
 
 
 def launch_gather(case: Case) -> None:
     """The read of slots."""
-    read_kv(*case.pages(), empty(case.tokens, dtype=torch.int64), case.layout, case.dtype, *case.scales())
+    read_kv(case.pages(), empty(case.tokens, dtype=torch.int64), case.layout, case.dtype)
 
 
 def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:

@@ -18,15 +18,17 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda import plane as cuda
+from attnd.planes.cuda import opening, plane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Place
 from attnd.protocol.shm import sockets
 from attnd.protocol.tensors import DTYPE_NAMES
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.inproc import InprocTransport
-from attnd_server.planes.cuda.channel import CudaPlanes
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes import server as plane_server
+from attnd_server.planes.cuda.planes import CudaPlanes
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.server import PlaneServer
 
 GPU = "00000000-1111-2222-3333-444444444444"
 # Seconds: longer than anything here should take.
@@ -39,10 +41,6 @@ class EventFlags:
     def __init__(self, given: threading.Semaphore, taken: threading.Semaphore) -> None:
         self.is_stopped = False
         self._given, self._taken = given, taken
-
-    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
-        self.signal(stream, layer, is_last)
-        self.wait(stream, layer, is_last)
 
     def wait(self, stream: int, layer: int, is_last: bool) -> None:
         while not self.is_stopped:
@@ -59,7 +57,7 @@ class EventFlags:
         pass
 
 
-class HostLane:
+class HostChannel:
     """The server's end."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
@@ -91,19 +89,19 @@ class HostLane:
 
 
 class HostPlanes(CudaPlanes):
-    """Lanes of the host. The last one that was opened is where a worker of this process looks for its own end."""
+    """Channels of the host. The last one that was opened is where a worker of this process looks for its own end."""
 
     def __init__(self, num_bytes: int) -> None:
         self.gpu_uuid = GPU
         self.num_bytes = num_bytes
-        self.lanes: list[HostLane] = []
+        self.channels: list[HostChannel] = []
 
     def open(self, worker_gpu: str) -> Any:
-        self.lanes.append(HostLane(self.num_bytes))
-        return self.lanes[-1]
+        self.channels.append(HostChannel(self.num_bytes))
+        return self.channels[-1]
 
-    def close(self, lane: Any) -> None:
-        lane.is_closed = True
+    def close(self, channel: Any) -> None:
+        channel.is_closed = True
 
     def results_num_bytes(self, worker_gpu: str) -> int:
         return 0
@@ -125,11 +123,11 @@ class _Gpu:
 
 
 class _Memory:
-    """The worker's mapping of a lane's region."""
+    """The worker's mapping of a channel's region."""
 
-    def __init__(self, lane: HostLane) -> None:
-        self.address, self.num_bytes = lane.region.data_ptr(), lane.num_bytes
-        self._region = lane.region
+    def __init__(self, channel: HostChannel) -> None:
+        self.address, self.num_bytes = channel.region.data_ptr(), channel.num_bytes
+        self._region = channel.region
 
     def close(self) -> None:
         pass
@@ -145,7 +143,7 @@ class _Counter:
         pass
 
 
-class HostPlane(cuda.CudaPlane):
+class HostPlane(plane.CudaPlane):
     """The worker's end."""
 
     @property
@@ -159,7 +157,9 @@ class HostPlane(cuda.CudaPlane):
     def hand_over(self, stream: int, layer: int, is_last: bool, inputs: Any, outputs: Any) -> None:
         for place, tensor in inputs:
             ctypes.memmove(self._address(place), tensor.contiguous().data_ptr(), place.num_bytes)
-        self._flags.exchange(stream, layer, is_last)
+        assert isinstance(self._flags, EventFlags)
+        self._flags.signal(stream, layer, is_last)
+        self._flags.wait(stream, layer, is_last)
         for place, tensor in outputs:
             ctypes.memmove(tensor.data_ptr(), self._address(place), place.num_bytes)
 
@@ -167,25 +167,26 @@ class HostPlane(cuda.CudaPlane):
 @contextmanager
 def serving(
     folder: Path, patch: pytest.MonkeyPatch, *, region_bytes: int = 1 << 20, **limits: int
-) -> Iterator[tuple[attnd.Client, HostPlanes, ShmServer]]:
+) -> Iterator[tuple[attnd.Client, HostPlanes, PlaneServer]]:
     """A server with such planes, and a client that asks for them."""
-    service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), **limits))
-    server = ShmServer(service)
-    planes = service.cuda = HostPlanes(region_bytes)
+    planes, offered = HostPlanes(region_bytes), Planes()
+    patch.setattr(plane_server, "cuda_planes", lambda device, num_bytes, max_planes: planes)
+    service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), **limits), planes=offered)
+    server = PlaneServer(service, offered)
 
     def imported(user: object, descriptor: int, num_bytes: int) -> _Memory:
         os.close(descriptor)
-        return _Memory(planes.lanes[-1])
+        return _Memory(planes.channels[-1])
 
-    patch.setattr(cuda, "worker_gpu", _Gpu)
-    patch.setattr(cuda, "check_reach", lambda gpu, uuid: None)
-    patch.setattr(cuda.DeviceMemory, "imported", imported)
-    patch.setattr(cuda, "HostWords", lambda memory: memory)
-    patch.setattr(cuda, "HostFlags", lambda words, signal, flag: planes.lanes[-1].workers_flags)
-    patch.setattr(cuda, "CudaPlane", HostPlane)
-    patch.setattr(cuda, "Copier", lambda gpu: None)
-    patch.setattr(cuda, "Counter", _Counter)
-    patch.setattr(cuda, "CopyAndWrite", lambda gpu, arrived: None)
+    patch.setattr(opening, "worker_gpu", _Gpu)
+    patch.setattr(opening, "check_reach", lambda gpu, uuid: None)
+    patch.setattr(opening.DeviceMemory, "imported", imported)
+    patch.setattr(opening, "HostWords", lambda memory: memory)
+    patch.setattr(opening, "HostFlags", lambda words, signal, flag: planes.channels[-1].workers_flags)
+    patch.setattr(opening, "CudaPlane", HostPlane)
+    patch.setattr(plane, "Copier", lambda gpu: None)
+    patch.setattr(plane, "Counter", _Counter)
+    patch.setattr(plane, "CopyAndWrite", lambda gpu, arrived: None)
     try:
         with attnd.Client(InprocTransport(service), plane="cuda", timeout_s=PATIENCE_S) as client:
             yield client, planes, server

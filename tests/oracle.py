@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from attnd_server.attention.backends.base import AttentionKernel
 from attnd_server.attention.config import FP8, Layout
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, DTYPES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close
@@ -59,6 +61,11 @@ class Tensors:
     v_scales: torch.Tensor | None
     # K and V of each slot that something sees: float64 [num_kv_heads, head_dim].
     slots: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def pages(self) -> LayerPages:
+        """The pages and scales, as backends take them."""
+        return LayerPages(self.k_pages, self.v_pages, self.k_scales, self.v_scales)
 
 
 def sees(case: Case, request: Request, row: int, key: int, is_new: bool) -> bool:
@@ -207,16 +214,31 @@ def options(case: Case, given: Tensors) -> AttentionOptions:
 
 def run(kernel: AttentionKernel, case: Case, given: Tensors, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and lse of a kernel, on the host."""
-    scales = () if case.kv_dtype is not FP8 else (given.k_scales, given.v_scales)
-    moved = [
-        None if tensor is None else tensor.to(device)
-        for tensor in (given.q, given.k, given.v, given.k_pages, given.v_pages, *scales)
-    ]
     plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
-    output, lse = kernel.run(plan, *moved)
+    output, lse = kernel.run(plan, *_on(device, given))
     assert output.dtype == case.dtype
     assert output.shape == (case.num_tokens, case.num_heads, case.head_dim_v)
     return output.cpu(), None if lse is None else lse.cpu()
+
+
+def _on(device: str, given: Tensors) -> tuple[Any, Any, Any, LayerPages]:
+    """q, k, v and pages on a device."""
+    q, k, v, *pages = (
+        None if tensor is None else tensor.to(device) for tensor in (given.q, given.k, given.v, *given.pages)
+    )
+    return q, k, v, LayerPages(*pages)
+
+
+def check_launch(kernel: AttentionKernel, case: Case, device: str) -> None:
+    """Compares what a kernel writes into tensors full of NaN with what it returns."""
+    given = tensors(case)
+    plan = kernel.plan(case.config(), case.metadata(), options(case, given), torch.device(device))
+    results = kernel.run(plan, *_on(device, given))
+    written = [None if result is None else torch.full_like(result, math.nan) for result in results]
+    kernel.launch(plan, *written, *_on(device, given))
+    for actual, expected in zip(written, results, strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or torch.equal(actual, expected)
 
 
 def check(kernel: AttentionKernel, case: Case, device: str) -> None:

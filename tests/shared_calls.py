@@ -15,7 +15,7 @@ import torch
 
 import attnd
 from attnd.protocol import frames, requests
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.queue import Job
 from attnd_server.execution.work import Work

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnd import aio, errors
 from attnd._version import __version__
-from attnd.client import Cache, Client, connect
+from attnd.cache import Cache
+from attnd.client import Client, connect
 from attnd.credentials import Credentials
 from attnd.errors import (
     AttndError,
@@ -27,6 +28,7 @@ from attnd.errors import (
     Unauthenticated,
     Unsupported,
 )
+from attnd.foreign_metadata import from_diffulex
 from attnd.integrations.diffulex.metadata import (
     AttnMetaDataBase,
     fetch_attn_metadata,
@@ -35,16 +37,16 @@ from attnd.integrations.diffulex.metadata import (
     set_fetch_fn_for_attn_metadata,
     set_warming_up,
 )
-from attnd.integrations.diffulex.steps import from_diffulex
 from attnd.pages import PagedSequence, PagePool
-from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.cache_spec import CacheSpec
 from attnd.protocol.kv_split import KVSplit
+from attnd.protocol.requests import WarmUp
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.tensors import Array
-from attnd.protocol.warm_up import WarmUp
-from attnd.session import Session
-from attnd.steps import PendingCall, Step
+from attnd.session import PendingCall, Session, Step
 from attnd.timings import Timings
 from attnd.tuning import tune_process
 
@@ -59,6 +61,7 @@ __all__ = [
     "AttndError",
     "Cache",
     "CacheLost",
+    "CacheSpec",
     "Client",
     "Credentials",
     "CudaSession",

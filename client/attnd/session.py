@@ -6,21 +6,19 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
-from attnd.planes.retries import Patience
+from attnd.foreign_metadata import as_step_metadata
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.leases import Lease
+from attnd.planes.retry_deadline import RetryDeadline
+from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.page_table_deltas import SentPageTables
-from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
-from attnd.steps import PendingCall, Step
+from attnd.protocol.requests import DEFAULT_OPTIONS, MAX_CALLS_UNDER_WAY, Reply
 from attnd.timings import Timings
-
-if TYPE_CHECKING:
-    from attnd.client import Cache
-    from attnd.planes.choice import PlaneOptions
-    from attnd.planes.grpc import Stream
 
 
 class Session:
@@ -38,7 +36,7 @@ class Session:
     ```
     """
 
-    def __init__(self, cache: Cache, timeout_s: float, plane: PlaneOptions) -> None:
+    def __init__(self, cache: Lease, timeout_s: float, plane: PlaneOptions) -> None:
         """Opens no stream yet: the first step does."""
         self.cache = cache
         self.timeout_s = timeout_s
@@ -72,7 +70,7 @@ class Session:
         if self._stream is None:
             self._sent_tables.forget()
         self._last_step_id += 1
-        message = requests.as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
+        message = as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
         message.call_timeout_ms = requests.timeout_ms(self.timeout_s)
         if self._stream is None:
             self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
@@ -112,14 +110,14 @@ class Session:
 
     def _attend(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
         started = time.perf_counter()
-        patience: Patience | None = None
+        deadline: RetryDeadline | None = None
         while True:
             try:
                 return self._wait(self._submit(step, layer, q, k, v, options), started)
             except Exhausted as refusal:
                 # All calls that were sent before it have been answered, so that it still runs in its turn.
-                patience = patience or Patience(self.timeout_s)
-                pause_s = patience.pause_s(refusal)
+                deadline = deadline or RetryDeadline(self.timeout_s)
+                pause_s = deadline.pause_s(refusal)
                 if pause_s is None:
                     raise
             time.sleep(pause_s)
@@ -223,3 +221,79 @@ class Session:
         except BaseException:  # it may have gone out in part
             self.close()
             raise
+
+
+class Step:
+    """One forward pass: what its layers share has been sent."""
+
+    def __init__(self, session: Session, step_id: int, stream: Stream) -> None:
+        """Made by `Session.step`."""
+        self.id = step_id
+        self.stream = stream
+        self.error: AttndError | None = None
+        self._session = session
+
+    def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
+        """Attention of one layer: `submit`, and at once `PendingCall.wait`.
+
+        Args:
+            layer: 0 <= layer < num_layers.
+            q: `[num_tokens, num_heads, head_dim]` of the cache's dtype; None in a store-only step.
+            k: `[num_tokens, num_kv_heads, head_dim]`; None in a cache-only step.
+            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step.
+            options: scale, softcap, window, ALiBi, sinks, lse, backend.
+
+        Returns:
+            `[num_tokens, num_heads, head_dim_v]`, a torch tensor on q's device if q is one, a numpy array if q is one,
+            else an `attnd.Array`; with `options.return_lse` the tuple `(output, lse)`, lse float32
+            `[num_tokens, num_heads]`; None in a store-only step.
+
+        Raises:
+            AttndError: see `attnd.errors`; the step's own refusal comes here too.
+        """
+        return self._session._attend(self, layer, q, k, v, options)
+
+    def submit(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> PendingCall:
+        """Sends a call and does not wait for its answer, so that the next one can be made meanwhile.
+
+        With two halves of a batch as two steps, the worker computes the one's q, k and v while the server attends the
+        other's. The server runs calls in the order in which they were sent. At most 4 of a session may be under way.
+
+        Args:
+            layer: as in `attend`.
+            q: as in `attend`; may be overwritten when `submit` has returned, as may `k` and `v`.
+            k: as in `attend`.
+            v: as in `attend`.
+            options: as in `attend`.
+
+        Raises:
+            Exhausted: too many calls are under way, or the region of a shm plane has no room for another: wait first.
+            AttndError: the call cannot be sent.
+        """
+        return self._session._submit_timed(self, layer, q, k, v, options)
+
+
+class PendingCall:
+    """A call that was sent. Belongs to its session's thread."""
+
+    def __init__(self, session: Session, step: Step, layer: int, like: Any, return_lse: bool) -> None:
+        """Made by `Step.submit`."""
+        self.step = step
+        self.layer = layer
+        self.like = like
+        self.return_lse = return_lse
+        self.seconds = 0.0  # that the caller has spent on it
+        self.reply: Reply | None = None
+        self.error: AttndError | None = None
+        self.is_counted = False
+        self._session = session
+
+    def wait(self) -> Any:
+        """The call's output, as `Step.attend` returns it. Calls may be waited for in any order; again gives the same.
+
+        Raises:
+            AttndError: of this call alone; others under way are not harmed. One with `retry_after_s` may be submitted
+                again, behind those; `Step.attend` does so by itself. But if no answer comes in time, or the wait
+                is interrupted, the session's stream ends, and with it all calls that are under way.
+        """
+        return self._session._wait_timed(self)

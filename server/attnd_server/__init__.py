@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from attnd._version import __version__
     from attnd_server.attention.backends.base import AttentionKernel
     from attnd_server.attention.backends.naive import NaiveAttention
-    from attnd_server.attention.backends.triton import TritonPagedAttention, triton_attention, triton_grouped_attention
+    from attnd_server.attention.backends.triton.attention import (
+        TritonPagedAttention,
+        triton_attention,
+        triton_grouped_attention,
+    )
     from attnd_server.attention.backends.window import SlidingWindowAttention
-    from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, PrecisionMode
-    from attnd_server.attention.metadata import AttentionMetadata, is_warming_up, reset_warming_up, set_warming_up
+    from attnd_server.attention.config import AttentionBackend, AttentionConfig, PrecisionMode
+    from attnd_server.attention.kv_split import KVSplitConfig
+    from attnd_server.attention.metadata import AttentionMetadata
     from attnd_server.attention.ops import TritonAttentionOps
+    from attnd_server.attention.warming_up import is_warming_up, reset_warming_up, set_warming_up
 
 __all__ = [
     "AttentionBackend",
@@ -42,18 +48,18 @@ _MODULES = {
     "AttentionConfig": "attnd_server.attention.config",
     "AttentionKernel": "attnd_server.attention.backends.base",
     "AttentionMetadata": "attnd_server.attention.metadata",
-    "KVSplitConfig": "attnd_server.attention.config",
+    "KVSplitConfig": "attnd_server.attention.kv_split",
     "NaiveAttention": "attnd_server.attention.backends.naive",
     "PrecisionMode": "attnd_server.attention.config",
     "SlidingWindowAttention": "attnd_server.attention.backends.window",
     "TritonAttentionOps": "attnd_server.attention.ops",
-    "TritonPagedAttention": "attnd_server.attention.backends.triton",
+    "TritonPagedAttention": "attnd_server.attention.backends.triton.attention",
     "__version__": "attnd._version",
-    "is_warming_up": "attnd_server.attention.metadata",
-    "reset_warming_up": "attnd_server.attention.metadata",
-    "set_warming_up": "attnd_server.attention.metadata",
-    "triton_attention": "attnd_server.attention.backends.triton",
-    "triton_grouped_attention": "attnd_server.attention.backends.triton",
+    "is_warming_up": "attnd_server.attention.warming_up",
+    "reset_warming_up": "attnd_server.attention.warming_up",
+    "set_warming_up": "attnd_server.attention.warming_up",
+    "triton_attention": "attnd_server.attention.backends.triton.attention",
+    "triton_grouped_attention": "attnd_server.attention.backends.triton.attention",
 }
 
 

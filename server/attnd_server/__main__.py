@@ -7,6 +7,7 @@ import sys
 # What installs a module that may be missing: the extra of the package, by the module's top name.
 _EXTRAS = {
     "accelerate": "demo",
+    "cachetools": "server",
     "gguf": "demo",
     "grpc_health": "server",
     "grpc_reflection": "server",

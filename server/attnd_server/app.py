@@ -16,24 +16,25 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from attnd._version import __version__
-from attnd.planes.grpc import keepalive_options
+from attnd.planes.grpc_options import keepalive_options
 from attnd.protocol import frames
 from attnd.tuning import tune_process
+from attnd.v1 import plane_pb2
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import end_process
-from attnd_server.execution.executor import Executor
 from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
 from attnd_server.kv.cache import Cache
-from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.snapshots import SnapshotStore
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.server import PlaneServer
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
 
 if TYPE_CHECKING:
-    from attnd_server.observe.prometheus import MetricsEndpoint
+    from attnd_server.observe.endpoint import MetricsEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -70,31 +71,6 @@ QUIET_S = 30.0
 RELOAD_S = 1.0
 
 
-def select_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda" or "cuda:1"."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
-    """Bytes that caches may take: as configured, else 80% of the GPU's free or 25% of the processor's total memory."""
-    if config.kv_bytes:
-        return config.kv_bytes
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    with open("/proc/meminfo") as meminfo:
-        return int(meminfo.readline().split()[1]) * 1024 // 4
-
-
-def build_service(config: ServerConfig, metrics: Metrics | None = None) -> AttentionService:
-    """The executor, the cache table and the service over them, which counts in `metrics` if there are any."""
-    device = select_device(config.device)
-    caches = CacheTable(config, device, kv_bytes_limit(config, device))
-    return AttentionService(config, Executor(device, caches, config), caches, metrics)
-
-
 class Server:
     """A gRPC server in this process' event loop.
 
@@ -121,7 +97,8 @@ class Server:
     async def __aenter__(self) -> Server:
         """Starts to listen."""
         metrics = Metrics() if self.config.metrics else None
-        self.service = build_service(self.config, metrics)
+        planes = Planes()
+        self.service = build_service(self.config, metrics, planes)
         self.service.executor.prepare_thread()
         self._servicer = AttentionServicer(self.service, self._principals())
         self._health = health.aio.HealthServicer()
@@ -139,7 +116,9 @@ class Server:
             self._snapshots.restore(self.service.caches, self.config.max_ttl_s)
         elif self._snapshots is not None and (found := self._snapshots.found()):
             log.warning("snapshots are left alone: restore is not set", extra={"num_snapshots": len(found)})
-        self._shm = _shm_server(self.service)  # now that nothing else can fail: it has a name in a folder
+        self._plane_server = _plane_server(
+            self.service, planes
+        )  # now that nothing else can fail: it has a name in a folder
         if self._snapshots is not None:
             self._snapshots.consume()
         await self._server.start()
@@ -147,7 +126,7 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._loop = asyncio.get_running_loop()
         self.service.executor.faults.listen(self._device_failed)
-        if self.service.verifier is not None and not isinstance(self.service.cuda, str):
+        if self.service.verifier is not None and plane_pb2.PLANE_CUDA not in planes.reasons():
             log.warning("steps on cuda planes are not verified, whatever --verify says")
         told = {"address": self.address, "device": str(self.service.executor.device), "metrics": self.metrics_address}
         log.info("serving", extra=told)
@@ -163,9 +142,9 @@ class Server:
             self.service.caches.keep_all()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._servicer.drain()
-        if self._shm is not None:
-            await asyncio.to_thread(self._shm.drain)
-            planes = asyncio.to_thread(self._shm.stop, self.config.drain_s)
+        if self._plane_server is not None:
+            await asyncio.to_thread(self._plane_server.drain)
+            planes = asyncio.to_thread(self._plane_server.stop, self.config.drain_s)
             await asyncio.gather(self._server.stop(self.config.drain_s), planes)
         else:
             await self._server.stop(self.config.drain_s)
@@ -214,7 +193,8 @@ class Server:
                 files.reload()
 
     def _open_endpoint(self, metrics: Metrics) -> None:
-        from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
+        from attnd_server.observe.endpoint import MetricsEndpoint
+        from attnd_server.observe.prometheus import ServerCollector
 
         collector = ServerCollector(
             metrics, self.service.executor, self.service.caches, self.config, self.service.verifier
@@ -232,7 +212,7 @@ class Server:
             await self._health.set(name, status)
 
 
-def _shm_server(service: AttentionService) -> ShmServer | None:
+def _plane_server(service: AttentionService, planes: Planes) -> PlaneServer | None:
     """The server of shm planes, if it is configured.
 
     Raises:
@@ -243,7 +223,7 @@ def _shm_server(service: AttentionService) -> ShmServer | None:
     if sys.platform != "linux":
         raise RuntimeError("socket_dir is given, but must be empty: sealed memory needs Linux")
     try:
-        return ShmServer(service)
+        return PlaneServer(service, planes)
     except OSError as error:
         raise RuntimeError(f"socket_dir is {service.config.socket_dir}, but there can be no socket: {error}") from None
 

@@ -1,10 +1,26 @@
-"""Settings of a server. Frozen: a value that exists is a valid one."""
+"""The settings of a server. Each is declared here once, with its default, unit, help, group and rule."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnd.protocol.frames import MAX_MESSAGE_BYTES
+from attnd_server.setting import Kind, setting
+
+GENERAL = "Options"
+LIMITS = "Limits of a step and of the server"
+PRINCIPALS = "Limits of one principal"
+LEASES = "Leases and shutdown"
+SHARED_MEMORY = "Shared memory for clients on this host"
+SECURITY = "Who may call, and encryption"
+VERIFICATION = "Shadow verification"
+OBSERVATION = "Logs and metrics"
+
+MAX_PORT = 65_535
+# What clients take: `attnd.protocol.frames.MAX_MESSAGE_BYTES`. With an import of it gRPC would come, too.
+MAX_MESSAGE_BYTES = 256 << 20
+# Options of a call with slopes and sinks of 1024 heads, many times over.
+_MAX_OTHER_HEADER_BYTES = 256 << 10
+_HALF = "0: half or all"
 
 
 @dataclass(frozen=True)
@@ -26,94 +42,193 @@ class PrincipalLimits:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What one server process takes and gives.
+    """The settings of one server process. `python -m attnd_server.cli.settings_table` prints them as a table."""
 
-    Attributes:
-        host: address to listen on.
-        port: TCP port; 0 lets the system pick.
-        device: torch's name of the device that holds the caches, or "auto": the first GPU, else the processor.
-        kv_bytes: bytes that all caches may take; 0 means 80% of the GPU's free memory or 25% of the processor's.
-        threads: threads of one attention call on the processor; 0 takes half of the cores and leaves a worker on
-            the same machine the others, and with a GPU one.
-        max_step_tokens: new tokens of one step.
-        max_step_reqs: requests of one step.
-        max_page_table_elements: requests times pages of one step.
-        max_context_len: cached tokens of one request.
-        max_caches: caches at one time.
-        max_message_bytes: of one gRPC message to the server; at most `wire.MAX_MESSAGE_BYTES`, which clients take.
-        max_sessions: Attend, StoreKv and ReadKv streams, and planes, at one time.
-        max_connection_rpcs: RPCs of one connection at one time; more wait in their client.
-        max_queue_depth: calls that may wait for the executor.
-        max_cache_queue_depth: of these, calls of one cache.
-        principal_kv_bytes: of `kv_bytes`, what one principal may take. Here and below 0 is half of the server's where
-            it asks who calls, so that nobody alone can take everything, and else all of it: there everybody is one
-            principal.
-        principal_caches: of `max_caches`.
-        principal_sessions: of `max_sessions`.
-        principal_queue_depth: of `max_queue_depth`.
-        default_ttl_s: lease of a cache that asks for none, in seconds.
-        max_ttl_s: longest lease, in seconds.
-        device_timeout_s: seconds after which a GPU that has not ended a piece of work counts as failed; 0: never.
-        drain_s: seconds that running calls have to finish after SIGTERM.
-        keepalive_s: seconds after which a client that answers no ping is taken for gone, and its streams end.
-        metrics: address for Prometheus, "host:port", where port 0 lets the system pick; "" is none.
-        socket_dir: folder of the Unix socket over which clients on this host get shared memory; "": there is none.
-        socket_uids: users besides the server's own who may connect there.
-        region_bytes: shared memory of one session; what is never written to takes none, but with a GPU it is pinned
-            whole.
-        max_planes: sessions with shared memory at one time.
-        cuda_region_bytes: memory of the GPU that a session with a cuda plane takes for its tensors.
-        max_cuda_planes: sessions with a cuda plane at one time. Each has a stream that waits, and a GPU has 32 hardware
-            queues for streams: one that shares the queue of a waiting one waits too.
-        tls_cert: file of the server's certificate, PEM; "": nothing is encrypted.
-        tls_key: file of its key.
-        tls_client_ca: file of the authorities that sign clients' certificates; "": clients need none.
-        tokens: file of bearer tokens and whose they are; "": nobody needs one.
-        verify: fraction of the calls that are computed a second time, and compared; see `shadow`. Not on cuda planes.
-        verify_action: what a wrong output leads to: "log", or "refuse": it is not sent.
-        snapshot_dir: folder into which the server writes its caches when it has drained; "": they end with it.
-        restore: also serve what an earlier server wrote there.
-    """
+    host: str = setting("127.0.0.1", Kind.TEXT, GENERAL, "Address to listen on.")
+    port: int = setting(
+        7411, Kind.COUNT, GENERAL, "TCP port; 0 lets the system pick.", unit="number of a port", high=MAX_PORT
+    )
+    device: str = setting("auto", Kind.DEVICE, GENERAL, "cpu, cuda or cuda:N; auto: the first GPU, else the processor.")
+    kv_bytes: int = setting(
+        0,
+        Kind.BYTES,
+        GENERAL,
+        "Memory of all caches; 0: 80% of the GPU's free or 25% of the processor's memory.",
+    )
+    # 0 leaves the other half to a worker on the same machine. With a GPU it is one thread.
+    threads: int = setting(
+        0, Kind.COUNT, GENERAL, "Threads of one call on the processor; 0: half of the cores.", unit="threads"
+    )
 
-    host: str = "127.0.0.1"
-    port: int = 7411
-    device: str = "auto"
-    kv_bytes: int = 0
-    threads: int = 0
-    max_step_tokens: int = 65_536
-    max_step_reqs: int = 4_096
-    max_page_table_elements: int = 1 << 21
-    max_context_len: int = 1 << 20
-    max_caches: int = 256
-    max_message_bytes: int = MAX_MESSAGE_BYTES
-    max_sessions: int = 256
-    max_connection_rpcs: int = 1_024
-    max_queue_depth: int = 1_024
-    max_cache_queue_depth: int = 128
-    principal_kv_bytes: int = 0
-    principal_caches: int = 0
-    principal_sessions: int = 0
-    principal_queue_depth: int = 0
-    default_ttl_s: float = 60.0
-    max_ttl_s: float = 86_400.0
-    device_timeout_s: float = 600.0
-    drain_s: float = 10.0
-    keepalive_s: float = 10.0
-    metrics: str = ""
-    socket_dir: str = ""
-    socket_uids: frozenset[int] = frozenset()
-    region_bytes: int = 512 << 20
-    max_planes: int = 64
-    cuda_region_bytes: int = 64 << 20
-    max_cuda_planes: int = 16
-    tls_cert: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
-    tokens: str = ""
-    verify: float = 0.0
-    verify_action: str = "log"
-    snapshot_dir: str = ""
-    restore: bool = False
+    max_step_tokens: int = setting(65_536, Kind.COUNT, LIMITS, "New tokens of one step.", unit="tokens", low=1)
+    max_step_reqs: int = setting(4_096, Kind.COUNT, LIMITS, "Requests of one step.", unit="requests", low=1)
+    max_page_table_elements: int = setting(
+        1 << 21, Kind.COUNT, LIMITS, "Requests times pages of one step.", unit="elements", low=1
+    )
+    max_context_len: int = setting(1 << 20, Kind.COUNT, LIMITS, "Cached tokens of one request.", unit="tokens", low=1)
+    max_caches: int = setting(256, Kind.COUNT, LIMITS, "Caches at one time.", unit="caches", low=1)
+    max_message_bytes: int = setting(
+        MAX_MESSAGE_BYTES,
+        Kind.BYTES,
+        LIMITS,
+        "One gRPC message to the server; at most 256MiB.",
+        low=1 << 20,
+        high=MAX_MESSAGE_BYTES,
+        metavar="BYTES|8MiB",
+    )
+    max_sessions: int = setting(
+        256,
+        Kind.COUNT,
+        LIMITS,
+        "Attend, StoreKv and ReadKv streams, and planes, at one time.",
+        unit="streams and planes",
+        low=1,
+    )
+    max_connection_rpcs: int = setting(
+        1_024, Kind.COUNT, LIMITS, "RPCs of one connection; more wait in their client.", unit="RPCs", low=1
+    )
+    max_queue_depth: int = setting(
+        1_024, Kind.COUNT, LIMITS, "Calls that may wait for the device.", unit="calls", low=1
+    )
+    max_cache_queue_depth: int = setting(
+        128, Kind.COUNT, LIMITS, "Calls of one cache that may wait for the device.", unit="calls", low=1
+    )
+
+    principal_kv_bytes: int = setting(
+        0,
+        Kind.BYTES,
+        PRINCIPALS,
+        "Memory of the caches of one principal. Here and below 0 is half of the server's limit where it asks who "
+        "calls, and else all of it: there everybody is one principal.",
+    )
+    principal_caches: int = setting(
+        0, Kind.COUNT, PRINCIPALS, "Caches of one principal.", unit="caches", default_text=_HALF
+    )
+    principal_sessions: int = setting(
+        0,
+        Kind.COUNT,
+        PRINCIPALS,
+        "Streams and planes of one principal.",
+        unit="streams and planes",
+        default_text=_HALF,
+    )
+    principal_queue_depth: int = setting(
+        0,
+        Kind.COUNT,
+        PRINCIPALS,
+        "Calls of one principal that may wait for the device.",
+        unit="calls",
+        default_text=_HALF,
+    )
+
+    default_ttl_s: float = setting(60.0, Kind.SECONDS, LEASES, "Lease of a cache that asks for none.", low=1)
+    max_ttl_s: float = setting(86_400.0, Kind.SECONDS, LEASES, "Longest lease.", low=1)
+    drain_s: float = setting(10.0, Kind.SECONDS, LEASES, "Time that running calls have to finish after SIGTERM.")
+    device_timeout_s: float = setting(
+        600.0,
+        Kind.SECONDS,
+        LEASES,
+        "A GPU that has not ended one piece of work by then has failed, and the server ends; 0: never.",
+    )
+    snapshot_dir: str = setting(
+        "",
+        Kind.FOLDER,
+        LEASES,
+        "Folder into which caches are written when the server has drained; made for this user if there is none.",
+        default_text="caches end with the server",
+    )
+    restore: bool = setting(
+        False, Kind.FLAG, LEASES, "Serve the caches in --snapshot-dir, each to whose it is, once its owner adopts it."
+    )
+    keepalive_s: float = setting(
+        10.0, Kind.SECONDS, LEASES, "Time after which a client that answers no ping is taken for gone.", low=1
+    )
+
+    socket_dir: str = setting(
+        "",
+        Kind.FOLDER,
+        SHARED_MEMORY,
+        "Folder of the socket over which clients get shared memory; made for this user alone if there is none.",
+        default_text="no shared memory",
+    )
+    socket_uids: frozenset[int] = setting(
+        frozenset(),
+        Kind.USERS,
+        SHARED_MEMORY,
+        "Users besides the server's own who may connect there.",
+        default_text="none",
+    )
+    region_bytes: int = setting(
+        512 << 20,
+        Kind.BYTES,
+        SHARED_MEMORY,
+        "Shared memory of one session; what is never written to takes none, but with a GPU it is pinned whole.",
+        low=1,
+    )
+    max_planes: int = setting(64, Kind.COUNT, SHARED_MEMORY, "Sessions with shared memory.", unit="sessions", low=1)
+    cuda_region_bytes: int = setting(
+        64 << 20,
+        Kind.BYTES,
+        SHARED_MEMORY,
+        "Memory of the GPU that a session with a cuda plane takes for its tensors.",
+        low=1,
+    )
+    # Each has a stream that waits, and a GPU has 32 hardware queues for streams: a stream that shares the queue of a
+    # waiting one waits too.
+    max_cuda_planes: int = setting(16, Kind.COUNT, SHARED_MEMORY, "Sessions with a cuda plane.", unit="sessions", low=1)
+
+    tls_cert: str = setting(
+        "",
+        Kind.FILE,
+        SECURITY,
+        "The server's certificate, PEM; read again when it changes.",
+        default_text="none",
+    )
+    tls_key: str = setting(
+        "", Kind.FILE, SECURITY, "Its key, PEM, which others must not be able to read.", default_text="none"
+    )
+    tls_client_ca: str = setting(
+        "",
+        Kind.FILE,
+        SECURITY,
+        "Clients must have a certificate that one of these authorities, PEM, has signed. Without --tokens its name is "
+        "whose their caches are.",
+        default_text="none",
+    )
+    tokens: str = setting(
+        "",
+        Kind.FILE,
+        SECURITY,
+        "Clients must have a token whose digest is in this file; it says whose their caches are, and is read again "
+        "when it changes. See attnd token.",
+        default_text="none",
+    )
+
+    verify: float = setting(
+        0.0,
+        Kind.FRACTION,
+        VERIFICATION,
+        "Fraction of the calls to compute again on the processor, as it is written down, and to compare; not of steps "
+        "on cuda planes.",
+        unit="of all calls",
+        high=1,
+    )
+    verify_action: str = setting(
+        "log",
+        Kind.CHOICE,
+        VERIFICATION,
+        "What a wrong output leads to. log: an error in the log, after the answer; refuse: these calls wait until "
+        "they are verified, and are answered with an error if they are wrong.",
+        choices=("log", "refuse"),
+    )
+
+    metrics: str = setting(
+        "",
+        Kind.ADDRESS,
+        OBSERVATION,
+        "Where Prometheus reads metrics over HTTP; of a PORT alone the host is 127.0.0.1.",
+        default_text="off",
+    )
 
     @property
     def asks_who_calls(self) -> bool:
@@ -132,16 +247,12 @@ class ServerConfig:
     def principal_limits(self, kv_bytes: int) -> PrincipalLimits:
         """What one principal may take of a server whose caches may take `kv_bytes`."""
 
-        def share(asked: int, whole: int) -> int:
+        def quota(asked: int, whole: int) -> int:
             return min(asked or (-(-whole // 2) if self.asks_who_calls else whole), whole)
 
         return PrincipalLimits(
-            kv_bytes=share(self.principal_kv_bytes, kv_bytes),
-            caches=share(self.principal_caches, self.max_caches),
-            sessions=share(self.principal_sessions, self.max_sessions),
-            queue_depth=share(self.principal_queue_depth, self.max_queue_depth),
+            kv_bytes=quota(self.principal_kv_bytes, kv_bytes),
+            caches=quota(self.principal_caches, self.max_caches),
+            sessions=quota(self.principal_sessions, self.max_sessions),
+            queue_depth=quota(self.principal_queue_depth, self.max_queue_depth),
         )
-
-
-# Options of a call with slopes and sinks of 1024 heads, many times over.
-_MAX_OTHER_HEADER_BYTES = 256 << 10

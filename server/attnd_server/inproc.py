@@ -13,15 +13,15 @@ import torch
 from google.protobuf.message import Message
 
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
-from attnd.planes.grpc import Stream
-from attnd.planes.retries import patiently
+from attnd.planes.retries import retried
+from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.v1 import attention_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.service.service import AttentionService, error_response
-from attnd_server.service.session import CallWork
 
 PRINCIPAL = "inproc"
 
@@ -32,7 +32,7 @@ def connect(config: ServerConfig | None = None) -> InprocTransport:
 
 
 class InprocTransport:
-    """Implements `attnd.planes.grpc.Transport` over an AttentionService."""
+    """Implements `attnd.planes.transport.Transport` over an AttentionService."""
 
     def __init__(self, service: AttentionService) -> None:
         """Owns `service`."""
@@ -41,7 +41,7 @@ class InprocTransport:
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method."""
         method_of_service = self._service.unary[method]
-        return patiently(lambda left_s: self._finish(method_of_service(request, PRINCIPAL), left_s), timeout_s)
+        return retried(lambda left_s: self._finish(method_of_service(request, PRINCIPAL), left_s), timeout_s)
 
     def attend(self) -> InprocStream:
         """Opens an Attend stream."""
@@ -50,11 +50,11 @@ class InprocTransport:
     def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
         """Calls StoreKv."""
         for request in requests:
-            yield self._answer(self._service.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
+            yield self._answer(self._service.kv.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
 
     def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
         """Calls ReadKv."""
-        for work in self._service.read_kv(request, PRINCIPAL):
+        for work in self._service.kv.read_kv(request, PRINCIPAL):
             yield self._finish(work, timeout_s)
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class InprocTransport:
         if isinstance(answer, bytes):
             return answer
         executor = self._service.executor
-        if executor.device.type == "cuda" and isinstance(answer, CallWork) and answer.is_small:
+        if executor.device.type == "cuda" and isinstance(answer, Call) and answer.step.is_small:
             with torch.no_grad():  # as on the executor's thread
                 result = executor.run_now(answer)
             if result is not None:
@@ -89,7 +89,7 @@ class InprocTransport:
 
 
 class InprocStream(Stream):
-    """Implements `attnd.planes.grpc.Stream`: a request runs when its answer is asked for."""
+    """Implements `attnd.planes.transport.Stream`: a request runs when its answer is asked for."""
 
     def __init__(self, transport: InprocTransport, request: Any) -> None:
         """Sends to `request`, an AttendSession's method."""

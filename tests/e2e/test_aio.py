@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.aio.client import AsyncCache, AsyncClient
+from attnd.aio import AsyncCache, AsyncClient
 from tests.attention import dense_attention
 from tests.servers import ServerProcess, mapped
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.aio.client import AsyncSession
+from attnd.aio import AsyncSession
 from tests.servers import ServerProcess, mapped
 
 GEOMETRY = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 16, "num_pages": 32, "page_size": 4, "dtype": "float32"}

@@ -102,7 +102,7 @@ def test_bfloat16_travels(any_client: attnd.Client) -> None:
 
 
 def test_stored_kv_reads_back_in_chunks(any_client: attnd.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnd.protocol.requests.STORE_CHUNK_BYTES", 2000)
+    monkeypatch.setattr("attnd.protocol.requests.kv_transfers.STORE_CHUNK_BYTES", 2000)
     _, k, v = qkv(40)
     slots = torch.randperm(128)[:40]
     with any_client.create_cache(**GEOMETRY) as cache:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnd
-from attnd_server.planes.shm import server as shm_server
+from attnd_server.planes import connection as plane_connection
 from tests.raw_shm import AGAIN, RawClient
 from tests.servers import ServerProcess, wait_for
 
@@ -86,7 +86,7 @@ def test_a_cache_for_which_the_system_has_no_memory_is_refused(alone: ServerProc
 def test_a_plane_whose_answers_are_not_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.unit.test_shm_server import serving
 
-    monkeypatch.setattr(shm_server, "SEND_S", 0.3)
+    monkeypatch.setattr(plane_connection, "SEND_S", 0.3)
     with serving(tmp_path) as (server, client), client.create_cache(**GEOMETRY) as cache:
         raw = RawClient(client, cache)
         with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's

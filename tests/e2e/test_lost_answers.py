@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import attnd
-from attnd.protocol import frames, requests
+from attnd.protocol import frames
+from attnd.protocol.cache_spec import CacheSpec
 from attnd.v1 import cache_pb2
 from tests import raw_http2
 
@@ -180,19 +181,7 @@ def test_store_kv_sent_twice_stores_the_same(client: attnd.Client) -> None:
 
 def test_create_cache_sent_twice_makes_one_cache_and_delete_cache_sent_twice_is_done(server_address: str) -> None:
     with attnd.connect(server_address) as client:
-        request = requests.create_cache(
-            **GEOMETRY,
-            head_dim_v=0,
-            layout="unified",
-            backend="auto",
-            precision="auto",
-            kv_dtype=None,
-            k_scales=None,
-            v_scales=None,
-            kv_split=None,
-            ttl_s=60.0,
-            name="sent twice",
-        )
+        request = CacheSpec(**GEOMETRY, name="sent twice").to_request()
         answers = [client.transport.unary("CreateCache", request, 30) for _ in range(2)]
         one, other = (frames.parse(cache_pb2.CreateCacheResponse, data).cache for data in answers)
         assert one.cache == other.cache

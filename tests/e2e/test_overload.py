@@ -22,6 +22,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call, Result
 from attnd_server.inproc import InprocTransport
 from tests.held_device import held
+from tests.server_thread import server_thread
 from tests.servers import wait_for
 
 GEOMETRY = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
@@ -43,13 +44,13 @@ class Busy:
         self.service = server.service
         self.executor = server.service.executor
         self.launched: list[bytes] = []
-        attend = self.executor.attend
+        attend = self.executor.runner.attend
 
         def recorded(call: Call) -> Result:
             self.launched.append(call.step.cache.id)
             return attend(call)
 
-        self.executor.attend = recorded  # type: ignore[method-assign]
+        self.executor.runner.attend = recorded  # type: ignore[method-assign]
 
     def held(self) -> AbstractContextManager[threading.Event]:
         """Keeps the device busy until the end, or until the event is set."""
@@ -68,18 +69,8 @@ def serving(folder: Path, **limits: int) -> Iterator[Busy]:
     config = ServerConfig(
         port=0, device="cpu", socket_dir=str(folder), region_bytes=1 << 20, metrics="127.0.0.1:0", drain_s=0, **limits
     )
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = Server(config)
-    asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(60)
-    try:
+    with server_thread(config) as (server, _):
         yield Busy(server)
-    finally:
-        asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(60)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture
@@ -379,5 +370,5 @@ def test_in_process_calls_that_are_late_are_not_started(busy: Busy) -> None:
             with pytest.raises(attnd.DeadlineExceeded):
                 hasty.decode(cache, DECODE, 0, Q, K, V)
             busy.wait_for_depth(0)
-        hasty._renewal.close()
+        hasty.renewal.close()
         assert busy.launched == []

@@ -91,7 +91,7 @@ def test_client_that_dies_mid_step_leaves_the_server_serving(tmp_path: Path, ser
         with attnd.connect(server.address) as other:
             lost = other.create_cache(**GEOMETRY, ttl_s=1.0, name="lost")
             lost.session().step(decode_metadata(0)).attend(0, Q, K, V)
-            other._renewal.remove(lost)  # as if its process had gone
+            other.renewal.remove(lost)  # as if its process had gone
         wait_for(
             lambda: "lost" not in [info.name for info in client.list_caches()], "a dead client's cache was never freed"
         )

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,10 @@ def test_auto_takes_shm_and_says_what_else_there_is_not(shm_server: ServerProces
 
 def test_outputs_are_those_of_inline_bit_for_bit(shm_server: ServerProcess) -> None:
     options = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3, return_lse=True)]
-    with attnd.connect(shm_server.address) as client:
+    with attnd.connect(shm_server.address) as client, ExitStack() as stack:
         caches = [client.create_cache(**GEOMETRY) for _ in range(2)]
-        sessions = [cache.session(plane=plane) for cache, plane in zip(caches, ("inline", "shm"), strict=True)]
+        planes = zip(caches, ("inline", "shm"), strict=True)
+        sessions = [stack.enter_context(cache.session(plane=plane)) for cache, plane in planes]
         kept = []
         context_len = 0
         for num_tokens in (7, 1, 1, 3, 1):
@@ -59,8 +61,6 @@ def test_outputs_are_those_of_inline_bit_for_bit(shm_server: ServerProcess) -> N
                     kept.append((one, other, one.clone()))
             context_len += num_tokens
         assert all(torch.equal(one, then) and torch.equal(other, then) for one, other, then in kept)
-        for session in sessions:
-            session.close()
 
 
 def decode_metadata(context_len: int) -> attnd.StepMetadata:

@@ -162,7 +162,7 @@ class Attack:
         """As a shm plane does it, with the server's own code behind the socket."""
         world, random_ = self.world, self._random
         session = world.service.open_session(CALLER, RegionReplies(Region(1, self._memory)))
-        line = ShmConnection(world.service, session, self._ends[0])
+        connection = ShmConnection(world.service, session, self._ends[0])
         model, doing = StreamModel(world), "a region's "
         for message in self._steps_and_calls():
             lane = random_.choice((0, 0, 0, 1, 3, 4, 2**32 - 1))
@@ -176,7 +176,7 @@ class Attack:
             for request in requests:
                 doing += f"{request.layer} {request.step_id} {request.lane} {request.message.hex()}, "
                 before = bytes(self._memory)
-                answer = line.finish(line.begin(request))
+                answer = connection.finish(connection.begin(request))
                 reply = attention_pb2.AttendResponse.FromString(answer[_REPLY.size :])
                 assert _REPLY.unpack_from(answer)[0] == len(answer) - _REPLY.size
                 is_repeated = len(answer) == _REPLY.size

@@ -11,11 +11,12 @@ import torch
 
 from attnd.errors import ServerFault
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
-from attnd_server.app import build_service
 from attnd_server.attention.config import AttentionConfig, Layout
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.identity import Principals
 from attnd_server.kv.cache import Cache
+from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.rpc.servicer import AttentionServicer
 
@@ -123,8 +124,9 @@ class World:
 
     def __init__(self) -> None:
         """Makes the caches and fills them."""
-        self.service = build_service(_LIMITS)
-        self.service.planes = PlaneTable("/nowhere", 1 << 16, _LIMITS.max_planes)
+        planes = Planes()
+        planes.offer(PlaneTable("/nowhere", 1 << 16, _LIMITS.max_planes), "there is no GPU")
+        self.service = build_service(_LIMITS, planes=planes)
         self.servicer = AttentionServicer(self.service, _Named())
         self.faults: list[BaseException] = []
         self._told = self.service.told

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from attnd.protocol.cuda.driver import call, device
+from attnd.protocol.cuda.copies import HandOver
+from attnd.protocol.cuda.driver import Device, call, device
 from attnd.protocol.cuda.gate_flags import GateFlags
 from attnd.protocol.cuda.host_flags import HostFlags, HostWords
 from attnd.protocol.cuda.memory import DeviceMemory
 from attnd.protocol.shm import sockets
 
 # Seconds after which a side that waits is let go, so that a fault is an assertion and no hang.
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 WORDS_BYTES = 4096
 # Where the words of both sides are: bytes of GPU memory, or words of the host's, each in a line of its own.
 TO_SERVER, TO_WORKER = 0, 256
@@ -117,12 +118,32 @@ class ServerSide(Side):
         self.flags.signal(handle, layer, self.is_last(layer))
 
 
+HandsOver = Callable[[int, int, bool], None]
+
+
+def workers_hand_over(gpu: Device, flags: GateFlags | HostFlags) -> HandsOver:
+    """What a worker enqueues for a layer, without copies: it signals, and waits. Gates do so in one kernel."""
+    if isinstance(flags, GateFlags):
+        kernel = HandOver(gpu, *flags.addresses)
+        return lambda stream, layer, is_last: kernel.run(stream, [], [])
+
+    def signal_and_wait(stream: int, layer: int, is_last: bool) -> None:
+        flags.signal(stream, layer, is_last)
+        flags.wait(stream, layer, is_last)
+
+    return signal_and_wait
+
+
 class WorkerSide(Side):
+    def __init__(self, case: Case, gpu: Device, region: DeviceMemory, flags: GateFlags | HostFlags) -> None:
+        super().__init__(case, case.gpu, region, flags)
+        self.hand_over = workers_hand_over(gpu, flags)
+
     def work(self, layer: int) -> None:
         if self.case.num_elements:
             self.state.add_(1)
             self.copy(self.inputs, self.state.data_ptr())
-        self.flags.exchange(self.stream.cuda_stream, layer, self.is_last(layer))
+        self.hand_over(self.stream.cuda_stream, layer, self.is_last(layer))
         if self.case.num_elements:
             self.copy(self.state.data_ptr(), self.outputs)
 
@@ -141,12 +162,12 @@ def receive(connection: socket.socket) -> tuple[Any, list[int]]:
 
 
 @contextmanager
-def patience(flags: GateFlags | HostFlags) -> Iterator[None]:
-    """Lets go of everything that waits once patience has ended."""
+def released_in_time(flags: GateFlags | HostFlags) -> Iterator[None]:
+    """Lets go of everything that waits once `TIMEOUT_S` is over."""
     done = threading.Event()
 
     def watch() -> None:
-        if not done.wait(PATIENCE_S):
+        if not done.wait(TIMEOUT_S):
             while not done.wait(0.001):
                 flags.stop()
 
@@ -179,11 +200,11 @@ def worker_process(connection: socket.socket, case: Case, task: str) -> None:
         flags = GateFlags(gpu, region.address + TO_SERVER, flag)
     else:
         flags = HostFlags(words, HOST_TO_SERVER, HOST_TO_WORKER)
-    side = WorkerSide(case, case.gpu, region, flags)
+    side = WorkerSide(case, gpu, region, flags)
     send(connection, import_us)
     if task == "run":
         receive(connection)
-        with patience(flags):
+        with released_in_time(flags):
             told = [side.run(), *side.result(), flags.is_stopped]
         send(connection, told)
         receive(connection)
@@ -214,7 +235,7 @@ class Peers:
         self.region = DeviceMemory.created(gpu, num_bytes)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection = ours
-        ours.settimeout(PATIENCE_S * 2)
+        ours.settimeout(TIMEOUT_S * 2)
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=worker_process, args=(theirs, case, task), daemon=True)
         self.process.start()
@@ -238,7 +259,7 @@ class Peers:
     def run(self) -> dict[str, Any]:
         """Task "run": both results and the microseconds of a round."""
         send(self.connection, "go")
-        with patience(self.flags):
+        with released_in_time(self.flags):
             us = self.side.run()
         (worker_us, least, greatest, stopped), _ = receive(self.connection)
         return {

@@ -10,7 +10,8 @@ import torch
 
 import attnd
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.kv.page_space import PageSpaces, SharedSpace
+from attnd_server.kv.page_space import SharedSpace
+from attnd_server.kv.page_spaces import PageSpaces
 from tests.shared_calls import HEADS, Caller, check_same_bits, waiting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

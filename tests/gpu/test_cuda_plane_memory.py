@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from attnd.planes.cuda.plane import _copy_in
+from attnd.planes.cuda.tensors import copy_in
 from attnd.protocol.cuda.copies import Copier
 from attnd.protocol.cuda.driver import CudaError, call, device, device_of
 from attnd.protocol.cuda.memory import DeviceMemory
-from tests.gpu.cuda_peers import Case, Peers, receive, send
+from tests.gpu.cuda_peers import Case, Peers, receive, send, workers_hand_over
 
 pytest.importorskip("cuda.bindings.driver")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -79,8 +79,8 @@ def test_new_memory_is_zero_and_refuses_what_it_cannot_be() -> None:
 def test_memory_of_another_gpu_is_made_without_a_context_there() -> None:
     code = """
 import torch
-from attnd.planes.cuda_driver import call, device, driver
-from attnd.planes.cuda_memory import DeviceMemory
+from attnd.protocol.cuda.driver import call, device, driver
+from attnd.protocol.cuda.memory import DeviceMemory
 torch.cuda.set_device(0)
 torch.zeros(1, device="cuda:0")
 user, owner = device(0), device(1)
@@ -121,7 +121,7 @@ def test_copies_of_tensors_whose_tokens_lie_apart(num_tokens: int) -> None:
         part.view(num_tokens, -1, dim) for part, dim in zip(qkv.split([512, 128, 64], dim=1), (64, 64, 32), strict=True)
     ]
     copies = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in parts]
-    wanted = [_copy_in(copy.data_ptr(), part) for copy, part in zip(copies, parts, strict=True)]
+    wanted = [copy_in(copy.data_ptr(), part) for copy, part in zip(copies, parts, strict=True)]
     assert all(copy is not None and copy.is_possible for copy in wanted)
     stream = torch.cuda.current_stream().cuda_stream
     copier = Copier(gpu)
@@ -152,8 +152,9 @@ def test_a_thousand_hand_overs_each_bring_the_whole_tensor(gpu: int, flags: str,
 def test_who_waits_for_a_killed_peer_is_let_go(gpu: int, flags: str, waits_as: str) -> None:
     with Peers(Case(flags, gpu, num_layers=3), "wait") as peers:
         handle = peers.side.stream.cuda_stream
+        wait = peers.flags.wait if waits_as == "server" else workers_hand_over(device(0), peers.flags)
         for layer in range(3):
-            (peers.flags.wait if waits_as == "server" else peers.flags.exchange)(handle, layer, layer == 2)
+            wait(handle, layer, layer == 2)
         time.sleep(0.2)
         assert not peers.side.stream.query()
         peers.process.kill()

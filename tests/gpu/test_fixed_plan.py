@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape, FixedPlan
-from attnd_server.attention.config import FP8, KVSplitConfig
+from attnd_server.attention.config import FP8
+from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from tests.gpu.test_triton import KERNELS, options
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
@@ -57,14 +60,14 @@ class Bench:
     options: AttentionOptions
     kv_split: KVSplitConfig
     plan: FixedPlan
-    inputs: list[torch.Tensor]  # q, k, v, k_pages, v_pages, and scales of FP8 pages
+    inputs: list[Any]  # q, k, v and the layer's pages
     output: torch.Tensor
     lse: torch.Tensor
     graph: torch.cuda.CUDAGraph
 
     def fill(self, case: Case) -> AttentionMetadata:
         """Fresh numbers for a step; NaN wherever nothing may look."""
-        new, pages = self.inputs[:3], self.inputs[3:5]
+        new, pages = self.inputs[:3], self.inputs[3][:2]
         for tensor in (*new, *pages):
             tensor.copy_(torch.randn(tensor.shape, device=DEVICE))
         for tensor in new:
@@ -112,19 +115,22 @@ def bench(case: Case, query_len: int, kv_split: KVSplitConfig) -> Bench:
         config.v_shape,
     ]
     dtypes = [case.dtype] * 3 + [config.kv_dtype] * 2
-    inputs = [torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    q, k, v, *pages = (
+        torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
     if config.is_quantised:
-        inputs += [torch.rand(case.num_kv_heads, device=DEVICE) + 0.5 for _ in range(2)]
+        pages += [torch.rand(case.num_kv_heads, device=DEVICE) + 0.5 for _ in range(2)]
+    inputs = [q, k, v, LayerPages(*pages)]
     output = torch.zeros(num_rows, case.num_heads, case.head_dim_v, dtype=case.dtype, device=DEVICE)
     lse = torch.zeros(num_rows, case.num_heads, device=DEVICE)
     result = Bench(case, opts, kv_split, plan, inputs, output, lse, torch.cuda.CUDAGraph())
     metadata = result.fill(draw(case, query_len, seed=0))
     assert plan.refusal(metadata) is None
     plan.update(metadata)
-    plan.run(output, lse, *inputs)  # compiles
+    plan.launch(output, lse, *inputs)  # compiles
     result.check(metadata, output, lse)
     with torch.cuda.graph(result.graph):
-        plan.run(output, lse, *inputs)
+        plan.launch(output, lse, *inputs)
     return result
 
 
@@ -195,11 +201,11 @@ def test_the_largest_step_of_a_large_shape() -> None:
     ]
     metadata = replace(PLAIN, requests=requests).metadata()
     q, k, v = (torch.randn(300, heads, 128, device=DEVICE).bfloat16() for heads in (8, 2, 2))
-    k_pages, v_pages = (torch.randn(2600, 16, 2, 128, device=DEVICE).bfloat16() for _ in range(2))
+    layer = LayerPages(*(torch.randn(2600, 16, 2, 128, device=DEVICE).bfloat16() for _ in range(2)))
     output, lse = torch.empty_like(q), torch.empty(300, 8, device=DEVICE)
     plan.update(metadata)
-    plan.run(output, lse, q, k, v, k_pages, v_pages)
-    wanted = KERNEL.run(KERNEL.plan(config, metadata, opts, DEVICE), q, k, v, k_pages, v_pages)
+    plan.launch(output, lse, q, k, v, layer)
+    wanted = KERNEL.run(KERNEL.plan(config, metadata, opts, DEVICE), q, k, v, layer)
     assert torch.equal(output, wanted[0])
     assert torch.equal(lse, wanted[1])
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.attention.config import KVSplitConfig
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionOptions
 from tests.gpu.test_triton import KERNELS, arrays, options, step
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.attention.config import FP8, KVSplitConfig
+from attnd_server.attention.config import FP8
+from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.gpu.test_triton import KERNELS, options
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
@@ -29,7 +32,7 @@ NANS = 0x7F, 0xFF
 MOST_ERROR = 3e-3
 # Around tiles of 64 and 128 keys, and pages of 16 and 32.
 LENS = (0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 255, 300, 513, 1000)
-Arrays = list[torch.Tensor | None]  # q, k, v, k_pages, v_pages, k_scales, v_scales
+Arrays = list[Any]  # q, k, v and the layer's pages; k and v may be None
 
 
 def step(requests: list[Request], group: int = 4, head_dim: int = 128, page_size: int = 16) -> Case:
@@ -81,7 +84,7 @@ def arrays(case: Case) -> Arrays:
             tensor[start + request.valid_len : start + request.query_len] = math.nan
         start += request.query_len
     scales = (0.1 + 2 * torch.rand(case.num_kv_heads, device=DEVICE) for _ in range(2))
-    return [q, *((None, None) if case.cache_only else (k, v)), *pages, *scales]
+    return [q, *((None, None) if case.cache_only else (k, v)), LayerPages(*pages, *scales)]
 
 
 def check(case: Case, opts: AttentionOptions, given_arrays: Arrays, kv_split: KVSplitConfig | None = None) -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import attnd
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution import step as steps
 from attnd_server.inproc import InprocTransport
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.server import PlaneServer
 from attnd_server.planes.shm.pinning import CudaRegistrar, Pinning, registrar_for
-from attnd_server.planes.shm.server import ShmServer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -29,10 +30,11 @@ GEOMETRY = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "nu
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[ShmServer, attnd.Client]]:
+def serving(folder: Path) -> Iterator[tuple[PlaneServer, attnd.Client]]:
     """A server on the GPU whose planes come over its socket."""
-    service = build_service(ServerConfig(device="cuda:0", socket_dir=str(folder), region_bytes=REGION_BYTES))
-    server = ShmServer(service)
+    config, planes = ServerConfig(device="cuda:0", socket_dir=str(folder), region_bytes=REGION_BYTES), Planes()
+    service = build_service(config, planes=planes)
+    server = PlaneServer(service, planes)
     try:
         with attnd.Client(InprocTransport(service), timeout_s=60) as client:
             yield server, client
@@ -41,7 +43,7 @@ def serving(folder: Path) -> Iterator[tuple[ShmServer, attnd.Client]]:
         server.stop(0)
 
 
-def wait_until_nothing_is_pinned(server: ShmServer) -> None:
+def wait_until_nothing_is_pinned(server: PlaneServer) -> None:
     deadline = time.monotonic() + 30
     while server._pinning.num_bytes:
         assert time.monotonic() < deadline, "the region of a session that has ended is still pinned"
@@ -87,7 +89,7 @@ def test_calls_from_pinned_memory_have_the_bits_of_those_in_process(
         are_pinned.add(call.q.is_pinned())
         return attend(call, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("attnd_server.execution.executor.attend", watched)
+    monkeypatch.setattr("attnd_server.execution.runner.attend", watched)
     context_lens = [index % PAGE for index in range(NUM_REQS)]
     slots = [request * PAGE + context_len for request, context_len in enumerate(context_lens)]
     tables = [[request] for request in range(NUM_REQS)]

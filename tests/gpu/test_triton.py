@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from attnd_server import NaiveAttention, TritonPagedAttention
-from attnd_server.attention.config import FP8, AttentionBackend, KVSplitConfig, Layout
+from attnd_server.attention.config import FP8, AttentionBackend, Layout
+from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.oracle import check
 from tests.steps import BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
@@ -21,7 +24,7 @@ KERNELS = {
     backend.value: TritonPagedAttention(backend)
     for backend in (AttentionBackend.TRITON_GROUPED, AttentionBackend.TRITON)
 }
-Arrays = list[torch.Tensor]  # q, k, v, k_pages, v_pages
+Arrays = list[Any]  # q, k, v and the layer's pages
 
 
 def step(lens: list[tuple[int, int]], mask: str = CAUSAL, first_page: int = 0, num_pages: int = 8192) -> Case:
@@ -77,7 +80,7 @@ def arrays(case: Case) -> Arrays:
                     pages[page, :, :, :used] = normal(*pages.shape[1:3], used, pages.shape[4])
                 else:
                     pages[page, :, :, :used] = normal(*pages.shape[1:3], used)
-    return [q, k, v, k_pages, v_pages]
+    return [q, k, v, LayerPages(k_pages, v_pages)]
 
 
 def options(case: Case) -> AttentionOptions:
@@ -96,7 +99,7 @@ def check_as_plain(case: Case, kernel: TritonPagedAttention) -> None:
     """At most twice the error of the plain computation, and nearly its lse."""
     given, opts, device = arrays(case), options(case), torch.device("cuda")
 
-    def run(with_kernel: TritonPagedAttention | NaiveAttention, *tensors: torch.Tensor) -> Arrays:
+    def run(with_kernel: TritonPagedAttention | NaiveAttention, *tensors: Any) -> Arrays:
         return with_kernel.run(with_kernel.plan(case.config(), case.metadata(), opts, device), *tensors)
 
     output, lse = run(kernel, *given)
@@ -171,13 +174,13 @@ def test_a_cache_of_more_than_two_to_the_31_elements(layout: Layout) -> None:
 def test_fp8_pages_as_exact_as_what_they_hold(name: str) -> None:
     case = STEPS[name]
     config, opts, device = replace(case.config(), kv_dtype=FP8, k_scales=(0.5,)), options(case), torch.device("cuda")
-    q, k, v, k_pages, v_pages = arrays(case)
+    q, k, v, pages = arrays(case)
     scales = [torch.full([case.num_kv_heads], 0.5, device=device), torch.ones(case.num_kv_heads, device=device)]
-    stored = [(k_pages / 0.5).clamp(-448, 448).to(FP8), v_pages.to(FP8)]
+    stored = LayerPages((pages.k / 0.5).clamp(-448, 448).to(FP8), pages.v.to(FP8), *scales)
     kernel, naive = KERNELS["triton_grouped"], NaiveAttention(torch.float64)
-    output, _ = kernel.run(kernel.plan(config, case.metadata(), opts, device), q, k, v, *stored, *scales)
+    output, _ = kernel.run(kernel.plan(config, case.metadata(), opts, device), q, k, v, stored)
     plan = naive.plan(config, case.metadata(), opts, device)
-    exact, _ = naive.run(plan, q.double(), k.double(), v.double(), *stored, *scales)
+    exact, _ = naive.run(plan, q.double(), k.double(), v.double(), stored)
     assert (output - exact).norm() / exact.norm() < 3e-3
 
 

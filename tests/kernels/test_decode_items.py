@@ -14,19 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
-from attnd_server.attention.backends.triton_schedule import (
-    Rows,
-    Work,
-    hopper_schedule,
-    is_chunked,
-    is_even,
-    most_parts,
-    request_table,
-)
-from attnd_server.attention.config import KVSplitConfig
+from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
+from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule
+from attnd_server.attention.backends.triton.work import Rows, Work, request_table
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.items import ITEM_FIELDS
 from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_KEYS, HOPPER_ROWS
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata
 from tests import interpreter
 

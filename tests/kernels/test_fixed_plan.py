@@ -17,17 +17,19 @@ pytest.importorskip("triton", reason="triton is not installed: the columns of an
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.sdpa import SdpaAttention
-from attnd_server.attention.backends.triton import TritonPagedAttention
-from attnd_server.attention.backends.triton_schedule import Rows, hopper_schedule, request_table
+from attnd_server.attention.backends.triton.attention import TritonPagedAttention
+from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule
+from attnd_server.attention.backends.triton.work import Rows, request_table
 from attnd_server.attention.backends.window import SlidingWindowAttention
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from tests import interpreter
 
 if TYPE_CHECKING:
-    from attnd_server.attention.backends.triton_decode import FixedTritonPlan
+    from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
 
@@ -70,7 +72,7 @@ def metadata_of(context_lens: list[int], query_len: int = SHAPE.query_len, **cha
 
 def make(device: torch.device, kv_split: KVSplitConfig | None = None, window: int = 0) -> FixedTritonPlan:
     # Only here: whether kernels are interpreted is decided when they load.
-    from attnd_server.attention.backends.triton_decode import FixedTritonPlan
+    from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
 
     config = config_of(kv_split or KVSplitConfig())
     return FixedTritonPlan(config, SHAPE, replace(OPTIONS, window=window), 16, True, device)
@@ -78,7 +80,7 @@ def make(device: torch.device, kv_split: KVSplitConfig | None = None, window: in
 
 def check_holds(plan: FixedTritonPlan, metadata: AttentionMetadata, device: torch.device) -> None:
     """The items are those of the host, but for the place of page tables, which are those of the step."""
-    from attnd_server.attention.backends.triton_launches import multiprocessors
+    from attnd_server.attention.backends.triton.launches import multiprocessors
 
     config, options = plan.plan.config, plan.plan.options
     num_pages = -(-metadata.max_context_len // PAGE_SIZE)

@@ -221,3 +221,8 @@ def test_blackwell_has_smaller_heads(packages: dict[str, ModuleType]) -> None:
 
 def test_a_processor_has_none() -> None:
     assert "need a CUDA device, but device is cpu" in str(flash_libraries.find(torch.device("cpu"), (0, 0)))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_can_be_written_into_tensors_that_are_there(return_lse: bool) -> None:
+    oracle.check_launch(FlashAttention(LIBRARIES["flash_attn_3"]), replace(step(FULL), return_lse=return_lse), "cpu")

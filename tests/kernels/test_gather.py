@@ -11,6 +11,7 @@ import torch
 
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels import pages
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.kv import cache as caches
 from tests import interpreter
 from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
@@ -48,11 +49,12 @@ def compare(
         fresh = new_empty(*args, **kwargs)
         return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
 
+    stored = LayerPages(k_pages, v_pages, *scales)
     where = torch.tensor(slots, dtype=torch.int64, device=k_pages.device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", poisoned)
-        read = read_kv(k_pages, v_pages, where, layout, dtype, *scales)
-    expected = pages.read_kv(k_pages, v_pages, where, layout, dtype, *scales)
+        read = read_kv(stored, where, layout, dtype)
+    expected = pages.read_kv(stored, where, layout, dtype)
     for actual, wanted in zip(read, expected, strict=True):
         assert (actual.shape, actual.dtype) == (wanted.shape, dtype)
         assert actual.is_contiguous()

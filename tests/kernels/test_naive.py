@@ -120,3 +120,10 @@ def test_a_step_without_requests() -> None:
 def test_a_window_must_be_positive() -> None:
     with pytest.raises(ValueError, match="window is 0, but must be at least 1"):
         SlidingWindowAttention(NaiveAttention(), 0)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_can_be_written_into_tensors_that_are_there(return_lse: bool) -> None:
+    case = replace(MIXED, return_lse=return_lse)
+    for kernel in (NaiveAttention(), SlidingWindowAttention(NaiveAttention(), 5)):
+        oracle.check_launch(kernel, case, "cpu")

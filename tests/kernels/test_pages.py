@@ -9,6 +9,7 @@ import torch
 
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
+from attnd_server.attention.layer_pages import LayerPages
 from tests.oracle import DTYPES, devices
 
 LAYOUTS = pytest.mark.parametrize("layout", Layout)
@@ -49,7 +50,7 @@ def test_tokens_land_in_their_slots_and_nowhere_else(
     # Not contiguous: a server's tensors are, others' may not be.
     k = torch.randn(len(slots), DIM, HEADS).to(device, dtype).transpose(1, 2)
     v = torch.randn(len(slots), DIM_V, HEADS).to(device, dtype).transpose(1, 2)
-    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
+    store_kv(LayerPages(k_pages, v_pages), k, v, stored_tokens(slots, device), layout)
     for pages, tokens in ((k_pages, k), (v_pages, v)):
         for token, slot in enumerate(slots.tolist()):
             if slot >= 0:
@@ -73,9 +74,9 @@ def test_slots_are_read_back_in_the_order_asked(device: str, layout: Layout) -> 
     _, k_pages, v_pages = empty_pages(layout, device)
     slots = torch.randperm(40)[:17]
     k, v = torch.randn(17, HEADS, DIM, device=device), torch.randn(17, HEADS, DIM_V, device=device)
-    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, device), layout)
+    store_kv(LayerPages(k_pages, v_pages), k, v, stored_tokens(slots, device), layout)
     order = torch.tensor([16, 3, 3, 0])
-    k_read, v_read = read_kv(k_pages, v_pages, slots[order].to(device), layout, torch.float32)
+    k_read, v_read = read_kv(LayerPages(k_pages, v_pages), slots[order].to(device), layout, torch.float32)
     assert torch.equal(k_read, k[order.to(device)])
     assert torch.equal(v_read, v[order.to(device)])
     assert k_read.is_contiguous()
@@ -87,7 +88,7 @@ def test_slots_are_read_back_in_the_order_asked(device: str, layout: Layout) -> 
 def test_pages_are_gathered_in_token_order(device: str, layout: Layout) -> None:
     _, k_pages, v_pages = empty_pages(layout, device)
     k, v = torch.randn(40, HEADS, DIM, device=device), torch.randn(40, HEADS, DIM_V, device=device)
-    store_kv(k_pages, v_pages, k, v, stored_tokens(torch.arange(40), device), layout)
+    store_kv(LayerPages(k_pages, v_pages), k, v, stored_tokens(torch.arange(40), device), layout)
     ids = torch.tensor([7, 2, -1], device=device)
     for pages, tokens in ((k_pages, k), (v_pages, v)):
         gathered = gather_pages(pages, ids, layout, torch.float32)
@@ -111,9 +112,9 @@ def test_fp8_pages_hold_each_number_over_its_scale_clamped_and_rounded(
     k[0, :, :10] = torch.tensor([1.0, 17.0, 18.1, 19.0, 1e4, math.inf, -math.inf, math.nan, 2**-10, -0.0])
     v = torch.randn(2, HEADS, DIM_V)
     tokens, slots = [x.to(device, dtype) for x in (k, v)], torch.tensor([-1, 7])
-    scales = k_scales.to(device), v_scales.to(device)
-    store_kv(k_pages, v_pages, *tokens, stored_tokens(slots.flip(0), device), layout, *scales)
-    k_read, v_read = read_kv(k_pages, v_pages, torch.tensor([7], device=device), layout, torch.float32, *scales)
+    pages = LayerPages(k_pages, v_pages, k_scales.to(device), v_scales.to(device))
+    store_kv(pages, *tokens, stored_tokens(slots.flip(0), device), layout)
+    k_read, v_read = read_kv(pages, torch.tensor([7], device=device), layout, torch.float32)
     expected = [
         [1.0, 16.0, 18.0, 20.0, 448 * scale, 448 * scale, -448 * scale, math.nan, 2**-10 if scale < 1 else 0.0, -0.0]
         for scale in k_scales.tolist()
@@ -121,7 +122,7 @@ def test_fp8_pages_hold_each_number_over_its_scale_clamped_and_rounded(
     torch.testing.assert_close(k_read[0, :, :10].cpu(), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
     # 3 bits of mantissa: half a unit in the last place is 2^-4 of the number.
     torch.testing.assert_close(v_read[0].cpu(), v[0], rtol=2**-4, atol=2**-10)
-    gathered = gather_pages(v_pages, torch.tensor([1], device=device), layout, torch.float32, scales[1])
+    gathered = gather_pages(v_pages, torch.tensor([1], device=device), layout, torch.float32, pages.v_scales)
     assert torch.equal(gathered[3], v_read[0])
     assert not gathered[:3].any()
 
@@ -131,7 +132,7 @@ def test_fp8_pages_hold_each_number_over_its_scale_clamped_and_rounded(
 def test_nothing_is_stored_when_every_slot_is_minus_one(device: str, layout: Layout) -> None:
     _, k_pages, v_pages = empty_pages(layout, device)
     k, v = torch.randn(2, HEADS, DIM, device=device), torch.randn(2, HEADS, DIM_V, device=device)
-    store_kv(k_pages, v_pages, k, v, stored_tokens(torch.tensor([-1, -1]), device), layout)
+    store_kv(LayerPages(k_pages, v_pages), k, v, stored_tokens(torch.tensor([-1, -1]), device), layout)
     assert k_pages.isnan().all()
     assert v_pages.isnan().all()
 
@@ -159,8 +160,8 @@ def test_offsets_beyond_two_to_the_31(layout: Layout) -> None:
     v_pages = torch.empty(config.v_shape, dtype=torch.uint8)
     k, v = torch.full((1, 8, 512), 7, dtype=torch.uint8), torch.full((1, 8, 8), 9, dtype=torch.uint8)
     slots = torch.tensor([config.num_slots - 1])
-    store_kv(k_pages, v_pages, k, v, stored_tokens(slots, "cpu"), layout)
-    k_read, v_read = read_kv(k_pages, v_pages, slots, layout, torch.uint8)
+    store_kv(LayerPages(k_pages, v_pages), k, v, stored_tokens(slots, "cpu"), layout)
+    k_read, v_read = read_kv(LayerPages(k_pages, v_pages), slots, layout, torch.uint8)
     assert torch.equal(k_read, k)
     assert torch.equal(v_read, v)
     assert torch.equal(gather_pages(k_pages, torch.tensor([num_pages - 1]), layout, torch.uint8)[-1:], k)

@@ -103,8 +103,8 @@ def test_one_token_behind_pages_that_follow_each_other_reads_them_where_they_lie
         assert given.v is not None
         plan = SdpaAttention().plan(case.config(), metadata, oracle.options(case, given), CPU)
         stored = stored_tokens(torch.tensor([slot]), CPU)
-        store_kv(given.k_pages, given.v_pages, given.k, given.v, stored, case.layout)
-        output, _ = SdpaAttention().run(plan, given.q, given.k, given.v, given.k_pages, given.v_pages)
+        store_kv(given.pages, given.k, given.v, stored, case.layout)
+        output, _ = SdpaAttention().run(plan, given.q, given.k, given.v, given.pages)
         assert_close(output, oracle.attend(case, given)[0], case.coarsest)
         return case, plan.parts, output
 
@@ -257,3 +257,8 @@ def test_a_part_of_many_requests_gathers_a_bounded_number_of_tokens(monkeypatch:
     assert [num_reqs for num_reqs, _, _ in parts(case)] == [3, 3, 1]
     in_parts, _ = oracle.run(SdpaAttention(), case, tensors, "cpu")
     assert_close(in_parts, whole.double().numpy(), torch.float32)
+
+
+@pytest.mark.parametrize("lens", [(17,), (17, 1, 5)])
+def test_results_can_be_written_into_tensors_that_are_there(lens: tuple[int, ...]) -> None:
+    oracle.check_launch(SdpaAttention(), Case(prefill(*lens), group=3), "cpu")

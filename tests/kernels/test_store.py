@@ -11,6 +11,7 @@ import torch
 
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels import pages
+from attnd_server.attention.layer_pages import LayerPages
 from tests import interpreter
 from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
 from tests.steps import DTYPES
@@ -34,8 +35,9 @@ def compare(config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: t
     filled, expected = (
         [torch.full(shape, math.nan).to(k.device, config.kv_dtype) for shape in shapes] for _ in range(2)
     )
-    store_kv(*filled, k, v, slots.to(k.device), config.layout, *scales)
-    pages.store_kv(*expected, k, v, pages.stored_tokens(slots, k.device), config.layout, *scales)
+    store_kv(LayerPages(*filled, *scales), k, v, slots.to(k.device), config.layout)
+    stored = pages.stored_tokens(slots, k.device)
+    pages.store_kv(LayerPages(*expected, *scales), k, v, stored, config.layout)
     for actual, wanted in zip(filled, expected, strict=True):
         assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
 
@@ -92,5 +94,5 @@ def test_no_tokens(device: str) -> None:
 
     nothing, slots = torch.empty(0, 2, 8, device=device), torch.empty(0, dtype=torch.int64, device=device)
     k_pages = torch.zeros(3, 4, 2, 8, device=device)
-    store_kv(k_pages, k_pages.clone(), nothing, nothing, slots, Layout.UNIFIED)
+    store_kv(LayerPages(k_pages, k_pages.clone()), nothing, nothing, slots, Layout.UNIFIED)
     assert not k_pages.any()

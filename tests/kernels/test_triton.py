@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attnd_server.attention.backends.triton import (
+from attnd_server.attention.backends.triton.attention import (
     MAX_CONTEXT_LEN,
     TritonPagedAttention,
     availability,
@@ -19,7 +19,8 @@ from attnd_server.attention.backends.triton import (
     triton_grouped_attention,
 )
 from attnd_server.attention.backends.window import SlidingWindowAttention
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from tests import interpreter, oracle
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, NUM_PAGES, PREFIX_FULL, Case, Request, cases
 from tests.tolerances import assert_close
@@ -226,3 +227,8 @@ def test_availability(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert availability(torch.device("cpu")) == "device is cpu, but must be a CUDA device"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability is (7, 5)" in str(availability(torch.device("cuda")))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_can_be_written_into_tensors_that_are_there(device: str, return_lse: bool) -> None:
+    oracle.check_launch(Kernel(), Case(requests(4, [9, 3]), group=2, return_lse=return_lse), device)

@@ -200,3 +200,8 @@ def test_reasons_for_having_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert xformers.find(GPU, (9, 0)) == "the package xformers has no flash for this torch"
     assert "compute capability is (7, 5)" in str(xformers.find(GPU, (7, 5)))
     assert "needs a CUDA device, but device is cpu" in str(xformers.find(torch.device("cpu"), (0, 0)))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_can_be_written_into_tensors_that_are_there(return_lse: bool) -> None:
+    oracle.check_launch(KERNEL, replace(step(MIXED), return_lse=return_lse), "cpu")

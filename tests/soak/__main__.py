@@ -5,7 +5,7 @@ killed (SIGKILL, SIGTERM) and stopped (SIGSTOP) at random; who was killed is sta
 answer with attention in float64 and reads back, bit for bit, what the server said was stored. In the last two fifths of
 the time the server is not killed: what it then still holds when all its clients have gone is a leak.
 
-Prints a row of SECURITY.md's table, and the result as JSON; ends with exit code 1 if anything was wrong.
+Prints a row of the table in docs/security-runs.md, and the result as JSON; ends with exit code 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 
 def row(summary: dict[str, Any]) -> str:
-    """The row of SECURITY.md's table."""
+    """The row of the table in docs/security-runs.md."""
     stops = sum(summary["faults"].values()) - summary["kills"]
     kills = ", ".join(f"{summary['faults'].get(name, 0)} {name}" for name in KILLS)
     recovery, reconnect = summary["recovery_s"]["all"], summary["reconnect_s"]

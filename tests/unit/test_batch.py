@@ -100,7 +100,7 @@ def test_whoever_has_several_calls_at_once_runs_them_in_one_launch_too(server: W
     for caller in callers:
         caller.open()
     works = [caller.call(layer, EVERYTHING) for layer, caller in enumerate(callers)]
-    alone = [tensors(work()) for work in works]
+    alone = [tensors(server.together([work])[0]) for work in works]
     server.launches()
     assert [tensors(answer) for answer in server.at_once(works)] == alone
     assert server.launches() == {4: 1}
@@ -172,7 +172,7 @@ def test_each_call_has_its_own_fate(server: Waiting) -> None:
     works = [caller.call(0, PLAIN) for caller in callers]
     executor, submit = server.service.executor, server.service.executor.submit
     fates = {works[1]: {"timeout_s": -1.0}, works[2]: {"is_wanted": lambda: False}}
-    object.__setattr__(works[3], "encode", lambda *_: bytes(1 // 0))
+    works[3] = works[3]._replace(encode=lambda *_: bytes(1 // 0))
     deleted = callers[4].cache
     executor.submit = lambda work, done: submit(work, done, **fates.get(work, {}))  # type: ignore[method-assign, arg-type]
     lost = server.service.delete_cache(_delete(deleted), "inproc")

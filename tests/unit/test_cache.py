@@ -14,8 +14,9 @@ import attnd_server.kv.cache
 import attnd_server.kv.caches
 from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
-from attnd_server.attention.config import FP8, AttentionConfig, KVSplitConfig, Layout
+from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels.pages import stored_tokens
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable

@@ -15,8 +15,8 @@ from attnd._version import __version__
 from attnd.credentials import Credentials
 from attnd_server import __main__, app
 from attnd_server.cli import credentials as cli_credentials
+from attnd_server.cli import exposure, parsers
 from attnd_server.cli import main as cli
-from attnd_server.cli import options as cli_options
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
 
@@ -90,7 +90,7 @@ def test_serve_limits_principals_as_it_is_told(served):
     assert served == [ServerConfig(principal_kv_bytes=1 << 30, max_message_bytes=8 << 20, **limits)]
 
 
-def test_the_rule_of_shares_is_in_the_help():
+def test_the_rule_of_quotas_is_in_the_help():
     told = parameters("serve")["principal_kv_bytes"].help
     assert "half of the server's limit where it asks who calls, and else all of it" in told
 
@@ -251,25 +251,25 @@ def test_the_system_knows_authorities_too_and_loopback_needs_none():
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
 def test_loopback_hosts(host):
-    assert cli_options.is_loopback(host)
+    assert exposure.is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "[::]", "192.168.0.1", "127.0.0.1.example", "localhost.example"])
 def test_hosts_that_others_may_reach(host):
-    assert not cli_options.is_loopback(host)
+    assert not exposure.is_loopback(host)
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("0", 0), ("17", 17), (17, 17), ("1 KiB", 1 << 10), ("3MiB", 3 << 20), ("2TiB", 2 << 40)]
 )
 def test_amounts_of_memory(text, size):
-    assert cli_options.num_bytes(text) == size
+    assert parsers.num_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5GiB", "8gb", "GiB", "٣"])
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(typer.BadParameter):
-        cli_options.num_bytes(text)
+        parsers.num_bytes(text)
 
 
 def test_demo_hands_its_options_on(monkeypatch):

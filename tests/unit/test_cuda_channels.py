@@ -25,9 +25,12 @@ from attnd.protocol.cuda import host_flags as cuda_words
 from attnd.protocol.cuda import memory as cuda_memory
 from attnd.protocol.cuda.device_bytes import CPU
 from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES
-from attnd_server.planes.cuda import channel as cuda
+from attnd_server.planes.cuda import gpu_channel
+from attnd_server.planes.cuda import planes as planes_of_gpu
 from attnd_server.planes.cuda import streams as cuda_streams
-from attnd_server.planes.cuda.channel import CudaChannel, CudaPlanes
+from attnd_server.planes.cuda.gpu_channel import CudaChannel
+from attnd_server.planes.cuda.leases import SharedWords
+from attnd_server.planes.cuda.planes import CudaPlanes
 
 # What may wait for all that runs on a GPU.
 SLOW = {
@@ -118,21 +121,21 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
-    monkeypatch.setattr(cuda, "_let_torch_keep_memory", lambda device: None)
+    monkeypatch.setattr(planes_of_gpu, "_let_torch_keep_memory", lambda device: None)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **where: zeros(*shape, dtype=dtype))
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: noting.others_get_on)
     )
-    monkeypatch.setattr(cuda, "CUDA", CPU)  # for torch, which has no GPU here
-    made: list[cuda.SharedWords] = []
-    make = cuda.SharedWords.__init__
+    monkeypatch.setattr(gpu_channel, "CUDA", CPU)  # for torch, which has no GPU here
+    made: list[SharedWords] = []
+    make = SharedWords.__init__
 
-    def noted(words: cuda.SharedWords) -> None:
+    def noted(words: SharedWords) -> None:
         make(words)
         made.append(words)
 
-    monkeypatch.setattr(cuda.SharedWords, "__init__", noted)
+    monkeypatch.setattr(SharedWords, "__init__", noted)
     OPENED.clear()
     yield noting
     for opened in OPENED:  # they live as long as a server; what they made must not outlive the test
@@ -161,10 +164,10 @@ def wait_until(is_so: Callable[[], bool]) -> bool:
 
 
 def take(opened: CudaPlanes, worker_gpu: str) -> CudaChannel:
-    lane = opened.open(worker_gpu)
-    for descriptor in lane.descriptors():
+    channel = opened.open(worker_gpu)
+    for descriptor in channel.descriptors():
         os.close(descriptor)
-    return lane
+    return channel
 
 
 @pytest.mark.parametrize("worker_gpu", [GPU, OTHER_GPU])
@@ -174,13 +177,13 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
     assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
     assert made["cuModuleLoadData"] == 2  # gates and copies
     for _ in range(5):
-        lanes = [take(opened, worker_gpu) for _ in range(2)]
-        assert lanes[0].handle != lanes[1].handle
+        channels = [take(opened, worker_gpu) for _ in range(2)]
+        assert channels[0].handle != channels[1].handle
         for layer in range(2):
-            lanes[0].flags.wait(lanes[0].handle, layer, layer == 1)
-            lanes[0].flags.signal(lanes[0].handle, layer, layer == 1)
-        for lane in lanes:
-            opened.close(lane)
+            channels[0].flags.wait(channels[0].handle, layer, layer == 1)
+            channels[0].flags.signal(channels[0].handle, layer, layer == 1)
+        for channel in channels:
+            opened.close(channel)
         assert not SLOW & set(driver.asked_here())
         # By the thread that nobody waits for.
         assert wait_until(lambda: driver.asked_elsewhere()["cuMemUnmap"] % 2 == 0 and opened._words.qsize() == 2)
@@ -211,25 +214,25 @@ def test_a_server_with_too_few_queues_says_so_and_does_without(
     assert "only 0 of 3 streams for cuda planes are independent" in caplog.text
 
 
-def test_a_lane_is_let_go_before_it_is_freed(driver: NotingDriver) -> None:
+def test_a_channel_is_let_go_before_it_is_freed(driver: NotingDriver) -> None:
     opened = planes()
-    lane = take(opened, GPU)
-    words = lane._words.words
+    channel = take(opened, GPU)
+    words = channel._words.words
     driver.busy = 3
-    opened.close(lane)
+    opened.close(channel)
     assert driver.busy < 0
-    assert lane.flags.is_stopped
+    assert channel.flags.is_stopped
     assert wait_until(lambda: not words._is_registered)
     driver.busy = 0
 
 
 def test_words_are_where_the_contract_says(driver: NotingDriver) -> None:
     opened = planes()
-    lane = take(opened, OTHER_GPU)
-    region, results = lane._memory
-    assert lane.flags.addresses[2:4] == (results.address + TO_WORKER, region.address + TO_SERVER)
-    lane = take(opened, GPU)
-    assert lane._words.words.num_words == WORDS_BYTES // 4
+    channel = take(opened, OTHER_GPU)
+    region, results = channel._memory
+    assert channel.flags.addresses[2:4] == (results.address + TO_WORKER, region.address + TO_SERVER)
+    channel = take(opened, GPU)
+    assert channel._words.words.num_words == WORDS_BYTES // 4
 
 
 def test_a_worker_that_the_server_cannot_reach_finds_results_in_the_region(
@@ -240,9 +243,9 @@ def test_a_worker_that_the_server_cannot_reach_finds_results_in_the_region(
     assert opened.results_num_bytes(GPU) == 0
     monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: None)
     assert opened.results_num_bytes(OTHER_GPU) == 0
-    lane = take(opened, OTHER_GPU)
-    (region,) = lane._memory
-    assert lane.flags.addresses[2:4] == (region.address + TO_WORKER, region.address + TO_SERVER)
+    channel = take(opened, OTHER_GPU)
+    (region,) = channel._memory
+    assert channel.flags.addresses[2:4] == (region.address + TO_WORKER, region.address + TO_SERVER)
 
 
 def test_a_full_gpu_costs_no_stream(driver: NotingDriver) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda import plane as cuda
+from attnd.planes.cuda.opening import check_reach
+from attnd.planes.cuda.tensors import check_capture, copy_in
 from attnd.protocol.cuda import copies as cuda_copies
 from attnd.protocol.cuda import driver as cuda_driver
 from attnd.protocol.cuda import gate_flags as cuda_gates
@@ -24,7 +25,7 @@ from attnd.protocol.cuda.device_bytes import CPU, DeviceBytes
 from attnd.protocol.cuda.layout import ALIGNMENT, WORDS_BYTES, Geometry, step_layout
 from attnd.protocol.cuda.memory import rounded
 from attnd.v1 import tensor_pb2
-from attnd_server.planes.cuda.session import cuda_planes
+from attnd_server.planes.cuda.planes import cuda_planes
 from attnd_server.planes.open_planes import PlaneTable
 
 LLAMA_8B = Geometry(8, 128, 128, tensor_pb2.DTYPE_BFLOAT16)
@@ -72,7 +73,7 @@ def test_the_gates_assemble(tmp_path: Path, architecture: str) -> None:
     (tmp_path / "gates.ptx").write_text(cuda_gates.PTX)
     command = [assembler, f"-arch={architecture}", str(tmp_path / "gates.ptx"), "-o", str(tmp_path / "gates.cubin")]
     subprocess.run(command, check=True)
-    for name in ("exchange", "wait", "signal"):
+    for name in ("wait", "signal"):
         assert f"attnd_{name}".encode() in (tmp_path / "gates.cubin").read_bytes()
 
 
@@ -88,14 +89,14 @@ def test_the_copies_assemble(tmp_path: Path, architecture: str) -> None:
 def test_what_a_kernel_copies_of_a_tensor() -> None:
     qkv = torch.zeros(5, 4 * 16 + 2 * 2 * 16, dtype=torch.bfloat16)
     q = qkv[:, :64].view(5, 4, 16)
-    copy = cuda._copy_in(4096, q)
+    copy = copy_in(4096, q)
     assert copy == (4096, q.data_ptr(), 5, 128, 256)
     assert copy.is_possible
-    assert cuda._copy_in(4096, q[2:3]) == (4096, q.data_ptr() + 512, 1, 128, 128)
-    assert cuda._copy_in(4096, q[:, ::2]) is None
-    assert cuda._copy_in(4096, q.transpose(1, 2)) is None
+    assert copy_in(4096, q[2:3]) == (4096, q.data_ptr() + 512, 1, 128, 128)
+    assert copy_in(4096, q[:, ::2]) is None
+    assert copy_in(4096, q.transpose(1, 2)) is None
     odd = torch.zeros(5 * 64 + 1, dtype=torch.bfloat16)[1:].view(5, 4, 16)
-    copy = cuda._copy_in(4096, odd)
+    copy = copy_in(4096, odd)
     assert copy is not None
     assert not copy.is_possible
 
@@ -165,7 +166,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 def test_host_words_are_handed_over_as_the_contract_says(driver: FakeDriver) -> None:
     worker = cuda_words.HostFlags(cuda_words.HostWords(mmap.mmap(-1, 4096)), signal=0, flag=64)
     for layer in range(2):
-        worker.exchange(7, layer, layer == 1)
+        worker.signal(7, layer, layer == 1)
+        worker.wait(7, layer, layer == 1)
     to_server, to_worker = 0, 256
     assert driver.operations == [
         ("write", to_server, 1),
@@ -226,11 +228,11 @@ def gpu(uuid: str, reaches: bool = True) -> Any:
 
 def test_gpus_that_cannot_share_memory_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "device_of", {"b": gpu("b")}.get)
-    cuda.check_reach(gpu("a"), "b")
+    check_reach(gpu("a"), "b")
     with pytest.raises(attnd.Unsupported, match="the server's GPU is c, which must be among those that this process"):
-        cuda.check_reach(gpu("a"), "c")
+        check_reach(gpu("a"), "c")
     with pytest.raises(attnd.Unsupported, match="GPU a does not reach the server's b, and must reach it directly"):
-        cuda.check_reach(gpu("a", reaches=False), "b")
+        check_reach(gpu("a", reaches=False), "b")
 
 
 def test_shm_and_cuda_planes_are_counted_apart() -> None:
@@ -251,9 +253,9 @@ def test_a_capture_on_another_gpu_is_refused() -> None:
         return SimpleNamespace(current_device=lambda: current, is_current_stream_capturing=lambda: capturing)
 
     for current, capturing in ((1, False), (1, True), (0, False)):
-        cuda.check_capture(torch_cuda(current, capturing), 1)
+        check_capture(torch_cuda(current, capturing), 1)
     with pytest.raises(attnd.InvalidRequest, match="captured on a stream of cuda:0, but a session on cuda:1 needs"):
-        cuda.check_capture(torch_cuda(0, True), 1)
+        check_capture(torch_cuda(0, True), 1)
 
 
 def test_who_opens_a_plane_while_another_is_on_its_way_out_is_told_to_ask_again() -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda.session import CudaSession, CudaStep
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.cuda.step import CudaStep
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.triton import TritonPagedAttention
+from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.observe.counts import Metrics
@@ -140,7 +141,7 @@ class ReplannedPlan:
         kernel = TritonPagedAttention(AttentionBackend.TRITON_GROUPED)
         self._plan = kernel.plan(self._config, metadata, self._options, torch.device("cpu"))
 
-    def run(self, *tensors: Any) -> None:
+    def launch(self, *tensors: Any) -> None:
         self._plan.launch(*tensors)
 
 
@@ -160,7 +161,7 @@ def test_captured_steps_give_the_same_bits(
         return lambda: (replays.append(1), launches())[1]
 
     monkeypatch.setattr(TritonPagedAttention, "fixed_plan", fixed_plan)
-    monkeypatch.setattr(host_channels.HostLane, "capture", staticmethod(captured))
+    monkeypatch.setattr(host_channels.HostChannel, "capture", staticmethod(captured))
     layers = [attnd.AttentionOptions(), attnd.AttentionOptions(window=3), attnd.AttentionOptions(return_lse=True)]
     with client.create_cache(**GEOMETRY) as one, client.create_cache(**GEOMETRY) as other:
         with one.session() as ours, other.session(plane="inline") as theirs:
@@ -181,7 +182,7 @@ def test_captured_steps_give_the_same_bits(
             assert made == [DecodeShape(1, 1, 256)] * 3 + [DecodeShape(1, 2, 256)] * 3  # 256 slots, three options
             used = client.capabilities().devices[0].num_bytes_used
             assert used == one.info().num_bytes + other.info().num_bytes + 6 * ReplannedPlan.num_bytes
-        assert wait_until(lambda: planes.lanes[0].is_closed)
+        assert wait_until(lambda: planes.channels[0].is_closed)
         used = client.capabilities().devices[0].num_bytes_used
         assert used == one.info().num_bytes + other.info().num_bytes
 
@@ -195,7 +196,7 @@ def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_chann
             for layer in range(3):
                 assert step.attend(layer, *new_tokens(1), options).shape == (1, HEADS, 16)
         step.finish()
-        assert len(planes.lanes) == 1
+        assert len(planes.channels) == 1
 
 
 def test_cache_only_and_store_only_steps(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
@@ -240,8 +241,8 @@ def test_a_refused_step_is_told_by_finish_and_the_next_step_works(
         with pytest.raises(attnd.InvalidRequest, match=error):
             bad.attend(0, *new_tokens(1, num_heads))
         one_step(session, 1)
-        assert len(planes.lanes) == 2
-    assert wait_until(lambda: all(lane.is_closed for lane in planes.lanes))
+        assert len(planes.channels) == 2
+    assert wait_until(lambda: all(channel.is_closed for channel in planes.channels))
 
 
 def test_the_next_step_raises_what_went_wrong(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
@@ -317,7 +318,7 @@ def test_a_refused_step_spoils_none_that_came_before_it(
         first.finish()
         with pytest.raises(attnd.Unsupported, match="not here"):
             second.finish()
-    assert wait_until(lambda: planes.lanes[0].is_closed)
+    assert wait_until(lambda: planes.channels[0].is_closed)
     assert held._num_holders == 1  # the cache itself
 
 
@@ -379,7 +380,7 @@ def test_a_worker_that_leaves_in_the_middle_of_a_step_frees_its_plane_and_the_ex
                 step.attend(1, *new_tokens(1))
         with cache.session() as session:
             one_step(session)
-        assert wait_until(lambda: len(planes.lanes) == 6 and all(lane.is_closed for lane in planes.lanes))
+        assert wait_until(lambda: len(planes.channels) == 6 and all(channel.is_closed for channel in planes.channels))
 
 
 def test_a_step_that_takes_too_long_fails_on_both_sides(
@@ -391,8 +392,8 @@ def test_a_step_that_takes_too_long_fails_on_both_sides(
         step = session.step(metadata(0, 1), num_heads=HEADS)
         with pytest.raises(attnd.DeadlineExceeded, match=r"did not hand over every layer within 0\.2 s"):
             step.finish()
-        assert planes.lanes[0].flags.is_stopped
-        assert wait_until(lambda: planes.lanes[0].workers_flags.is_stopped)
+        assert planes.channels[0].flags.is_stopped
+        assert wait_until(lambda: planes.channels[0].workers_flags.is_stopped)
 
 
 def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(
@@ -477,7 +478,7 @@ def test_the_memory_of_a_deleted_cache_is_kept_until_its_step_is_over(
     cache = client.create_cache(**GEOMETRY)
     held = client.transport._service.caches.all()[0]
     freed: list[bool] = []
-    held._spaces.give_back = lambda *_: freed.append(planes.lanes[0].flags.is_stopped)
+    held._spaces.give_back = lambda *_: freed.append(planes.channels[0].flags.is_stopped)
     session = cache.session()
     one_step(session)
     step = session.step(metadata(1, 1))
@@ -494,11 +495,11 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
 ) -> None:
     client, _ = opened
     executor = client.transport._service.executor
-    lanes: list[bytes] = []
+    cache_ids: list[bytes] = []
     real = executor.submit
 
     def submit(work: Any, *rest: Any, **more: Any) -> Any:
-        lanes.append(work.cache_id())
+        cache_ids.append(work.cache_id)
         return real(work, *rest, **more)
 
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
@@ -509,7 +510,7 @@ def test_steps_take_their_turn_among_the_work_on_their_cache(
         for layer in range(3):
             step.attend(layer, *new_tokens(1))
         step.finish()
-        assert lanes == [cache.ref.id]
+        assert cache_ids == [cache.ref.id]
         monkeypatch.undo()
 
 
@@ -526,7 +527,7 @@ def test_a_session_knows_whether_it_takes_turns(
 
 
 def test_a_process_without_a_gpu_says_so(tmp_path: Path) -> None:
-    from attnd_server.app import build_service
+    from attnd_server.build import build_service
     from attnd_server.config import ServerConfig
     from attnd_server.inproc import InprocTransport
 

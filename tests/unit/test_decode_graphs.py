@@ -16,12 +16,14 @@ from attnd.protocol import requests
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, is_warming_up
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.warming_up import is_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.execution import decode_graphs
 from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
 from attnd_server.kv.caches import CacheTable
+from attnd_server.planes.negotiation import Planes
 from attnd_server.service.service import AttentionService
 from attnd_server.service.warm_up import batch_sizes
 
@@ -52,7 +54,7 @@ class FixedNaivePlan:
         self._num_rows = metadata.num_tokens
         self._plan = self._kernel.plan(self._config, metadata, self._options, CPU)
 
-    def run(self, output: torch.Tensor, lse: torch.Tensor | None, *tensors: Any) -> None:
+    def launch(self, output: torch.Tensor, lse: torch.Tensor | None, *tensors: Any) -> None:
         rows = self.shape.num_reqs * self.shape.query_len
         assert [tensor.shape[0] for tensor in (output, *tensors[:3])] == [rows] * 4
         q, k, v = (tensor[: self._num_rows] for tensor in tensors[:3])
@@ -110,6 +112,7 @@ class Server:
     caches: CacheTable
     captures: Captures
     kernel: FixedNaive
+    executor: Executor
 
 
 @contextmanager
@@ -120,8 +123,8 @@ def serving(
     captures, kernel, caches = captures or Captures(), kernel or FixedNaive(), CacheTable(config, CPU, kv_bytes)
     executor = Executor(CPU, caches, config, captures)
     executor.ops._kernels[AttentionBackend.NAIVE] = kernel
-    with attnd.Client(InprocTransport(AttentionService(config, executor, caches))) as client:
-        yield Server(client, caches, captures, kernel)
+    with attnd.Client(InprocTransport(AttentionService(config, executor, caches, Planes()))) as client:
+        yield Server(client, caches, captures, kernel, executor)
 
 
 def new_cache(client: attnd.Client, backend: str = "naive") -> attnd.Cache:
@@ -276,7 +279,7 @@ def test_a_capture_that_fails_leaves_the_old_way(caplog: pytest.LogCaptureFixtur
 def test_a_replay_that_fails_can_be_tried_again() -> None:
     with serving() as server, new_cache(server.client) as cache, cache.session() as session:
         cache.warm_up(num_heads=HEADS, max_reqs=1)
-        (graphs,) = next(iter(server.caches.owned("inproc")[0].graphs.values()))
+        (graphs,) = server.executor.graphs.all()
         replay, graphs._replays[0] = graphs._replays[0], _broken
         q, k, v = tensors(1)
         with pytest.raises(RuntimeError, match="the device is tired"):
@@ -324,13 +327,14 @@ def test_a_cache_takes_its_graphs_along() -> None:
         cache = new_cache(server.client)
         cache.warm_up(num_heads=HEADS, max_reqs=4)
         (held,) = server.caches.owned("inproc")
-        captured = [graphs for alike in held.graphs.values() for graphs in alike]
+        captured = server.executor.graphs.all()
         session = cache.session()
         step = session.step(decode([0]))
         step.attend(0, *tensors(1))
         cache.delete()
         assert server.caches.num_bytes == 0
-        assert not held.graphs
+        assert not server.executor.graphs.all()
+        assert not server.executor.graphs.of(held)
         assert [(graphs.num_graphs, graphs._memory) for graphs in captured] == [(0, None)] * 2
         with pytest.raises(attnd.CacheLost, match="was deleted"):
             step.attend(1, *tensors(1))
@@ -357,7 +361,7 @@ def test_others_are_served_while_kernels_compile() -> None:
 
 
 def test_warm_ups_that_wait_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Executor, "MAX_LONG_WORK", 1)
+    monkeypatch.setattr("attnd_server.execution.side.MAX_SIDE_WORK", 1)
     refused: list[BaseException] = []
 
     def ask_again() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ import torch
 import attnd
 from attnd.errors import AttndError, Disconnected, Exhausted
 from attnd.protocol.cuda.driver import CudaError
-from attnd_server.app import build_service
 from attnd_server.attention.config import FP8, AttentionConfig
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device import faults as device_faults
 from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.work import LongWork, OnCache, Work
+from attnd_server.execution.work import CacheWork, SideWork, Work
 from attnd_server.kv import cache as cache_module
+from attnd_server.kv.addresses import HostAddresses
 from attnd_server.kv.caches import CacheTable
-from attnd_server.kv.page_space import HostAddresses, SharedSpace
+from attnd_server.kv.page_space import SharedSpace
 from attnd_server.planes.cuda.watchdog import Watch, Watchdog
 from tests import host_channels, interpreter
 from tests.shared_calls import Caller, Waiting
@@ -176,7 +176,7 @@ def test_what_runs_and_all_that_waits_is_told_and_nothing_begins_any_more() -> N
     held = Held(broken)
     ran: list[int] = []
     for number in range(3):
-        held.submit(f"waiting {number}", OnCache(bytes([number]), lambda: bytes(ran)))
+        held.submit(f"waiting {number}", CacheWork(bytes([number]), "", lambda: bytes(ran)))
     held.end()
     assert [name for name, _, _ in held.outcomes] == ["running", "waiting 0", "waiting 1", "waiting 2"]
     assert all(isinstance(error, Disconnected) and "illegal memory" in str(error) for _, _, error in held.outcomes)
@@ -214,24 +214,13 @@ def test_other_errors_are_what_they_were() -> None:
     assert not mine.faults.reason
 
 
-class Long(LongWork):
-    """Work beside the executor, with a turn on it."""
-
-    def __init__(self, mine: Executor, turn: Callable[[], Any]) -> None:
-        self._executor, self._turn = mine, turn
-
-    def principal(self) -> str:
-        return "anybody"
-
-    def __call__(self) -> bytes:
-        self._executor.take_turn(self._turn)
-        return b"done"
-
-
-def test_long_work_is_told_too() -> None:
+def test_side_work_is_told_too() -> None:
     mine, told = executor(), threading.Event()
     outcomes: list[BaseException | None] = []
-    mine.submit(Long(mine, broken), lambda result, error: (outcomes.append(error), told.set()))
+    mine.submit(
+        SideWork("anybody", lambda: bytes(mine.take_turn(broken) or 0)),
+        lambda result, error: (outcomes.append(error), told.set()),
+    )
     assert told.wait(30)
     assert isinstance(outcomes[0], Disconnected)
     mine.close()
@@ -263,7 +252,7 @@ def test_calls_that_share_a_broken_launch_are_not_tried_alone(monkeypatch: pytes
             worker.open()
         monkeypatch.setattr(service.executor._shared, "attend", broken)
         alone: list[int] = []
-        monkeypatch.setattr(service.executor, "attend", lambda call: alone.append(1))
+        monkeypatch.setattr(service.executor.runner, "attend", lambda call: alone.append(1))
         answers = workers[0].server.together([worker.call(0, attnd.AttentionOptions()) for worker in workers])
         assert all(isinstance(answer, Disconnected) for answer in answers)
         assert not alone
@@ -311,15 +300,15 @@ def test_a_step_of_a_cuda_plane_tells_of_it(where: str, tmp_path: Path, monkeypa
     q, k, v = torch.randn(1, 4, 16), torch.randn(1, 2, 16), torch.randn(1, 2, 16)
     with interpreter.interpreter(), host_channels.serving(tmp_path, monkeypatch) as (client, _, server):
         with client.create_cache(**geometry, backend="triton_grouped") as cache, cache.session() as session:
-            monkeypatch.setattr(host_channels.HostLane, "mark", lambda lane: fails if where == "mark" else bug)
+            monkeypatch.setattr(host_channels.HostChannel, "mark", lambda channel: fails if where == "mark" else bug)
             if where == "drain":
-                monkeypatch.setattr(host_channels.HostLane, "drain", fails)
+                monkeypatch.setattr(host_channels.HostChannel, "drain", fails)
             step = session.step(attnd.StepMetadata([1], [0], [[0]], [0], kind="decode"), num_heads=4)
             with pytest.raises(AttndError, match="illegal memory access"):  # noqa: PT012  # where is the socket's choice
                 step.attend(0, q, k, v)
                 step.finish()
             assert server._service.executor.faults.reason == ILLEGAL
-            monkeypatch.setattr(host_channels.HostLane, "drain", lambda lane: lane.flags.stop())
+            monkeypatch.setattr(host_channels.HostChannel, "drain", lambda channel: channel.flags.stop())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), MemoryError("no more"), RuntimeError("no more")])

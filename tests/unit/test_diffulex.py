@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import attnd
 from attnd.errors import InvalidRequest
 from attnd.integrations.diffulex import metadata as diffulex
+from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.integrations.diffulex.metadata import AttnMetaDataBase, from_diffulex
-from attnd.integrations.diffulex.steps import check_geometry
 from attnd.v1 import cache_pb2
 from tests.unit.plain import PlainCache, elements, one_row, seen
 

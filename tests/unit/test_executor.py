@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,12 +14,13 @@ import torch
 
 import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution import runner
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.queue import Job
-from attnd_server.execution.step import Step
-from attnd_server.execution.work import SharedWork, Work
+from attnd_server.execution.step import Call, Result, Step
+from attnd_server.execution.work import Work
 from attnd_server.inproc import InprocTransport
 from attnd_server.kv.caches import CacheTable
 
@@ -86,83 +88,84 @@ def test_idle_executor_lends_its_device_and_a_busy_one_does_not(executor: Execut
     assert executor.run_now(lambda: b"again") == b"again"
 
 
-class Joining(SharedWork):
-    """Work that joins others of its kind, if at least two of them come."""
+class SameKind:
+    """Stands for a batch: takes calls whose layers are of one kind, and is worth it from two on."""
 
-    class Group:
-        def __init__(self, kind: str) -> None:
-            self.kind, self.num_works = kind, 1
+    def __init__(self, call: Call, *_: object) -> None:
+        self.kind, self.num_calls = call.options, 1
 
-        def takes(self, work: Work) -> bool:
-            is_one = isinstance(work, Joining) and work.kind == self.kind
-            self.num_works += is_one
-            return is_one
+    def takes(self, work: Work) -> bool:
+        joins = isinstance(work, Call) and work.options == self.kind
+        self.num_calls += joins
+        return joins
 
-        @property
-        def is_worth_it(self) -> bool:
-            return self.num_works > 1
-
-    def __init__(self, kind: str, cache: bytes, name: bytes, launches: list[bytes]) -> None:
-        self.kind, self._cache, self.name, self._launches = kind, cache, name, launches
-
-    def cache_id(self) -> bytes:
-        return self._cache
-
-    def principal(self) -> str:
-        return "a"
-
-    def __call__(self) -> bytes:
-        self._launches.append(self.name)
-        return bytes(1 // 0) if self.kind == "broken" else self.name
-
-    def group(self) -> Group | None:
-        return None if self.kind == "alone" else Joining.Group(self.kind)
-
-    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
-        assert len(queue_us) == len(works)
-        names = [work.name for work in works if isinstance(work, Joining)]
-        self._launches.append(b"+".join(names))
-        return list(names)
+    @property
+    def is_worth_it(self) -> bool:
+        return self.num_calls > 1
 
 
-def joining_jobs(works: Sequence[Joining], results: list[tuple[bytes, object]]) -> list[Job]:
-    def done(name: bytes, result: bytes | None, error: BaseException | None) -> None:
-        results.append((name, result if error is None else type(error)))
+@pytest.fixture
+def launches(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The launches of calls that `joining_jobs` makes, by the names of their calls."""
+    launched: list[str] = []
 
-    return [Job(work, partial(done, work.name), math.inf, time.perf_counter()) for work in works]
+    def attend(call: Call) -> Result:
+        launched.append(call.plane)
+        return Result(None, None, None) if call.options != "broken" else 1 // 0
+
+    def attend_together(calls: list[Call]) -> list[Result]:
+        launched.append("+".join(call.plane for call in calls))
+        return [Result(None, None, None) for _ in calls]
+
+    monkeypatch.setattr(runner, "batch_of", lambda call, *_: None if call.options == "alone" else SameKind(call))
+    monkeypatch.setattr(executor.runner, "attend", attend)
+    monkeypatch.setattr(executor.runner, "attend_together", attend_together)
+    return launched
 
 
-def test_jobs_that_come_together_join_but_never_two_of_a_cache(executor: Executor) -> None:
-    launches: list[bytes] = []
-    results: list[tuple[bytes, object]] = []
+def joining(kind: str, cache: bytes, name: str) -> Call:
+    """A call that joins those of its kind; "alone": none."""
+    step = types.SimpleNamespace(cache=types.SimpleNamespace(id=cache, principal="a"))
+    return Call(step, 0, kind, None, None, None, lambda call, *_: call.plane.encode(), name)  # type: ignore[arg-type]
+
+
+def joining_jobs(calls: Sequence[Call], results: list[tuple[str, object]]) -> list[Job]:
+    def done(name: str, result: bytes | None, error: BaseException | None) -> None:
+        results.append((name, (result or b"").decode() if error is None else type(error)))
+
+    return [Job(call, partial(done, call.plane), math.inf, time.perf_counter()) for call in calls]
+
+
+def test_jobs_that_come_together_join_but_never_two_of_a_cache(executor: Executor, launches: list[str]) -> None:
+    results: list[tuple[str, object]] = []
     kinds = ["x", "alone", "x", "y", "x", "x", "broken"]
     caches = [b"1", b"2", b"3", b"4", b"1", b"5", b"6"]
-    works = [Joining(*each, b"%d" % index, launches) for index, each in enumerate(zip(kinds, caches, strict=True))]
-    assert executor.settle_now(joining_jobs(works, results)) == []
-    assert launches == [b"0+2+5", b"1", b"3", b"4", b"6"]
-    assert [name for name, _ in results] == [b"0", b"2", b"5", b"1", b"3", b"4", b"6"]
-    assert all(result == (ZeroDivisionError if name == b"6" else name) for name, result in results)
+    calls = [joining(*each, str(index)) for index, each in enumerate(zip(kinds, caches, strict=True))]
+    assert executor.settle_now(joining_jobs(calls, results)) == []
+    assert launches == ["0+2+5", "1", "3", "4", "6"]
+    assert [name for name, _ in results] == ["0", "2", "5", "1", "3", "4", "6"]
+    assert all(result == (ZeroDivisionError if name == "6" else name) for name, result in results)
 
 
-def test_what_is_before_a_job_in_its_cache_stays_before_it(executor: Executor) -> None:
-    launches: list[bytes] = []
-    works = [
-        Joining(kind, cache, name, launches)
-        for kind, cache, name in (("x", b"1", b"a"), ("alone", b"2", b"b"), ("x", b"2", b"c"), ("x", b"3", b"d"))
+def test_what_is_before_a_job_in_its_cache_stays_before_it(executor: Executor, launches: list[str]) -> None:
+    calls = [
+        joining(kind, cache, name)
+        for kind, cache, name in (("x", b"1", "a"), ("alone", b"2", "b"), ("x", b"2", "c"), ("x", b"3", "d"))
     ]
-    executor.settle_now(joining_jobs(works, []))
-    assert launches == [b"a+d", b"b", b"c"]
+    executor.settle_now(joining_jobs(calls, []))
+    assert launches == ["a+d", "b", "c"]
 
 
+@pytest.mark.usefixtures("launches")
 def test_jobs_that_come_together_are_left_while_the_device_is_busy(executor: Executor) -> None:
     release, started, settled = threading.Event(), threading.Event(), threading.Event()
-    results: list[tuple[bytes, object]] = []
+    results: list[tuple[str, object]] = []
 
     def slow() -> bytes:
         started.set()
         return bytes(release.wait(5))
 
-    jobs = joining_jobs([Joining("x", b"1", b"a", []), Joining("x", b"2", b"b", [])], results)
+    jobs = joining_jobs([joining("x", b"1", "a"), joining("x", b"2", "b")], results)
     executor.submit(slow, lambda *_: settled.set())
     assert started.wait(5)
     assert executor.settle_now(jobs) == jobs

@@ -11,8 +11,8 @@ import torch
 
 import attnd
 from attnd.errors import Unauthenticated
-from attnd_server.app import build_service
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.identity import ANYBODY, FileRefused, Principals, ServerCertificates, TokenFile, refuse_if_revoked
 from attnd_server.identity.tokens import add_token, digest

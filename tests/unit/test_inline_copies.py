@@ -19,7 +19,7 @@ import attnd
 from attnd.protocol.frames import Frame, Framed
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call, Result
 from attnd_server.inproc import InprocTransport
@@ -86,7 +86,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
 @pytest.fixture
 def session(trace: Trace) -> Iterator[attnd.Session]:
     service = build_service(ServerConfig(device="cpu"))
-    attend = service.executor.attend
+    attend = service.executor.runner.attend
 
     def traced_attend(call: Call) -> Result:
         result = attend(call)
@@ -94,7 +94,7 @@ def session(trace: Trace) -> Iterator[attnd.Session]:
         trace.attended |= {name: place(tensor) for name, tensor in tensors.items()}
         return result
 
-    service.executor.attend = traced_attend  # type: ignore[method-assign]
+    service.executor.runner.attend = traced_attend  # type: ignore[method-assign]
     with attnd.Client(InprocTransport(service)) as client, client.create_cache(**GEOMETRY) as cache:
         with cache.session() as opened:
             yield opened

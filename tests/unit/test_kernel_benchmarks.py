@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnd_server.attention.config import AttentionBackend
-from attnd_server.attention.metadata import visible
+from attnd_server.attention.masks import visible
 from benchmarks import blocks, chunked, decode, fp8, kernel_benchmark, prefill, ragged, roofline, store
 from benchmarks.ceilings import Ceilings
 from benchmarks.dense_peers import Flex, Sdpa
@@ -79,8 +79,8 @@ def test_our_backends_pass_the_check_of_every_kind_of_cell(name: str) -> None:
 @pytest.mark.parametrize("name", ["decode", "fp8", "mixed"])
 def test_one_wrong_page_in_a_layer_is_not_timed(name: str) -> None:
     def forgetful(case: Case, tensors: Tensors, layer: int) -> torch.Tensor:
-        pages = [(k.clone(), v.clone()) for k, v in tensors.layers]
-        as_slots(pages[1][1])[int(case.page_tables[0, 0]) * case.page_size] += 3
+        pages = [each._replace(k=each.k.clone(), v=each.v.clone()) for each in tensors.layers]
+        as_slots(pages[1].v)[int(case.page_tables[0, 0]) * case.page_size] += 3
         return fake_attention(case, replace(tensors, layers=pages), layer)
 
     row, notes = measured(TINY[name], Fake("ours", forgetful), Fake("peer", fake_attention))
@@ -150,8 +150,8 @@ def test_new_tokens_lie_behind_the_context_in_pages_of_their_own_request(name: s
     case = small_heads(TINY[name])
     tensors = draw(case, CPU)
     assert len(case.new_slots.unique()) == case.num_tokens
-    for k_pages, v_pages in tensors.layers:
-        for pages, tokens in ((k_pages, tensors.k), (v_pages, tensors.v)):
+    for layer in tensors.layers:
+        for pages, tokens in ((layer.k, tensors.k), (layer.v, tensors.v)):
             stored = as_slots(pages)[case.new_slots].view(pages.dtype)
             assert torch.equal(stored.float(), tokens.to(pages.dtype).float())
     used = [table[table >= 0].tolist() for table in case.page_tables]

@@ -23,8 +23,9 @@ from hypothesis.stateful import (
 
 import attnd
 from attnd.protocol import frames, requests
+from attnd.protocol.cache_spec import CacheSpec
 from attnd.v1 import cache_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.inproc import InprocTransport
@@ -145,7 +146,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule(principal=PRINCIPALS, ttl_s=st.sampled_from([1.0, 5.0, 60.0]))
     def create(self, principal: str, ttl_s: float) -> None:
         there = [held for held in self.model if held.is_there]
-        request = requests.create_cache(**GEOMETRY, ttl_s=ttl_s)
+        request = CacheSpec(**GEOMETRY, ttl_s=ttl_s).to_request()
         if len(there) == MAX_CACHES:
             with pytest.raises(attnd.Exhausted, match=f"{MAX_CACHES} caches exist"):
                 self.call("CreateCache", request, principal)
@@ -249,15 +250,16 @@ class LeaseMachine(RuleBasedStateMachine):
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("htj,jhd->thd", weights / weights.sum(-1, keepdims=True), values)
 
+    def stored(self, data: bytes, principal: str) -> bytes:
+        return self.transport._finish(self.service.kv.store_kv(data, principal), 10)
+
     @precondition(lambda self: self.model)
     @rule(which=WHICH, by_owner=BY_OWNER, slots=st.lists(st.integers(0, SLOTS - 1), unique=True, max_size=4))
     def store(self, which: int, by_owner: bool, slots: list[int]) -> None:
         held, principal = self.chosen(which, by_owner)
         k, v = self.numbers.standard_normal((2, len(slots), HEADS, DIM), np.float32)
         for request in requests.store_kv(held.ref, 0, slots, k, v):
-            self.attempt(
-                held, principal, lambda data=request: self.transport._finish(self.service.store_kv(data, principal), 10)
-            )
+            self.attempt(held, principal, lambda data=request: self.stored(data, principal))
             if held.is_there and held.principal == principal:
                 held.k[0, slots], held.v[0, slots] = k, v
 
@@ -277,7 +279,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def read(self, which: int, by_owner: bool, layer: int) -> None:
         held, principal = self.chosen(which, by_owner)
         request = requests.read_kv(held.ref, layer, list(range(SLOTS)))
-        works = self.attempt(held, principal, lambda: list(self.service.read_kv(request, principal)))
+        works = self.attempt(held, principal, lambda: list(self.service.kv.read_kv(request, principal)))
         if works is not None:
             chunks = [frames.READ_KV_RESPONSE.decode(self.transport._finish(work, 10)) for work in works]
             k, v = requests.joined(chunks, np.zeros(1, np.float32))

@@ -19,10 +19,12 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import Copies
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.observe.counts import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, Metrics, PhaseHistogram
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.endpoint import MetricsEndpoint
 from attnd_server.observe.histogram import Histogram
-from attnd_server.observe.prometheus import MetricsEndpoint, ServerCollector
+from attnd_server.observe.prometheus import ServerCollector
 from attnd_server.observe.rpc_counts import RpcCounter
+from attnd_server.observe.tallies import BYTES_BOUNDS, PHASE_BOUNDS_US, SECONDS_BOUNDS, PhaseHistogram
 from tests.scrape import Scrape
 
 Q, K, V = torch.ones(5, 6, 16), torch.ones(5, 2, 16), torch.ones(5, 2, 8, dtype=torch.float16)
@@ -32,7 +34,11 @@ RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA, Co
 
 def collector(metrics, caches=(), queue_depth=0, faults=None, verifier=None):
     table = types.SimpleNamespace(all=lambda: list(caches), kv_bytes=1 << 30)
-    executor = types.SimpleNamespace(queue_depth=queue_depth, faults=faults or DeviceFaults(torch.device("cpu")))
+    executor = types.SimpleNamespace(
+        queue_depth=queue_depth,
+        faults=faults or DeviceFaults(torch.device("cpu")),
+        graphs=types.SimpleNamespace(all=lambda: [graphs for cache in caches for graphs in cache.graphs]),
+    )
     return ServerCollector(metrics, executor, table, ServerConfig(max_caches=9), verifier)
 
 
@@ -152,7 +158,7 @@ def test_memory_and_queue_are_what_they_are_when_asked():
             num_pages_written=num_pages_written,
             num_bytes=num_bytes,
             num_graph_bytes=100 * len(num_graphs),
-            graphs={"a": [types.SimpleNamespace(num_graphs=each) for each in num_graphs]},
+            graphs=[types.SimpleNamespace(num_graphs=each) for each in num_graphs],
         )
 
     scrape = scraped(Metrics(), [cache(8, 3, 1000), cache(4, 4, 900, 2, 32)], queue_depth=17)

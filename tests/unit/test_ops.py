@@ -14,8 +14,10 @@ import attnd_server
 from attnd.errors import Unsupported
 from attnd_server.attention import ops as dispatcher
 from attnd_server.attention.auto_choice import CHOICES, Choice, StepKind, kind_of, orders_for
-from attnd_server.attention.backends import flash_libraries, triton, xformers
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig
+from attnd_server.attention.backends import flash_libraries, xformers
+from attnd_server.attention.backends.triton import attention as triton
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from tests import oracle
@@ -198,9 +200,7 @@ def test_a_context_that_a_kernel_cannot_hold_is_refused(
 def test_attend_computes_and_names_the_backend(ops: TritonAttentionOps) -> None:
     given = oracle.tensors(CASE)
     metadata: AttentionMetadata = CASE.metadata()
-    output, lse, backend = ops.attend(
-        CASE.config(), metadata, PLAIN, given.q, given.k, given.v, given.k_pages, given.v_pages
-    )
+    output, lse, backend = ops.attend(CASE.config(), metadata, PLAIN, given.q, given.k, given.v, given.pages)
     assert_close(output, oracle.attend(CASE, given)[0], torch.float32)
     assert lse is None
     assert backend is AttentionBackend.SDPA

@@ -13,9 +13,12 @@ import torch
 
 from attnd.protocol.cuda import driver as cuda_driver
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
+from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device import gpu_addresses
-from attnd_server.kv import page_space
-from attnd_server.kv.page_space import CachePages, PageSpaces
+from attnd_server.device.indexed import with_index
+from attnd_server.kv import addresses
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.page_spaces import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
 
 CPU = torch.device("cpu")
@@ -112,7 +115,7 @@ def test_where_addresses_count_as_memory_a_cache_lies_alone(monkeypatch: pytest.
     def refuse(device: torch.device, num_bytes: int) -> None:
         raise OSError("cannot allocate memory")
 
-    monkeypatch.setattr("attnd_server.kv.page_space._addresses", refuse)
+    monkeypatch.setattr("attnd_server.kv.page_space.addresses_on", refuse)
     held = spaces()
     one, other = held.take(CONFIG), held.take(CONFIG)
     assert one.space is not other.space
@@ -143,7 +146,7 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(
         "attnd_server.device.gpu_addresses._Bytes", lambda address, size: SimpleNamespace(shape=(size,))
     )
-    monkeypatch.setattr(page_space, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
+    monkeypatch.setattr(addresses, "HostAddresses", lambda num_bytes: gpu_addresses.GpuAddresses(CPU, num_bytes))
     return driver
 
 
@@ -181,3 +184,25 @@ def test_a_full_gpu_says_so_and_keeps_nothing(fake_driver: FakeDriver) -> None:
         held.take(config)
     held.give_back(kept, small)
     assert (fake_driver.mapped, fake_driver.reserved, fake_driver.free) == ({}, {}, 20 * UNIT)
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    named = {name: str(with_index(name)) for name in ("cuda", "cuda:1", "cpu")}
+    assert named == {"cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu"}
+    monkeypatch.setattr("attnd_server.attention.ops._LOADERS", {})
+    monkeypatch.setattr("attnd_server.attention.ops._capability", lambda device: (9, 0))
+    assert TritonAttentionOps("cuda").device == torch.device("cuda", 3)
+    seen: list[torch.device] = []
+
+    class Stop(Exception):
+        pass
+
+    def note(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> None:
+        seen.append(device)
+        raise Stop
+
+    monkeypatch.setattr("attnd_server.kv.cache._scales", note)
+    with pytest.raises(Stop):
+        Cache(CONFIG, epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
+    assert seen == [torch.device("cuda", 3)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnd_server.planes.shm import server as shm_server
+from attnd_server.planes import server as plane_server
 from attnd_server.planes.shm.pinning import CudaRegistrar, Pinning, registrar_for
 from tests.servers import wait_for
 from tests.unit.test_shm_server import GEOMETRY, attend, serving
@@ -40,7 +40,7 @@ class FakeRegistrar:
 @pytest.fixture
 def registrar(monkeypatch: pytest.MonkeyPatch) -> FakeRegistrar:
     fake = FakeRegistrar()
-    monkeypatch.setattr(shm_server, "registrar_for", lambda device: fake)
+    monkeypatch.setattr(plane_server, "registrar_for", lambda device: fake)
     return fake
 
 
@@ -147,7 +147,7 @@ def test_a_client_that_sends_garbage_leaves_nothing_pinned(tmp_path: Path, regis
 
 
 def test_sessions_work_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm_server, "registrar_for", lambda device: FakeRegistrar("no memory can be pinned"))
+    monkeypatch.setattr(plane_server, "registrar_for", lambda device: FakeRegistrar("no memory can be pinned"))
     with serving(tmp_path) as (_, client), client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         assert torch.equal(attend(session), torch.ones(1, 2, 16))
         assert session.plane == "shm"

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from attnd.errors import Exhausted
 from attnd_server.execution.queue import MAX_RETRY_S, MIN_RETRY_S, Job, WorkQueue
-from attnd_server.execution.work import NewCache, OnCache
+from attnd_server.execution.work import CacheWork, new_cache
 
 
 def job(cache: bytes = b"") -> Job:
     def work() -> bytes:
         return cache
 
-    return Job(OnCache(cache, work) if cache else work, lambda result, error: None, float("inf"), 0.0)
+    return Job(CacheWork(cache, "", work) if cache else work, lambda result, error: None, float("inf"), 0.0)
 
 
 def taken(queue: WorkQueue) -> list[Job]:
@@ -65,10 +65,10 @@ def test_order_holds_within_a_cache_and_nobody_is_passed_by_twice(events: list[b
             assert not any(waiting.values())
             continue
         queue.finished(0.0)
-        assert waiting[got.lane].popleft() is got
-        for lane, others in passed.items():
-            others.append(got.lane)
-            if lane == got.lane or not waiting[lane]:
+        assert waiting[got.cache_id].popleft() is got
+        for cache, others in passed.items():
+            others.append(got.cache_id)
+            if cache == got.cache_id or not waiting[cache]:
                 others.clear()
             assert len(others) == len(set(others))
 
@@ -150,7 +150,7 @@ def owned(owner: str, cache: bytes = b"") -> Job:
     def work() -> bytes:
         return cache
 
-    kind = OnCache(cache, work, owner) if cache else NewCache(owner, work)
+    kind = CacheWork(cache, owner, work) if cache else new_cache(owner, work)
     return Job(kind, lambda result, error: None, float("inf"), 0.0)
 
 

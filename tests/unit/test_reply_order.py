@@ -12,7 +12,7 @@ import torch
 import attnd
 from attnd.protocol import frames, requests
 from attnd.v1 import cache_pb2, tensor_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.identity import ANYBODY
 from attnd_server.rpc.reply_order import ReplyOrder
@@ -43,15 +43,15 @@ def test_answers_leave_in_the_order_of_their_requests() -> None:
         futures = [asyncio.get_running_loop().create_future() for _ in range(2)]
         await answers.put(b"first")
         assert written == [b"first"]
-        assert answers.is_empty
+        assert not answers.waiting
         for answer in (futures[0], b"third", futures[1]):
             await answers.put(answer)
         futures[1].set_exception(ValueError("why"))
         await asyncio.sleep(0.01)
-        assert (written, answers.is_empty) == ([b"first"], False)
+        assert (written, not answers.waiting) == ([b"first"], False)
         futures[0].set_result(b"second")
         await answers.finish()
-        assert (written, answers.is_empty) == ([b"first", b"second", b"third", b"told why"], True)
+        assert (written, not answers.waiting) == ([b"first", b"second", b"third", b"told why"], True)
         await answers.put(b"fifth")
         assert written[-1] == b"fifth"
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from attnd.errors import AttndError, CacheLost, Disconnected, EpochMismatch, Exhausted, InvalidRequest
-from attnd.planes.retries import RECONNECT_PAUSE_S, RECONNECT_S, Patience, patiently, until_answered
+from attnd.planes.retries import retried, until_answered
+from attnd.planes.retry_deadline import RECONNECT_PAUSE_S, RECONNECT_S, RetryDeadline
 
 
 @pytest.fixture
@@ -16,7 +17,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Time passes in sleeps only; each of them. For `retries` alone: other tests' threads live on in this process."""
     sleeps: list[float] = []
     clock = SimpleNamespace(monotonic=lambda: sum(sleeps), sleep=sleeps.append)
-    monkeypatch.setattr("attnd.planes.retries.time", clock)
+    for module in ("retries", "retry_deadline"):
+        monkeypatch.setattr(f"attnd.planes.{module}.time", clock)
     return sleeps
 
 
@@ -30,7 +32,7 @@ def test_it_comes_back_no_sooner_than_told_and_has_less_time_then(clock: list[fl
             raise refusals.pop(0)
         return "answer"
 
-    assert patiently(send, 10.0) == "answer"
+    assert retried(send, 10.0) == "answer"
     assert [2.0 <= clock[0] <= 3.0, 1.0 <= clock[1] <= 1.5] == [True, True]
     assert given == [10.0, pytest.approx(10 - clock[0]), pytest.approx(10 - sum(clock))]
 
@@ -43,16 +45,16 @@ def test_what_waiting_does_not_help_is_raised_at_once(clock: list[float], refusa
         raise refusal
 
     with pytest.raises(type(refusal)) as raised:
-        patiently(send, 10.0)
+        retried(send, 10.0)
     assert raised.value is refusal
     assert clock == []
 
 
 def test_refused_again_and_again_it_ends_in_time(clock: list[float]) -> None:
     with pytest.raises(Exhausted):
-        patiently(lambda left_s: (_ for _ in ()).throw(Exhausted("full", retry_after_s=0.4)), 3.0)
+        retried(lambda left_s: (_ for _ in ()).throw(Exhausted("full", retry_after_s=0.4)), 3.0)
     assert 2.0 < sum(clock) < 3.0
-    assert Patience(3.0).left_s == pytest.approx(3.0)  # now + 3 - now is rounded
+    assert RetryDeadline(3.0).left_s == pytest.approx(3.0)  # now + 3 - now is rounded
 
 
 def test_a_server_that_ends_is_waited_for_until_another_answers(clock: list[float]) -> None:
@@ -93,28 +95,28 @@ def failing(*errors: AttndError) -> Callable[[float], bytes]:
 
 
 def test_what_was_lost_with_its_connection_is_sent_again(clock: list[float]) -> None:
-    assert patiently(failing(Disconnected("reset"), Disconnected("refused")), 30.0) == b"answer"
+    assert retried(failing(Disconnected("reset"), Disconnected("refused")), 30.0) == b"answer"
     assert 0 < clock[0] < clock[1]
 
 
 def test_a_server_that_stays_away_is_given_up_long_before_the_timeout(clock: list[float]) -> None:
     with pytest.raises(Disconnected, match="refused"):
-        patiently(failing(*[Disconnected("refused") for _ in range(99)]), 30.0)
+        retried(failing(*[Disconnected("refused") for _ in range(99)]), 30.0)
     assert 0.8 * RECONNECT_S < sum(clock) <= RECONNECT_S
 
 
 def test_what_was_lost_is_not_sent_again_after_the_timeout(clock: list[float]) -> None:
     with pytest.raises(Disconnected):
-        patiently(failing(*[Disconnected("refused") for _ in range(99)]), 0.3)
+        retried(failing(*[Disconnected("refused") for _ in range(99)]), 0.3)
     assert sum(clock) < 0.3
 
 
 @pytest.mark.parametrize("gone", [CacheLost("unknown"), EpochMismatch("another life")])
 def test_a_deletion_that_finds_nothing_the_second_time_is_done(clock: list[float], gone: CacheLost) -> None:
-    assert patiently(failing(Disconnected("reset"), gone), 30.0, gone=b"done") == b"done"
+    assert retried(failing(Disconnected("reset"), gone), 30.0, gone=b"done") == b"done"
     with pytest.raises(CacheLost):  # of anything else the caller wants to know
-        patiently(failing(Disconnected("reset"), gone), 30.0)
+        retried(failing(Disconnected("reset"), gone), 30.0)
     with pytest.raises(CacheLost):  # and so of a deletion that nobody sent before
-        patiently(failing(gone), 30.0, gone=b"done")
+        retried(failing(gone), 30.0, gone=b"done")
     with pytest.raises(CacheLost):
-        patiently(failing(Exhausted("busy", retry_after_s=0.1), gone), 30.0, gone=b"done")
+        retried(failing(Exhausted("busy", retry_after_s=0.1), gone), 30.0, gone=b"done")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 import attnd
-from attnd.planes.choice import OpenedStream, PlaneOptions
-from attnd.planes.grpc import Stream
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.open_stream import OpenedStream
+from attnd.planes.transport import Stream
 from attnd.protocol.requests import AttendReply
 from attnd.timings import KEPT_CALLS
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2

@@ -10,7 +10,7 @@ import pytest
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
-from attnd_server.planes.shm.connection import AnswerSocket
+from attnd_server.planes.answer_socket import AnswerSocket
 
 MIB = 1 << 20
 

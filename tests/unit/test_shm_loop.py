@@ -17,8 +17,8 @@ import attnd
 from attnd.protocol.shm import framing
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Result
-from attnd_server.planes.shm import server as shm_server
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes import connection as plane_connection
+from attnd_server.planes.server import PlaneServer
 from tests.held_device import held
 from tests.raw_shm import AGAIN, DECODE, RawClient
 from tests.servers import wait_for
@@ -35,17 +35,17 @@ class Served:
         threads: the names of those that ran calls, in order.
     """
 
-    def __init__(self, server: ShmServer, client: attnd.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, server: PlaneServer, client: attnd.Client, monkeypatch: pytest.MonkeyPatch) -> None:
         self.server, self.client = server, client
         self.threads: list[str] = []
         executor = server._service.executor
-        really = executor.attend
+        really = executor.runner.attend
 
         def attend_and_note(call: Call) -> Result:
             self.threads.append(threading.current_thread().name)
             return really(call)
 
-        monkeypatch.setattr(executor, "attend", attend_and_note)
+        monkeypatch.setattr(executor.runner, "attend", attend_and_note)
 
     def thread_of(self, session: attnd.Session) -> str:
         """The thread that runs the session's next call."""
@@ -141,7 +141,7 @@ def test_who_reads_no_answers_holds_up_nobody_and_gets_them_all_later(served: Se
 
 
 def test_who_reads_nothing_for_too_long_is_ended_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm_server, "SEND_S", 0.3)
+    monkeypatch.setattr(plane_connection, "SEND_S", 0.3)
     with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
         attend(session)
         with pytest.raises(OSError, match=r"[Bb]roken pipe|reset"):  # noqa: PT012  # which of them is the system's
@@ -177,7 +177,7 @@ class FullEpoll:
 
 
 def test_whom_the_loop_cannot_watch_is_served_by_its_own_thread(served: Served) -> None:
-    served.server._loop._epoll = FullEpoll(served.server._loop._epoll)  # type: ignore[assignment]
+    served.server._loop.clients._epoll = FullEpoll(served.server._loop.clients._epoll)  # type: ignore[assignment]
     with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served) as raw:
         for _ in range(3):
             assert served.thread_of(session) == OWN
@@ -193,7 +193,7 @@ def test_a_fault_in_the_loop_ends_whom_it_served_and_nobody_else(
         raw.socket.sendall(AGAIN)
         assert raw.answer() == "call"
         with monkeypatch.context() as broken:
-            broken.setattr(served.server._loop, "_run_alone", lambda seat, call: 1 // 0)
+            broken.setattr(served.server._loop, "_run_alone", lambda client, call: 1 // 0)
             raw.socket.sendall(AGAIN)
             assert raw.replies.receive() is None
         assert "ZeroDivisionError" in caplog.text
@@ -204,7 +204,7 @@ def test_a_fault_in_the_loop_ends_whom_it_served_and_nobody_else(
 
 def test_calls_that_wait_at_the_same_time_share_a_launch(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = served.server._service.executor
-    attend_one, attend_several = executor.attend, executor.attend_together
+    attend_one, attend_several = executor.runner.attend, executor.runner.attend_together
     has_begun, go_on, launches = threading.Event(), threading.Event(), []
 
     def hold(call: Call) -> Result:
@@ -221,8 +221,8 @@ def test_calls_that_wait_at_the_same_time_share_a_launch(served: Served, monkeyp
         for raw in 2 * clients:  # after which the loop has them all
             raw.socket.sendall(AGAIN)
             assert raw.answer() == "call"
-        monkeypatch.setattr(executor, "attend", hold)
-        monkeypatch.setattr(executor, "attend_together", note)
+        monkeypatch.setattr(executor.runner, "attend", hold)
+        monkeypatch.setattr(executor.runner, "attend_together", note)
         clients[0].socket.sendall(AGAIN)
         assert has_begun.wait(30)
         for raw in clients[1:]:

@@ -15,20 +15,22 @@ import torch
 import attnd
 from attnd.protocol.shm import sockets
 from attnd.v1 import plane_pb2
-from attnd_server.app import build_service
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import Copies
 from attnd_server.inproc import InprocTransport
-from attnd_server.planes.shm.server import ShmServer
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.server import PlaneServer
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 
 
 @contextmanager
-def serving(folder: Path, **limits: int) -> Iterator[tuple[ShmServer, attnd.Client]]:
+def serving(folder: Path, **limits: int) -> Iterator[tuple[PlaneServer, attnd.Client]]:
     """A server whose messages come in-process, and whose planes come over its socket."""
-    service = build_service(ServerConfig(device="cpu", socket_dir=str(folder), region_bytes=1 << 20, **limits))
-    server = ShmServer(service)
+    config, planes = ServerConfig(device="cpu", socket_dir=str(folder), region_bytes=1 << 20, **limits), Planes()
+    service = build_service(config, planes=planes)
+    server = PlaneServer(service, planes)
     try:
         with attnd.Client(InprocTransport(service), plane="shm", timeout_s=10) as client:
             yield server, client
@@ -126,7 +128,7 @@ def test_a_folder_that_cannot_be_is_an_error_at_the_start(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     service = build_service(ServerConfig(device="cpu", socket_dir=str(tmp_path / "file")))
     with pytest.raises(OSError, match="file"):
-        ShmServer(service)
+        PlaneServer(service, Planes())
     service.executor.close()
 
 

@@ -24,12 +24,21 @@ from safetensors.torch import load_file
 
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
-from attnd_server import app
-from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server import app, build
+from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import MAX_EPOCHS, Cache
 from attnd_server.kv.caches import CacheTable
-from attnd_server.kv.snapshots import MANIFEST, TENSORS, SnapshotRefused, SnapshotStore, manifest, tensor_file
+from attnd_server.kv.snapshots import (
+    MANIFEST,
+    TENSORS,
+    Progress,
+    SnapshotRefused,
+    SnapshotStore,
+    manifest,
+    tensor_layout,
+)
 from attnd_server.kv.snapshots.manifest import Manifest
 
 CPU = torch.device("cpu")
@@ -90,7 +99,7 @@ def restored(folder: Path, caches: CacheTable | None = None, max_ttl_s: float = 
 @pytest.mark.parametrize("config", GEOMETRIES.values(), ids=GEOMETRIES)
 @pytest.mark.parametrize("chunk_bytes", [1, 1000, 16 << 20])
 def test_everything_comes_back(tmp_path: Path, monkeypatch, config: AttentionConfig, chunk_bytes: int) -> None:
-    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(tensor_layout, "CHUNK_BYTES", chunk_bytes)
     before = filled(table(), config)
     written(tmp_path, before)
     (after,) = restored(tmp_path)
@@ -383,7 +392,7 @@ def test_nothing_is_written_while_a_call_runs_or_after_a_fault(
 ) -> None:
     monkeypatch.setattr(app, "QUIET_S", 0.01)
     server = app.Server(ServerConfig(device="cpu"))
-    server.service = app.build_service(server.config)
+    server.service = build.build_service(server.config)
     executor, go_on = server.service.executor, threading.Event()
     cache = filled(server.service.caches)
     executor.submit(lambda: str(go_on.wait(20)).encode(), lambda result, error: None)
@@ -433,13 +442,13 @@ def test_a_manifest_that_says_anything_else_is_refused(name: str, random: Random
         return
     assert read.to_bytes() == data
     assert type(read.num_bytes) is type(read.num_pages) is type(read.config.page_size) is int
-    tensor_file.TensorLayout(read.config, read.num_pages)
+    tensor_layout.TensorLayout(read.config, read.num_pages)
 
 
 def test_progress_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(tensor_file.Progress, "PERIOD_S", 0)
-    progress = tensor_file.Progress("writing", 200, cache="c")
+    monkeypatch.setattr(Progress, "PERIOD_S", 0)
+    progress = Progress("writing", 200, cache="c")
     progress.advance(50)
     progress.advance(100)
     assert [(record.getMessage(), record.percent, record.cache) for record in caplog.records] == [

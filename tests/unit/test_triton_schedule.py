@@ -14,18 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
 
-from attnd_server.attention.backends.triton_schedule import (
-    Rows,
-    Work,
-    _to_and_fro,
-    hopper_schedule,
-    request_table,
-    split_schedule,
-)
-from attnd_server.attention.config import KVSplitConfig
+from attnd_server.attention.backends.triton.hopper_schedule import _to_and_fro, hopper_schedule
+from attnd_server.attention.backends.triton.split_schedule import split_schedule
+from attnd_server.attention.backends.triton.work import Rows, Work, request_table
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata
 
 PAGE_SIZE = 16

@@ -9,7 +9,8 @@ import torch
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.service import validation
 from tests.unit.wire_messages import tensor

@@ -1,4 +1,4 @@
-"""Shadow verification: what is picked and copied, what counts as wrong, and what comes of it."""
+"""Verification: what is picked and copied, what counts as wrong, and what comes of it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from prometheus_client import CollectorRegistry, generate_latest
 
 import attnd
-from attnd_server.app import build_service
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import FP8, AttentionBackend
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.inproc import PRINCIPAL, InprocTransport
+from attnd_server.inproc import InprocTransport
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier, verifier
 from attnd_server.observe.verify.check import Verdict, verify
@@ -49,10 +49,7 @@ def call_of(case: Case, tensors: oracle.Tensors) -> Call:
     cache = types.SimpleNamespace(
         config=case.config(),
         device=CPU,
-        k_pages=tensors.k_pages[None],
-        v_pages=tensors.v_pages[None],
-        k_scales=tensors.k_scales,
-        v_scales=tensors.v_scales,
+        layers=[tensors.pages],
     )
     step = types.SimpleNamespace(cache=cache, metadata=case.metadata())
     return Call(step, 0, oracle.options(case, tensors), tensors.q, tensors.k, tensors.v)
@@ -100,8 +97,8 @@ def test_a_part_of_a_call_can_be_verified(case: Case) -> None:
     some = max(whole.num_bytes // 3, 40_000)
     sample = sampled(case, NaiveAttention(), some)
     assert not verify(sample).is_mismatch
-    copied = (sample.q, sample.k, sample.v, sample.output, sample.lse, sample.k_pages, sample.v_pages)
-    empty = sample.config.page_size * (sample.k_pages[0].nbytes + sample.v_pages[0].nbytes)  # a page for no context
+    copied = (sample.q, sample.k, sample.v, sample.output, sample.lse, sample.pages.k, sample.pages.v)
+    empty = sample.config.page_size * (sample.pages.k[0].nbytes + sample.pages.v[0].nbytes)  # a page for no context
     assert sum(tensor.nbytes for tensor in copied if tensor is not None) <= sample.choice.num_bytes + empty
 
 
@@ -341,8 +338,7 @@ def test_calls_of_graphs_are_verified() -> None:
         tally = checked(service).tallies[AttentionBackend.NAIVE]
         assert (sum(tally.ratios.counts), tally.mismatches) == (3, 0)
         tally.ratios.counts[:] = [0] * len(tally.ratios.counts)
-        (alike,) = service.caches.owned(PRINCIPAL)[0].graphs.values()
-        graphs = alike[-1]
+        graphs = service.executor.graphs.all()[-1]
         replay = graphs._replays[0]
         graphs._replays[0] = lambda: (replay(), graphs._memory.results.host[-1].add_(1))
         worker.server.together([worker.call(0, DEFAULT)])
@@ -453,10 +449,10 @@ def test_a_broken_device_that_verification_sees_is_broken_for_all(monkeypatch: p
 
 
 def test_the_fraction_is_kept_and_no_call_has_a_place_of_its_own() -> None:
-    shadow = Verifier(0.05, CPU, DeviceFaults(CPU))
-    shadow._random.seed(1)
-    due = [number for number in range(40_000) if shadow.is_due()]
-    shadow.close()
+    some = Verifier(0.05, CPU, DeviceFaults(CPU))
+    some._random.seed(1)
+    due = [number for number in range(40_000) if some.is_due()]
+    some.close()
     assert 1_800 < len(due) < 2_200  # 2000, and 4.6 standard deviations
     assert {number % 32 for number in due} == set(range(32))
     every = Verifier(1.0, CPU, DeviceFaults(CPU), refuses=True)

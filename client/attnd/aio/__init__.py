@@ -8,7 +8,8 @@ async with await attnd.aio.connect("localhost:7411") as client:
 ```
 """
 
-from attnd.aio.client import AsyncCache, AsyncClient, connect
+from attnd.aio.cache import AsyncCache
+from attnd.aio.client import AsyncClient, connect
 from attnd.aio.session import AsyncSession, AsyncStep
 
 __all__ = ["AsyncCache", "AsyncClient", "AsyncSession", "AsyncStep", "connect"]

@@ -6,19 +6,18 @@ import asyncio
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attnd.aio.streams import AsyncStream, open_stream
+from attnd.aio.leases import AsyncLease
+from attnd.aio.streams import AsyncStream
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
+from attnd.foreign_metadata import as_step_metadata
 from attnd.planes.choice import PlaneOptions
-from attnd.planes.retries import Patience
+from attnd.planes.retry_deadline import RetryDeadline
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
-
-if TYPE_CHECKING:
-    from attnd.aio.client import AsyncCache
 
 
 class AsyncSession:
@@ -33,9 +32,10 @@ class AsyncSession:
         refusals: by the name of each better plane, why the session does not have it.
     """
 
-    def __init__(self, cache: AsyncCache, plane: PlaneOptions) -> None:
+    def __init__(self, cache: AsyncLease, timeout_s: float, plane: PlaneOptions) -> None:
         """Opens no stream yet: the first step does."""
         self.cache = cache
+        self.timeout_s = timeout_s
         self.plane = ""
         self.refusals: Mapping[str, str] = {}
         self._wanted = plane
@@ -49,7 +49,7 @@ class AsyncSession:
 
         Arguments and errors as `attnd.Session.step`.
         """
-        timeout_s = self.cache.client.timeout_s
+        timeout_s = self.timeout_s
         stream = await self._opened_stream()
         if stream.going_away:
             if self._stream is stream:
@@ -57,11 +57,11 @@ class AsyncSession:
             await stream.finish(timeout_s)
             raise Disconnected(f"{stream.going_away}; the next step reconnects")
         step_id = self._last_step_id = self._last_step_id + 1
-        message = requests.as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
+        message = as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
         message.call_timeout_ms = requests.timeout_ms(timeout_s)
         answer = await stream.ask(partial(stream.step_request, message), timeout_s)
         answer.add_done_callback(partial(self._opened, step_id))
-        return AsyncStep(self.cache.client.timeout_s, stream, step_id, answer)
+        return AsyncStep(self.timeout_s, stream, step_id, answer)
 
     async def _opened_stream(self) -> AsyncStream:
         """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
@@ -69,7 +69,7 @@ class AsyncSession:
             stream = self._stream
             if stream is None or not (stream.is_open or stream.going_away):
                 self._sent_tables.forget()
-                stream, self.refusals = await open_stream(self.cache.client, self.cache.config, self._wanted)
+                stream, self.refusals = await self.cache.open_stream(self._wanted, self.timeout_s)
                 self._stream, self.plane = stream, stream.plane
             return stream
 
@@ -119,13 +119,13 @@ class AsyncStep:
         Whoever gives up waiting, as by a timeout of its own, gives up the output alone: the call may still run.
         """
         request = partial(self.stream.call_request, self.id, layer, q, k, v, options)
-        patience = Patience(self._timeout_s)
+        deadline = RetryDeadline(self._timeout_s)
         while True:
             answer = await self._answered(await self.stream.ask(request, self._timeout_s))
             if answer.kind != "error":
                 break
             error = self._error(answer)
-            pause_s = patience.pause_s(error)
+            pause_s = deadline.pause_s(error)
             if pause_s is None:
                 raise error
             await asyncio.sleep(pause_s)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted, ServerFault
-from attnd.planes import choice
-from attnd.planes.choice import PlaneOptions
-from attnd.planes.grpc import translate
+from attnd.planes.grpc_errors import translate
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import AttendReply
-from attnd.v1 import cache_pb2, step_pb2
-
-if TYPE_CHECKING:
-    from attnd.aio.client import AsyncClient
+from attnd.v1 import step_pb2
 
 
 class AsyncStream:
@@ -170,20 +165,3 @@ class AsyncGrpcStream(AsyncStream):
         except (AttndError, asyncio.CancelledError) as error:
             told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
         self._end(told)
-
-
-async def open_stream(
-    client: AsyncClient, config: cache_pb2.CacheConfig, wanted: PlaneOptions
-) -> tuple[AsyncStream, Mapping[str, str]]:
-    """`attnd.planes.choice.open_stream`, awaited."""
-    refusals = choice.inline_refusals(wanted, client.refusals)
-    if refusals is None:
-        try:
-            data = await client.unary("OpenPlane", choice.open_shm_request(), client.timeout_s)
-            plane, refusals = choice.opened_shm(data)
-            from attnd.aio.shm import open_shm  # has modules that other systems have not
-
-            return await open_shm(plane, config, wanted.socket_dir, client.timeout_s), refusals
-        except choice.REFUSALS as error:
-            refusals = choice.refusals_after(error, wanted, client.refusals)
-    return AsyncGrpcStream(client.stream("Attend"), client.address), refusals

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd.errors import AttndError, Exhausted, InvalidRequest, PermissionDenied, Unsupported
-from attnd.planes.grpc import Stream, Transport
 from attnd.protocol import frames
-from attnd.v1 import cache_pb2, capabilities_pb2, plane_pb2
+from attnd.v1 import capabilities_pb2, plane_pb2
 
 PLANES = ("auto", "inline", "shm", "cuda")
 
@@ -24,18 +23,6 @@ class PlaneOptions(NamedTuple):
 
     name: str = "auto"
     socket_dir: str = ""
-
-
-class OpenedStream(NamedTuple):
-    """What was given.
-
-    Attributes:
-        stream: over the plane.
-        refusals: by the name of each better plane, why it was not given; empty for a plane that was asked for.
-    """
-
-    stream: Stream
-    refusals: Mapping[str, str]
 
 
 def check_plane(name: str) -> str:
@@ -55,38 +42,6 @@ def plane_refusals(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> di
         elif name in refusals:
             refusals[name] = state.reason
     return refusals
-
-
-def open_stream(
-    transport: Transport,
-    config: cache_pb2.CacheConfig,
-    wanted: PlaneOptions,
-    refused: Mapping[str, str],
-    timeout_s: float,
-) -> OpenedStream:
-    """An Attend stream over the plane that is wanted, or with "auto" over the best that can be had.
-
-    Args:
-        transport: to the server.
-        config: of the cache whose calls it will carry.
-        wanted: what is asked for.
-        refused: `plane_refusals` of the server.
-        timeout_s: how long the server may take, in seconds.
-
-    Raises:
-        Unsupported: the plane cannot be had; the message says why.
-        AttndError: the server refused or is away.
-    """
-    untried = inline_refusals(wanted, refused)
-    if untried is not None:
-        return OpenedStream(transport.attend(), untried)
-    try:
-        plane, refusals = opened_shm(transport.unary("OpenPlane", open_shm_request(), timeout_s))
-        from attnd.planes.shm.stream import open_shm  # has modules that other systems have not
-
-        return OpenedStream(open_shm(plane, config, wanted.socket_dir, timeout_s), refusals)
-    except REFUSALS as error:
-        return OpenedStream(transport.attend(), refusals_after(error, wanted, refused))
 
 
 # What says that a plane is not to be had, while the server is there.

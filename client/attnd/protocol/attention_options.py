@@ -14,6 +14,8 @@ from attnd.v1 import backend_pb2, step_pb2
 BACKENDS: dict[str, backend_pb2.Backend.ValueType] = {
     name.removeprefix("BACKEND_").lower(): number for name, number in backend_pb2.Backend.items() if number
 }
+# By the wire's number; a store-only step has none.
+BACKEND_NAMES: dict[int, str] = {number: name for name, number in BACKENDS.items()}
 
 
 def backend_of(name: str) -> backend_pb2.Backend.ValueType:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnd.errors import InvalidRequest
+from attnd.protocol.alignment import ALIGNMENT, aligned
 from attnd.v1 import tensor_pb2
 
 if TYPE_CHECKING:
@@ -154,17 +155,30 @@ def _torch_array(value: torch.Tensor, field: str) -> Array:
 def from_array(array: Any, like: Any) -> Any:
     """`array` as the kind of thing that `like` is: a torch tensor on its device, a numpy array, or the Array itself.
 
-    A tensor of torch stays one: whoever made it knew what was wanted.
+    Tensors and numpy arrays are aligned, copied if need be: the caller multiplies them. A tensor of torch stays one:
+    whoever made it knew what was wanted.
     """
     torch = _torch()
     if not isinstance(array, Array):
         return array
     if torch is not None and isinstance(like, torch.Tensor):
-        return torch_tensor(array).to(like.device)
+        return aligned(torch_tensor(array).to(like.device))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(like, numpy.ndarray):
-        return numpy.frombuffer(array.data, DTYPE_NAMES[array.dtype]).reshape(array.shape)
+        return _aligned_numpy(numpy.frombuffer(array.data, DTYPE_NAMES[array.dtype]).reshape(array.shape))
     return array
+
+
+def _aligned_numpy(values: Any) -> Any:
+    """As `aligned`: numpy itself aligns what it allocates to 16 bytes only."""
+    if values.ctypes.data % ALIGNMENT == 0:
+        return values
+    numpy = sys.modules["numpy"]
+    room = numpy.empty(values.nbytes + ALIGNMENT, numpy.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
 
 
 def torch_tensor(array: Array) -> torch.Tensor:

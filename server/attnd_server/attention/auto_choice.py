@@ -1,7 +1,7 @@
 """What AUTO tries for each kind of step on each device, the fastest first: one table.
 
 Each row is for the kind of step that one benchmark times: `python -m benchmarks.decode` (or blocks, prefill, chunked),
-whose figures on an H200 stand in benchmarks/README.md. Of what is installed there beside the kernels written for paged
+whose figures on an H200 stand in docs/benchmarks.md. Of what is installed there beside the kernels written for paged
 steps only torch's cuDNN serves one of these kinds, prefill without context, and well only prompts of one length: from
 256 to 2k tokens it takes a half to a tenth less time than ours, for 4k as much, for 8k and more it takes longer.
 """
@@ -33,7 +33,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     """No context."""
     EVEN_PREFILL = "even prefill"
-    """The same, of prompts of one length up to EVEN_TOKENS, whose masks need no words: see `is_dense_prefill`."""
+    """The same, of prompts of one length up to EVEN_TOKENS with plain masks: see `is_dense_prefill`."""
     CHUNKED = "chunked"
     """Anything else: more new tokens, on some context."""
 

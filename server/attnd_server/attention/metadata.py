@@ -1,11 +1,7 @@
-"""A step and the options of a layer, after validation: shapes and ranges are facts from here on.
-
-And whether this thread is warming up: preparing for steps that are yet to come, instead of serving one.
-"""
+"""A step and the options of a layer, after validation: shapes and ranges are facts from here on."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,8 +29,8 @@ REQUEST_COLUMNS = (
 class AttentionMetadata:
     """A step's validated metadata, on the host.
 
-    Everything that the masks of design differ in is reduced to four numbers per request: `block_sizes`, `prefix_lens`,
-    `padded_prefix_lens` and the hole. See `new_token_limits`.
+    Everything in which masks differ is reduced to four numbers per request: `block_sizes`, `prefix_lens`,
+    `padded_prefix_lens` and the hole. See `masks.new_token_limits`.
 
     Attributes:
         is_decode: every request has the same number of new tokens.
@@ -164,97 +160,3 @@ def decode_step(num_reqs: int, query_len: int, context_len: int = 0, page_size: 
         hole_starts=zeros,
         hole_ends=zeros,
     )
-
-
-_warm_up = threading.local()
-
-
-def set_warming_up(is_warming_up: bool) -> None:
-    """Says whether this thread is warming up. Others serve callers meanwhile, so that it is each thread's own."""
-    _warm_up.is_on = is_warming_up
-
-
-def is_warming_up() -> bool:
-    """Whether this thread is warming up: what it launches now serves no caller, it compiles or is captured."""
-    return getattr(_warm_up, "is_on", False)
-
-
-def reset_warming_up() -> None:
-    """Ends this thread's warm-up."""
-    set_warming_up(False)
-
-
-def new_token_limits(
-    positions: torch.Tensor,
-    block_size: torch.Tensor | int,
-    prefix_len: torch.Tensor | int,
-    padded_prefix_len: torch.Tensor | int,
-) -> torch.Tensor:
-    """First position that a token does not see among the new tokens; the one mask family, on the host.
-
-    The sizes are those of one request, or tensors that broadcast against `positions` for several.
-
-    Args:
-        positions: int64 `[...]`, absolute positions of the tokens.
-        block_size: of the request; 1 is causal, 0 is bidirectional.
-        prefix_len: of the request; 0 unless prefix-full.
-        padded_prefix_len: of the request; 0 unless prefix-full.
-
-    Returns:
-        int64 like `positions`, exclusive limits.
-    """
-    block_size = torch.as_tensor(block_size)
-    limits = (positions // block_size.clamp(min=1) + 1) * block_size
-    limits = torch.where(positions < padded_prefix_len, padded_prefix_len, limits)
-    limits = torch.where(positions < prefix_len, prefix_len, limits)
-    return torch.where(block_size == 0, torch.iinfo(torch.int64).max, limits)
-
-
-def visible(
-    metadata: AttentionMetadata,
-    request: int,
-    window: int,
-    first_position: int = 0,
-    page_size: int = 1,
-    first_token: int = 0,
-    end_token: int | None = None,
-) -> torch.Tensor:
-    """What each new token of a request sees: the specification of every mask.
-
-    Args:
-        metadata: the step.
-        request: index of the request.
-        window: sliding window in tokens; 0 is off.
-        first_position: cached positions before it are left out of the answer (a window excludes them anyway).
-        page_size: token slots of a page of `page_tables`.
-        first_token: first new token that gets a row.
-        end_token: new token before which the rows end; None is the last.
-
-    Returns:
-        bool `[num_rows, num_cached + num_new]` on the host: cached positions `[first_position, context_len)`, then the
-        new tokens. Without the new tokens if the step is cache-only. Rows past `valid` see nothing.
-    """
-    context_len = int(metadata.context_lens[request])
-    valid_len = int(metadata.valid_lens[request])
-    new = torch.arange(metadata.query_lens[request])
-    tokens = new[first_token:end_token]
-    positions = context_len + tokens
-    cached = torch.arange(first_position, context_len)
-
-    in_hole = (cached >= metadata.hole_starts[request]) & (cached < metadata.hole_ends[request])
-    has_page = metadata.page_tables[request, cached // page_size] >= 0
-    seen = (has_page & ~in_hole).expand(len(tokens), -1)
-    keys = cached
-    if not metadata.cache_only:
-        limits = new_token_limits(
-            positions,
-            int(metadata.block_sizes[request]),
-            int(metadata.prefix_lens[request]),
-            int(metadata.padded_prefix_lens[request]),
-        )
-        seen_new = (context_len + new[None, :] < limits[:, None]) & (new[None, :] < valid_len)
-        seen = torch.cat([seen, seen_new], dim=1)
-        keys = torch.cat([cached, context_len + new])
-    if window:
-        seen = seen & (positions[:, None] - keys[None, :] < window)
-    return seen & (tokens[:, None] < valid_len)

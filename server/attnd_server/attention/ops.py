@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from attnd.errors import Unsupported
 from attnd_server.attention.auto_choice import kind_of, orders_for
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, decode_step
+from attnd_server.device.indexed import with_index
 
 
 class _Off(Exception):
@@ -33,7 +36,7 @@ def _sdpa(device: torch.device) -> AttentionKernel:
 
 def _triton(backend: AttentionBackend) -> Callable[[torch.device], AttentionKernel]:
     def load(device: torch.device) -> AttentionKernel:
-        from attnd_server.attention.backends import triton
+        from attnd_server.attention.backends.triton import attention as triton
 
         reason = triton.availability(device)
         if reason is not None:
@@ -84,28 +87,24 @@ class Plan:
     Attributes:
         kernel: the backend that was chosen.
         state: what its `plan` gave.
+        run: attention of one layer of q, k, v and pages: output and lse; see `AttentionKernel.run`.
+        launch: the same into output and lse that are given before q; see `AttentionKernel.launch`.
     """
 
     kernel: AttentionKernel
     state: Any
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = field(init=False, repr=False)
+    launch: Callable[..., None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Binds the kernel's methods once: a layer calls them without a frame of Python between."""
+        object.__setattr__(self, "run", partial(self.kernel.run, self.state))
+        object.__setattr__(self, "launch", partial(self.kernel.launch, self.state))
 
     @property
     def backend(self) -> AttentionBackend:
         """The backend's name."""
         return self.kernel.backend
-
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of one layer: output and lse; see `AttentionKernel.run`."""
-        return self.kernel.run(self.state, q, k, v, k_pages, v_pages, k_scales, v_scales)
 
 
 class TritonAttentionOps:
@@ -116,7 +115,7 @@ class TritonAttentionOps:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+        self.device = with_index(device)
         self._kernels: dict[AttentionBackend, AttentionKernel] = {}
         self._reasons: dict[AttentionBackend, str] = {}
         self._orders = orders_for(self.device, _capability(self.device))
@@ -193,10 +192,7 @@ class TritonAttentionOps:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionBackend]:
         """One layer at once: output, lse and the backend that computed them. Stores nothing.
 
@@ -204,7 +200,7 @@ class TritonAttentionOps:
             Unsupported: see `choose`.
         """
         plan = self.plan(config, metadata, options)
-        output, lse = plan.run(q, k, v, k_pages, v_pages, k_scales, v_scales)
+        output, lse = plan.run(q, k, v, pages)
         return output, lse, plan.backend
 
     def _refusal(

@@ -1,4 +1,4 @@
-"""How far a result may be from an exact one: one table, for the tests and for shadow verification (see `shadow`)."""
+"""How far a result may be from an exact one: one table, for tests and for `observe.verify`."""
 
 from __future__ import annotations
 

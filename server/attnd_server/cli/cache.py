@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from attnd_server.cli import options
 from attnd_server.cli.credentials import with_credentials
-from attnd_server.cli.options import number, setting
+from attnd_server.cli.options import DEFAULT_ADDRESS, option, timeout
+from attnd_server.cli.parsers import number
 
 if TYPE_CHECKING:
     import attnd
@@ -22,11 +22,9 @@ app = typer.Typer(
 )
 
 Server = Annotated[
-    str, setting("ATTND_ADDRESS", "The server.", flag="--address", metavar="HOST:PORT", show_default="localhost:7411")
+    str, option("ATTND_ADDRESS", "The server.", flag="--address", metavar="HOST:PORT", show_default="localhost:7411")
 ]
-Timeout = Annotated[
-    float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for each answer.")
-]
+Timeout = Annotated[float, timeout("How long to wait for each answer.")]
 
 
 @app.command("export")
@@ -37,7 +35,7 @@ def export_cache(
         typer.Argument(metavar="ID", help="The cache's id in hexadecimal digits: cache.ref.id.hex() in its worker."),
     ],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder to make, or one that is empty.")],
-    address: Server = options.DEFAULT_ADDRESS,
+    address: Server = DEFAULT_ADDRESS,
     timeout_s: Timeout = 60.0,
     credentials: Any = None,
 ) -> None:
@@ -64,7 +62,7 @@ def export_cache(
 @with_credentials
 def import_cache(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder that was exported.")],
-    address: Server = options.DEFAULT_ADDRESS,
+    address: Server = DEFAULT_ADDRESS,
     timeout_s: Timeout = 60.0,
     ttl_s: Annotated[
         float,

@@ -1,28 +1,21 @@
-"""A cache to a snapshot and back through the client, as anybody can who may use it.
-
-Calls carry K and V in the cache's dtype and by token; a snapshot has the bytes of pages. Between the two lies what a
-server does when it stores and reads, on a few pages at a time. FP8 is read as its value times a scale and stored as
-that divided by the scale: where that gives every value back, the bits are the same (a NaN stays a NaN), else it is
-refused.
-"""
+"""A cache to a snapshot and back through the client, as anybody can who may use it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 import attnd
-from attnd.errors import InvalidRequest
-from attnd_server.attention.config import FP8, AttentionConfig
-from attnd_server.attention.kernels.pages import dequantised, quantised, read_kv, store_kv, stored_tokens
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.cli.cache_pages import narrowest, pages_of, refuse_if_inexact, slots_of, tokens_of
 from attnd_server.kv.snapshots.folder import TENSORS, open_regular, read_manifest, refused, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
-from attnd_server.kv.snapshots.tensor_file import CHUNK_BYTES, TensorFileRefused, TensorLayout, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, page_bytes, page_ids
+from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
 from attnd_server.service import validation
 
 Advance = Callable[[int, int], None]
@@ -54,9 +47,9 @@ def export_cache(client: attnd.Client, cache_id: str, target: Path, advance: Adv
         file.write(layout.header)
         file.write(page_bytes(pages))
         for layer, chunk in _chunks(config, layout):
-            slots = _slots(pages[chunk], config)
-            k, v = cache.read_kv(layer, slots.to(_narrowest(config)), like=slots)
-            for is_k, data in _pages_of(k, v, config).items():
+            slots = slots_of(pages[chunk], config)
+            k, v = cache.read_kv(layer, slots.to(narrowest(config)), like=slots)
+            for is_k, data in pages_of(k, v, config).items():
                 part = layout.parts[2 * layer + (not is_k)]
                 file.seek(part.offset + chunk.start * part.page_bytes)
                 file.write(data.numpy().data.cast("B"))
@@ -114,32 +107,12 @@ def import_cache(
                     file.seek(part.offset + chunk.start * part.page_bytes)
                     data[part.is_k] = bytearray(file.read((chunk.stop - chunk.start) * part.page_bytes))
                     advance(len(data[part.is_k]), layout.num_bytes)
-                k, v = _tokens_of(data[True], data[False], chunk.stop - chunk.start, config)
-                cache.store_kv(layer, _slots(pages[chunk], config).to(_narrowest(config)), k, v)
+                k, v = tokens_of(data[True], data[False], chunk.stop - chunk.start, config)
+                cache.store_kv(layer, slots_of(pages[chunk], config).to(narrowest(config)), k, v)
         except BaseException:
             cache.__exit__(None, None, None)
             raise
     return cache
-
-
-def refuse_if_inexact(config: AttentionConfig) -> None:
-    """Raises InvalidRequest where some FP8 value does not come back from a call's dtype."""
-    if not config.is_quantised:
-        return
-    codes = torch.arange(256, dtype=torch.uint8)
-    is_number = ~codes.view(FP8).float().isnan()
-    for name, given in (("k_scales", config.k_scales), ("v_scales", config.v_scales)):
-        scales = torch.tensor(given, dtype=torch.float32)
-        values = codes.view(FP8)[:, None, None].expand(256, len(given), 1)
-        again = quantised(dequantised(values, scales, config.dtype), scales).view(torch.uint8)[..., 0]
-        wrong = (again != codes[:, None])[is_number].any(0).nonzero()
-        if len(wrong):
-            head = int(wrong[0])
-            raise InvalidRequest(
-                f"{name}[{head}] is {given[head]:g}, but must let every FP8 value times it be told from others in "
-                f"{config.dtype}, in which calls carry it",
-                field=name,
-            )
 
 
 def _create(client: attnd.Client, config: AttentionConfig, ttl_s: float, name: str) -> attnd.Cache:
@@ -170,48 +143,6 @@ def _chunks(config: AttentionConfig, layout: TensorLayout) -> list[tuple[int, sl
     firsts = range(0, layout.num_pages, step)
     chunks = [slice(first, min(first + step, layout.num_pages)) for first in firsts]
     return [(layer, chunk) for layer in range(config.num_layers) for chunk in chunks]
-
-
-def _slots(pages: torch.Tensor, config: AttentionConfig) -> torch.Tensor:
-    """Int64, the slots of pages, in order."""
-    return (pages[:, None] * config.page_size + torch.arange(config.page_size)).flatten()
-
-
-def _narrowest(config: AttentionConfig) -> torch.dtype:
-    return torch.int32 if config.num_slots < 1 << 31 else torch.int64
-
-
-def _pages_of(k: torch.Tensor, v: torch.Tensor, config: AttentionConfig) -> dict[bool, torch.Tensor]:
-    """The bytes of whole pages with these tokens, of K and of V: uint8."""
-    pages = _like(config, len(k) // config.page_size)
-    k_pages, v_pages = (torch.zeros(shape, dtype=config.kv_dtype) for shape in (pages.k_shape, pages.v_shape))
-    slots = stored_tokens(torch.arange(len(k)), "cpu")
-    store_kv(k_pages, v_pages, k, v, slots, config.layout, *_scales(config))
-    return {True: k_pages.flatten().view(torch.uint8), False: v_pages.flatten().view(torch.uint8)}
-
-
-def _tokens_of(
-    k: bytearray, v: bytearray, num_pages: int, config: AttentionConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of whole pages with these bytes, of K and of V."""
-    pages = _like(config, num_pages)
-    dtype = config.kv_dtype or config.dtype
-    k_pages, v_pages = (
-        torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
-        for data, shape in ((k, pages.k_shape), (v, pages.v_shape))
-    )
-    return read_kv(k_pages, v_pages, torch.arange(pages.num_slots), config.layout, config.dtype, *_scales(config))
-
-
-def _like(config: AttentionConfig, num_pages: int) -> AttentionConfig:
-    return replace(config, num_layers=1, num_pages=num_pages)
-
-
-def _scales(config: AttentionConfig) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    if not config.is_quantised:
-        return None, None
-    k, v = (torch.tensor(each).expand(config.num_kv_heads) for each in (config.k_scales, config.v_scales))
-    return k, v
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -90,14 +90,15 @@ def with_credentials(command: Callable[..., None]) -> Callable[..., None]:
     """
     import typer
 
-    from attnd_server.cli.options import DEFAULT_ADDRESS, is_loopback, setting
+    from attnd_server.cli.derived_options import set_parameters
+    from attnd_server.cli.exposure import is_loopback
+    from attnd_server.cli.options import DEFAULT_ADDRESS, option
 
     added = {
         name: Annotated[
-            str,
-            setting(option.envvar, option.text, panel="TLS and tokens", metavar=option.metavar, show_default="none"),
+            str, option(each.envvar, each.text, panel="TLS and tokens", metavar=each.metavar, show_default="none")
         ]
-        for name, option in CREDENTIAL_OPTIONS.items()
+        for name, each in CREDENTIAL_OPTIONS.items()
     }
 
     @wraps(command)
@@ -115,11 +116,9 @@ def with_credentials(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.BadParameter(f"tls_ca is absent, but {rule}", param_hint="--tls-ca")
         command(**arguments, credentials=shown)
 
-    signature = inspect.signature(command, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "credentials"]
+    own = inspect.signature(command, eval_str=True).parameters.values()
     by_name = inspect.Parameter.KEYWORD_ONLY
+    kept = [parameter.replace(kind=by_name) for parameter in own if parameter.name != "credentials"]
     more = [inspect.Parameter(name, by_name, default="", annotation=kind) for name, kind in added.items()]
-    kept = [parameter.replace(kind=by_name) for parameter in own]
-    wrapper.__signature__ = signature.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*kept, *more)}
+    set_parameters(wrapper, [*kept, *more])
     return wrapper

@@ -1,7 +1,8 @@
-"""Who could use a server that listens with certain options, and how to say so."""
+"""Who could use a server that listens with certain options."""
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 
@@ -47,3 +48,11 @@ class Access:
         if self.is_encrypted:
             return "--tokens or --tls-client-ca"
         return "--tls-cert" if self.asks_for_tokens else "--tls-cert with --tokens or --tls-client-ca"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

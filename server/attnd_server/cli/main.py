@@ -1,4 +1,4 @@
-"""The commands of `attnd`. With the other `cli_*` modules the only place that knows environment variables.
+"""The commands of `attnd`. The rooms below this one read no environment variables of ours.
 
 Whatever takes long to import is imported inside a command, so that help is instant.
 """
@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from attnd_server.cli import cache as cli_cache
-from attnd_server.cli import options
-from attnd_server.cli import serve as cli_serve
+from attnd_server.cli import cache
 from attnd_server.cli.credentials import with_credentials
-from attnd_server.cli.options import number, whole
+from attnd_server.cli.demo.commands import chat, demo
+from attnd_server.cli.options import DEFAULT_ADDRESS, timeout
+from attnd_server.cli.serve import serve
 
 app = typer.Typer(
     help="A server that owns paged KV and attention kernels, for model workers in other processes.",
@@ -25,60 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.add_typer(cli_cache.app, name="cache")
-app.command()(cli_serve.serve)
-
-
-@app.command()
-@with_credentials
-def demo(
-    device: options.Device = "auto",
-    max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Tokens of each answer.")] = 48,
-    dtype: Annotated[options.Dtype, typer.Option(help="Type of the model and its KV.")] = options.Dtype.FLOAT32,
-    model_path: options.ModelPath = None,
-    address: options.Address = None,
-    credentials: Any = None,
-) -> None:
-    """Let a real model answer with attention from a server, then with its own, and compare."""
-    from attnd_server.cli.demo.demo import run_demo
-
-    code = run_demo(
-        console=Console(),
-        device=device,
-        max_new_tokens=max_new_tokens,
-        dtype=dtype.value,
-        model_path=model_path,
-        address=address,
-        credentials=credentials,
-    )
-    raise typer.Exit(code)
-
-
-@app.command()
-@with_credentials
-def chat(
-    device: options.Device = "auto",
-    max_new_tokens: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(parser=number(0), metavar="X", help="0 always takes the likeliest token.")
-    ] = 0.7,
-    model_path: options.ModelPath = None,
-    address: options.Address = None,
-    credentials: Any = None,
-) -> None:
-    """Talk with the demo's model, its attention served by a server."""
-    from attnd_server.cli.demo.chat import run_chat
-
-    code = run_chat(
-        console=Console(),
-        device=device,
-        max_new_tokens=max_new_tokens,
-        address=address,
-        model_path=model_path,
-        temperature=temperature,
-        credentials=credentials,
-    )
-    raise typer.Exit(code)
+app.add_typer(cache.app, name="cache")
+app.command()(serve)
+app.command()(demo)
+app.command()(chat)
 
 
 @app.command()
@@ -86,10 +36,8 @@ def chat(
 def info(
     address: Annotated[
         str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to ask.")
-    ] = options.DEFAULT_ADDRESS,
-    timeout_s: Annotated[
-        float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for it.")
-    ] = 5.0,
+    ] = DEFAULT_ADDRESS,
+    timeout_s: Annotated[float, timeout("How long to wait for it.")] = 5.0,
     credentials: Any = None,
 ) -> None:
     """Show what a server can do, and its caches with the pages in use."""
@@ -103,16 +51,14 @@ def info(
 def doctor(
     address: Annotated[
         str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to examine.")
-    ] = options.DEFAULT_ADDRESS,
+    ] = DEFAULT_ADDRESS,
     socket_dir: Annotated[
         str,
         typer.Option(
             metavar="PATH", show_default="as the server does", help="Folder of the server's sockets as seen from here."
         ),
     ] = "",
-    timeout_s: Annotated[
-        float, typer.Option(parser=number(0.1), metavar="SECONDS", help="How long to wait for each answer.")
-    ] = 5.0,
+    timeout_s: Annotated[float, timeout("How long to wait for each answer.")] = 5.0,
     credentials: Any = None,
 ) -> None:
     """Try every plane from this process to a server: which work, how fast they are, and why others do not."""

@@ -1,6 +1,6 @@
 """Addresses on a GPU that have memory only where somebody asked for it: CUDA's virtual memory management.
 
-Needs the package cuda-bindings; `page_space` does without where it is not installed.
+Needs the package cuda-bindings; `page_spaces` does without where it is not installed.
 """
 
 from __future__ import annotations

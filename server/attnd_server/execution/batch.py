@@ -8,20 +8,20 @@ bits of calls that are alone, because only kernels and steps that promise that t
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
+from cachetools import LRUCache
 
 from attnd.errors import Unsupported
 from attnd_server.attention.backends.base import ShiftsPages
 from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
-from attnd_server.attention.ops import Plan, TritonAttentionOps
+from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.step import Call, Result, ShareKey, Step
-from attnd_server.kv.page_space import CachePages
+from attnd_server.execution.work import Work
+from attnd_server.kv.page_spaces import CachePages
 
 # Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
 _MAX_SETS = 16
@@ -42,8 +42,11 @@ class Batch:
         self._num_calls = self._num_reqs = self._num_tokens = self._max_pages = 0
         self._add(call.step.metadata)
 
-    def takes(self, call: Call) -> bool:
-        """Adds a call if it can be. With the device."""
+    def takes(self, work: Work) -> bool:
+        """Adds some work if it is a call that can be. With the device."""
+        return isinstance(work, Call) and self._takes(work)
+
+    def _takes(self, call: Call) -> bool:
         return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
 
     @property
@@ -109,6 +112,7 @@ class _SharedStep:
         assert isinstance(kernel, ShiftsPages)
         self._steps = steps  # held, so that their ids are not given to others
         self._cache, self._space, self._kernel = cache, space, kernel
+        self._pages = cache.layers[0]._replace(k=space.k, v=space.v)  # scales are those of the whole cache
         self._state = kernel.plan(space.config, metadata, options, ops.device)
         self._num_reqs = torch.tensor([step.metadata.num_reqs for step in steps])
         self._num_tokens = torch.tensor([step.metadata.num_tokens for step in steps])
@@ -136,14 +140,12 @@ class _SharedStep:
         if timer is not None:
             timer.mark()
         offsets, slots, k, v, q = self._inputs.device
-        pages = self._space.k, self._space.v
         if self._slots is not None:
             for step in self._steps:
                 step.mark_written()
-            self._cache.store_in(*pages, k, v, StoredTokens(slots, self._stored))
+            self._cache.store_in(self._pages, k, v, StoredTokens(slots, self._stored))
         self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
-        plan = Plan(self._kernel, self._state)
-        output, lse = plan.run(q, k, v, *pages, self._cache.k_scales, self._cache.v_scales)
+        output, lse = self._kernel.run(self._state, q, k, v, self._pages)
         tensors = [output] if lse is None else [lse, output]
         if timer is not None:
             timer.mark()
@@ -224,7 +226,7 @@ class SharedLaunches:
     def __init__(self, ops: TritonAttentionOps) -> None:
         """Keeps nothing yet."""
         self._ops = ops
-        self._sets: OrderedDict[tuple[object, ...], _SharedStep] = OrderedDict()
+        self._sets: LRUCache[tuple[object, ...], _SharedStep] = LRUCache(_MAX_SETS)
 
     def attend(self, calls: list[Call]) -> list[Result]:
         """One layer of each of several steps of a `Batch`, all of different caches.
@@ -240,9 +242,6 @@ class SharedLaunches:
         if shared is None:
             shared = _SharedStep([call.step for call in ordered], ordered[0].options, self._ops)
             self._sets[key] = shared
-            if len(self._sets) > _MAX_SETS:
-                self._sets.popitem(last=False)
-        self._sets.move_to_end(key)
         try:
             results = dict(zip(order, shared.attend(ordered), strict=True))
         except BaseException:

@@ -127,8 +127,7 @@ class DecodeGraphs:
         if self._has_copies:
             inputs.fetch()
         cache.store_at(layer, k, v, slots)
-        pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
-        plan.run(output, lse[0] if lse else None, q, k, v, *pages)
+        plan.launch(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
         if self._has_copies:
             results.send()
 
@@ -251,30 +250,3 @@ def _is_direct(tensors: tuple[torch.Tensor, ...]) -> bool:
 
 def _no_mark() -> None:
     """Of a call whose copies are not timed."""
-
-
-def _key(options: AttentionOptions, query_len: int) -> tuple[object, ...]:
-    return (query_len, options.key)
-
-
-def add_graphs(cache: Cache, options: AttentionOptions, graphs: DecodeGraphs) -> None:
-    """Lets the calls of a cache use captured graphs."""
-    alike = cache.graphs.setdefault(_key(options, graphs.shape.query_len), [])
-    alike.append(graphs)
-    alike.sort(key=lambda each: (each.shape.num_reqs, each.shape.max_context_len))
-
-
-def ready_graphs(cache: Cache, options: AttentionOptions, shape: DecodeShape) -> DecodeGraphs | None:
-    """Graphs of a cache for batches of just that size that serve every step of `shape`."""
-    for graphs in cache.graphs.get(_key(options, shape.query_len), ()):
-        if graphs.shape.num_reqs == shape.num_reqs and graphs.shape.max_context_len >= shape.max_context_len:
-            return graphs
-    return None
-
-
-def find_graphs(cache: Cache, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
-    """The smallest graphs of a cache that serve a step of layers with these options."""
-    if not cache.graphs or not metadata.is_decode:
-        return None
-    query_len = metadata.num_tokens // metadata.num_reqs
-    return next((graphs for graphs in cache.graphs.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)

@@ -11,28 +11,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
-from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
+from attnd.errors import Disconnected
 from attnd_server.attention.metadata import AttentionOptions
-from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
-from attnd_server.execution.batch import Batch, SharedLaunches, batch_of
+from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.queue import Job, WorkQueue
-from attnd_server.execution.step import Call, Result, Step, attend
-from attnd_server.execution.work import Cancelled, Done, Group, LongWork, OnCache, SharedWork, Work
-from attnd_server.identity.quota import Quota
+from attnd_server.execution.queue import IsWorthIt, Job, Joins, WorkQueue
+from attnd_server.execution.runner import Observer, Runner
+from attnd_server.execution.side import SideThread
+from attnd_server.execution.step import Step
+from attnd_server.execution.work import Done, SideWork, Work, on_cache
 from attnd_server.kv.caches import CacheTable
 
 log = logging.getLogger(__name__)
-
-Outcome = tuple[bytes | None, BaseException | None]
-"""What is given to `Done`."""
 
 
 class Executor:
@@ -43,15 +39,23 @@ class Executor:
 
     Attributes:
         faults: whether the device has failed: then nothing runs any more.
+        graphs: what warm-ups captured.
+        runner: runs what has the device.
+        ops: its backends.
     """
 
     # How often leases that have ended are looked for, in seconds.
     EXPIRY_PERIOD_S = 1.0
-    # LongWork that runs or waits.
-    MAX_LONG_WORK = 64
 
     def __init__(
-        self, device: torch.device, caches: CacheTable, config: ServerConfig, capture: Capture | None = None
+        self,
+        device: torch.device,
+        caches: CacheTable,
+        config: ServerConfig,
+        capture: Capture | None = None,
+        *,
+        faults: DeviceFaults | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Starts the thread.
 
@@ -60,24 +64,24 @@ class Executor:
             caches: on the device.
             config: the limits.
             capture: how decode steps are captured; None: as CUDA graphs, where there are any.
+            faults: of the device; None: new ones.
+            observer: sees the calls that ran; None: nobody does.
         """
         self._caches = caches
         self._config = config
         self.device = device
         self.capture = capture or cuda_capture(device)
-        self.faults = DeviceFaults(device)
-        self.ops = TritonAttentionOps(device)
-        self._shared = SharedLaunches(self.ops)
-        self.queue_us = 0  # how long the running work waited; read by the work itself
+        self.faults = faults or DeviceFaults(device)
+        self.graphs = CapturedGraphs()
+        self.runner = Runner(device, config, self.faults, observer)
+        self.ops = self.runner.ops
         self._threads = config.threads or _num_threads(device)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
         self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
-        self._side = ThreadPoolExecutor(1, f"long-work-{device}", self.prepare_thread)
-        share = self.MAX_LONG_WORK // 2 if config.asks_who_calls else self.MAX_LONG_WORK
-        self._long_places = Quota("warm-ups", "wait", self.MAX_LONG_WORK, share, "retry in a moment")
+        self._side = SideThread(device, config, self.runner, self.prepare_thread)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
         if device.type == "cuda" and config.device_timeout_s:  # a processor is slow, but ends
@@ -121,15 +125,14 @@ class Executor:
         self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
-        if isinstance(work, LongWork):
-            self._long_places.take(work.principal())
-            self._side.submit(self._settle_long, job, work.principal())
+        if isinstance(work, SideWork):
+            self._side.submit(job, work.principal)
         else:
             self._queue.put(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Takes a job out of the queue, whose `done` is never called then. LongWork and what was started go on."""
+        """Takes a job out of the queue, whose `done` is never called then. SideWork and what was started go on."""
         self._queue.remove(job)
 
     def run_now(self, work: Work) -> bytes | None:
@@ -141,11 +144,11 @@ class Executor:
         if not self._take_idle_device():
             return None
         try:
-            self.faults.refuse()
-            self.queue_us = 0
-            return work()
+            if self.faults.reason:
+                self.faults.refuse()
+            return self.runner.perform(work, queue_us=0)
         except Exception as error:
-            told = self._told(error)
+            told = self.runner.told(error)
             if told is error:
                 raise
             raise told from None
@@ -165,8 +168,8 @@ class Executor:
             try:
                 taken = [jobs[0]]
                 if len(jobs) > 1:
-                    taken += self._others_for(jobs[0], partial(_others_among, jobs))
-                outcomes = self._outcomes(taken, time.perf_counter())
+                    taken += self.runner.others_for(jobs[0], partial(_others_among, jobs))
+                outcomes = self.runner.outcomes(taken, time.perf_counter())
             finally:
                 self._give_device_back()
             jobs = [job for job in jobs if job not in taken]
@@ -177,7 +180,7 @@ class Executor:
     def _take_idle_device(self) -> bool:
         """Takes the device for the calling thread, unless somebody has it or waits for it."""
         # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or not self._queue.is_idle or not self._device_lock.acquire(blocking=False):
+        if self._closed or self._queue.depth or self._queue.is_taken or not self._device_lock.acquire(blocking=False):
             return False
         self._began = time.monotonic()
         return True
@@ -187,7 +190,7 @@ class Executor:
         self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
-        """Runs a piece of LongWork on the executor's thread, and waits until it is done. Raises what it raises.
+        """Runs a piece of SideWork on the executor's thread, and waits until it is done. Raises what it raises.
 
         Raises:
             Disconnected: the executor was closed.
@@ -217,18 +220,10 @@ class Executor:
         torch.set_grad_enabled(False)
         torch.set_num_threads(self._threads)
 
-    def _told(self, error: Exception) -> Exception:
-        """What an error of some work is to whoever waits for it."""
-        if self.faults.look_at(error):
-            return self.faults.refusal()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return Exhausted(f"{self.device} has no memory left for this call: {error}")
-        return error
-
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
         self._closed = True
-        self._side.shutdown(wait=False, cancel_futures=True)
+        self._side.close()
         self._queue.wake()
         self._thread.join(timeout_s)
 
@@ -272,7 +267,7 @@ class Executor:
             try:
                 self._caches.expire()
                 if self._queue.is_idle:
-                    self._shared.forget()
+                    self.runner.forget()
             except Exception as error:  # the thread must live: it answers everybody
                 if not self.faults.look_at(error):
                     log.exception("what nobody holds any more cannot be freed")
@@ -284,87 +279,14 @@ class Executor:
             self._began = time.monotonic()
             jobs = [job]
             if self._queue.depth:
-                jobs += self._others_for(job, partial(self._queue.take_others, job.lane))
+                jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
             started = time.perf_counter()
-            outcomes = self._outcomes(jobs, started)
+            outcomes = self.runner.outcomes(jobs, started)
             self._began = 0.0
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
         for each, outcome in zip(jobs, outcomes, strict=True):
             each.done(*outcome)
-
-    def _settle_long(self, job: Job, principal: str) -> None:
-        outcome = self._outcome(job, time.perf_counter())
-        self._long_places.give_back(principal)
-        job.done(*outcome)
-
-    def _outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
-        """What comes of a job, or of several that joined. With the device."""
-        return [self._outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
-
-    def _outcome(self, job: Job, started: float) -> Outcome:
-        error = self._reason_against(job)
-        if error is not None:
-            return None, error
-        if not isinstance(job.work, LongWork):
-            self.queue_us = _waited_us(job, started)
-        try:
-            return job.work(), None
-        except Exception as fault:
-            return None, self._told(fault)
-
-    def _others_for(self, job: Job, take: Callable[[Group], list[Job]]) -> list[Job]:
-        """The jobs that are done together with one that was taken: those that `take` finds for its group."""
-        try:
-            group = job.work.group() if isinstance(job.work, SharedWork) else None
-            return take(group) if group is not None else []
-        except Exception as error:  # then it runs alone
-            self.faults.look_at(error)
-            log.exception("calls cannot be looked at together")
-            return []
-
-    def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
-        """What comes of jobs that joined, of which some may not be wanted any more."""
-        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
-        left = [index for index, (_, error) in enumerate(outcomes) if error is None]
-        works = [work for index in left if isinstance(work := jobs[index].work, SharedWork)]
-        try:
-            waited = [_waited_us(jobs[index], started) for index in left]
-            results = works[0].with_others(works, waited) if len(works) > 1 else []
-        except Exception as fault:
-            # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
-            # has failed: then none is begun.
-            self.faults.look_at(fault)
-            log.warning("%d calls cannot run together", len(works), exc_info=fault)
-            results = []
-        if not results:
-            for index in left:
-                outcomes[index] = self._outcome(jobs[index], started)
-        for index, result in zip(left, results, strict=False):
-            outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
-        return outcomes
-
-    def _reason_against(self, job: Job) -> Exception | None:
-        """Why a job whose turn has come is not started."""
-        if self.faults.reason:
-            return self.faults.refusal()
-        if time.monotonic() > job.deadline:
-            return DeadlineExceeded("the deadline passed while the call waited for the executor")
-        if job.is_wanted is not None and not job.is_wanted():
-            return Cancelled("nobody waits for the call any more")
-        return None
-
-    def attend(self, call: Call) -> Result:
-        """One layer; see `steps.attend`. With the device."""
-        return attend(call, self.ops)
-
-    def attend_together(self, calls: list[Call]) -> list[Result]:
-        """A layer each of several steps of one `Batch`, in one launch. With the device."""
-        return self._shared.attend(calls)
-
-    def batch(self, call: Call) -> Batch | None:
-        """What other calls can join to share a launch with a call; None: it runs alone. With the device."""
-        return batch_of(call, self.ops, self._config)
 
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
@@ -380,7 +302,7 @@ class Executor:
         try:
             may_run_here = step.is_small and getattr(self._prepared, "is_so", False)
             if not may_run_here or self.run_now(work) is None:
-                self.submit(OnCache(step.cache.id, work, step.cache.principal), lambda result, error: None)
+                self.submit(on_cache(step.cache, work), lambda result, error: None)
         except Exception:  # busy, closing, or whatever the work raised
             log.debug("a step was not made ready before its first call", exc_info=True)
 
@@ -390,15 +312,11 @@ def _num_threads(device: torch.device) -> int:
     return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
 
 
-def _others_among(jobs: Sequence[Job], group: Group) -> list[Job]:
+def _others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
     """Those that join the first; see `WorkQueue.take_others`."""
-    lanes, others = {jobs[0].lane}, []
+    cache_ids, others = {jobs[0].cache_id}, []
     for job in jobs[1:]:
-        if job.lane not in lanes and group.takes(job.work):
+        if job.cache_id not in cache_ids and joins(job):
             others.append(job)
-        lanes.add(job.lane)
-    return others if group.is_worth_it else []
-
-
-def _waited_us(job: Job, started: float) -> int:
-    return int((started - job.submitted_at) * 1e6)
+        cache_ids.add(job.cache_id)
+    return others if is_worth_it() else []

@@ -1,7 +1,7 @@
-"""What waits for an executor: bounded, in lanes that take turns.
+"""What waits for an executor: bounded, a queue for each cache, which take turns.
 
-A lane is what one cache has waiting, in the order in which it came. Each turn takes one job of the next lane, so that a
-cache with a hundred calls makes another wait for one of them, not for all.
+A cache's queue has its jobs in the order in which they came. Each turn takes one job of the next queue, so that a cache
+with a hundred calls makes another wait for one of them, not for all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnd.errors import Exhausted
-from attnd_server.execution.work import CacheWork, Done, Group, Work
+from attnd_server.execution.step import Call
+from attnd_server.execution.work import CacheWork, Done, Work
 
-# The lane of what belongs to no cache: the turns of warm-ups.
+# Stands for the cache of what belongs to none: the turns of warm-ups.
 NO_CACHE = b""
 # Seconds that a refused caller is told to wait at the least and at the most: what a sleeping thread can tell apart, and
 # after which one looks again in any case.
@@ -43,33 +44,44 @@ class Job:
     is_wanted: Callable[[], bool] | None = None
 
     @property
-    def lane(self) -> bytes:
-        """The lane that it waits in."""
-        return self.work.cache_id() if isinstance(self.work, CacheWork) else NO_CACHE
+    def cache_id(self) -> bytes:
+        """The cache in whose queue it waits."""
+        return self.work.cache_id if isinstance(self.work, (Call, CacheWork)) else NO_CACHE
 
     @property
     def principal(self) -> str:
         """Whose it is; "" of what is nobody's."""
-        return self.work.principal() if isinstance(self.work, CacheWork) else ""
+        return self.work.principal if isinstance(self.work, (Call, CacheWork)) else ""
+
+
+Joins = Callable[[Job], bool]
+"""Asks whether a job joins those that are there, and adds it if so."""
+IsWorthIt = Callable[[], bool]
+"""Asks whether those that joined take less time together than each alone."""
 
 
 class WorkQueue:
-    """Jobs that wait. Any thread may put, one takes."""
+    """Jobs that wait. Any thread may put, one takes.
 
-    def __init__(self, max_depth: int, max_lane_depth: int, max_principal_depth: int | None = None) -> None:
+    Attributes:
+        depth: jobs that wait.
+        is_taken: whether one was taken that is not finished yet.
+    """
+
+    def __init__(self, max_depth: int, max_cache_depth: int, max_principal_depth: int | None = None) -> None:
         """Empty.
 
         Args:
             max_depth: jobs that may wait.
-            max_lane_depth: jobs of one cache that may wait.
+            max_cache_depth: jobs of one cache that may wait.
             max_principal_depth: jobs of one principal that may wait; None: as many as of all.
         """
         self._max_depth = max_depth
         self._max_principal_depth = max_depth if max_principal_depth is None else max_principal_depth
-        self._max_lane_depth = min(max_lane_depth, max_depth)
-        self._lanes: OrderedDict[bytes, deque[Job]] = OrderedDict()  # none is empty; the next in turn is first
-        self._depth = 0
-        self._is_taken = False
+        self._max_cache_depth = min(max_cache_depth, max_depth)
+        self._queues: OrderedDict[bytes, deque[Job]] = OrderedDict()  # none is empty; the next in turn is first
+        self.depth = 0
+        self.is_taken = False
         self._lock = threading.Lock()
         # One for each job that was put; counts without Python's slow locks. More than there are jobs if some were
         # removed.
@@ -77,30 +89,25 @@ class WorkQueue:
         self._job_s = 0.0
 
     @property
-    def depth(self) -> int:
-        """Jobs that wait."""
-        return self._depth
-
-    @property
     def is_idle(self) -> bool:
         """Whether nothing waits, and whatever was taken is finished."""
-        return not (self._depth or self._is_taken)
+        return not (self.depth or self.is_taken)
 
     def put(self, job: Job, *, always: bool = False) -> None:
-        """Adds a job at the end of its lane; with `always`, whatever the limits.
+        """Adds a job at the end of its cache's queue; with `always`, whatever the limits.
 
         Raises:
-            Exhausted: it is full, or the job's lane is.
+            Exhausted: it is full, or the queue of the job's cache is.
         """
-        name = job.lane
+        cache_id = job.cache_id
         with self._lock:
-            lane = self._lanes.get(name)
+            jobs = self._queues.get(cache_id)
             if not always:
-                self._refuse_if_full(job, len(lane or ()))
-            if lane is None:
-                lane = self._lanes[name] = deque()
-            lane.append(job)
-            self._depth += 1
+                self._refuse_if_full(job, len(jobs or ()))
+            if jobs is None:
+                jobs = self._queues[cache_id] = deque()
+            jobs.append(job)
+            self.depth += 1
         self._tokens.put(None)
 
     def take(self, timeout_s: float) -> Job | None:
@@ -110,49 +117,50 @@ class WorkQueue:
         except queue.Empty:
             return None
         with self._lock:
-            if not self._lanes:
+            if not self._queues:
                 return None
-            name, lane = self._lanes.popitem(last=False)
-            job = lane.popleft()
-            self._depth -= 1
-            self._is_taken = True
-            if lane:
-                self._lanes[name] = lane  # behind all others
+            cache_id, jobs = self._queues.popitem(last=False)
+            job = jobs.popleft()
+            self.depth -= 1
+            self.is_taken = True
+            if jobs:
+                self._queues[cache_id] = jobs  # behind all others
         return job
 
-    def take_others(self, lane: bytes, group: Group) -> list[Job]:
-        """The first jobs of other lanes that a group takes, if they make it worth it. Finished with the job in it.
+    def take_others(self, cache_id: bytes, joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
+        """The first jobs of other caches that can join one that was taken. They are finished with it.
 
-        Never two of a lane: the second may need what the first leaves.
+        Never two of a cache: the second may need what the first leaves.
 
         Args:
-            lane: of the job that was taken.
-            group: with that job; asked about the first of each other lane, in turn.
+            cache_id: of the job that was taken.
+            joins: asked about the first job of each other cache, in turn; adds it where it says yes.
+            is_worth_it: asked afterwards: whether to take them all, or none.
         """
         with self._lock:
-            names = [name for name, jobs in self._lanes.items() if name != lane and group.takes(jobs[0].work)]
-            if not group.is_worth_it:
+            joined = [other for other, jobs in self._queues.items() if other != cache_id and joins(jobs[0])]
+            if not is_worth_it():
                 return []
             taken = []
-            for name in names:
-                jobs = self._lanes.pop(name)
+            for other in joined:
+                jobs = self._queues.pop(other)
                 taken.append(jobs.popleft())
-                self._depth -= 1
+                self.depth -= 1
                 if jobs:
-                    self._lanes[name] = jobs
+                    self._queues[other] = jobs
         return taken
 
     def remove(self, job: Job) -> bool:
         """Takes a job out wherever it stands. Returns whether it was still there."""
-        name = job.lane
+        cache_id = job.cache_id
         with self._lock:
-            lane = self._lanes.get(name)
-            if lane is None or job not in lane:
+            jobs = self._queues.get(cache_id)
+            if jobs is None or job not in jobs:
                 return False
-            lane.remove(job)
-            self._depth -= 1
-            if not lane:
-                del self._lanes[name]
+            jobs.remove(job)
+            self.depth -= 1
+            if not jobs:
+                del self._queues[cache_id]
         return True
 
     def wake(self) -> None:
@@ -162,16 +170,16 @@ class WorkQueue:
     def finished(self, seconds: float) -> None:
         """The job that was taken is over, and took so long. By the thread that takes."""
         self._job_s += (seconds - self._job_s) * (_LAST_JOB_WEIGHT if self._job_s else 1.0)
-        self._is_taken = False
+        self.is_taken = False
 
-    def _refuse_if_full(self, job: Job, lane_depth: int) -> None:
-        if self._depth >= self._max_depth:
-            waiting, use = self._depth, f"{self._depth} calls wait, but the queue's limit is {self._max_depth}"
-        elif lane_depth >= self._max_lane_depth and job.lane != NO_CACHE:
-            # Others' jobs come between these: one of each lane for each of this one, if they have as many.
-            waiting = min(self._depth, lane_depth * len(self._lanes))
-            use = f"{lane_depth} calls of this cache wait, but the limit of one cache is {self._max_lane_depth}"
-        elif self._depth >= self._max_principal_depth and (depth := self._depth_of(job.principal)) >= (
+    def _refuse_if_full(self, job: Job, cache_depth: int) -> None:
+        if self.depth >= self._max_depth:
+            waiting, use = self.depth, f"{self.depth} calls wait, but the queue's limit is {self._max_depth}"
+        elif cache_depth >= self._max_cache_depth and job.cache_id != NO_CACHE:
+            # Others' jobs come between these: one of each cache for each of this one, if they have as many.
+            waiting = min(self.depth, cache_depth * len(self._queues))
+            use = f"{cache_depth} calls of this cache wait, but the limit of one cache is {self._max_cache_depth}"
+        elif self.depth >= self._max_principal_depth and (depth := self._depth_of(job.principal)) >= (
             self._max_principal_depth
         ):
             waiting = depth
@@ -182,5 +190,5 @@ class WorkQueue:
         raise Exhausted(f"{use}; retry in {retry_after_s * 1e3:.0f} ms", retry_after_s=retry_after_s)
 
     def _depth_of(self, principal: str) -> int:
-        """Jobs of a principal that wait. Looks at every lane, which takes some 10 us where there are a hundred."""
-        return sum(len(lane) for lane in self._lanes.values() if principal and lane[0].principal == principal)
+        """Jobs of a principal that wait. Looks at every queue, which takes some 10 us where there are a hundred."""
+        return sum(len(jobs) for jobs in self._queues.values() if principal and jobs[0].principal == principal)

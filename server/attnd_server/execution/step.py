@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from attnd_server.attention.kernels.pages import StoredTokens, stored_tokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
-from attnd_server.execution.decode_graphs import DecodeGraphs, find_graphs
+from attnd_server.execution.captured_graphs import CacheGraphs, find_graphs
+from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.kv.cache import Cache
 
 # Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
@@ -42,6 +44,7 @@ class Step:
         cache: the cache that it reads and writes.
         metadata: lengths, page tables, slots, masks.
         call_timeout_s: seconds within which a call must have started; None is forever.
+        captured: the graphs of its cache.
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
@@ -53,6 +56,7 @@ class Step:
     cache: Cache
     metadata: AttentionMetadata
     call_timeout_s: float | None = None
+    captured: CacheGraphs = field(default_factory=dict)
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
     stored: StoredTokens | None = None
@@ -68,7 +72,7 @@ class Step:
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
         """What serves layers with these options, if a warm-up captured it."""
         if options not in self.graphs:
-            self.graphs[options] = find_graphs(self.cache, options, self.metadata)
+            self.graphs[options] = find_graphs(self.captured, options, self.metadata)
         return self.graphs[options]
 
     def plan_for(self, options: AttentionOptions, ops: TritonAttentionOps) -> Plan:
@@ -96,7 +100,18 @@ class Step:
 
 
 class Call(NamedTuple):
-    """One layer of one step, tensors on the host."""
+    """One layer of one step, tensors on the host.
+
+    Attributes:
+        step: the step.
+        layer: of the step's cache.
+        options: of the layer.
+        q: `[num_tokens, num_heads, head_dim]`, or None in a store-only step.
+        k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
+        v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
+        encode: makes its reply; None: of a call that nobody answers.
+        plane: over which it came.
+    """
 
     step: Step
     layer: int
@@ -104,6 +119,18 @@ class Call(NamedTuple):
     q: torch.Tensor | None
     k: torch.Tensor | None
     v: torch.Tensor | None
+    encode: Encode | None = None
+    plane: str = ""
+
+    @property
+    def cache_id(self) -> bytes:
+        """The id of its cache."""
+        return self.step.cache.id
+
+    @property
+    def principal(self) -> str:
+        """Whose cache it is."""
+        return self.step.cache.principal
 
 
 class Result(NamedTuple):
@@ -122,6 +149,10 @@ class Result(NamedTuple):
     copies: Copies = NO_COPIES
 
 
+Encode = Callable[[Call, Result, int, int], bytes]
+"""Makes the reply to a call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
+
+
 def attend(call: Call, ops: TritonAttentionOps) -> Result:
     """One layer: store, attend.
 
@@ -129,7 +160,7 @@ def attend(call: Call, ops: TritonAttentionOps) -> Result:
         CacheLost: the cache is closed.
         Unsupported: no backend, or not the one that is named, can serve the step.
     """
-    step, layer, options, q, k, v = call
+    step, layer, options, q, k, v, *_ = call
     step.cache.refuse_if_closed()
     graphs = step.graphs_for(options)
     if graphs is not None and q is not None and k is not None and v is not None:
@@ -175,5 +206,5 @@ def _store_and_attend(
         cache.store(call.layer, k, v, step.stored)
     if plan is None or q is None:
         return None, None, None
-    output, lse = plan.run(q, k, v, *cache.layers[call.layer], cache.k_scales, cache.v_scales)
+    output, lse = plan.run(q, k, v, cache.layers[call.layer])
     return output, lse, plan.kernel.backend

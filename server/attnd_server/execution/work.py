@@ -1,84 +1,30 @@
-"""What an executor is given to do."""
+"""What an executor is given to do, beside calls."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-Work = Callable[[], bytes]
+from attnd_server.execution.step import Call
+from attnd_server.kv.cache import Cache
+
 Done = Callable[[bytes | None, BaseException | None], None]
-
-
-class CacheWork(ABC):
-    """Work on one cache: what came before it for the same cache runs before it, others' caches have turns between."""
-
-    @abstractmethod
-    def cache_id(self) -> bytes:
-        """The cache's id."""
-
-    @abstractmethod
-    def principal(self) -> str:
-        """Whose cache it is."""
-
-    @abstractmethod
-    def __call__(self) -> bytes:
-        """The work."""
-
-
-class Group(Protocol):
-    """Works that can be done together."""
-
-    def takes(self, work: Work) -> bool:
-        """Adds another if it can be done with all that are there."""
-
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether that takes less time than each alone."""
-
-
-class SharedWork(CacheWork):
-    """Work that can be done together with others like it, of other caches, if they wait at the same time."""
-
-    @abstractmethod
-    def group(self) -> Group | None:
-        """A group with this work alone; None: it is done alone. With the device, as the rest."""
-
-    @abstractmethod
-    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Does several works of a group at once, all or some.
-
-        Args:
-            works: of different caches.
-            queue_us: microseconds that each waited.
-
-        Returns:
-            What each gives, or the error that it ends with.
-        """
+"""Gets the result of some work, or its error."""
 
 
 @dataclass(frozen=True, eq=False)
-class OnCache(CacheWork):
-    """Any work on one cache.
+class CacheWork:
+    """Work on one cache: what came before it for the same cache runs before it, others' caches have turns between.
 
     Attributes:
-        id: of the cache.
+        cache_id: of the cache.
+        principal: whose cache it is.
         work: the work.
-        owner: whose cache it is.
     """
 
-    id: bytes
-    work: Work
-    owner: str = ""
-
-    def cache_id(self) -> bytes:
-        """The cache's id."""
-        return self.id
-
-    def principal(self) -> str:
-        """Whose cache it is."""
-        return self.owner
+    cache_id: bytes
+    principal: str
+    work: Callable[[], bytes]
 
     def __call__(self) -> bytes:
         """Does it."""
@@ -86,43 +32,36 @@ class OnCache(CacheWork):
 
 
 @dataclass(frozen=True, eq=False)
-class NewCache(CacheWork):
-    """The work of making a cache, which has no id yet: those of one principal wait behind each other.
-
-    Attributes:
-        owner: whose it will be.
-        work: the work.
-    """
-
-    owner: str
-    work: Work
-
-    def cache_id(self) -> bytes:
-        """What no cache has for an id."""
-        return b"new cache of " + self.owner.encode()
-
-    def principal(self) -> str:
-        """Whose it will be."""
-        return self.owner
-
-    def __call__(self) -> bytes:
-        """Does it."""
-        return self.work()
-
-
-class LongWork(ABC):
+class SideWork:
     """Work that takes seconds, for which others need not wait: it runs on a thread beside the executor's.
 
     One at a time. What needs the device to itself, it does by `Executor.take_turn`, in short pieces.
+
+    Attributes:
+        principal: whose it is.
+        work: the work.
     """
 
-    @abstractmethod
-    def principal(self) -> str:
-        """Whose it is."""
+    principal: str
+    work: Callable[[], bytes]
 
-    @abstractmethod
     def __call__(self) -> bytes:
-        """The work."""
+        """Does it."""
+        return self.work()
+
+
+Work = Call | CacheWork | SideWork | Callable[[], bytes]
+"""The executor attends a call; the rest it calls."""
+
+
+def on_cache(cache: Cache, work: Callable[[], bytes]) -> CacheWork:
+    """Work on a cache that exists."""
+    return CacheWork(cache.id, cache.principal, work)
+
+
+def new_cache(principal: str, work: Callable[[], bytes]) -> CacheWork:
+    """The work of making a cache, which has no id yet: those of one principal wait behind each other."""
+    return CacheWork(b"new cache of " + principal.encode(), principal, work)
 
 
 class Cancelled(Exception):

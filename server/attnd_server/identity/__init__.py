@@ -2,7 +2,7 @@
 
 from attnd_server.identity.certificates import ServerCertificates
 from attnd_server.identity.principals import ANYBODY, Principals, refuse_if_revoked
-from attnd_server.identity.tokens import TokenFile
+from attnd_server.identity.tokens import TokenFile, TokenPrincipal
 from attnd_server.identity.watched_files import FileRefused, WatchedFiles
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Principals",
     "ServerCertificates",
     "TokenFile",
+    "TokenPrincipal",
     "WatchedFiles",
     "refuse_if_revoked",
 ]

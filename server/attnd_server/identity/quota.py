@@ -1,4 +1,4 @@
-"""What principals hold of something that a server has only so much of."""
+"""Per-principal quotas of what a server has only so much of."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from attnd.errors import Exhausted
 
 
 class Quota:
-    """Counts what is held, of everybody and of each principal. Any thread may call it."""
+    """A limit on what all principals hold together, and one on what each holds. Any thread may call it."""
 
-    def __init__(self, things: str, state: str, limit: int, share: int, remedy: str) -> None:
+    def __init__(self, things: str, state: str, limit: int, principal_limit: int, remedy: str) -> None:
         """Nothing is held.
 
         Args:
             things: what they are, in the plural: "sessions".
             state: what they do while they are held: "are open".
             limit: most at one time.
-            share: of these, most of one principal.
+            principal_limit: of these, most of one principal.
             remedy: what whoever is refused can do about it.
         """
         self._things = things
         self._state = state
         self._limit = limit
-        self._share = share
+        self._principal_limit = principal_limit
         self._remedy = remedy
         self._held: Counter[str] = Counter()  # by principal; none is 0
         self._count = 0
@@ -41,15 +41,15 @@ class Quota:
         """Gives one more to a principal, to be given back.
 
         Raises:
-            Exhausted: it has its share, or there are no more.
+            Exhausted: the principal is at its limit, or the server is at its own.
         """
         with self._lock:
             own = self._held[principal]
             if self._count >= self._limit:
                 use, limit = f"{self._count} {self._things} {self._state}", f"the server's limit is {self._limit}"
-            elif own >= self._share:
+            elif own >= self._principal_limit:
                 use = f"{own} {self._things} of this principal {self._state}"
-                limit = f"a principal's limit is {self._share}"
+                limit = f"a principal's limit is {self._principal_limit}"
             else:
                 self._held[principal] = own + 1
                 self._count += 1

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from attnd.errors import CacheLost
 from attnd.protocol.packing import float32_tensor
 from attnd.protocol.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
-from attnd_server.attention.backends.triton import availability
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
-from attnd_server.kv.page_space import CachePages, PageSpaces
-
-if TYPE_CHECKING:
-    from attnd_server.execution.decode_graphs import DecodeGraphs
+from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.device.indexed import with_index
+from attnd_server.kv.page_spaces import CachePages, PageSpaces
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
@@ -52,14 +51,11 @@ class Cache:
         config: its geometry.
         k_pages: `[num_layers, *config.k_shape]`.
         v_pages: `[num_layers, *config.v_shape]`.
-        layers: of each layer, its part of either: to find it by an index takes torch a microsecond.
-        k_scales: float32 `[num_kv_heads]` on the pages' device if they hold FP8, else None.
-        v_scales: likewise.
+        layers: the pages of each layer: to find them by an index takes torch a microsecond.
         pages: where they lie among other caches'.
         restored: what it was before the server was restarted; None: it is of this life.
         is_used: whether anybody may have changed it in this life of the server.
-        graphs: what warm-ups captured, by what `find_graphs` looks for.
-        num_graph_bytes: bytes of the device's memory that the graphs' buffers take, or are about to.
+        num_graph_bytes: bytes of the device's memory that buffers of its CUDA graphs take, or are about to.
     """
 
     def __init__(
@@ -88,6 +84,7 @@ class Cache:
             restored: what it was before; None: it is new.
             key: of the request that created it; empty: it had none.
         """
+        device = with_index(device)
         self.id = secrets.token_bytes(16) if restored is None else restored.id
         self.epoch = epoch
         self.restored = restored
@@ -97,8 +94,7 @@ class Cache:
         self.name = name
         self.key = key
         self.ttl_s = ttl_s
-        self.k_scales = _scales(config, config.k_scales, device)
-        self.v_scales = _scales(config, config.v_scales, device)
+        scales = _scales(config, config.k_scales, device), _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
         self._holding = threading.Lock()
@@ -108,8 +104,9 @@ class Cache:
         self._spaces = spaces or PageSpaces(device, config.num_bytes)
         self.pages: CachePages | None = self._spaces.take(config)
         self.k_pages, self.v_pages = self.pages.k, self.pages.v
-        self.layers = list(zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True))
-        self.graphs: dict[tuple[object, ...], list[DecodeGraphs]] = {}
+        of_layers = zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True)
+        self.layers = [LayerPages(k, v, *scales) for k, v in of_layers]
+        self._when_closed: list[Callable[[], None]] = []
         self.num_graph_bytes = 0
         self.renew()
 
@@ -144,18 +141,21 @@ class Cache:
         self.expires_at = time.monotonic() + self.ttl_s
 
     def close(self) -> None:
-        """Frees graphs and, once nobody holds them, pages. On the executor's thread, so that no call is running."""
+        """Frees its pages, once nobody holds them. On the executor's thread, so that no call is running."""
         with self._holding:
             self.is_closed = True
-        for captured in self.graphs.values():
-            for graphs in captured:
-                graphs.close()
-        self.graphs.clear()
+        for listener in self._when_closed:
+            listener()
+        self._when_closed.clear()
         self.k_pages = self.v_pages = torch.empty(0)
         self.layers = []
         pages, self.pages = self.pages, None
         if pages is not None:
             self._let_go(pages)
+
+    def when_closed(self, listener: Callable[[], None]) -> None:
+        """Lets `close` call a listener, for what was made with the addresses of its pages. On the executor's thread."""
+        self._when_closed.append(listener)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -190,17 +190,15 @@ class Cache:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """Stores what is to be stored of k and v `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        self.store_in(*self.layers[layer], k, v, stored)
+        self.store_in(self.layers[layer], k, v, stored)
 
-    def store_in(
-        self, k_pages: torch.Tensor, v_pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens
-    ) -> None:
+    def store_in(self, pages: LayerPages, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
         """As `store`, into any pages like the cache's: those of its space, with slots there."""
         layout = self.config.layout
         if self._triton_store is None:
-            store_kv(k_pages, v_pages, k, v, stored, layout, self.k_scales, self.v_scales)
+            store_kv(pages, k, v, stored, layout)
         else:
-            self._triton_store(k_pages, v_pages, k, v, stored.slots, layout, self.k_scales, self.v_scales)
+            self._triton_store(pages, k, v, stored.slots, layout)
 
     def store_at(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """As `store`, at int64 slots `[num_tokens]` that are looked at when it runs: to be captured. -1 is skipped."""
@@ -209,8 +207,8 @@ class Cache:
 
     def read(self, layer: int, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V at the slots in `config.dtype`, `[num_tokens, num_kv_heads, head_dim]`. All on the cache's device."""
-        read, layout, scales = self._triton_read or read_kv, self.config.layout, (self.k_scales, self.v_scales)
-        return read(self.k_pages[layer], self.v_pages[layer], slot_mapping, layout, self.config.dtype, *scales)
+        read = self._triton_read or read_kv
+        return read(self.layers[layer], slot_mapping, self.config.layout, self.config.dtype)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""

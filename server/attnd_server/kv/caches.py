@@ -6,7 +6,6 @@ import logging
 import secrets
 import threading
 import time
-from typing import NamedTuple
 
 import torch
 
@@ -15,7 +14,8 @@ from attnd.v1 import cache_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import Cache, Restored
-from attnd_server.kv.page_space import PageSpaces
+from attnd_server.kv.limits import CacheLimits, Holding
+from attnd_server.kv.page_spaces import PageSpaces
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ def _no_such_cache(cache_id: bytes) -> CacheLost:
     )
 
 
-class _Reservation(NamedTuple):
-    """Memory of a cache that is being allocated, and whose it will be."""
-
-    principal: str
-    num_bytes: int
+def _refuse_if_different(made: Cache, config: AttentionConfig, ttl_s: float, name: str) -> None:
+    """Refuses a request that has the key of another one."""
+    if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
+        rule = "must be of one request alone, sent twice: another cache was created with it"
+        raise InvalidRequest(f"key is {made.key.hex()}, but {rule}", field="key")
 
 
 class CacheTable:
@@ -54,12 +54,12 @@ class CacheTable:
         self.epoch = secrets.randbits(63) | 1
         self.kv_bytes = kv_bytes
         self.share = config.principal_limits(kv_bytes)
-        self._config = config
+        self._limits = CacheLimits(config.max_caches, kv_bytes, self.share)
         self._device = device
         self._spaces = PageSpaces(device, kv_bytes)
         self._caches: dict[bytes, Cache] = {}
         self._keyed: dict[tuple[str, bytes], Cache] = {}  # by principal and key, those that have one
-        self._reserved: dict[object, _Reservation] = {}  # of caches that are being allocated
+        self._reserved: dict[object, Holding] = {}  # of caches that are being allocated
         self._keeps_all = False
         self._lock = threading.Lock()
 
@@ -87,17 +87,16 @@ class CacheTable:
             Exhausted: too many caches, or not enough memory, of the server or of the principal's share.
         """
         if key and (made := self._keyed.get((principal, key))) is not None:
-            if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
-                rule = "must be of one request alone, sent twice: another cache was created with it"
-                raise InvalidRequest(f"key is {key.hex()}, but {rule}", field="key")
+            _refuse_if_different(made, config, ttl_s, name)
             made.renew()
             return made
+        asked = f"num_pages is {config.num_pages}, which takes"
         reservation = object()
         with self._lock:
-            self._refuse_if_too_many(principal)
-            asked = f"num_pages is {config.num_pages}, which takes"
-            used = self._refuse_if_full(principal, config.num_bytes, asked, field="num_pages")
-            self._reserved[reservation] = _Reservation(principal, config.num_bytes)
+            holdings = self._holdings()
+            self._limits.refuse_if_too_many(holdings, principal)
+            used = self._limits.refuse_if_full(holdings, principal, config.num_bytes, asked, field="num_pages")
+            self._reserved[reservation] = Holding(principal, config.num_bytes)
         try:
             cache = Cache(
                 config,
@@ -112,9 +111,8 @@ class CacheTable:
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
-                f"num_pages is {config.num_pages}, which takes {config.num_bytes} bytes: of the server's "
-                f"{self.kv_bytes} bytes of KV memory {used} are in use and {self.kv_bytes - used} are free, but "
-                f"{self._device} cannot allocate them: {error}",
+                f"{asked} {config.num_bytes} bytes: of the server's {self.kv_bytes} bytes of KV memory {used} are in "
+                f"use and {self.kv_bytes - used} are free, but {self._device} cannot allocate them: {error}",
                 field="num_pages",
             ) from None
         finally:
@@ -133,33 +131,8 @@ class CacheTable:
             Exhausted: they are not free; `purpose` says what takes them.
         """
         with self._lock:
-            self._refuse_if_full(cache.principal, num_bytes, f"{purpose} takes")
+            self._limits.refuse_if_full(self._holdings(), cache.principal, num_bytes, f"{purpose} takes")
             cache.num_graph_bytes += num_bytes
-
-    def _refuse_if_too_many(self, principal: str) -> None:
-        """Refuses one more cache. With the lock."""
-        count = len(self._caches) + len(self._reserved)
-        own = len(self.owned(principal)) + sum(each.principal == principal for each in self._reserved.values())
-        if count >= self._config.max_caches:
-            raise Exhausted(f"{count} caches exist, but the server's limit is {self._config.max_caches}; 0 are free")
-        if own >= self.share.caches:
-            raise Exhausted(
-                f"{own} caches of this principal exist, but a principal's limit is {self.share.caches}; 0 are free"
-            )
-
-    def _refuse_if_full(self, principal: str, num_bytes: int, asked: str, field: str = "") -> int:
-        """Refuses bytes that are not free; `asked` is what takes them. Returns those in use. With the lock."""
-        used = self.num_bytes + sum(each.num_bytes for each in self._reserved.values())
-        own = sum(cache.num_bytes for cache in self.owned(principal))
-        own += sum(each.num_bytes for each in self._reserved.values() if each.principal == principal)
-        for whose, limit, taken in (("the server's", self.kv_bytes, used), ("a principal's", self.share.kv_bytes, own)):
-            if taken + num_bytes > limit:
-                raise Exhausted(
-                    f"{asked} {num_bytes} bytes, but of {whose} {limit} bytes of KV memory {taken} are in use and "
-                    f"{limit - taken} are free",
-                    field=field,
-                )
-        return used
 
     def release(self, cache: Cache, num_bytes: int) -> None:
         """Gives back bytes of `reserve`."""
@@ -232,6 +205,10 @@ class CacheTable:
     def keep_all(self) -> None:
         """No lease ends any more: nobody can renew one while the server drains, and a snapshot is to have them all."""
         self._keeps_all = True
+
+    def _holdings(self) -> list[Holding]:
+        """Who takes what, caches that are being allocated included. With the lock."""
+        return [*(Holding(cache.principal, cache.num_bytes) for cache in self.all()), *self._reserved.values()]
 
     def _forget(self, cache: Cache) -> None:
         """With the lock."""

@@ -10,72 +10,19 @@ A space has far more addresses than there is memory, which comes with a cache an
 from __future__ import annotations
 
 import itertools
-import logging
-import mmap
-import sys
-import threading
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
-from attnd.errors import Unsupported
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.device.faults import is_device_fault
+from attnd_server.kv.addresses import Addresses, addresses_on
 
-# Addresses of a space, as a multiple of the memory that all caches may take: holes between caches cost nothing.
-_ADDRESSES = 4
 # Slots of a space: kernels count them in int32.
-_MAX_SLOTS = 2**31 - 1
-
+MAX_SLOTS = 2**31 - 1
 # Bytes in which memory comes, at the most: those of a GPU.
 _MOST_UNIT_BYTES = 2 << 20
 
-log = logging.getLogger(__name__)
 _ids = itertools.count()
-
-
-class Addresses(Protocol):
-    """Bytes in a row that have memory only where somebody asked for it.
-
-    Attributes:
-        unit_bytes: memory comes and goes in multiples of so many bytes.
-        tensor: uint8 of all bytes.
-    """
-
-    unit_bytes: int
-    tensor: torch.Tensor
-
-    def commit(self, start: int, end: int) -> None:
-        """Gives the bytes `[start, end)` memory, all zeros. The first unit is nobody's."""
-
-    def give_back(self, start: int, end: int) -> None:
-        """Takes back the memory of bytes that were committed together."""
-
-    def close(self) -> None:
-        """Gives back the rest."""
-
-
-class HostAddresses:
-    """Implements `Addresses` on a processor: the system gives zeros to whoever touches what was never touched."""
-
-    unit_bytes = mmap.PAGESIZE
-
-    def __init__(self, num_bytes: int) -> None:
-        """Takes the addresses. Raises OSError where they count as memory that is not there."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        self._memory = mmap.mmap(-1, num_bytes, flags=flags)
-        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
-
-    def commit(self, start: int, end: int) -> None:
-        """Nothing to do."""
-
-    def give_back(self, start: int, end: int) -> None:
-        """Takes back the memory."""
-        self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
-
-    def close(self) -> None:
-        """Nothing to do: it ends with the last tensor."""
 
 
 class PageSpace:
@@ -137,13 +84,13 @@ class SharedSpace(PageSpace):
             dtype.itemsize * torch.Size(shape[1:]).numel() for shape in (config.k_shape, config.v_shape)
         ]
         margin = 2 * max(_pages_per_unit(page_bytes, _MOST_UNIT_BYTES) for page_bytes in self._page_bytes)
-        num_pages = min(num_pages + margin, _MAX_SLOTS // config.page_size)
+        num_pages = min(num_pages + margin, MAX_SLOTS // config.page_size)
         space = replace(config, num_layers=1, num_pages=num_pages)
         shapes = space.k_shape, space.v_shape
         self._parts: list[Addresses] = []
         try:
             for page_bytes in self._page_bytes:
-                self._parts.append(_addresses(device, num_pages * page_bytes))
+                self._parts.append(addresses_on(device, num_pages * page_bytes))
         except BaseException:
             self.close()
             raise
@@ -207,101 +154,9 @@ class SharedSpace(PageSpace):
         return -(-num_pages // self._unit) * self._unit
 
 
-def _addresses(device: torch.device, num_bytes: int) -> Addresses:
-    """So many addresses on a device."""
-    if device.type == "cuda":
-        from attnd_server.device.gpu_addresses import GpuAddresses
-
-        return GpuAddresses(device, num_bytes)
-    if sys.platform != "linux":
-        raise OSError(f"{sys.platform} does not give back memory of its own accord")
-    return HostAddresses(num_bytes)
-
-
 def _pages_per_unit(page_bytes: int, unit_bytes: int) -> int:
     """The fewest pages that fill whole units of memory. A power of two, as the size of those is."""
     unit = 1
     while unit * page_bytes % unit_bytes:
         unit *= 2
     return unit
-
-
-class CachePages:
-    """The pages of one cache.
-
-    Attributes:
-        space: where they lie.
-        first: page of the space that is page 0 of layer 0.
-        k: `[num_layers, *config.k_shape]`, zeros at first.
-        v: `[num_layers, *config.v_shape]`, likewise.
-    """
-
-    def __init__(self, space: PageSpace, first: int, config: AttentionConfig) -> None:
-        """Made by `PageSpaces.take`."""
-        num_pages = config.num_layers * config.num_pages
-        self.space = space
-        self.first = first
-        self.k = space.k[first : first + num_pages].view(config.num_layers, *config.k_shape)
-        self.v = space.v[first : first + num_pages].view(config.num_layers, *config.v_shape)
-
-
-class PageSpaces:
-    """The spaces of one device, by geometry. Any thread may call it."""
-
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
-        """None yet.
-
-        Args:
-            device: of the pages.
-            num_bytes: that all caches may take.
-        """
-        self._device = device
-        self._num_bytes = num_bytes
-        self._spaces: dict[AttentionConfig, list[PageSpace]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, config: AttentionConfig) -> CachePages:
-        """Pages for a cache. Raises RuntimeError, MemoryError or torch.OutOfMemoryError if the device has none left."""
-        num_pages = config.num_layers * config.num_pages
-        alike = replace(config, num_layers=1, num_pages=1)
-        with self._lock:
-            for space in self._spaces.get(alike, ()):
-                first = space.take(num_pages)
-                if first is not None:
-                    return CachePages(space, first, config)
-            space, first = self._new_space(config, num_pages)
-            self._spaces.setdefault(alike, []).append(space)
-            return CachePages(space, first, config)
-
-    def give_back(self, pages: CachePages, config: AttentionConfig) -> None:
-        """Takes the pages of a cache back. Whoever still holds its tensors may see another's data in them later."""
-        alike = replace(config, num_layers=1, num_pages=1)
-        with self._lock:
-            pages.space.give_back(pages.first, config.num_layers * config.num_pages)
-            if pages.space.is_empty:
-                self._spaces[alike].remove(pages.space)
-                pages.space.close()
-                if not self._spaces[alike]:
-                    del self._spaces[alike]
-
-    def _new_space(self, config: AttentionConfig, num_pages: int) -> tuple[PageSpace, int]:
-        most = min(_ADDRESSES * self._num_bytes // (config.num_bytes // num_pages), _MAX_SLOTS // config.page_size)
-        try:
-            space = SharedSpace(config, most, self._device)
-        except (Unsupported, OSError, OverflowError, RuntimeError) as error:
-            if is_device_fault(error):
-                raise
-            log.info("caches lie alone, and their calls share no launches: %s", error)
-        else:
-            try:
-                first = space.take(num_pages)
-            except BaseException:
-                space.close()
-                raise
-            if first is not None:
-                return space, first
-            space.close()
-        whole = replace(config, num_layers=1, num_pages=num_pages)
-        shapes = whole.k_shape, whole.v_shape
-        k, v = (torch.zeros(shape, dtype=config.kv_dtype, device=self._device) for shape in shapes)
-        return PageSpace(config, k, v), 0

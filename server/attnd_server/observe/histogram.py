@@ -1,4 +1,4 @@
-"""How often values were how great."""
+"""A histogram."""
 
 from __future__ import annotations
 

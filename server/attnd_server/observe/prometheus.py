@@ -1,11 +1,10 @@
-"""The server's numbers as Prometheus reads them, over HTTP. Gathered when asked for, so that calls pay nothing."""
+"""The server's numbers as Prometheus reads them. Gathered when asked for, so that calls pay nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -114,7 +113,7 @@ class ServerCollector(Collector):
 
     def _memory(self) -> Iterable[Metric]:
         caches = self._caches.all()
-        graphs = [each for cache in caches for alike in list(cache.graphs.values()) for each in list(alike)]
+        graphs = self._executor.graphs.all()
         gauges: dict[str, tuple[str, int]] = {
             "attnd_caches": ("Caches that are leased.", len(caches)),
             "attnd_caches_limit": ("Most caches at one time.", self._config.max_caches),
@@ -158,35 +157,3 @@ def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram,
     names = [*(str(bound / per_unit) for bound in histogram.bounds), "+Inf"]
     buckets = list(zip(names, accumulate(histogram.counts), strict=True))
     family.add_metric(labels, buckets, histogram.sum / per_unit)
-
-
-class MetricsEndpoint:
-    """An HTTP server on a thread of its own, for Prometheus to read from.
-
-    Attributes:
-        address: "host:port" on which it listens.
-    """
-
-    def __init__(self, address: str, collector: Collector) -> None:
-        """Listens on "host:port"; port 0 lets the system pick.
-
-        Raises:
-            RuntimeError: nothing can listen there; the port is taken, for example.
-        """
-        registry = CollectorRegistry()
-        registry.register(collector)
-        ProcessCollector(registry=registry)
-        host, _, port = address.rpartition(":")
-        try:
-            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
-        except OSError as error:
-            raise RuntimeError(
-                f"metrics is {address}, but must be an address to listen on: {error.strerror}"
-            ) from error
-        self.address = f"{host}:{self._server.server_port}"
-
-    def close(self) -> None:
-        """Closes the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

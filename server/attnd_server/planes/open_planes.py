@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import select
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
 from attnd.protocol.shm.sockets import TICKET_BYTES
 from attnd_server.identity.quota import Quota
+from attnd_server.planes.socket_ends import end, has_ended
 
 
 @dataclass(eq=False)
@@ -155,27 +155,3 @@ class PlaneTable:
         """Forgets a plane, once. With the lock."""
         if self._planes.pop(plane.id, None) is not None and self._sessions is not None:
             self._sessions.give_back(plane.principal)
-
-
-def has_ended(*connections: socket.socket, timeout_s: float = 0) -> bool:
-    """Whether the other side of one has closed, or is gone; what it sent before may still be unread.
-
-    Args:
-        connections: that this side may have closed, too.
-        timeout_s: seconds to wait for that.
-    """
-    poll = select.poll()
-    for connection in connections:
-        try:
-            poll.register(connection, select.POLLRDHUP)
-        except (OSError, ValueError):  # closed on this side
-            return True
-    return bool(poll.poll(timeout_s * 1e3))
-
-
-def end(connection: socket.socket) -> None:
-    """Ends both directions, whichever thread is reading or writing."""
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # ended already

@@ -14,6 +14,9 @@ class ReplyOrder:
 
     While nothing is under way an answer that is there is written by whoever puts it, and no other task is woken. Put,
     finish and close are for one task.
+
+    Attributes:
+        waiting: answers that were put and are not written yet; while there are none, others may write.
     """
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]], told: Callable[[Exception], bytes]) -> None:
@@ -25,14 +28,9 @@ class ReplyOrder:
         """
         self._write = write
         self._told = told
-        self._waiting: deque[bytes | asyncio.Future[bytes]] = deque()
+        self.waiting: deque[bytes | asyncio.Future[bytes]] = deque()
         self._places = asyncio.Semaphore(MAX_CALLS_UNDER_WAY)
         self._writer: asyncio.Task[None] | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether every answer was written."""
-        return not self._waiting
 
     async def put(self, answer: bytes | asyncio.Future[bytes]) -> None:
         """Takes the next answer, or what will be it. Waits only while as many are under way as may be.
@@ -40,11 +38,11 @@ class ReplyOrder:
         Raises:
             Exception: what `write` raised, of this or of an earlier answer.
         """
-        if not self._waiting and isinstance(answer, bytes):
+        if not self.waiting and isinstance(answer, bytes):
             await self._write(answer)
             return
         await self._places.acquire()
-        self._waiting.append(answer)
+        self.waiting.append(answer)
         if self._writer is None or self._writer.done():
             await self.finish()
             self._writer = asyncio.ensure_future(self._write_waiting())
@@ -58,19 +56,19 @@ class ReplyOrder:
         """Gives up what was not written: nobody reads it any more."""
         if self._writer is not None and not self._writer.cancel() and not self._writer.cancelled():
             self._writer.exception()  # whoever put the last answer has gone too
-        for answer in self._waiting:
+        for answer in self.waiting:
             if not isinstance(answer, bytes):
                 answer.cancel()
-        self._waiting.clear()
+        self.waiting.clear()
 
     async def _write_waiting(self) -> None:
-        while self._waiting:
-            answer = self._waiting[0]
+        while self.waiting:
+            answer = self.waiting[0]
             try:
                 await self._write(answer if isinstance(answer, bytes) else await self._outcome(answer))
             finally:
                 self._places.release()  # also if that failed: whoever puts the next answer learns it
-            self._waiting.popleft()
+            self.waiting.popleft()
 
     async def _outcome(self, answer: asyncio.Future[bytes]) -> bytes:
         try:

@@ -14,11 +14,12 @@ from google.protobuf import any_pb2
 from attnd.errors import STATUS_DETAILS_KEY, AttndError, Unauthenticated, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.execution.executor import Executor
+from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.service.service import AttentionService, error_response
-from attnd_server.service.session import AttendSession, BigStep, CallWork
+from attnd_server.service.session import AttendSession, BigStep
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # Bytes of a message from which its check is worth a thread of its own: up to then it takes some milliseconds at most.
@@ -71,7 +72,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
-        self._service.draining = True
+        self._service.drain()
         self._drain.set()
 
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
@@ -112,9 +113,14 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
-                is_alone = self._num_streams == 1 and answers.is_empty
+                is_alone = self._num_streams == 1 and not answers.waiting
                 answer = self._begin(session, data, is_alone, context)
-                await answers.put(await self._opened(answer) if isinstance(answer, BigStep) else answer)
+                if isinstance(answer, BigStep):
+                    answer = await self._opened(answer)
+                if answers.waiting or not isinstance(answer, bytes):
+                    await answers.put(answer)
+                else:
+                    await write(answer)
             await answers.finish()
         finally:
             self._service.sessions.give_back(principal)
@@ -129,11 +135,9 @@ class AttentionServicer(grpc.GenericRpcHandler):
         executor = self._service.executor
         try:
             answer = session.request_in_parts(data)
-            if isinstance(answer, bytes):
+            if isinstance(answer, (bytes, BigStep)):
                 return answer
-            if isinstance(answer, BigStep):
-                return answer
-            if is_alone and isinstance(answer, CallWork) and answer.is_small:
+            if is_alone and isinstance(answer, Call) and answer.step.is_small:
                 result = executor.run_now(answer)
                 if result is not None:
                     return result
@@ -183,7 +187,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """The answer to a chunk of StoreKv."""
         try:
             refuse_if_revoked(principal)
-            return await self._finish(await self._checked(self._service.store_kv, data, principal), context)
+            return await self._finish(await self._checked(self._service.kv.store_kv, data, principal), context)
         except Exception as error:
             return error_response(attention_pb2.StoreKvResponse, self._service.told(error))
 
@@ -192,7 +196,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
         try:
             principal = self._principals.of(context)
             with self._service.sessions.held(principal):
-                for work in await self._checked(self._service.read_kv, data, principal):
+                for work in await self._checked(self._service.kv.read_kv, data, principal):
                     await context.write(await self._finish(work, context))
         except Exception as error:
             await self._abort(context, error)
@@ -251,5 +255,5 @@ def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> 
 
 def _soonest(context: Context, work: Work) -> float | None:
     """Seconds within which work must have started: those that its RPC has left or its call allows; None is forever."""
-    left_s, timeout_s = context.time_remaining(), work.timeout_s if isinstance(work, CallWork) else None
+    left_s, timeout_s = context.time_remaining(), work.step.call_timeout_s if isinstance(work, Call) else None
     return min((each for each in (left_s, timeout_s) if each is not None), default=None)

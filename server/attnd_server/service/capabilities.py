@@ -11,27 +11,13 @@ from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_p
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.kv.caches import CacheTable
-
-NO_SOCKET = "the server was started without --socket-dir"
-
-
-def plane_reasons(has_socket: bool, no_cuda: str | None) -> dict[plane_pb2.Plane.ValueType, str]:
-    """Planes that OpenPlane refuses, with the reason for people.
-
-    Args:
-        has_socket: whether clients can get at memory of this server.
-        no_cuda: why they cannot get at that of its GPU; None: they can.
-    """
-    reasons = {} if no_cuda is None else {plane_pb2.PLANE_CUDA: no_cuda}
-    if not has_socket:
-        reasons[plane_pb2.PLANE_SHM] = NO_SOCKET
-    return reasons
+from attnd_server.service.plane_offer import PlaneReasons
 
 
 def capabilities(
-    config: ServerConfig, executor: Executor, caches: CacheTable, reasons: dict[plane_pb2.Plane.ValueType, str]
+    config: ServerConfig, executor: Executor, caches: CacheTable, reasons: PlaneReasons
 ) -> capabilities_pb2.GetCapabilitiesResponse:
-    """The answer to GetCapabilities, with the `plane_reasons`."""
+    """The answer to GetCapabilities, where planes are refused for `reasons`."""
     planes = [plane_pb2.PLANE_INLINE, plane_pb2.PLANE_SHM, plane_pb2.PLANE_CUDA]
     return capabilities_pb2.GetCapabilitiesResponse(
         version=__version__,

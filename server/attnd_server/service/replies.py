@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,9 +15,6 @@ from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.execution.step import Call, Result
 
-Encode = Callable[[Call, Result, int, int], bytes]
-"""Makes the reply to a call of its result, its `queue_us` and its `kernel_us`; before the next call runs."""
-
 
 class Replies(Protocol):
     """How the calls of one stream are answered.
@@ -31,8 +27,8 @@ class Replies(Protocol):
     plane: str
     region: Region | None
 
-    def encoder(self, call: Call, message: step_pb2.Call, lane: int) -> Encode:
-        """What will answer a call of `lane`, and others of its lane and step that differ in the layer alone.
+    def answered(self, call: Call, message: step_pb2.Call, lane: int) -> Call:
+        """A call of `lane` with what will encode its reply, and those of others that differ in the layer alone.
 
         Raises:
             InvalidRequest: its reply cannot lie where the message wants it.
@@ -49,11 +45,11 @@ class InlineReplies:
         """Encodes as `frame`."""
         self._frame = frame
 
-    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
-        """What will answer a call."""
+    def answered(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Call:
+        """The call with what will encode its reply."""
         if message.HasField("reply"):
             raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
-        return self._encode
+        return call._replace(encode=self._encode, plane=self.plane)
 
     def _encode(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         return self._frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
@@ -78,10 +74,10 @@ class RegionReplies:
         self._memory = region
         self._last: dict[int, _LastReply] = {}  # by lane
 
-    def encoder(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Encode:
-        """What will answer a call."""
+    def answered(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Call:
+        """The call with what will encode its reply."""
         if not message.HasField("reply"):
-            return partial(self._inline, lane)
+            return call._replace(encode=partial(self._inline, lane), plane=self.plane)
         place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
         if call.q is not None:
             # Now, so that a call whose reply has no place does not run.
@@ -90,7 +86,7 @@ class RegionReplies:
             if call.options.return_lse:
                 num_bytes = aligned(num_bytes) + 4 * num_rows
             self._memory.view(place, num_bytes, "reply")
-        return partial(self._placed, lane, place.offset)
+        return call._replace(encode=partial(self._placed, lane, place.offset), plane=self.plane)
 
     def _inline(self, lane: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         self._last.pop(lane, None)

@@ -8,45 +8,40 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import torch
+from cachetools import LRUCache
 from google.protobuf.message import Message
 
-from attnd.errors import AttndError, Disconnected, Exhausted, InvalidRequest, ServerFault, Unsupported, to_message
+from attnd.errors import AttndError, Disconnected, InvalidRequest, ServerFault, to_message
 from attnd.protocol import frames
 from attnd.protocol.packing import tensor
 from attnd.protocol.tensors import Array, to_array
-from attnd.v1 import attention_pb2, cache_pb2, plane_pb2, step_pb2
+from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
-from attnd_server.execution.work import NewCache, OnCache, Work
+from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.identity.quota import Quota
-from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier
-from attnd_server.planes.cuda.channel import CudaPlanes
-from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.service import validation
-from attnd_server.service.capabilities import NO_SOCKET, capabilities, plane_reasons
-from attnd_server.service.replies import Encode, InlineReplies, Replies
-from attnd_server.service.session import AttendSession, CallWork
+from attnd_server.service.capabilities import capabilities
+from attnd_server.service.kv_requests import KvRequests
+from attnd_server.service.plane_offer import PlaneOffer
+from attnd_server.service.replies import InlineReplies, Replies
+from attnd_server.service.session import AttendSession
 from attnd_server.service.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
 # Checked options that are kept, and how long their messages may be: 1024 heads with slopes and sinks fit.
 MAX_KEPT_OPTIONS, MAX_KEPT_OPTION_BYTES = 1_024, 9 << 10
-# Bytes of K and V in one chunk of ReadKv.
-READ_CHUNK_BYTES = 4 << 20
 
 
 class AttentionService:
@@ -54,29 +49,40 @@ class AttentionService:
 
     Attributes:
         sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
-        planes: the planes with a socket; None: the server has none for them.
-        cuda: the cuda planes among them, or why there are none, for people.
+        kv: the requests that read and write KV without attention.
         verifier: looks at some of the calls again; None: nobody does.
     """
 
     def __init__(
-        self, config: ServerConfig, executor: Executor, caches: CacheTable, metrics: Metrics | None = None
+        self,
+        config: ServerConfig,
+        executor: Executor,
+        caches: CacheTable,
+        planes: PlaneOffer,
+        metrics: Metrics | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
-        """Serves `caches` with `executor`, and counts in `metrics`; None: does not count."""
+        """Serves `caches` with `executor`.
+
+        Args:
+            config: the limits.
+            executor: of the device of the caches.
+            caches: of the server.
+            planes: what it offers besides the inline plane.
+            metrics: count what is refused; None: nobody counts.
+            verifier: of the executor's calls, to be closed with it; None: there is none.
+        """
         self.config = config
         self.executor = executor
         self.caches = caches
         self.metrics = metrics
-        self.planes: PlaneTable | None = None
-        self.cuda: CudaPlanes | str = NO_SOCKET
-        self.draining = False
-        self.verifier: Verifier | None = None
-        if config.verify:
-            refuses = config.verify_action == "refuse"
-            self.verifier = Verifier(config.verify, executor.device, executor.faults, refuses=refuses)
+        self._planes = planes
+        self._is_draining = False
+        self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
-        self._options: dict[tuple[object, ...], AttentionOptions] = {}
+        self._options: LRUCache[tuple[object, ...], AttentionOptions] = LRUCache(MAX_KEPT_OPTIONS)
+        self.kv = KvRequests(config, caches)
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
             "CreateCache": self.create_cache,
@@ -84,12 +90,12 @@ class AttentionService:
             "AdoptCache": self.adopt_cache,
             "DeleteCache": self.delete_cache,
             "ListCaches": self.list_caches,
-            "CopyPages": self.copy_pages,
+            "CopyPages": self.kv.copy_pages,
             "WarmUp": self.warm_up,
             "Prefill": self.prefill,
             "Decode": self.decode,
             "OpenPlane": self.open_plane,
-            "ClosePlane": self.close_plane,
+            "ClosePlane": planes.close,
         }
         self.unary = {name: self._while_sound(method) for name, method in self.unary.items()}
 
@@ -108,7 +114,7 @@ class AttentionService:
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
-        return capabilities(self.config, self.executor, self.caches, self._plane_reasons()).SerializeToString()
+        return capabilities(self.config, self.executor, self.caches, self._planes.reasons()).SerializeToString()
 
     def create_cache(self, data: bytes, principal: str) -> Work:
         """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
@@ -120,7 +126,7 @@ class AttentionService:
             cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name, key=request.key)
             return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
 
-        return NewCache(principal, work)
+        return new_cache(principal, work)
 
     def renew_cache(self, data: bytes, principal: str) -> bytes:
         """RenewCache."""
@@ -147,25 +153,12 @@ class AttentionService:
             cache = self.caches.delete(ref, principal)
             return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
 
-        return OnCache(ref.id, work, principal)
+        return CacheWork(ref.id, principal, work)
 
     def list_caches(self, data: bytes, principal: str) -> bytes:
         """ListCaches."""
         caches = [cache.info(with_id=False) for cache in self.caches.owned(principal)]
         return cache_pb2.ListCachesResponse(caches=caches).SerializeToString()
-
-    def copy_pages(self, data: bytes, principal: str) -> Work:
-        """CopyPages."""
-        request = frames.parse(cache_pb2.CopyPagesRequest, data)
-        cache = self.caches.get(request.cache, principal)
-        sources, targets = validation.copy_pages(request, cache.config)
-
-        def work() -> bytes:
-            cache.refuse_if_closed()
-            cache.copy_pages(sources, targets)
-            return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
-
-        return OnCache(cache.id, work, principal)
 
     def warm_up(self, data: bytes, principal: str) -> Work:
         """WarmUp. Compiles beside the executor, so that others are served meanwhile."""
@@ -173,7 +166,7 @@ class AttentionService:
         request = frames.parse(attention_pb2.WarmUpRequest, data)
         cache = self.caches.get(request.cache, principal)
         steps = validation.warm_up(request, cache.config, self.config)
-        return WarmUp(self.executor, self.caches, cache, steps, self.config)
+        return SideWork(principal, WarmUp(self.executor, self.caches, cache, steps, self.config))
 
     def prefill(self, data: bytes, principal: str) -> Work:
         """Prefill: a step and one call of it."""
@@ -197,7 +190,7 @@ class AttentionService:
         step = self.step(request.message.step, principal)
         call = self.call(step, request.message.call, request.tensors)
         replies = InlineReplies(reply)
-        return CallWork(self, call, replies.encoder(call, request.message.call), replies.plane)
+        return replies.answered(call, request.message.call)
 
     def step(
         self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
@@ -207,7 +200,8 @@ class AttentionService:
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
-        return Step(message.id, cache, metadata, call_timeout_s=message.call_timeout_ms / 1e3 or None)
+        timeout_s = message.call_timeout_ms / 1e3 or None
+        return Step(message.id, cache, metadata, timeout_s, self.executor.graphs.of(cache))
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""
@@ -220,151 +214,28 @@ class AttentionService:
     def checked_options(
         self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int
     ) -> AttentionOptions:
-        """A model's layers send the same few options again and again, so checked ones are kept by their bytes."""
+        """The options of a layer, checked unless the same bytes were before: layers send the same few again and again.
+
+        Raises:
+            InvalidRequest: they are wrong.
+        """
         key = (message.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
         options = self._options.get(key)
         if options is None:
             options = validation.options(message, config, num_heads)
-            if len(self._options) >= MAX_KEPT_OPTIONS:
-                self._options.clear()
             if len(key[0]) <= MAX_KEPT_OPTION_BYTES:
                 self._options[key] = options
         return options
-
-    def attend(self, call: Call, encode: Encode, plane: str) -> bytes:
-        """Runs a call that came over `plane` and encodes its reply. With the device."""
-        queue_us = self.executor.queue_us
-        started = time.perf_counter()
-        result = self.executor.attend(call)
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
-        if self.metrics is not None:
-            self.metrics.launched(1)
-            self.metrics.call_served(plane, call, result, queue_us, kernel_us)
-        if self.verifier is not None and self.verifier.is_due():
-            self.verifier.take(call, result)
-        return encode(call, result, queue_us, kernel_us)
-
-    def attend_together(self, works: list[CallWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Runs calls that can share a launch, and encodes the reply of each. With the device."""
-        started = time.perf_counter()
-        results = self.executor.attend_together([work.call for work in works])
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))
-        if self.metrics is not None:
-            self.metrics.launched(len(works))
-        replies: list[bytes | Exception] = []
-        for work, result, waited_us in zip(works, results, queue_us, strict=True):
-            if self.metrics is not None:
-                self.metrics.call_served(work.plane, work.call, result, waited_us, kernel_us)
-            try:
-                if self.verifier is not None and self.verifier.is_due():
-                    self.verifier.take(work.call, result)
-                replies.append(work.encode(work.call, result, waited_us, kernel_us))
-            except Exception as error:  # this call's own
-                replies.append(error)
-        return replies
 
     def open_session(self, principal: str, replies: Replies | None = None) -> AttendSession:
         """The state of one Attend stream, or of what is like it on a plane."""
         self.refuse_if_draining()
         return AttendSession(self, principal, replies or InlineReplies(frames.ATTEND_RESPONSE))
 
-    def store_kv(self, data: bytes, principal: str) -> Work:
-        """One chunk of StoreKv."""
-        request = frames.STORE_KV_REQUEST.decode(data, max_header_bytes=self.config.max_header_bytes)
-        cache = self.caches.get(request.message.cache, principal)
-        layer, slots, k, v = validation.store_kv(request.message, request.tensors, cache.config)
-
-        def work() -> bytes:
-            cache.refuse_if_closed()
-            cache.mark_written(slots)
-            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
-            return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
-
-        return OnCache(cache.id, work, principal)
-
-    def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
-        """ReadKv: the work of each chunk. Checks everything before the first."""
-        request = frames.parse(attention_pb2.ReadKvRequest, data)
-        cache = self.caches.get(request.cache, principal)
-        layer, slots = validation.read_kv(request, cache.config)
-        config = cache.config
-        per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
-        chunk = max(1, READ_CHUNK_BYTES // per_slot)
-        return (
-            OnCache(cache.id, partial(self._read_chunk, cache, layer, slots, first, chunk), principal)
-            for first in range(0, len(slots), chunk)
-        )
-
-    def _read_chunk(self, cache: Cache, layer: int, slots: torch.Tensor, first: int, chunk: int) -> bytes:
-        cache.refuse_if_closed()
-        k, v = cache.read(layer, slots[first : first + chunk].to(cache.device))
-        header = attention_pb2.ReadKvResponse(first=first)
-        return frames.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
-
     def open_plane(self, data: bytes, principal: str) -> bytes:
-        """OpenPlane. The inline plane needs no opening."""
+        """OpenPlane."""
         self.refuse_if_draining()
-        request = frames.parse(plane_pb2.OpenPlaneRequest, data)
-        wanted = request.plane
-        if wanted not in plane_pb2.Plane.values():
-            raise InvalidRequest(f"plane is {wanted}, but must be a value of Plane", field="plane")
-        reasons = self._plane_reasons()
-        if wanted in reasons:
-            name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
-            raise Unsupported(f"plane is {name}, but {reasons[wanted]}", field="plane")
-        if wanted == plane_pb2.PLANE_CUDA:
-            return self._open_cuda(request.cuda.gpu_uuid, principal).SerializeToString()
-        reasons.setdefault(plane_pb2.PLANE_CUDA, "it is given only where it is asked for by name")
-        response = plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE)
-        if self.planes is not None and wanted != plane_pb2.PLANE_INLINE:
-            try:
-                plane = self.planes.open(principal)
-            except Exhausted as error:
-                if wanted == plane_pb2.PLANE_SHM:
-                    raise
-                reasons[plane_pb2.PLANE_SHM] = str(error)
-            else:
-                shm = plane_pb2.ShmPlane(
-                    ticket=plane.ticket, socket_path=self.planes.socket_path, num_bytes=self.planes.num_bytes
-                )
-                response = plane_pb2.OpenPlaneResponse(id=plane.id, plane=plane_pb2.PLANE_SHM, shm=shm)
-        if wanted != plane_pb2.PLANE_INLINE:
-            response.refusals.extend(plane_pb2.PlaneRefusal(plane=key, reason=why) for key, why in reasons.items())
-        return response.SerializeToString()
-
-    def _open_cuda(self, worker_gpu: str, principal: str) -> plane_pb2.OpenPlaneResponse:
-        cuda, planes = self.cuda, self.planes
-        assert planes is not None
-        assert not isinstance(cuda, str)
-        if not worker_gpu:
-            raise InvalidRequest("cuda.gpu_uuid is empty, but must name the GPU of the worker", field="cuda.gpu_uuid")
-        plane = planes.open(principal, worker_gpu)
-        flags = plane_pb2.CUDA_FLAGS_HOST if worker_gpu == cuda.gpu_uuid else plane_pb2.CUDA_FLAGS_GATES
-        return plane_pb2.OpenPlaneResponse(
-            id=plane.id,
-            plane=plane_pb2.PLANE_CUDA,
-            cuda=plane_pb2.CudaPlane(
-                ticket=plane.ticket,
-                socket_path=planes.socket_path,
-                num_bytes=cuda.num_bytes,
-                gpu_uuid=cuda.gpu_uuid,
-                flags=flags,
-                results_num_bytes=cuda.results_num_bytes(worker_gpu),
-            ),
-        )
-
-    def _plane_reasons(self) -> dict[plane_pb2.Plane.ValueType, str]:
-        return plane_reasons(self.planes is not None, self.cuda if isinstance(self.cuda, str) else None)
-
-    def close_plane(self, data: bytes, principal: str) -> bytes:
-        """ClosePlane."""
-        plane_id = frames.parse(plane_pb2.ClosePlaneRequest, data).id
-        if self.planes is None:
-            raise InvalidRequest(
-                f"id is {plane_id}, but no plane is open: the inline plane needs no closing", field="id"
-            )
-        self.planes.close(plane_id, principal)
-        return plane_pb2.ClosePlaneResponse().SerializeToString()
+        return self._planes.open(data, principal)
 
     def told(self, error: Exception) -> AttndError:
         """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that."""
@@ -380,10 +251,14 @@ class AttentionService:
             self.metrics.refused(refusal)
         return refusal
 
+    def drain(self) -> None:
+        """Refuses new caches, steps and planes from now on; what runs goes on."""
+        self._is_draining = True
+
     def refuse_if_draining(self) -> None:
         """Raises Disconnected once the server drains, or its device has failed."""
         self.executor.faults.refuse()
-        if self.draining:
+        if self._is_draining:
             raise Disconnected("the server is draining: it takes no new steps; reconnect elsewhere or later")
 
 

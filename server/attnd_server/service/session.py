@@ -14,12 +14,11 @@ from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionOptions
-from attnd_server.execution.batch import Batch
 from attnd_server.execution.step import Call, Step
-from attnd_server.execution.work import SharedWork, Work
-from attnd_server.identity import refuse_if_revoked
+from attnd_server.execution.work import Work
+from attnd_server.identity import TokenPrincipal, refuse_if_revoked
 from attnd_server.service import validation
-from attnd_server.service.replies import Encode, Replies
+from attnd_server.service.replies import Replies
 
 if TYPE_CHECKING:
     from attnd_server.service.service import AttentionService
@@ -30,64 +29,6 @@ MAX_OPEN_STEPS = 8
 # Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
 # it should not wait for that.
 BIG_STEP_ELEMENTS = 1 << 17
-
-
-class CallGroup:
-    """Implements `Group` for calls."""
-
-    def __init__(self, batch: Batch) -> None:
-        """Of the calls in `batch`."""
-        self._batch = batch
-
-    def takes(self, work: Work) -> bool:
-        """Adds another if it is a call that can share the launch."""
-        return isinstance(work, CallWork) and self._batch.takes(work.call)
-
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether the launch takes less time than one for each."""
-        return self._batch.is_worth_it
-
-
-@dataclass(frozen=True, eq=False)
-class CallWork(SharedWork):
-    """The work of a call, on a stream or of a unary request."""
-
-    service: AttentionService
-    call: Call
-    encode: Encode
-    plane: str
-
-    def cache_id(self) -> bytes:
-        """The cache's id."""
-        return self.call.step.cache.id
-
-    def principal(self) -> str:
-        """Whose cache it is."""
-        return self.call.step.cache.principal
-
-    def __call__(self) -> bytes:
-        """Runs the call and encodes its reply."""
-        return self.service.attend(self.call, self.encode, self.plane)
-
-    def group(self) -> CallGroup | None:
-        """Calls that can share this one's launch; None: it runs alone."""
-        batch = self.service.executor.batch(self.call)
-        return None if batch is None else CallGroup(batch)
-
-    def with_others(self, works: list[SharedWork], queue_us: list[int]) -> list[bytes | Exception]:
-        """Runs calls of one batch in one launch."""
-        return self.service.attend_together([work for work in works if isinstance(work, CallWork)], queue_us)
-
-    @property
-    def timeout_s(self) -> float | None:
-        """Seconds within which it must have started; None is forever."""
-        return self.call.step.call_timeout_s
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it takes no longer than a few switches of thread."""
-        return self.call.step.is_small
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +49,12 @@ class AttendSession:
         """Starts without steps."""
         self._service = service
         self._principal = principal
+        self._can_be_revoked = isinstance(principal, TokenPrincipal)
         self._replies = replies
         self._max_header_bytes = service.config.max_header_bytes
         # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
         self._last_calls: dict[int, frames.Framed] = {}
-        self._last_works: dict[int, CallWork] = {}
+        self._last_checked: dict[int, Call] = {}
         self._steps: OrderedDict[int, Step] = OrderedDict()
         self._last_id = -1
         self._last_options: AttentionOptions | None = None
@@ -124,7 +66,8 @@ class AttendSession:
 
     def request_in_parts(self, data: bytes, lane: int = 0) -> bytes | Work | BigStep:
         """As `request`, but a step that takes long to check is left to the caller."""
-        refuse_if_revoked(self._principal)
+        if self._can_be_revoked:
+            refuse_if_revoked(self._principal)
         message, tensors = frames.ATTEND_REQUEST.decode(data, self._replies.region, self._max_header_bytes)
         kind = message.WhichOneof("message")
         if kind == "call":
@@ -132,7 +75,7 @@ class AttendSession:
                 if lane >= MAX_CALLS_UNDER_WAY:
                     raise InvalidRequest(f"lane is {lane}, but must be in 0..{MAX_CALLS_UNDER_WAY - 1}", field="lane")
                 self._last_calls[lane] = frames.Framed(message.call, tensors)
-                self._last_works.pop(lane, None)
+                self._last_checked.pop(lane, None)
             return self._call(message.call, tensors, lane)
         if kind == "step":
             step: step_pb2.Step = message.step
@@ -141,29 +84,28 @@ class AttendSession:
 
     def repeat(self, layer: int, step_id: int, lane: int) -> Work:
         """The last call of `lane` again, of another step or layer; checked as if it had come whole."""
-        refuse_if_revoked(self._principal)
-        last_call, last = self._last_calls.get(lane), self._last_works.get(lane)
+        if self._can_be_revoked:
+            refuse_if_revoked(self._principal)
+        last_call, last = self._last_calls.get(lane), self._last_checked.get(lane)
         if last_call is None:
             raise InvalidRequest(
                 f"message is absent, but must be given: there was no call in lane {lane} that is meant again"
             )
-        if last is not None and last.call.step is self._steps.get(step_id):
+        if last is not None and last.step is self._steps.get(step_id):
             # What was checked lies in this process and is the same; only the layer is new.
-            step, _, options, q, k, v = last.call
-            step.cache.renew()
-            call = Call(step, validation.layer(layer, step.cache.config), options, q, k, v)
-            return CallWork(last.service, call, last.encode, last.plane)
+            last.step.cache.renew()
+            return last._replace(layer=validation.layer(layer, last.step.cache.config))
         message, tensors = last_call
         message.layer, message.step_id = layer, step_id
         return self._call(message, tensors, lane)
 
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
         call = self._service.call(self._step(message.step_id), message, tensors)
-        work = CallWork(self._service, call, self._replies.encoder(call, message, lane), self._replies.plane)
+        call = self._replies.answered(call, message, lane)
         self._last_options = call.options
         if self._replies.region is not None:
-            self._last_works[lane] = work
-        return work
+            self._last_checked[lane] = call
+        return call
 
     def _open(self, message: step_pb2.Step) -> bytes:
         if message.id <= self._last_id:

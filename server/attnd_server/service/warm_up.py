@@ -13,12 +13,13 @@ from attnd.errors import AttndError
 from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.metadata import decode_step, reset_warming_up, set_warming_up
+from attnd_server.attention.metadata import decode_step
+from attnd_server.attention.warming_up import reset_warming_up, set_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
-from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, add_graphs, buffer_bytes, ready_graphs
+from attnd_server.execution.captured_graphs import listed
+from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.work import LongWork
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.service.validation.warm_ups import WarmSteps
@@ -57,7 +58,7 @@ class _Nothing(Exception):
     """There is nothing to capture, or it cannot be; the text says why."""
 
 
-class WarmUp(LongWork):
+class WarmUp:
     """One warm-up of a cache."""
 
     def __init__(
@@ -70,10 +71,6 @@ class WarmUp(LongWork):
         self._options = steps.options
         self._shapes = shapes_of(steps, cache.config, limits)
         self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
-
-    def principal(self) -> str:
-        """Whose cache it is."""
-        return self._cache.principal
 
     def __call__(self) -> bytes:
         """Makes what is not there yet. Answers the WarmUpResponse.
@@ -161,10 +158,10 @@ class WarmUp(LongWork):
         k, v = tokens(config.num_kv_heads, config.head_dim), tokens(config.num_kv_heads, config.head_dim_v)
         cache.store_at(0, k, v, torch.full((query_len,), -1, device=device))
         plan = kernel.plan(config, decode_step(1, query_len, config.page_size, config.page_size), self._options, device)
-        kernel.run(plan, q, k, v, cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales)
+        kernel.run(plan, q, k, v, cache.layers[0])
 
     def _check_count(self) -> None:
-        in_use = [graphs for alike in list(self._cache.graphs.values()) for graphs in alike]
+        in_use = listed(self._executor.graphs.of(self._cache))
         num_graphs = sum(graphs.num_graphs for graphs in in_use + self._made)
         if num_graphs + self._cache.config.num_layers > MAX_GRAPHS:
             raise _Nothing(f"the cache has {num_graphs} graphs, and the limit is {MAX_GRAPHS}")
@@ -187,10 +184,10 @@ class WarmUp(LongWork):
     def _use(self) -> None:
         self._cache.refuse_if_closed()
         for graphs in self._made:
-            add_graphs(self._cache, self._options, graphs)
+            self._executor.graphs.add(self._cache, self._options, graphs)
 
     def _ready(self, shape: DecodeShape) -> DecodeGraphs | None:
-        return ready_graphs(self._cache, self._options, shape)
+        return self._executor.graphs.ready(self._cache, self._options, shape)
 
     def _discard(self, graphs: DecodeGraphs) -> None:
         self._caches.release(self._cache, graphs.num_bytes)

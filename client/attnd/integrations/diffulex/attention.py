@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from attnd.errors import InvalidRequest
+from attnd.foreign_metadata import from_diffulex
 from attnd.integrations.diffulex import metadata as diffulex
-from attnd.integrations.diffulex.steps import check_geometry, from_diffulex
+from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
 from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
-
-if TYPE_CHECKING:
-    from attnd.session import Session
-from attnd.steps import Step
+from attnd.session import Session, Step
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attnd.errors import InvalidRequest
-from attnd.integrations.diffulex.steps import from_diffulex
+from attnd.foreign_metadata import from_diffulex
 
 __all__ = [
     "AttnMetaDataBase",

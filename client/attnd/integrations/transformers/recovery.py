@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,8 +21,8 @@ from attnd.errors import CacheLost, Disconnected, InvalidRequest
 from attnd.integrations.transformers.padded_batch import NewTokens, PaddedBatch
 
 if TYPE_CHECKING:
-    from attnd.client import Cache
-    from attnd.integrations.transformers.remote_cache import RemoteCache
+    from attnd.cache import Cache
+    from attnd.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,17 @@ MAX_REPEATS, PAUSE_S, MAX_PAUSE_S = 10, 0.1, 2.0
 _NUM_WATCHERS = "_attnd_num_watchers"
 
 
+class Leasing(Protocol):
+    """What a RemoteCache leases: both attributes change where a cache is lost."""
+
+    cache: Cache
+    session: Session
+
+
 class Recovery:
     """The tokens behind the KV of a RemoteCache, and how it comes back from them."""
 
-    def __init__(self, cache: RemoteCache, batch: PaddedBatch, create: Callable[[], Cache]) -> None:
+    def __init__(self, cache: Leasing, batch: PaddedBatch, create: Callable[[], Cache]) -> None:
         """Of a cache without tokens.
 
         Args:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attnd.errors import CacheLost, Unsupported
+from attnd.integrations.transformers.geometry import geometry_of
 from attnd.integrations.transformers.padded_batch import NewTokens, PaddedBatch
 from attnd.integrations.transformers.recovery import Recovery, check_choice, unwatch, watch
 
@@ -19,14 +20,11 @@ if TYPE_CHECKING:
     from attnd.client import Client
     from attnd.protocol.attention_options import AttentionOptions
     from attnd.protocol.kv_split import KVSplit
-    from attnd.session import Session
-    from attnd.steps import Step
+    from attnd.session import Session, Step
     from attnd.timings import Timings
 
 # Attribute of a key that names the RemoteCache and the layer which it was given to.
 OWNER = "_attnd_owner"
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class RemoteCache(Cache):
@@ -78,7 +76,7 @@ class RemoteCache(Cache):
             Unsupported: the model has layers that are not plain attention over their own keys and values.
             Exhausted: the server has not enough memory.
         """
-        geometry = _geometry(config.get_text_config(decoder=True))
+        geometry = geometry_of(config.get_text_config(decoder=True))
         check_choice(on_cache_lost, model)
         super().__init__(layers=[_Layer(self, index) for index in range(geometry.num_layers)])
         num_pages = -(-max_tokens // page_size)
@@ -296,31 +294,3 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers'
     def get_max_length(self) -> int:
         """See RemoteCache."""
         return self._owner.get_max_length()
-
-
-class _Geometry(NamedTuple):
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-def _geometry(config: PreTrainedConfig) -> _Geometry:
-    """What a decoder's layers have in common.
-
-    Raises:
-        Unsupported: a layer is not plain attention over keys and values of its own.
-    """
-    if config.is_encoder_decoder:
-        raise Unsupported("the model is an encoder-decoder, but must be a decoder: cross-attention is not served")
-    if getattr(config, "kv_lora_rank", None):
-        raise Unsupported("the model caches latents (kv_lora_rank is set), but must cache keys and values")
-    for number, layer_type in enumerate(getattr(config, "layer_types", None) or ()):
-        if layer_type not in _LAYER_TYPES:
-            rule = f"must be one of {', '.join(_LAYER_TYPES)}"
-            raise Unsupported(f"layer_types[{number}] is {layer_type}, but {rule}", field="layer_types")
-    num_heads = config.num_attention_heads
-    return _Geometry(
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    )

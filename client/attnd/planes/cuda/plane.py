@@ -6,8 +6,6 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
-import mmap
-import os
 import select
 import socket
 import sys
@@ -17,120 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from attnd.errors import (
-    AttndError,
-    DeadlineExceeded,
-    Disconnected,
-    InvalidRequest,
-    ServerFault,
-    Unsupported,
-    from_message,
-)
-from attnd.planes.tickets import show_ticket
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
+from attnd.planes.cuda.tensors import check_capture, copy_in
 from attnd.protocol import requests
-from attnd.protocol.cuda import driver as cuda_driver
 from attnd.protocol.cuda.copies import Copier, Copy, CopyAndWrite, HandOver
-from attnd.protocol.cuda.driver import CudaError, Device, call
+from attnd.protocol.cuda.driver import Device, call
 from attnd.protocol.cuda.gate_flags import Counter, GateFlags
-from attnd.protocol.cuda.host_flags import HostFlags, HostWords
-from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES, Place
+from attnd.protocol.cuda.host_flags import HostFlags
+from attnd.protocol.cuda.layout import Place
 from attnd.protocol.cuda.memory import DeviceMemory
-from attnd.protocol.shm import framing, sockets
-from attnd.v1 import attention_pb2, plane_pb2
-
-
-def worker_gpu() -> Device:
-    """The GPU that is torch's current one in this process.
-
-    Raises:
-        Unsupported: there is none, or it cannot have a cuda plane; the message says why.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        raise Unsupported("plane is cuda, but this process has no torch with a GPU", field="plane")
-    index = torch.cuda.current_device()
-    try:
-        gpu = cuda_driver.device(index)
-        refusal = gpu.refusal()
-    except CudaError as error:
-        raise Unsupported(f"plane is cuda, but GPU {index} cannot be used: {error}", field="plane") from None
-    if refusal is not None:
-        raise Unsupported(f"plane is cuda, but {refusal}", field="plane")
-    return gpu
-
-
-def check_reach(gpu: Device, servers_uuid: str) -> None:
-    """Raises Unsupported if a worker's GPU cannot get at the memory of the server's; the message says why."""
-    servers = cuda_driver.device_of(servers_uuid)
-    if servers is None:
-        rule = "must be among those that this process sees; see CUDA_VISIBLE_DEVICES, or the container's devices"
-        raise Unsupported(f"plane is cuda, but the server's GPU is {servers_uuid}, which {rule}", field="plane")
-    if not gpu.reaches(servers):
-        rule = "must reach it directly, over NVLink or PCIe"
-        raise Unsupported(f"plane is cuda, but GPU {gpu.uuid} does not reach the server's {servers_uuid}, and {rule}")
-
-
-def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, timeout_s: float) -> CudaPlane:
-    """Connects to a plane that OpenPlane gave.
-
-    Args:
-        plane: the answer.
-        gpu: the worker's.
-        socket_dir: the folder of the server's sockets as this process sees it; "": as the server does.
-        timeout_s: how long the server may take, in seconds.
-
-    Raises:
-        Unsupported: this process cannot reach the socket, or not map the memory; the message says why.
-        AttndError: what the server answered.
-    """
-    check_reach(gpu, plane.cuda.gpu_uuid)
-    sizes = [size for size in (plane.cuda.num_bytes, plane.cuda.results_num_bytes) if size]
-    connection, (words, *descriptors), path = show_ticket(
-        plane.cuda.ticket, plane.cuda.socket_path, socket_dir, 1 + len(sizes), timeout_s
-    )
-    try:
-        memory = sockets.map_memory(words, WORDS_BYTES)
-        with gpu.current():
-            mapped = imported_memory(gpu, descriptors, sizes)
-    except CudaError as error:
-        connection.close()
-        raise Unsupported(f"plane is cuda, but the server's memory cannot be mapped: {error}", field="plane") from None
-    except BaseException:
-        connection.close()
-        raise
-    try:
-        with gpu.current():
-            flags = workers_flags(gpu, mapped, memory, on_same_gpu=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
-            return CudaPlane(connection, gpu, mapped, flags, path)
-    except CudaError as error:
-        connection.close()
-        for each in mapped:
-            each.close()
-        raise Unsupported(f"plane is cuda, but streams cannot wait here: {error}", field="plane") from None
-
-
-def imported_memory(gpu: Device, descriptors: list[int], sizes: list[int]) -> list[DeviceMemory]:
-    """The region, and the memory of results if there is one. Closes the descriptors, whatever happens."""
-    mapped: list[DeviceMemory] = []
-    try:
-        for size in sizes:
-            mapped.append(DeviceMemory.imported(gpu, descriptors.pop(0), size))
-    except BaseException:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        for each in mapped:
-            each.close()
-        raise
-    return mapped
-
-
-def workers_flags(
-    gpu: Device, memory: list[DeviceMemory], words: mmap.mmap, *, on_same_gpu: bool
-) -> HostFlags | GateFlags:
-    """The worker's side of the hand-overs; `gpu` is the thread's current one. Raises CudaError."""
-    if on_same_gpu:
-        return HostFlags(HostWords(words), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
-    return GateFlags(gpu, signal=memory[0].address + TO_SERVER, flag=memory[-1].address + TO_WORKER)
+from attnd.protocol.shm import framing
+from attnd.v1 import attention_pb2
 
 
 class Answer(NamedTuple):
@@ -236,7 +131,7 @@ class CudaPlane:
         """
         there, by_driver = [], []
         for place, tensor in inputs:
-            copy = _copy_in(self._address(place), tensor)
+            copy = copy_in(self._address(place), tensor)
             if copy is None or not copy.is_possible:
                 by_driver.append((place, tensor.contiguous()))
             else:
@@ -364,58 +259,3 @@ def _end(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
         pass  # ended already
-
-
-def _copy_in(address: int, tensor: Any) -> Copy | None:
-    """How a tensor `[num_tokens, num_heads, head_dim]` gets to `address`; None: its tokens are not dense."""
-    num_tokens, num_heads, head_dim = tensor.shape
-    token, head, element = tensor.stride()
-    if (head_dim > 1 and element != 1) or (num_heads > 1 and head != head_dim):
-        return None
-    size = tensor.element_size()
-    row_bytes = num_heads * head_dim * size
-    return Copy(address, tensor.data_ptr(), num_tokens, row_bytes, row_bytes if num_tokens == 1 else token * size)
-
-
-def check_capture(cuda: Any, index: int) -> None:
-    """Refuses a capture that would go without what is enqueued on a GPU.
-
-    Args:
-        cuda: `torch.cuda`.
-        index: of the worker's GPU.
-
-    Raises:
-        InvalidRequest: a CUDA graph is being captured on a stream of another GPU.
-    """
-    current = cuda.current_device()
-    if current != index and cuda.is_current_stream_capturing():
-        rule = (
-            f"a session on cuda:{index} needs one of its own: torch.cuda.graph(..., stream=torch.cuda.Stream({index}))"
-        )
-        raise InvalidRequest(f"a CUDA graph is being captured on a stream of cuda:{current}, but {rule}", field="q")
-
-
-def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -> Any:
-    """`value`, if it is what lies at `place`.
-
-    Args:
-        name: to use in errors.
-        value: a torch tensor.
-        place: where it goes.
-        dtype: torch's.
-        device: torch's.
-
-    Raises:
-        InvalidRequest: it is another shape, dtype or device.
-    """
-    found: tuple[Any, ...] = (
-        tuple(getattr(value, "shape", ())),
-        getattr(value, "dtype", None),
-        getattr(value, "device", None),
-    )
-    for what, is_so, must in zip(("shape", "dtype", "device"), found, (place.shape, dtype, device), strict=True):
-        if is_so != must:
-            given = f"{what} {list(is_so) if what == 'shape' else is_so}"
-            rule = f"must have {list(must) if what == 'shape' else must} on this step's cuda plane"
-            raise InvalidRequest(f"{name} has {given}, but {rule}", field=name)
-    return value

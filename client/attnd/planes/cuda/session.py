@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
-from attnd.protocol import frames, requests
+from attnd.foreign_metadata import as_step_metadata
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.cuda.step import CudaStep
+from attnd.planes.leases import Lease
+from attnd.protocol import frames
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
+from attnd.protocol.cuda.layout import Geometry, step_layout
 from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS
-from attnd.protocol.tensors import DTYPE_NAMES
 from attnd.timings import Timings
 from attnd.v1 import attention_pb2, backend_pb2, plane_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from attnd.client import Cache
-    from attnd.planes.choice import PlaneOptions
     from attnd.planes.cuda.plane import Answer, CudaPlane
-    from attnd.protocol.step_metadata import StepMetadata
 
 Options = AttentionOptions | Sequence[AttentionOptions]
 
@@ -56,7 +55,7 @@ class CudaSession:
     # Steps that were sent and not answered; `step` waits for the oldest beyond these.
     MAX_UNANSWERED_STEPS = 2
 
-    def __init__(self, cache: Cache, timeout_s: float, plane: PlaneOptions) -> None:
+    def __init__(self, cache: Lease, timeout_s: float, plane: PlaneOptions) -> None:
         """Opens no plane yet: the first step does."""
         self.cache = cache
         self.timeout_s = timeout_s
@@ -100,7 +99,7 @@ class CudaSession:
                 raise InvalidRequest(f"num_heads is None, but {rule}", field="num_heads")
             self._layers = self._layers[0] if num_heads is None and self._layers else num_heads or 0, listed
         self._last_step_id += 1
-        step = CudaStep(self, self._last_step_id, requests.as_step_metadata(metadata))
+        step = CudaStep(self, self._last_step_id, as_step_metadata(metadata))
         if self._layers is not None:
             self.announce(step, *self._layers)
         self._timings.num_steps += 1
@@ -215,119 +214,13 @@ class CudaSession:
     def _open(self) -> None:
         if sys.platform != "linux":
             raise Unsupported(f"plane is cuda, but this process runs on {sys.platform}, and it needs Linux")
-        from attnd.planes.cuda import plane as cuda  # has modules that other systems have not
+        from attnd.planes.cuda import opening  # has modules that other systems have not
 
-        gpu = cuda.worker_gpu()
+        gpu = opening.worker_gpu()
         request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_CUDA)
         request.cuda.gpu_uuid = gpu.uuid
         data = self.cache.transport.unary("OpenPlane", request.SerializeToString(), self.timeout_s)
         plane = frames.parse(plane_pb2.OpenPlaneResponse, data)
-        self._plane = cuda.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
+        self._plane = opening.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
         self.plane = "cuda"
         self._last_step_id = 0
-
-
-class CudaStep:
-    """One forward pass on a cuda plane. Made by `CudaSession.step`."""
-
-    def __init__(self, session: CudaSession, step_id: int, metadata: StepMetadata) -> None:
-        """Not sent yet."""
-        self.id = step_id
-        self.metadata = metadata
-        self.error: AttndError | None = None
-        self._session = session
-        self._plane: CudaPlane | None = None
-        self._layout: StepLayout | None = None
-        self._options: tuple[AttentionOptions, ...] = ()
-        self._next_layer = 0
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether `attend` was called for each layer."""
-        return self._next_layer == self._session.cache.config.num_layers
-
-    def opened(self, plane: CudaPlane, layout: StepLayout, options: tuple[AttentionOptions, ...]) -> None:
-        """The step was sent."""
-        self._plane, self._layout, self._options = plane, layout, options
-
-    def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions | None = None) -> Any:
-        """Enqueues attention of one layer on torch's current stream, and returns its output, which comes later.
-
-        Args:
-            layer: of the cache; 0 first, and none left out.
-            q: `[num_tokens, num_heads, head_dim]` of the cache's dtype, on the session's GPU; None in a store-only
-                step.
-            k: `[num_tokens, num_kv_heads, head_dim]`; None in a cache-only step.
-            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step.
-            options: None, or those that the step was opened with for this layer.
-
-        Returns:
-            As `Step.attend`.
-
-        Raises:
-            InvalidRequest: the tensors or the options are not those of this step, or the layer is not the next.
-            AttndError: the plane failed.
-        """
-        started = time.perf_counter()
-        num_layers = self._session.cache.config.num_layers
-        if layer != self._next_layer or layer >= num_layers:
-            rule = (
-                f"on a cuda plane must be the next, {self._next_layer}" if self._next_layer < num_layers else "no more"
-            )
-            raise InvalidRequest(f"layer is {layer}, but {rule} of {num_layers}", field="layer")
-        if self._layout is None:
-            heads = 0 if q is None else q.shape[1]
-            self._session.announce(self, heads, (options or DEFAULT_OPTIONS,))
-        assert self._layout is not None
-        assert self._plane is not None
-        if self._plane.failure is not None:
-            raise self._plane.failure
-        told = self._options[layer if len(self._options) > 1 else 0]
-        if options is not None and options is not told and options.encoded != told.encoded:
-            rule = "must be those that it was opened with; give session.step(..., options=[...]) those of each layer"
-            raise InvalidRequest(f"options of layer {layer} are not those of the step, but {rule}", field="options")
-        output = self._enqueue(layer, q, k, v, told.return_lse)
-        self._next_layer += 1
-        timings, call_us = self._session.timings(), (time.perf_counter() - started) * 1e6
-        timings.num_calls += 1
-        timings.call_us.append(call_us)
-        timings.total_us += call_us
-        return output
-
-    def finish(self) -> None:
-        """Waits until the server has done the whole step, and so the stream up to here all but the last output.
-
-        Raises:
-            AttndError: it failed; outputs of this step mean nothing.
-        """
-        self._session.finish(self)
-
-    def _enqueue(self, layer: int, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
-        from attnd.planes.cuda.plane import check_tensor
-
-        plane, layout = self._plane, self._layout
-        assert plane is not None
-        assert layout is not None
-        torch = sys.modules["torch"]
-        dtype = getattr(torch, DTYPE_NAMES[layout.q.dtype])
-        given = [("q", q, layout.q, self.metadata.store_only)]
-        given += [("k", k, layout.k, self.metadata.cache_only), ("v", v, layout.v, self.metadata.cache_only)]
-        for name, value, _, is_absent in given:
-            if is_absent != (value is None):
-                rule = "must be absent in" if is_absent else "must be given to"
-                raise InvalidRequest(f"{name} is {'given' if is_absent else 'None'}, but {rule} this step", field=name)
-        held = [
-            (place, check_tensor(name, value, place, dtype, plane.torch_device))
-            for name, value, place, is_absent in given
-            if not is_absent
-        ]
-        with plane.stream() as stream:
-            outputs = []
-            if q is not None:
-                outputs.append((layout.output, q.new_empty(layout.output.shape)))
-                if return_lse:
-                    outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=torch.float32)))
-            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
-        if q is None:
-            return None
-        return (outputs[0][1], outputs[1][1]) if return_lse else outputs[0][1]

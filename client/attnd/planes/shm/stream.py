@@ -6,10 +6,10 @@ import socket
 from typing import NamedTuple
 
 from attnd.errors import DeadlineExceeded, Disconnected
-from attnd.planes.grpc import Stream
 from attnd.planes.shm.lanes import Lanes
 from attnd.planes.shm.messages import ShmMessages
 from attnd.planes.tickets import show_ticket
+from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import framing, sockets
@@ -70,7 +70,7 @@ def shake_hands(
 
 
 class ShmStream(ShmMessages, Stream):
-    """Implements `attnd.planes.grpc.Stream`. Several calls may be under way, each in a lane of its own."""
+    """Implements `attnd.planes.transport.Stream`. Several calls may be under way, each in a lane of its own."""
 
     plane = "shm"
 

@@ -41,7 +41,7 @@ _COUNT = """
 _SIGNAL = """
     st.release.sys.global.u64 [%signal], %next;
 """
-# For `cuda_copies`, too, whose kernel names the same registers.
+# For `copies`, too, whose kernel names the same registers.
 WAIT = """
     mov.u32 %turn, 0;
 AGAIN:
@@ -57,7 +57,7 @@ AGAIN:
     @%decided bra AGAIN;
 DONE:
 """
-_BODIES = {"exchange": _COUNT + _SIGNAL + WAIT, "wait": _COUNT + WAIT, "signal": _SIGNAL}
+_BODIES = {"wait": _COUNT + WAIT, "signal": _SIGNAL}
 # What every GPU since 2017 runs; the driver compiles it.
 PTX = ".version 7.0\n.target sm_70\n.address_size 64\n" + "".join(
     f".visible .entry attnd_{name}({_HEAD}{body}    ret;\n}}\n" for name, body in _BODIES.items()
@@ -99,16 +99,12 @@ class GateFlags:
         self._launch = driver().cuLaunchKernel
         self.is_stopped = False
 
-    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
-        """Worker: tells the server that what `stream` did so far is done, then lets it wait for the server's answer."""
-        self._enqueue("exchange", stream)
-
     def wait(self, stream: int, layer: int, is_last: bool) -> None:
-        """Server: lets `stream` wait until the worker has handed over a layer."""
+        """Lets `stream` wait until the worker has handed over a layer. The server's; a worker has `HandOver`."""
         self._enqueue("wait", stream)
 
     def signal(self, stream: int, layer: int, is_last: bool) -> None:
-        """Server: tells the worker that what `stream` did so far is done."""
+        """Tells the worker that what `stream` did so far is done."""
         self._enqueue("signal", stream)
 
     def stop(self) -> None:

@@ -101,16 +101,12 @@ class HostFlags:
         self._enqueue = driver().cuStreamBatchMemOp
         self.is_stopped = False
 
-    def exchange(self, stream: int, layer: int, is_last: bool) -> None:
-        """Worker: tells the server that what `stream` did so far is done, then lets it wait for the server's answer."""
-        self._run("exchange", stream, layer, is_last)
-
     def wait(self, stream: int, layer: int, is_last: bool) -> None:
-        """Server: lets `stream` wait until the worker has handed over a layer."""
+        """Lets `stream` wait until the other side has handed over a layer."""
         self._run("wait", stream, layer, is_last)
 
     def signal(self, stream: int, layer: int, is_last: bool) -> None:
-        """Server: tells the worker that what `stream` did so far is done."""
+        """Tells the other side that what `stream` did so far is done."""
         if self._writer is None:
             self._run("signal", stream, layer, is_last)
         else:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 
@@ -44,23 +45,20 @@ class FixedPlan(Protocol):
         """None, or the reason why a step does not fit, for people."""
 
     def update(self, metadata: AttentionMetadata) -> None:
-        """Makes a step that fits the one that `run` computes: one copy and one launch.
+        """Makes a step that fits the one that `launch` computes: one copy and one launch.
 
         What was launched for earlier steps may still be queued. Waits for the device only where it would be two updates
         ahead.
         """
 
-    def run(
+    def launch(
         self,
         output: torch.Tensor,
         lse: torch.Tensor | None,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> None:
         """Attention of one layer. Only launches, with the same arguments for every step: a CUDA graph can keep them.
 
@@ -72,17 +70,15 @@ class FixedPlan(Protocol):
                 may hold anything; so may those of k and v.
             k: `[num_reqs * query_len, num_kv_heads, head_dim]`, contiguous.
             v: `[num_reqs * query_len, num_kv_heads, head_dim_v]`, contiguous.
-            k_pages: see `AttentionKernel.run`, as for the rest.
-            v_pages: likewise.
-            k_scales: likewise.
-            v_scales: likewise.
+            pages: of the layer.
         """
 
 
 class AttentionKernel(Protocol):
     """One way of computing the attention of a step.
 
-    `plan` runs once per step and kind of layer, `run` once per layer. Inputs are valid: nothing is checked again.
+    `plan` runs once per step and kind of layer, `run` or `launch` once per layer. Inputs are valid: nothing is checked
+    again.
     """
 
     @property
@@ -102,7 +98,7 @@ class AttentionKernel(Protocol):
     def plan(
         self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
     ) -> Any:
-        """What `run` needs and every layer with these options shares."""
+        """What `run` and `launch` need and every layer with these options shares."""
 
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
@@ -119,10 +115,7 @@ class AttentionKernel(Protocol):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer. Writes nothing but its results.
 
@@ -133,15 +126,33 @@ class AttentionKernel(Protocol):
             q: `[num_tokens, num_heads, head_dim]`.
             k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
             v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
-            k_pages: the layer's K, of shape `config.k_shape`.
-            v_pages: the layer's V, of shape `config.v_shape`.
-            k_scales: float32 `[num_kv_heads]` on the pages' device, by which what K's pages hold is multiplied; None:
-                pages are not scaled.
-            v_scales: likewise for V.
+            pages: of the layer.
 
         Returns:
             output `[num_tokens, num_heads, head_dim_v]` in q's dtype, and lse float32 `[num_tokens, num_heads]` if
             `options.return_lse`, else None. A row that sees nothing has zeros and -inf.
+        """
+
+    def launch(
+        self,
+        plan: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into tensors that are there.
+
+        Args:
+            plan: from `plan`.
+            output: `[num_tokens, num_heads, head_dim_v]` in q's dtype, contiguous.
+            lse: float32 `[num_tokens, num_heads]`, contiguous; None unless `options.return_lse`.
+            q: as for `run`, but contiguous; so are k and v.
+            k: likewise.
+            v: likewise.
+            pages: as for `run`.
         """
 
 
@@ -150,7 +161,7 @@ class ShiftsPages(AttentionKernel, Protocol):
     """A kernel that can have requests of several caches in one step, if their pages lie in one tensor."""
 
     def shifted(self, plan: Any, page_offsets: torch.Tensor) -> Any:
-        """The plan with a number added to each request's page ids, for `run`.
+        """The plan with a number added to each request's page ids.
 
         Args:
             plan: from `plan`, or what the last `shifted` gave. It is not to be run any more.

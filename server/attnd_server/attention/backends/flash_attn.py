@@ -9,6 +9,7 @@ from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.flash_libraries import FlashCall, FlashLibrary
 from attnd_server.attention.backends.two_parts import Partial, TwoParts
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 # The libraries' positions are int32.
@@ -63,7 +64,7 @@ class FlashAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "the library splits keys by the batch"
 
     def run(
@@ -72,10 +73,7 @@ class FlashAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         q = q.contiguous()
@@ -85,7 +83,7 @@ class FlashAttention:
             # The library takes row i of n for one at position context_len - n + i; it stands n further.
             left = plan.window - 1 - plan.new.longest if plan.window else -1
             call = _call(plan, plan.context, plan.page_tables, False, (left, -1))
-            return self.library.attend(q, k_pages, v_pages, call)
+            return self.library.attend(q, pages.k, pages.v, call)
 
         def over_new() -> Partial:
             assert k is not None
@@ -95,6 +93,19 @@ class FlashAttention:
             return self.library.attend(q, k.contiguous(), v.contiguous(), call)
 
         return two_parts.run_parts(plan, q, over_context, over_new)
+
+    def launch(
+        self,
+        plan: TwoParts,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`: the library has results of its own, which are copied."""
+        two_parts.copy_results(self.run(plan, q, k, v, pages), output, lse)
 
 
 def _call(

@@ -13,7 +13,8 @@ import torch
 
 from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionConfig, Layout
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, new_token_limits
+from attnd_server.attention.masks import new_token_limits
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 # Requests with more new tokens than this get parts of their own: batching no longer pays.
 BATCHED_ROWS = 64

@@ -11,7 +11,9 @@ from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.window import first_visible_pages
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.kernels.pages import gather_pages
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, visible
+from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.masks import visible
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 # New tokens of a request whose scores [num_heads, TILE, num_keys] exist at once. Counted from the request's own first
 # token, so that it changes nothing between batches.
@@ -132,7 +134,7 @@ class NaiveAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "it looks at each request on the host"
 
     def run(
@@ -141,22 +143,34 @@ class NaiveAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         output = q.new_empty(*q.shape[:2], plan.config.head_dim_v)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if plan.options.return_lse else None
+        self.launch(plan, output, lse, q, k, v, pages)
+        return output, lse
+
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`."""
         bounds = plan.metadata.cu_seqlens_q.tolist()
         for request, (start, end) in enumerate(pairwise(bounds)):
             new_k, new_v = (None if tensor is None else tensor[start:end] for tensor in (k, v))
-            keys, values = self.keys_and_values(plan, request, new_k, new_v, k_pages, v_pages, k_scales, v_scales)
+            keys, values = self.keys_and_values(plan, request, new_k, new_v, pages)
             for tile in range(start, end, TILE):
                 rows = slice(tile, min(tile + TILE, end))
-                output[rows], lse[rows] = self._tile(plan, request, rows, start, q, keys, values)
-        return output, lse if plan.options.return_lse else None
+                output[rows], lse_of_rows = self._tile(plan, request, rows, start, q, keys, values)
+                if lse is not None:
+                    lse[rows] = lse_of_rows
 
     def keys_and_values(
         self,
@@ -164,10 +178,7 @@ class NaiveAttention:
         request: int,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The request's cached tokens from its first visible page on, then its new ones, in the type to multiply in.
 
@@ -179,16 +190,15 @@ class NaiveAttention:
             request: index of the request.
             k: of its new tokens, `[query_len, num_kv_heads, head_dim]`; None in a cache-only step.
             v: likewise, `[query_len, num_kv_heads, head_dim_v]`.
-            k_pages: as for `run`, and the rest.
-            v_pages: likewise.
-            k_scales: likewise.
-            v_scales: likewise.
+            pages: as for `run`.
         """
         num_tokens = int(plan.metadata.context_lens[request]) - plan.first_positions[request]
         page_ids, layout = plan.page_ids[request], plan.config.layout
         dtype = plan.config.precision.dtype(plan.config.dtype)
-        keys = gather_pages(k_pages, page_ids, layout, dtype if k_scales is None else torch.float32, k_scales)
-        values = gather_pages(v_pages, page_ids, layout, dtype if v_scales is None else torch.float32, v_scales)
+        keys, values = (
+            gather_pages(each, page_ids, layout, dtype if scales is None else torch.float32, scales)
+            for each, scales in ((pages.k, pages.k_scales), (pages.v, pages.v_scales))
+        )
         if k is None or v is None:
             return keys[:num_tokens], values[:num_tokens]
         return torch.cat([keys[:num_tokens], k.to(dtype)]), torch.cat([values[:num_tokens], v.to(dtype)])

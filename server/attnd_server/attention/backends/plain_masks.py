@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from attnd_server.attention.metadata import AttentionMetadata, new_token_limits
+from attnd_server.attention.masks import new_token_limits
+from attnd_server.attention.metadata import AttentionMetadata
 
 
 def causal(metadata: AttentionMetadata) -> torch.Tensor:

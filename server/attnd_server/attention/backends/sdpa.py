@@ -12,11 +12,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnd.protocol.alignment import aligned
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.dense_prefill import dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
 from attnd_server.attention.kernels.pages import read_kv
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 MAX_MASK_ELEMENTS = 2**30
@@ -89,7 +91,7 @@ class SdpaAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "it gathers the pages of each step anew"
 
     def run(
@@ -98,18 +100,28 @@ class SdpaAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         if plan.is_one_part:
-            return _run_part(plan, plan.parts[0], q, k, v, k_pages, v_pages, k_scales, v_scales), None
+            return _run_part(plan, plan.parts[0], q, k, v, pages), None
         output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
-        for part in plan.parts:
-            output[part.rows] = _run_part(plan, part, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        self.launch(plan, output, None, q, k, v, pages)
         return output, None
+
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output`; see `AttentionKernel.launch`."""
+        for part in plan.parts:
+            output[part.rows] = _run_part(plan, part, q, k, v, pages)
 
 
 def _run_part(
@@ -118,16 +130,13 @@ def _run_part(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    pages: LayerPages,
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
     if part.side_by_side is not None:
-        return _attend_in_place(plan, part.side_by_side, q, k_pages, v_pages)
+        return _attend_in_place(plan, part.side_by_side, q, pages)
     if part.slots is not None:
-        keys, values = read_kv(k_pages, v_pages, part.slots, plan.layout, plan.dtype, k_scales, v_scales)
+        keys, values = read_kv(pages, part.slots, plan.layout, plan.dtype)
         keys, values = _by_request(keys, part), _by_request(values, part)
         if k is not None and v is not None:
             keys[:, part.num_cached :] = _by_request(k[part.new_rows], part)
@@ -145,19 +154,17 @@ def _run_part(
     return output.flatten(0, 1).to(q.dtype)
 
 
-def _attend_in_place(
-    plan: _Plan, slots: slice, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
-) -> torch.Tensor:
+def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPages) -> torch.Tensor:
     """Attention of one token to slots that follow each other in unified pages, `[1, num_heads, head_dim_v]`.
 
     With as few operations of torch as there can be: each costs what a dozen keys cost.
     """
     _, num_heads, head_dim = q.shape
-    queries = q.reshape(1, k_pages.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
-    keys, values = (_heads_of_slots(pages, slots) for pages in (k_pages, v_pages))
+    queries = q.reshape(1, pages.k.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
+    keys, values = _heads_of_slots(pages.k, slots), _heads_of_slots(pages.v, slots)
     if plan.dtype is not q.dtype:
         queries, keys, values = queries.to(plan.dtype), keys.to(plan.dtype), values.to(plan.dtype)
-    output = scaled_dot_product_attention(queries, keys, values, scale=plan.scale)
+    output = scaled_dot_product_attention(aligned(queries), aligned(keys), aligned(values), scale=plan.scale)
     return output.reshape(1, num_heads, plan.head_dim_v).to(q.dtype)
 
 
@@ -186,8 +193,8 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
     """
     num_reqs, num_rows, num_heads, _ = queries.shape
     num_kv_heads = keys.shape[2]
-    keys, values = keys.to(plan.dtype).transpose(1, 2), values.to(plan.dtype).transpose(1, 2)
-    queries = queries.to(plan.dtype)
+    queries, keys, values = (aligned(tensor.to(plan.dtype)) for tensor in (queries, keys, values))
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if num_rows == 1:
         # The query heads of a KV head become rows: all see the same keys, and nothing is copied.
         queries = queries.view(num_reqs, num_kv_heads, num_heads // num_kv_heads, -1)

@@ -165,6 +165,15 @@ def run_parts(
     return output.to(q.dtype), lse.T.float().contiguous() if parts.options.return_lse else None
 
 
+def copy_results(
+    results: tuple[torch.Tensor, torch.Tensor | None], output: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Copies what `run_parts` gave into `output` and `lse`."""
+    output.copy_(results[0])
+    if lse is not None and results[1] is not None:
+        lse.copy_(results[1])
+
+
 def merge(results: list[Partial], sinks: torch.Tensor | None) -> Partial:
     """Attention over the keys of all `results` together, in float32 (arXiv 2311.01282).
 

@@ -9,6 +9,7 @@ import torch
 
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape, FixedPlan
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 
@@ -81,13 +82,23 @@ class SlidingWindowAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
-        return self.kernel.run(plan, q, k, v, k_pages, v_pages, k_scales, v_scales)
+        return self.kernel.run(plan, q, k, v, pages)
+
+    def launch(
+        self,
+        plan: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`; see `AttentionKernel.launch`."""
+        self.kernel.launch(plan, output, lse, q, k, v, pages)
 
     def _narrow(self, options: AttentionOptions) -> AttentionOptions:
         return replace(options, window=min(options.window or self.window, self.window))

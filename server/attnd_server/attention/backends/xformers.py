@@ -18,6 +18,7 @@ from attnd_server.attention.backends import two_parts
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.two_parts import Partial, TwoParts
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 MIN_CAPABILITY = (8, 0)
@@ -128,7 +129,7 @@ class XformersAttention:
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
     ) -> str:
-        """None: the reason."""
+        """The reason why there is none."""
         return "the library splits keys by the batch"
 
     def run(
@@ -137,16 +138,13 @@ class XformersAttention:
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        k_pages: torch.Tensor,
-        v_pages: torch.Tensor,
-        k_scales: torch.Tensor | None = None,
-        v_scales: torch.Tensor | None = None,
+        pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
 
         def over_context() -> Partial:
-            pages = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
-            return self._attend(q, *pages, plan, plan.context_mask, self.library.paged_operator)
+            k_slots, v_slots = pages.k.flatten(0, 1), pages.v.flatten(0, 1)
+            return self._attend(q, k_slots, v_slots, plan, plan.context_mask, self.library.paged_operator)
 
         def over_new() -> Partial:
             assert k is not None
@@ -154,6 +152,19 @@ class XformersAttention:
             return self._attend(q, k, v, plan, plan.new_mask, None)
 
         return two_parts.run_parts(plan.parts, q, over_context, over_new)
+
+    def launch(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`: the library has results of its own, which are copied."""
+        two_parts.copy_results(self.run(plan, q, k, v, pages), output, lse)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, mask: Any, operator: Any

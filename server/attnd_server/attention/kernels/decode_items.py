@@ -1,4 +1,4 @@
-"""Lays out the items of a decode step for Hopper's kernels on the device: the twin of `hopper_schedule` on the host.
+"""Lays out the items of a decode step for Hopper's kernels on the device, as `hopper_schedule` does on the host.
 
 The host says a few numbers of each request, and a launch of fixed size makes the rest of them, in buffers that never
 change. So the launches of a step can be captured in a CUDA graph, and the host hardly works.
@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.attention.config import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
 from attnd_server.attention.kernels.cuts import (
     EVERYTHING,
     KEYS_PER_NEW_TOKEN,
@@ -45,6 +44,7 @@ from attnd_server.attention.kernels.items import (
 )
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
 from attnd_server.attention.kernels.merge import MERGE_FIELDS
+from attnd_server.attention.kv_split import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
 
 # A step for the device, int32: how many requests, pages of a row of the page tables, nothing; then REQUEST_COLUMNS of
 # the requests, each as long as the requests are many. A block size of 0 is bidirectional.
@@ -70,7 +70,7 @@ _COMPARED = tl.constexpr(64)
 
 @triton.jit
 def _power_of_two(values):
-    """The least power of two that is not less than each value, up to 2^30; see `config.power_of_two`."""
+    """The least power of two that is not less than each value, up to 2^30; see `kv_split.power_of_two`."""
     values = tl.maximum(values - 1, 0)
     values |= values >> 1
     values |= values >> 2
@@ -98,7 +98,7 @@ def _own_tiles(
     context_lens, key_tiles, chunk_size, least_chunk, max_splits, window,
     CHUNKED: tl.constexpr, LENGTHS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a part of each request by its own length; see `_part_tiles` and `KVSplitConfig.chunk_keys`."""
+    """Tiles of a part of each request by its own length; see `part_tiles_of` and `KVSplitConfig.chunk_keys`."""
     if CHUNKED:
         num_keys = context_lens - _first_keys(context_lens, window)
         chunks = tl.full(num_keys.shape, CHUNKS[0], tl.int32)
@@ -114,7 +114,7 @@ def _own_tiles(
 
 @triton.jit
 def _even_tiles(context_lens, num_reqs, longest, num_tiles, num_groups, num_multiprocessors, max_splits, window):
-    """Tiles of every part, so that the last program ends soon; see `triton_schedule._even_parts`."""
+    """Tiles of every part, so that the last program ends soon; see `hopper_parts._even_parts`."""
     most_parts = tl.minimum(max_splits, longest)
     # int64: what no part costs more than does not fit 32 bits.
     best, best_cost = longest.to(tl.int64), longest.to(tl.int64) * 0 + _MOST_COST

@@ -1,4 +1,4 @@
-"""Reads K and V at slots: the Triton twin of `pages.read_kv`, in one launch.
+"""Reads K and V at slots: what `pages.read_kv` does, in one launch of Triton.
 
 A program reads a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
 multiplied by their head's scale in float32 and rounded, bit for bit as torch does it.
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from attnd_server.attention.config import DISTINCT_LANES, Layout
 from attnd_server.attention.kernels.store import slot_offsets, slot_tile
+from attnd_server.attention.layer_pages import LayerPages
 
 _LANES = tl.constexpr(DISTINCT_LANES)
 
@@ -54,53 +55,47 @@ def _read_kernel(
 
 
 def read_kv(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pages: LayerPages,
     slots: torch.Tensor,
     layout: Layout,
     dtype: torch.dtype,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies the K and V of slots out of one layer's pages. All tensors lie on one device.
 
     Args:
-        k_pages: one layer's K, contiguous.
-        v_pages: one layer's V, contiguous.
+        pages: of a layer.
         slots: int64 `[num_tokens]`, contiguous, each of them in the cache: nothing else is looked at.
         layout: of the pages.
         dtype: of the results.
-        k_scales: float32 `[num_kv_heads]`, or None: neither K nor V is scaled.
-        v_scales: likewise for V.
 
     Returns:
         New contiguous tensors `[num_tokens, num_kv_heads, head_dim]` and `[num_tokens, num_kv_heads, head_dim_v]`.
     """
     num_tokens = len(slots)
-    page_size, num_kv_heads, head_dim, head_dim_v = _sizes(k_pages, v_pages, layout)
-    k = k_pages.new_empty(num_tokens, num_kv_heads, head_dim, dtype=dtype)
-    v = k_pages.new_empty(num_tokens, num_kv_heads, head_dim_v, dtype=dtype)
+    page_size, num_kv_heads, head_dim, head_dim_v = _sizes(pages, layout)
+    k = pages.k.new_empty(num_tokens, num_kv_heads, head_dim, dtype=dtype)
+    v = pages.k.new_empty(num_tokens, num_kv_heads, head_dim_v, dtype=dtype)
     if not num_tokens:
         return k, v
     row = num_kv_heads * max(head_dim, head_dim_v)
     # As in the store: the same bytes go the other way.
     tokens, piece = slot_tile(layout, row, dtype.itemsize)
-    with torch.cuda.device_of(k_pages):
+    with torch.cuda.device_of(pages.k):
         _read_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
             k,
             v,
-            k_pages,
-            v_pages,
+            pages.k,
+            pages.v,
             slots,
-            k_scales,
-            v_scales,
+            pages.k_scales,
+            pages.v_scales,
             num_tokens,
             KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
             PAGE_SIZE=page_size,
             DISTINCT=layout is Layout.DISTINCT,
-            SCALED=k_scales is not None,
+            SCALED=pages.k_scales is not None,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,
@@ -108,10 +103,10 @@ def read_kv(
     return k, v
 
 
-def _sizes(k_pages: torch.Tensor, v_pages: torch.Tensor, layout: Layout) -> tuple[int, int, int, int]:
+def _sizes(pages: LayerPages, layout: Layout) -> tuple[int, int, int, int]:
     """Slots of a page, KV heads, and elements of a head of K and of V."""
     if layout is Layout.UNIFIED:
-        _, page_size, num_kv_heads, head_dim = k_pages.shape
-        return page_size, num_kv_heads, head_dim, v_pages.shape[3]
-    _, num_kv_heads, groups, page_size, lanes = k_pages.shape
-    return page_size, num_kv_heads, groups * lanes, v_pages.shape[2]
+        _, page_size, num_kv_heads, head_dim = pages.k.shape
+        return page_size, num_kv_heads, head_dim, pages.v.shape[3]
+    _, num_kv_heads, groups, page_size, lanes = pages.k.shape
+    return page_size, num_kv_heads, groups * lanes, pages.v.shape[2]

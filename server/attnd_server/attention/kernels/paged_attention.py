@@ -40,6 +40,7 @@ from attnd_server.attention.kernels.merge import ROWS as MERGE_ROWS
 from attnd_server.attention.kernels.merge import merge_rows
 from attnd_server.attention.kernels.softmax import LOG2E, attend, finish, log2_scale, score
 from attnd_server.attention.kernels.tiles import load_cached, load_new
+from attnd_server.attention.layer_pages import LayerPages
 
 # New tokens that a decode program loads before the cached ones: no fewer than the keys that tl.dot takes.
 _FEW = tl.constexpr(FEW_NEW_TOKENS)
@@ -51,7 +52,7 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 
 @triton.jit
 def _limits(positions, block_size, prefix_len, padded_prefix_len):
-    """First position that each token does not see among the new ones; see `metadata.new_token_limits`."""
+    """First position that each token does not see among the new ones; see `masks.new_token_limits`."""
     limits = (positions // block_size + 1) * block_size
     limits = tl.where(positions < padded_prefix_len, padded_prefix_len, limits)
     return tl.where(positions < prefix_len, prefix_len, limits)
@@ -289,10 +290,7 @@ def paged_attention(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
+    pages: LayerPages,
     page_tables: torch.Tensor,
     items: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
@@ -318,10 +316,7 @@ def paged_attention(
         q: `[num_tokens, num_heads, head_dim]`.
         k: `[num_tokens, num_kv_heads, head_dim]`, or None: new tokens are not seen.
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None.
-        k_pages: one layer's K in either layout.
-        v_pages: one layer's V.
-        k_scales: float32 `[num_kv_heads]` that k_pages are to be multiplied with, or None.
-        v_scales: likewise.
+        pages: of a layer, in either layout.
         page_tables: int32; the items say where each request's begins. Only pages of the context are read.
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
@@ -336,6 +331,7 @@ def paged_attention(
     """
     num_heads, head_dim = q.shape[1:]
     head_dim_v = output.shape[2]
+    k_pages, v_pages, k_scales, v_scales = pages
     distinct = k_pages.dim() == 5
     num_kv_heads, page_size = v_pages.shape[1::2] if distinct else v_pages.shape[2:0:-1]
     dims, dims_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))

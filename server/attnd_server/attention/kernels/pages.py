@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
+from attnd_server.attention.layer_pages import LayerPages
 
 FP8_MAX = torch.finfo(FP8).max
 
@@ -65,28 +66,23 @@ def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) 
 
 
 def store_kv(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pages: LayerPages,
     k: torch.Tensor,
     v: torch.Tensor,
     stored: StoredTokens,
     layout: Layout,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
 ) -> None:
     """Writes each stored token's K and V into its slot.
 
     Args:
-        k_pages: one layer's K, contiguous, written in place.
-        v_pages: one layer's V, contiguous, written in place.
+        pages: of a layer, written in place. Those without scales have k's type.
         k: `[num_tokens, num_kv_heads, head_dim]` on the pages' device.
         v: `[num_tokens, num_kv_heads, head_dim_v]` on the pages' device.
         stored: which tokens, and where.
         layout: of the pages.
-        k_scales: float32 `[num_kv_heads]` on the pages' device for FP8 pages, else None: the pages have k's type.
-        v_scales: likewise for V.
     """
     slots, tokens, first_slot = stored
+    k_pages, v_pages, k_scales, v_scales = pages
     if first_slot is not None and k_scales is None and layout is Layout.UNIFIED:
         _copy_rows(k_pages, k, first_slot)
         _copy_rows(v_pages, v, first_slot)
@@ -115,28 +111,23 @@ def _copy_rows(pages: torch.Tensor, tokens: torch.Tensor, first_slot: int) -> No
 
 
 def read_kv(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pages: LayerPages,
     slots: torch.Tensor,
     layout: Layout,
     dtype: torch.dtype,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies the K and V of slots out of one layer's pages.
 
     Args:
-        k_pages: one layer's K, contiguous.
-        v_pages: one layer's V, contiguous.
+        pages: of a layer.
         slots: int64 `[num]` on the pages' device, each of them in the cache.
         layout: of the pages.
         dtype: of the results.
-        k_scales: float32 `[num_kv_heads]` on the pages' device, or None: the pages are not scaled.
-        v_scales: likewise for V.
 
     Returns:
         New contiguous tensors `[num, num_kv_heads, head_dim]` and `[num, num_kv_heads, head_dim_v]`.
     """
+    k_pages, v_pages, k_scales, v_scales = pages
     k, v = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
         k, v = _rows(k).index_select(0, slots), _rows(v).index_select(0, slots)
@@ -195,7 +186,7 @@ def _read(tokens: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Quota memory."""
+    """FP8 as plain bytes, for which torch has every operation; anything else as it is. Shares memory."""
     return tensor.view(torch.uint8) if tensor.dtype is FP8 else tensor
 
 

@@ -1,4 +1,4 @@
-"""Stores K and V of new tokens in their slots: the Triton twin of `pages.store_kv`, in one launch.
+"""Stores K and V of new tokens in their slots: what `pages.store_kv` does, in one launch of Triton.
 
 A program moves a piece of several tokens' K and V. Elements are moved as they are, whatever their type and number, or
 quantised to FP8 bit for bit as torch does it.
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.pages import FP8_MAX
+from attnd_server.attention.layer_pages import LayerPages
 
 _LANES = tl.constexpr(DISTINCT_LANES)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -78,26 +79,20 @@ def _store_kernel(
 
 
 def store_kv(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    pages: LayerPages,
     k: torch.Tensor,
     v: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: Layout,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
 ) -> None:
     """Writes each token's K and V into its slot. All tensors lie on one device.
 
     Args:
-        k_pages: one layer's K, contiguous, written in place.
-        v_pages: one layer's V, contiguous, written in place.
+        pages: of a layer, written in place. Those without scales have k's type.
         k: `[num_tokens, num_kv_heads, head_dim]`.
         v: `[num_tokens, num_kv_heads, head_dim_v]`.
         slot_mapping: int64 `[num_tokens]`; no slot twice, -1 for tokens that are not stored.
         layout: of the pages.
-        k_scales: float32 `[num_kv_heads]` for FP8 pages, else None: the pages have k's type.
-        v_scales: likewise for V.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
@@ -106,20 +101,20 @@ def store_kv(
     tokens, piece = slot_tile(layout, row, k.element_size())
     with torch.cuda.device_of(k):
         _store_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
-            k_pages,
-            v_pages,
+            pages.k,
+            pages.v,
             k.contiguous(),
             v.contiguous(),
             slot_mapping,
-            k_scales,
-            v_scales,
+            pages.k_scales,
+            pages.v_scales,
             num_tokens,
             KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             HEAD_DIM_V=v.shape[2],
-            PAGE_SIZE=v_pages.shape[3 if layout is Layout.DISTINCT else 1],
+            PAGE_SIZE=pages.v.shape[3 if layout is Layout.DISTINCT else 1],
             DISTINCT=layout is Layout.DISTINCT,
-            QUANTISED=k_pages.dtype is FP8,
+            QUANTISED=pages.k.dtype is FP8,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,

@@ -7,8 +7,9 @@ whole or refused whole.
 
 from attnd_server.kv.snapshots.folder import MANIFEST, TENSORS, SnapshotRefused, read_manifest, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
+from attnd_server.kv.snapshots.progress import Progress
 from attnd_server.kv.snapshots.store import SnapshotStore
-from attnd_server.kv.snapshots.tensor_file import Progress, TensorLayout
+from attnd_server.kv.snapshots.tensor_layout import TensorLayout
 
 __all__ = [
     "MANIFEST",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from attnd_server.kv.snapshots.manifest import MAX_BYTES, Manifest, ManifestRefused
-from attnd_server.kv.snapshots.tensor_file import TensorLayout
+from attnd_server.kv.snapshots.tensor_layout import TensorLayout
 
 MANIFEST, TENSORS = "manifest.json", "kv.safetensors"
 # What the folder is called until it is whole.

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from attnd.errors import InvalidRequest
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 
 FORMAT = "attnd-snapshot"
 VERSION = 1

@@ -27,14 +27,9 @@ from attnd_server.kv.snapshots.folder import (
     write_folder,
 )
 from attnd_server.kv.snapshots.manifest import Manifest
-from attnd_server.kv.snapshots.tensor_file import (
-    Part,
-    Progress,
-    TensorFileRefused,
-    TensorLayout,
-    read_tensors,
-    write_tensors,
-)
+from attnd_server.kv.snapshots.progress import Progress
+from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, read_tensors, write_tensors
+from attnd_server.kv.snapshots.tensor_layout import Part, TensorLayout
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from attnd_server.attention.backends.naive import NaiveAttention, reference_torch_attention
-from attnd_server.attention.metadata import visible
+from attnd_server.attention.masks import visible
 from attnd_server.attention.tolerances import coarsest, lse_bounds, output_bounds, score_error
 from attnd_server.observe.verify.sample import Sample
 
@@ -48,12 +48,11 @@ def verify(sample: Sample) -> Verdict:
     verdict = Verdict()
     kernel = NaiveAttention(torch.float64)
     plan = kernel.plan(sample.config, sample.metadata, sample.options, CPU)
-    pages = sample.k_pages, sample.v_pages, sample.k_scales, sample.v_scales
     done = 0
     for index, (start, end) in enumerate(pairwise(sample.metadata.cu_seqlens_q.tolist())):
         rows = sample.choice.rows[index]
         k, v = (None if tensor is None else tensor[start:end] for tensor in (sample.k, sample.v))
-        keys, values = kernel.keys_and_values(plan, index, k, v, *pages)
+        keys, values = kernel.keys_and_values(plan, index, k, v, sample.pages)
         first_position, end_row = plan.first_positions[index], rows.first_row + rows.num_rows
         page_size, window = sample.config.page_size, sample.options.window
         seen = visible(sample.metadata, index, window, first_position, page_size, rows.first_row, end_row)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
+from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.execution.step import Call, Result
 from attnd_server.observe.verify.choice import Choice, Rows
@@ -30,10 +31,7 @@ class Sample:
         v: likewise.
         output: for q.
         lse: likewise, if the call has it.
-        k_pages: `config.k_shape`, as all of the pages were before the call where it read them.
-        v_pages: likewise.
-        k_scales: float32 `[num_kv_heads]` of FP8 pages, or None.
-        v_scales: likewise.
+        pages: of the layer, as all of them were before the call where it read them.
         copied: on a GPU: when the pages are there.
     """
 
@@ -50,10 +48,7 @@ class Sample:
     v: torch.Tensor | None
     output: torch.Tensor
     lse: torch.Tensor | None
-    k_pages: torch.Tensor
-    v_pages: torch.Tensor
-    k_scales: torch.Tensor | None
-    v_scales: torch.Tensor | None
+    pages: LayerPages
     copied: torch.cuda.Event | None
 
 
@@ -63,7 +58,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     With the device, before anything else runs. The pages are then still what the call read: a step never
     stores into a slot that it reads.
     """
-    step, layer, options, q, k, v = call
+    step, layer, options, q, k, v = call[:6]
     cache, metadata = step.cache, step.metadata
     config, output, backend = cache.config, result.output, result.backend
     assert q is not None
@@ -75,10 +70,9 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     tables, page_ids = _page_tables(metadata, choice.rows)
     ids = page_ids.to(cache.device)
     head_axis = 2 if config.layout is Layout.UNIFIED else 1
-    k_pages, v_pages = (
-        _picked(pages[layer].narrow(head_axis, first, choice.num_kv_heads), ids)
-        for pages in (cache.k_pages, cache.v_pages)
-    )
+    pages = cache.layers[layer]
+    k_pages, v_pages = (_picked(each.narrow(head_axis, first, choice.num_kv_heads), ids) for each in (pages.k, pages.v))
+    scales = (None if each is None else each[kv_heads] for each in (pages.k_scales, pages.v_scales))
     bounds = metadata.cu_seqlens_q.tolist()
     rows = [slice(bounds[r.request] + r.first_row, bounds[r.request] + r.first_row + r.num_rows) for r in choice.rows]
     tokens = [slice(bounds[r.request], bounds[r.request + 1]) for r in choice.rows]
@@ -108,10 +102,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
         v=None if v is None else torch.cat([v[part, kv_heads] for part in tokens]),
         output=torch.cat([output[part, heads] for part in rows]),
         lse=None if result.lse is None else torch.cat([result.lse[part, heads] for part in rows]),
-        k_pages=k_pages,
-        v_pages=v_pages,
-        k_scales=None if cache.k_scales is None else cache.k_scales[kv_heads],
-        v_scales=None if cache.v_scales is None else cache.v_scales[kv_heads],
+        pages=LayerPages(k_pages, v_pages, *scales),
         copied=_mark(cache.device),
     )
 
@@ -121,13 +112,11 @@ def on_host(sample: Sample, stream: torch.cuda.Stream | None) -> Sample:
     if stream is None or sample.copied is None:
         return sample
     stream.wait_event(sample.copied)
+    k, v, *scales = sample.pages
     with torch.cuda.stream(stream):
         return replace(
             sample,
-            k_pages=sample.k_pages.cpu(),
-            v_pages=sample.v_pages.cpu(),
-            k_scales=None if sample.k_scales is None else sample.k_scales.cpu(),
-            v_scales=None if sample.v_scales is None else sample.v_scales.cpu(),
+            pages=LayerPages(k.cpu(), v.cpu(), *(None if each is None else each.cpu() for each in scales)),
             copied=None,
         )
 

@@ -18,10 +18,11 @@ from attnd.errors import ServerFault
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.observe.histogram import Histogram
 from attnd_server.observe.verify.check import Verdict, verify
 from attnd_server.observe.verify.choice import Choice, choose
+from attnd_server.observe.verify.description import described
 from attnd_server.observe.verify.sample import Sample, on_host, sample_of
+from attnd_server.observe.verify.tally import FAILED, QUEUE_FULL, TOO_BIG, VerifyTally
 
 log = logging.getLogger(__name__)
 
@@ -29,32 +30,10 @@ log = logging.getLogger(__name__)
 MAX_BYTES, MAX_SAMPLE_BYTES = 256 << 20, 64 << 20
 # Samples that wait.
 MAX_SAMPLES = 64
-# Upper bounds of the buckets of errors, as multiples of what is tolerated: beyond 1 a result is wrong.
-RATIO_BOUNDS = tuple(2.0**exponent for exponent in range(-10, 5))
 # What an infinite ratio counts as in their sum.
 _MOST_RATIO = 1e6
 # Of the thread: the system lets everybody else go first.
 _LEAST_PRIORITY = 19
-
-QUEUE_FULL, TOO_BIG, FAILED = DROP_REASONS = ("queue_full", "too_big", "failed")
-
-
-class VerifyTally:
-    """What verification found about one backend. One thread adds, any may read.
-
-    Attributes:
-        ratios: of each sample, its greatest error as a multiple of what is tolerated.
-        mismatches: samples beyond that.
-        not_finite: numbers of outputs that were NaN or infinite.
-        dropped: samples that were not verified, by reason.
-    """
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self.ratios = Histogram(RATIO_BOUNDS)
-        self.mismatches = 0
-        self.not_finite = 0
-        self.dropped = dict.fromkeys(DROP_REASONS, 0)
 
 
 class _Waiting(NamedTuple):
@@ -91,7 +70,7 @@ class Verifier:
         self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
         if not refuses:
-            self._thread = threading.Thread(target=self._run, name="shadow-verifier", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
             self._thread.start()
 
     def is_due(self) -> bool:
@@ -198,45 +177,5 @@ class Verifier:
         if not verdict.is_mismatch:
             return ""
         fault_id = secrets.token_hex(4)
-        log.error("wrong output %s", fault_id, extra=_described(sample, verdict))
+        log.error("wrong output %s", fault_id, extra=described(sample, verdict))
         return fault_id
-
-
-def _described(sample: Sample, verdict: Verdict) -> dict[str, object]:
-    """All that it takes to run a call like it, without a number of anybody's tensors."""
-    step, config, options, choice = sample.step, sample.config, sample.options, sample.choice
-    requests = [rows.request for rows in choice.rows]
-    masks = ("valid_lens", "block_sizes", "prefix_lens", "padded_prefix_lens", "hole_starts", "hole_ends")
-    return {
-        "backend": sample.backend.value,
-        "layer": sample.layer,
-        "error_ratio": f"{verdict.ratio:.4g}",  # JSON has no infinity
-        "largest_error": f"{verdict.error:.4g}",
-        "num_not_finite": verdict.num_not_finite,
-        "worst_request_row_head": verdict.worst,
-        "seed": sample.seed,
-        "is_decode": step.is_decode,
-        "cache_only": step.cache_only,
-        "num_reqs": step.num_reqs,
-        "num_tokens": step.num_tokens,
-        "requests": requests,
-        "query_lens": [step.query_lens[request] for request in requests],
-        "context_lens": step.context_lens[requests].tolist(),
-        **{name: getattr(step, name)[requests].tolist() for name in masks},
-        "verified_rows": [[rows.first_row, rows.num_rows] for rows in choice.rows],
-        "verified_kv_heads": [choice.first_kv_head, choice.num_kv_heads],
-        "heads_per_kv_head": options.num_heads // config.num_kv_heads,
-        "head_dims": [config.head_dim, config.head_dim_v],
-        "page_size": config.page_size,
-        "dtype": str(config.dtype),
-        "kv_dtype": str(config.kv_dtype),
-        "layout": config.layout.value,
-        "precision": config.precision.value,
-        "kv_split": str(config.kv_split),
-        "scale": options.scale,
-        "softcap": options.softcap,
-        "window": options.window,
-        "alibi": options.alibi_slopes is not None,
-        "sinks": options.sinks is not None,
-        "return_lse": options.return_lse,
-    }

@@ -34,7 +34,8 @@ from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.execution.step import Step
 from attnd_server.planes.cuda.channel import Channel
-from attnd_server.planes.cuda.step_graphs import StepGraph, StepGraphs
+from attnd_server.planes.cuda.step_graph import StepGraph
+from attnd_server.planes.cuda.step_graphs import StepGraphs
 
 # Their layers only launch. Others copy from the host or wait for the device, which would make the executor wait.
 BACKENDS = (AttentionBackend.TRITON, AttentionBackend.TRITON_GROUPED)
@@ -62,16 +63,16 @@ class CudaStep:
     started_at: float = 0.0
     graph: StepGraph | None = None
 
-    def layout(self, lane: Channel) -> StepLayout:
+    def layout(self, channel: Channel) -> StepLayout:
         """Where its tensors lie. Raises InvalidRequest: the region does not hold them."""
         config = self.step.cache.config
         dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
         geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-        return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, lane.num_bytes)
+        return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, channel.num_bytes)
 
-    def num_bytes(self, lane: Channel) -> tuple[int, int]:
+    def num_bytes(self, channel: Channel) -> tuple[int, int]:
         """Bytes of q, k and v that its layers have together, and of output and lse."""
-        q, k, v, output, lse = self.layout(lane)
+        q, k, v, output, lse = self.layout(channel)
         metadata, num_layers = self.step.metadata, len(self.options)
         received = sent = 0
         if not metadata.store_only:
@@ -81,7 +82,7 @@ class CudaStep:
             received += num_layers * (k.num_bytes + v.num_bytes)
         return received, sent
 
-    def enqueue(self, lane: Channel, graphs: StepGraphs, ops: TritonAttentionOps) -> None:
+    def enqueue(self, channel: Channel, graphs: StepGraphs, ops: TritonAttentionOps) -> None:
         """Enqueues all layers. On the executor's thread; does not wait for the worker.
 
         Raises:
@@ -90,26 +91,26 @@ class CudaStep:
         """
         self.started_at = time.perf_counter()
         self.step.cache.refuse_if_closed()
-        layout = self.layout(lane)
+        layout = self.layout(channel)
         self.step.mark_written()
         self.graph = graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
         if graph is not None:
             self.backend = graph.backend
-            with lane.current():  # after the step before, which may still read what the graph has of it
+            with channel.current():  # after the step before, which may still read what the graph has of it
                 graph.load(self.step.metadata)
                 graph.replay()
         else:
-            self._plan(lane, layout, ops)
-            with lane.current():
-                self._enqueue_layers(lane, layout)
-        self.wait = lane.mark()
+            self._plan(channel, layout, ops)
+            with channel.current():
+                self._enqueue_layers(channel, layout)
+        self.wait = channel.mark()
 
     def refuse_if_lost(self) -> None:
         """After the step. Raises CacheLost: its cache was closed while it ran."""
         if self.step.cache.is_closed:
             raise CacheLost("the cache was deleted, or its lease ended, while a step ran", field="cache.id")
 
-    def _plan(self, lane: Channel, layout: StepLayout, ops: TritonAttentionOps) -> None:
+    def _plan(self, channel: Channel, layout: StepLayout, ops: TritonAttentionOps) -> None:
         """Plans the layers; what they need is the step's own until it is over."""
         step, metadata = self.step, self.step.metadata
         if metadata.slot_mapping is not None and not metadata.cache_only:
@@ -124,22 +125,21 @@ class CudaStep:
                 )
             step.plans[options] = plan
             self.backend = plan.backend
-        self._load_kernels(*(lane.tensor(place) for place in layout))
+        self._load_kernels(*(channel.tensor(place) for place in layout))
 
-    def _enqueue_layers(self, lane: Channel, layout: StepLayout) -> None:
+    def _enqueue_layers(self, channel: Channel, layout: StepLayout) -> None:
         step, cache = self.step, self.step.cache
-        q, k, v, output, lse = (lane.tensor(place) for place in layout)
-        new = (None, None) if step.metadata.cache_only else (k, v)
+        q, k, v, output, lse = (channel.tensor(place) for place in layout)
+        new_k, new_v = (None, None) if step.metadata.cache_only else (k, v)
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
-            lane.flags.wait(lane.handle, layer, is_last)
+            channel.flags.wait(channel.handle, layer, is_last)
             if step.stored is not None:
                 cache.store(layer, k, v, step.stored)
             if options in step.plans:
-                pages = cache.k_pages[layer], cache.v_pages[layer], cache.k_scales, cache.v_scales
-                # A plan of Triton's, which writes where it is told.
-                step.plans[options].state.launch(output, lse if options.return_lse else None, q, *new, *pages)
-            lane.flags.signal(lane.handle, layer, is_last)
+                returned = lse if options.return_lse else None
+                step.plans[options].launch(output, returned, q, new_k, new_v, cache.layers[layer])
+            channel.flags.signal(channel.handle, layer, is_last)
 
     def _load_kernels(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
@@ -152,11 +152,10 @@ class CudaStep:
         cache, metadata = self.step.cache, self.step.metadata
         if self.step.stored is not None:
             cache.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
-        new = (None, None) if metadata.cache_only else (k, v)
-        pages = cache.k_pages[0], cache.v_pages[0], cache.k_scales, cache.v_scales
+        new_k, new_v = (None, None) if metadata.cache_only else (k, v)
         for options, plan in self.step.plans.items():
             results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
-            plan.state.launch(*results, q, *new, *pages)
+            plan.launch(*results, q, new_k, new_v, cache.layers[0])
 
 
 def layer_options(options: list[AttentionOptions], num_layers: int) -> list[AttentionOptions]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from attnd_server.planes.cuda.channel import Flags
-from attnd_server.planes.open_planes import has_ended
+from attnd_server.planes.socket_ends import has_ended
 
 # Seconds that a step may take, the worker's work between the layers included.
 STEP_S = 60.0

@@ -117,7 +117,7 @@ class Pinning:
 
 
 def _address(memory: mmap.mmap) -> int:
-    # The view goes with the line: as long as one exists, memory cannot be unmapped.
+    # The view goes when this returns: as long as one exists, memory cannot be unmapped.
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 

@@ -9,7 +9,8 @@ from google.protobuf.message import Message
 
 from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
-from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, KVSplitConfig, Layout, PrecisionMode
+from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.service.validation.arrays import refuse, required, view
 

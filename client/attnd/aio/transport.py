@@ -1,0 +1,91 @@
+"""The transport over gRPC in asyncio, as `attnd.planes.grpc` is in threads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from attnd.aio.retries import retried
+from attnd.aio.streams import AsyncGrpcStream, AsyncStream
+from attnd.credentials import NO_CREDENTIALS, Credentials
+from attnd.errors import AttndError, Disconnected
+from attnd.planes.grpc import SERVICE
+from attnd.planes.grpc_errors import WHY_S, explained, translate
+from attnd.planes.grpc_options import KEEPALIVE_S, grpc_options
+
+
+class AsyncTransport:
+    """A channel to a server, used from one event loop. The methods of `attnd.planes.transport.Transport`, awaited."""
+
+    def __init__(
+        self, address: str, credentials: Credentials = NO_CREDENTIALS, keepalive_s: float = KEEPALIVE_S
+    ) -> None:
+        """Connects lazily."""
+        self._address = address
+        self._metadata = credentials.metadata
+        options = grpc_options(keepalive_s)
+        if credentials.tls:
+            secure = [*options, *credentials.channel_options()]
+            self._channel = grpc.aio.secure_channel(address, credentials.channel_credentials(), options=secure)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+
+    async def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
+        """Calls a unary method."""
+        call: Any = self._channel.unary_unary(SERVICE + method)
+
+        async def send(left_s: float) -> bytes:
+            try:
+                return await call(  # type: ignore[no-any-return]
+                    request, timeout=left_s, metadata=self._metadata(), wait_for_ready=wait
+                )
+            except grpc.RpcError as error:
+                told = translate(error, self._address, timeout_s if wait else 0)
+            raise await self._explained(told) if wait else told
+
+        return await retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
+
+    async def _explained(self, told: AttndError) -> AttndError:
+        """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""
+        if isinstance(told, Disconnected):
+            call: Any = self._channel.unary_unary(SERVICE + "GetCapabilities")
+            try:
+                await call(b"", timeout=WHY_S)
+            except grpc.RpcError as error:
+                return explained(told, error)
+        return told
+
+    def attend(self) -> AsyncStream:
+        """Opens an Attend stream."""
+        call: Any = self._channel.stream_stream(SERVICE + "Attend")
+        return AsyncGrpcStream(call(metadata=self._metadata()), self._address)
+
+    async def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> AsyncIterator[bytes]:
+        """Calls StoreKv."""
+        method: Any = self._channel.stream_stream(SERVICE + "StoreKv")
+        call = method(timeout=timeout_s, metadata=self._metadata())
+        try:
+            for request in requests:
+                await call.write(request)
+                yield await call.read()
+            await call.done_writing()
+        except grpc.RpcError as error:
+            raise translate(error, self._address) from None
+        finally:
+            call.cancel()
+
+    async def read_kv(self, request: bytes, timeout_s: float) -> AsyncIterator[bytes]:
+        """Calls ReadKv."""
+        method: Any = self._channel.unary_stream(SERVICE + "ReadKv")
+        try:
+            async for response in method(request, timeout=timeout_s, metadata=self._metadata()):
+                yield response
+        except grpc.RpcError as error:
+            raise translate(error, self._address) from None
+
+    async def close(self) -> None:
+        """Closes the channel; calls under way end."""
+        await self._channel.close()

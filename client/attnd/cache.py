@@ -1,0 +1,181 @@
+"""A cache: a lease on KV memory, and what can be done with it."""
+
+# Generated from attnd/aio/cache.py by `make generate`. Not to be edited.
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from attnd.connection import Connection
+from attnd.errors import CacheLost
+from attnd.planes.choice import PlaneOptions
+from attnd.planes.open_stream import OpenedStream, open_stream
+from attnd.planes.transport import Transport
+from attnd.protocol import frames, requests
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
+from attnd.sessions import Sessions
+from attnd.v1 import cache_pb2
+
+
+class Cache(Sessions):
+    """A lease on KV memory. Made by `Client.create_cache`; as a context manager it deletes itself.
+
+    Attributes:
+        ref: id and epoch, as requests carry them.
+        config: geometry, as created.
+    """
+
+    def __init__(self, client: Connection, info: cache_pb2.CacheInfo, renew: bool = True) -> None:
+        """Wraps what CreateCache answered; `renew`: whether the client renews the lease by itself."""
+        self.ref = info.cache
+        self.config = info.config
+        self.ttl_s = info.ttl_s
+        self.timeout_s = client.timeout_s
+        self.default_plane = client.plane
+        self._client = client
+        self._renew = renew
+        if renew:
+            client.renewal.add(self)
+
+    @property
+    def transport(self) -> Transport:
+        """The client's connection."""
+        return self._client.transport
+
+    def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> OpenedStream:
+        """A stream for a session."""
+        refused = self._client.refusals()
+        return open_stream(self.transport, self.config, wanted, refused, timeout_s)
+
+    def info(self) -> cache_pb2.CacheInfo:
+        """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""
+        request = cache_pb2.RenewCacheRequest(cache=self.ref).SerializeToString()
+        data = self._unary("RenewCache", request)
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.RenewCacheResponse, data).cache
+        return info
+
+    def renew(self) -> None:
+        """Starts the lease again. Raises CacheLost if it has gone."""
+        self.info()
+
+    def written_pages(self) -> list[int]:
+        """The ids of the pages into which something was stored, rising. Starts the lease again. Raises CacheLost."""
+        return requests.written_pages(self._unary("RenewCache", requests.ask_written_pages(self.ref)))
+
+    def adopt(self) -> cache_pb2.CacheInfo:
+        """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
+
+        It holds all that was answered before the restart. A step that was not answered whole is to be sent again.
+        Sessions go on with it, but one that has not noticed yet that its stream ended first raises Disconnected. What
+        was warmed up must be so again. Without a restart nothing changes.
+
+        Raises:
+            EpochMismatch: what the server has restored may be older than what this client knows.
+            CacheLost: the server has not restored it, or its lease has ended since.
+            Disconnected: the server is away for longer than the connection timeout.
+        """
+        self._client.capabilities()  # waits for it, and learns its epoch and planes
+        request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
+        data = self._client.wait_for_answer("AdoptCache", request)
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data).cache
+        self.ref, self.ttl_s = info.cache, info.ttl_s
+        if self._renew:
+            self._client.renewal.add(self)
+        return info
+
+    def delete(self) -> None:
+        """Frees the cache. Raises CacheLost if it has gone already."""
+        self._client.renewal.remove(self)
+        self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+
+    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
+        self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+
+    def warm_up(
+        self,
+        *,
+        num_heads: int,
+        max_reqs: int,
+        query_len: int = 1,
+        max_context_len: int = 0,
+        options: AttentionOptions = DEFAULT_OPTIONS,
+        timeout_s: float = 120.0,
+    ) -> WarmUp:
+        """Has the server compile and capture decode steps of one shape, so that their first call is as fast as any.
+
+        Optional: a step that was not warmed up gives the same, only later. Call it once the cache is there, for each
+        query_len and each kind of layer; the same again is free. Others are served while kernels compile, and wait for
+        no more than one layer while graphs are captured. Where there is nothing to capture, on a processor for one,
+        `num_graphs` is 0 and `reason` says why.
+
+        Args:
+            num_heads: query heads of the calls.
+            max_reqs: most requests of a step; smaller batches are served too.
+            query_len: new tokens of each request: 1, or those of a diffusion block.
+            max_context_len: most cached tokens of a request; 0 is as many as the cache's pages hold.
+            options: as in the calls.
+            timeout_s: seconds to wait for it. The server finishes it all the same.
+
+        Raises:
+            InvalidRequest: a value is out of its range.
+            Exhausted: the server has no memory for the buffers.
+            Unsupported: the backend cannot serve such steps at all.
+        """
+        request = requests.warm_up(
+            self.ref,
+            num_heads=num_heads,
+            query_len=query_len,
+            max_reqs=max_reqs,
+            max_context_len=max_context_len,
+            options=options,
+        )
+        return requests.warmed_up(self.transport.unary("WarmUp", request, timeout_s))
+
+    def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
+        """Stores K and V of one layer, in chunks of a few MiB.
+
+        Args:
+            layer: 0 <= layer < num_layers.
+            slots: int `[num_tokens]`, none twice.
+            k: `[num_tokens, num_kv_heads, head_dim]` of the cache's dtype.
+            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype.
+
+        Returns:
+            Slots that were written. After an error, whole chunks before the refused one are written.
+        """
+        chunks = requests.store_kv(self.ref, layer, slots, k, v)
+        replies = self.transport.store_kv(chunks, self.timeout_s)
+        return sum([requests.stored(data) for data in replies])
+
+    def read_kv(self, layer: int, slots: Any, like: Any) -> tuple[Any, Any]:
+        """Reads K and V of one layer back.
+
+        Args:
+            layer: 0 <= layer < num_layers.
+            slots: int `[num_tokens]`.
+            like: the answer is of its kind: a torch tensor on its device, a numpy array, or an `attnd.Array`.
+
+        Returns:
+            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`.
+        """
+        responses = self.transport.read_kv(requests.read_kv(self.ref, layer, slots), self.timeout_s)
+        return requests.joined([frames.READ_KV_RESPONSE.decode(data) for data in responses], like)
+
+    def __enter__(self) -> Cache:
+        """The cache itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Deletes; a cache that has gone, or a server that is away, is fine."""
+        try:
+            self.delete()
+        except (CacheLost, ConnectionError, TimeoutError):
+            pass
+
+    def _unary(self, method: str, request: bytes) -> bytes:
+        return self.transport.unary(method, request, self.timeout_s)

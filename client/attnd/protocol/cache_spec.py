@@ -1,0 +1,133 @@
+"""What a cache is to be: the arguments of `create_cache`, once for both clients."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from attnd.errors import InvalidRequest
+from attnd.protocol.kv_split import KVSplit
+from attnd.protocol.packing import float32_tensor
+from attnd.protocol.tensors import KV_DTYPES, dtype_of
+from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CacheSpec:
+    """Geometry and lease of a cache.
+
+    Attributes:
+        num_layers: layers of the model.
+        num_kv_heads: KV heads per layer.
+        head_dim: elements per head of q and k, a multiple of 8.
+        num_pages: pages of the cache; page ids are 0..num_pages-1.
+        page_size: token slots per page.
+        head_dim_v: elements per head of v and of the output; 0 means head_dim.
+        dtype: "float32", "float16", "bfloat16" or torch's own; of q, k, v.
+        layout: "unified" or "distinct".
+        backend: "auto", or the name of the backend that calls use.
+        precision: "auto", "fp32", "fp16" or "bf16": the type in which backends multiply.
+        kv_dtype: "float8_e4m3fn" for pages of one byte per element, or None: pages have `dtype`.
+        k_scales: of "float8_e4m3fn" pages, one number or one for each KV head: K is stored as k / scale, clamped to
+            -448..448 and rounded, and read as the stored value times scale. None is 1.
+        v_scales: likewise for V.
+        kv_split: how the KV of a request is cut into chunks, and whether output bits may depend on the batch; None is
+            automatic.
+        ttl_s: seconds after the client's last sign of life when the server frees the cache.
+        name: a label for people.
+        renew: whether the client renews the lease in the background for as long as this process lives and the client is
+            open, however idle it is. Without it only steps, calls, stores and the cache's `renew` do.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int = 16
+    head_dim_v: int = 0
+    dtype: object = "bfloat16"
+    layout: str = "unified"
+    backend: str = "auto"
+    precision: str = "auto"
+    kv_dtype: object = None
+    k_scales: Any = None
+    v_scales: Any = None
+    kv_split: KVSplit | None = None
+    ttl_s: float = 60.0
+    name: str = ""
+    renew: bool = True
+
+    def to_request(self) -> bytes:
+        """The request of CreateCache. It may be sent twice, and creates one cache.
+
+        Raises:
+            InvalidRequest: a field holds what the message cannot carry. Ranges are left to the server.
+        """
+        key = secrets.token_bytes(16)
+        request = cache_pb2.CreateCacheRequest(config=self._config(), ttl_s=self.ttl_s, name=self.name, key=key)
+        return request.SerializeToString()
+
+    def _config(self) -> cache_pb2.CacheConfig:
+        counts = {
+            field: getattr(self, field)
+            for field in ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
+        }
+        for field, value in counts.items():
+            if not 0 <= value < 1 << 32:
+                raise InvalidRequest(f"{field} is {value}, but must be 0..{(1 << 32) - 1}", field=field)
+        kv_dtype = self.kv_dtype
+        return cache_pb2.CacheConfig(
+            **counts,
+            dtype=dtype_of(self.dtype),
+            layout=cache_pb2.Layout.ValueType(_number(cache_pb2.Layout, "LAYOUT", self.layout, "layout")),
+            backend=backend_pb2.Backend.ValueType(_number(backend_pb2.Backend, "BACKEND", self.backend, "backend")),
+            precision=cache_pb2.Precision.ValueType(
+                _number(cache_pb2.Precision, "PRECISION", self.precision, "precision")
+            ),
+            kv_dtype=tensor_pb2.DTYPE_UNSPECIFIED if kv_dtype is None else dtype_of(kv_dtype, "kv_dtype", KV_DTYPES),
+            k_scales=_scales(self.k_scales, "k_scales"),
+            v_scales=_scales(self.v_scales, "v_scales"),
+            kv_split=None if self.kv_split is None else self.kv_split.to_message(),
+        )
+
+
+def _number(enum: Any, prefix: str, name: str, field: str) -> int:
+    """The value of an enum by the short name that people type, such as "auto" for BACKEND_AUTO."""
+    try:
+        return int(enum.Value(f"{prefix}_{name.upper()}"))
+    except ValueError:
+        names = ", ".join(key.removeprefix(f"{prefix}_").lower() for key in enum.keys()[1:])
+        raise InvalidRequest(f"{field} is {name!r}, but must be one of {names}", field=field) from None
+
+
+def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:
+    return float32_tensor([values] if isinstance(values, int | float) else values, field)
+
+
+Fields = ParamSpec("Fields")
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
+
+
+def takes_fields_of(
+    spec: Callable[Fields, CacheSpec],
+) -> Callable[[Callable[[Owner, CacheSpec], Result]], Callable[Concatenate[Owner, Fields], Result]]:
+    """Lets a method that takes a CacheSpec be called with its fields, which signature, types and help then name."""
+
+    def decorate(method: Callable[[Owner, CacheSpec], Result]) -> Callable[Concatenate[Owner, Fields], Result]:
+        @functools.wraps(method)
+        def with_fields(owner: Owner, /, *args: Fields.args, **kwargs: Fields.kwargs) -> Result:
+            return method(owner, spec(*args, **kwargs))
+
+        fields, own = inspect.signature(spec), inspect.signature(method)
+        parameters = [own.parameters["self"], *fields.parameters.values()]
+        with_fields.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        attributes = inspect.cleandoc(spec.__doc__ or "").partition("Attributes:")[2]
+        with_fields.__doc__ = inspect.cleandoc(method.__doc__ or "") + f"\n\nArgs:{attributes}"
+        return with_fields
+
+    return decorate

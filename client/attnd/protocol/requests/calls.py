@@ -1,0 +1,116 @@
+"""Calls of a step to bytes, and their answers to values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from attnd.errors import ServerFault
+from attnd.protocol import frames
+from attnd.protocol.attention_options import BACKEND_NAMES, AttentionOptions
+from attnd.protocol.regions import Region
+from attnd.protocol.step_metadata import StepMetadata
+from attnd.protocol.tensors import Array, from_array, to_array
+from attnd.v1 import cache_pb2, step_pb2
+
+# Calls of one session that may be under way: those of two halves of a batch, and as many again. A shm plane has so many
+# lanes (see ShmPlane in plane.proto), and a server reads so many requests of a stream ahead.
+MAX_CALLS_UNDER_WAY = 4
+
+DEFAULT_OPTIONS = AttentionOptions()
+
+
+def timeout_ms(timeout_s: float) -> int:
+    """A timeout as `Step.call_timeout_ms` has it: at least 1, and no more than its type holds."""
+    return int(min(max(timeout_s * 1e3, 1), 2**32 - 1))
+
+
+def attend_call(step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> bytes:
+    """The AttendRequest of one call."""
+    return frames.ATTEND_REQUEST.encode(*call_message(step_id, layer, q, k, v, options))
+
+
+def unary_call(
+    kind: str,
+    metadata: StepMetadata,
+    cache: cache_pb2.CacheRef,
+    layer: int,
+    q: Any,
+    k: Any,
+    v: Any,
+    options: AttentionOptions,
+) -> bytes:
+    """The PrefillRequest or DecodeRequest of one call."""
+    frame = frames.DECODE_REQUEST if kind == "decode" else frames.PREFILL_REQUEST
+    step = frame.message_type(step=metadata.to_message(0, cache)).SerializeToString()
+    return frame.encode(*call_message(0, layer, q, k, v, options), outer=step)
+
+
+def call_message(
+    step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+) -> tuple[step_pb2.Call, dict[str, Array]]:
+    """A call and its tensors."""
+    return step_pb2.Call(step_id=step_id, layer=layer, options=options.message), call_arrays(q, k, v)
+
+
+def call_arrays(q: Any, k: Any, v: Any) -> dict[str, Array]:
+    """The tensors of a call that are present, by name."""
+    return {name: to_array(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
+
+
+class Reply(NamedTuple):
+    """What a call gave; times as `CallReply` has them."""
+
+    output: Any
+    backend: str
+    queue_us: int
+    copy_in_us: int
+    kernel_us: int
+    copy_out_us: int
+
+
+def reply(message: step_pb2.CallReply, tensors: Any, like: Any, return_lse: bool) -> Reply:
+    """A call's result: the output, or `(output, lse)`, or None for a store-only step; of the kind that `like` is."""
+    output = from_array(tensors["output"], like) if "output" in tensors else None
+    if return_lse and output is not None:
+        output = (output, from_array(tensors["lse"], like))
+    return Reply(
+        output=output,
+        backend=BACKEND_NAMES.get(message.backend, ""),
+        queue_us=message.queue_us,
+        copy_in_us=message.copy_in_us,
+        kernel_us=message.kernel_us,
+        copy_out_us=message.copy_out_us,
+    )
+
+
+def unary_reply(kind: str, data: bytes, like: Any, return_lse: bool) -> Any:
+    """The result in a PrefillResponse or DecodeResponse."""
+    frame = frames.DECODE_RESPONSE if kind == "decode" else frames.PREFILL_RESPONSE
+    message, tensors = frame.decode(data)
+    return reply(message.reply, tensors, like, return_lse).output
+
+
+class AttendReply(NamedTuple):
+    """A message from an Attend stream.
+
+    Attributes:
+        kind: the name of the field that is set: "step", "call", "error" or "going_away".
+        message: the field.
+        tensors: of a call, by name.
+        num_bytes: what was received.
+    """
+
+    kind: str
+    message: Any
+    tensors: Mapping[str, Array]
+    num_bytes: int
+
+
+def attend_reply(data: bytes, region: Region | None = None) -> AttendReply:
+    """An AttendResponse, of a plane with `region` if it has one."""
+    message, tensors = frames.ATTEND_RESPONSE.decode(data, region)
+    kind = message.WhichOneof("message")
+    if kind is None:
+        raise ServerFault("the server sent an AttendResponse without a message")
+    return AttendReply(kind, getattr(message, kind), tensors, len(data))

@@ -1,0 +1,1 @@
+"""Paged attention in Triton: the work of a step is planned on the host, kernels compute it."""

@@ -1,0 +1,211 @@
+"""A step of the Triton backends on the device, and the launches of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypedDict
+
+import torch
+
+from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
+from attnd_server.attention.backends.triton.launches import multiprocessors
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.kernels.launch_shapes import Tile
+from attnd_server.attention.kernels.merge import merge
+from attnd_server.attention.kernels.paged_attention import paged_attention
+from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.metadata import AttentionOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch of an attention kernel.
+
+    Attributes:
+        tile: its launch shape; None: Hopper's kernel.
+        rows: of a program.
+        is_few: no request has more than FEW_NEW_TOKENS new tokens.
+        num_partial_rows: rows of partial results; 0: none.
+        items: int32 `[num_items, ITEM_FIELDS]` on the device.
+        merges: int32 `[num_merges, MERGE_FIELDS]` on the device, for a launch of `merge`; None without.
+        counters: int32 on the device, zero between launches; None where no program counts chunks.
+        max_tokens: most new tokens of a request.
+    """
+
+    tile: Tile | None
+    rows: int
+    is_few: bool
+    num_partial_rows: int
+    items: torch.Tensor
+    merges: torch.Tensor | None
+    counters: torch.Tensor | None
+    max_tokens: int
+
+
+class _Results(NamedTuple):
+    """Where a launch writes; see `paged_attention`."""
+
+    output: torch.Tensor
+    lse: torch.Tensor | None
+    partial_output: torch.Tensor | None
+    partial_lse: torch.Tensor | None
+
+
+class _Numbers(TypedDict):
+    """What Hopper's kernels take by name; see `hopper_attention`."""
+
+    rows: int
+    num_multiprocessors: int
+    scale: float
+    softcap: float
+    window: int
+
+
+@dataclass(frozen=True, eq=False)
+class TritonPlan:
+    """What the layers of a step with the same options share.
+
+    Attributes:
+        config: the cache's.
+        options: the layers'.
+        group: query heads that share a program.
+        launches: of the attention kernels.
+        page_tables: int32 on the device; the items say where each request's begins.
+        alibi_slopes: float32 `[num_heads]` times LOG2E on the device, or None.
+        sinks: likewise.
+        planned_tables: the page tables without the offsets of `shifted`; None: there are none.
+        partials: by the index of the launch; made when they are first needed.
+    """
+
+    config: AttentionConfig
+    options: AttentionOptions
+    group: int
+    launches: list[Launch]
+    page_tables: torch.Tensor
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    planned_tables: torch.Tensor | None = None
+    partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def shifted(self, page_offsets: torch.Tensor) -> TritonPlan:
+        """The plan with a number added to each request's page ids, in place; see `ShiftsPages`."""
+        planned = self.page_tables.clone() if self.planned_tables is None else self.planned_tables
+        torch.add(planned, page_offsets[:, None], out=self.page_tables)
+        return self if self.planned_tables is not None else replace(self, planned_tables=planned)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Launches the kernels of one layer; see `AttentionKernel.run`."""
+        num_tokens, num_heads, _ = q.shape
+        output = q.new_empty(num_tokens, num_heads, self.config.head_dim_v)
+        lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32) if self.options.return_lse else None
+        q, k, v = q.contiguous(), k if k is None else k.contiguous(), v if v is None else v.contiguous()
+        self.launch(output, lse, q, k, v, pages)
+        return output, lse
+
+    def launch(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        """As `run`, into `output` and `lse`. All tensors are contiguous."""
+        with torch.cuda.device_of(q):
+            for index, launch in enumerate(self.launches):
+                results = _Results(output, lse, *self._partials(index, launch, q))
+                if launch.tile is None:
+                    self._run_on_hopper(launch, results, q, k, v, pages)
+                else:
+                    self._run(launch, launch.tile, results, q, k, v, pages)
+
+    def _run(
+        self,
+        launch: Launch,
+        tile: Tile,
+        results: _Results,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        paged_attention(
+            results.output,
+            results.lse,
+            results.partial_output,
+            results.partial_lse,
+            launch.counters,
+            q,
+            k,
+            v,
+            pages,
+            self.page_tables,
+            launch.items,
+            self.alibi_slopes,
+            self.sinks,
+            tile=tile,
+            heads=self.group,
+            is_few=launch.is_few,
+            compute=self.config.precision.dtype(q.dtype),
+            scale=self.options.scale,
+            softcap=self.options.softcap,
+            window=min(self.options.window, MAX_CONTEXT_LEN),
+        )
+
+    def _run_on_hopper(
+        self,
+        launch: Launch,
+        results: _Results,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        output, lse, partial_output, partial_lse = results
+        step = (self.page_tables, launch.items, self.alibi_slopes, self.sinks)
+        numbers: _Numbers = {
+            "rows": launch.rows,
+            "num_multiprocessors": multiprocessors(q.device),
+            "scale": self.options.scale,
+            "softcap": self.options.softcap,
+            "window": min(self.options.window, MAX_CONTEXT_LEN),
+        }
+        # Only here: elsewhere these modules need not even load.
+        if self.config.is_quantised:
+            from attnd_server.attention.kernels.hopper.decode_fp8 import hopper_decode_fp8
+
+            hopper_decode_fp8(*results, q, k, v, pages, *step, **numbers)
+        else:
+            from attnd_server.attention.kernels.hopper.attention import hopper_attention
+
+            hopper_attention(*results, q, k, v, pages, *step, **numbers)
+        if partial_output is not None and partial_lse is not None and launch.merges is not None:
+            merge(
+                output,
+                lse,
+                partial_output,
+                partial_lse,
+                launch.merges,
+                self.sinks,
+                heads=self.group,
+                max_tokens=launch.max_tokens,
+            )
+
+    def _partials(self, index: int, launch: Launch, q: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Room for a launch's partial results: the same for all layers of the step."""
+        num_rows = launch.num_partial_rows
+        if not num_rows:
+            return None, None
+        if index not in self.partials:
+            self.partials[index] = (
+                q.new_empty(num_rows, q.shape[1], self.config.head_dim_v, dtype=torch.float32),
+                q.new_empty(num_rows, q.shape[1], dtype=torch.float32),
+            )
+        return self.partials[index]

@@ -1,0 +1,79 @@
+"""Parsers of values on the command line. Each raises `typer.BadParameter` with the value and the rule."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import typer
+
+from attnd_server.config import MAX_PORT
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def device_name(value: str) -> str:
+    """Parses a device without asking torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value):
+        raise typer.BadParameter(f"it is {value!r}, but must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def num_bytes(value: str | int) -> int:
+    """Parses an amount of memory: bytes, or with a unit as in 512MiB and 8GiB."""
+    match = re.fullmatch(rf"([0-9]+) ?({'|'.join(_UNITS)})?", str(value))
+    if match is None:
+        raise typer.BadParameter(f"it is {value!r}, but must be bytes, or a number with a unit as in 512MiB, 8GiB")
+    return int(match[1]) << 10 * _UNITS.index(match[2] or "B")
+
+
+def listen_address(value: str) -> str:
+    """Parses where to listen: HOST:PORT, or a PORT of this machine's own; "" stays that."""
+    match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):)?([0-9]{1,5})", value)
+    if value and (match is None or int(match[2]) > MAX_PORT):
+        raise typer.BadParameter(f"it is {value}, but must be HOST:PORT or PORT, and PORT 0..{MAX_PORT}")
+    return f"{match[1] or '127.0.0.1'}:{match[2]}" if match else ""
+
+
+def users(value: str | frozenset[int]) -> frozenset[int]:
+    """Parses numbers of users: 1000,1001."""
+    if isinstance(value, frozenset):
+        return value
+    if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", value):
+        raise typer.BadParameter(f"it is {value!r}, but must be numbers of users as in 1000,1001")
+    return frozenset(int(number) for number in value.split(",") if number)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
+    """A parser of whole numbers in `low..high`."""
+
+    def parse(value: str | int) -> int:
+        if not re.fullmatch(r"-?[0-9]+", str(value)) or not _in_range(float(value), low, high):
+            raise typer.BadParameter(f"it is {value}, but must be a whole number {_range_text(low, high)}")
+        return int(value)
+
+    return parse
+
+
+def number(low: float, high: float | None = None) -> Callable[[str | float], float]:
+    """A parser of finite numbers in `low..high`."""
+
+    def parse(value: str | float) -> float:
+        try:
+            parsed = float(value)
+        except ValueError:
+            parsed = math.nan
+        if not _in_range(parsed, low, high):
+            raise typer.BadParameter(f"it is {value}, but must be a number {_range_text(low, high)}")
+        return parsed
+
+    return parse
+
+
+def _in_range(value: float, low: float, high: float | None) -> bool:
+    return math.isfinite(value) and low <= value and (high is None or value <= high)
+
+
+def _range_text(low: float, high: float | None) -> str:
+    return f"from {low:g}" if high is None else f"{low:g}..{high:.0f}"

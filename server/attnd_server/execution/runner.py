@@ -1,0 +1,186 @@
+"""What comes of work that has the device: of one piece, or of calls of several callers in one launch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from attnd.errors import DeadlineExceeded, Exhausted
+from attnd_server.attention.ops import TritonAttentionOps
+from attnd_server.config import ServerConfig
+from attnd_server.device.faults import DeviceFaults
+from attnd_server.execution.batch import SharedLaunches, batch_of
+from attnd_server.execution.queue import IsWorthIt, Job, Joins
+from attnd_server.execution.step import Call, Result, attend
+from attnd_server.execution.work import Cancelled, Work
+
+log = logging.getLogger(__name__)
+
+Outcome = tuple[bytes | None, BaseException | None]
+"""What is given to `Done`."""
+
+
+class Observer(Protocol):
+    """Sees the calls that ran. With the device."""
+
+    def launched(self, num_calls: int) -> None:
+        """A launch had so many calls; `served` is told of each."""
+
+    def served(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+        """A call has run, and its reply comes next.
+
+        Args:
+            call: the call.
+            result: what it gave.
+            queue_us: how long it waited, in microseconds.
+            kernel_us: how long it had the device, without copies.
+
+        Raises:
+            AttndError: is answered instead.
+        """
+
+
+class Runner:
+    """Runs work for whoever has the device.
+
+    Attributes:
+        ops: the backends of the device.
+    """
+
+    def __init__(
+        self, device: torch.device, limits: ServerConfig, faults: DeviceFaults, observer: Observer | None
+    ) -> None:
+        """Keeps nothing yet.
+
+        Args:
+            device: where work runs.
+            limits: of a step, which calls in one launch obey too.
+            faults: told of errors.
+            observer: sees the calls that ran; None: nobody does.
+        """
+        self.ops = TritonAttentionOps(device)
+        self._shared = SharedLaunches(self.ops)
+        self._limits = limits
+        self._faults = faults
+        self._observer = observer
+
+    def forget(self) -> None:
+        """Keeps no plans of steps that are over."""
+        self._shared.forget()
+
+    def outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
+        """What comes of a job, or of several that joined. With the device."""
+        return [self.outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
+
+    def outcome(self, job: Job, started: float | None = None) -> Outcome:
+        """What comes of a job alone, which begins now or did at `started`, `time.perf_counter()`.
+
+        With the device, unless its work is SideWork.
+        """
+        error = self._reason_against(job)
+        if error is not None:
+            return None, error
+        try:
+            return self.perform(job.work, _waited_us(job, started or time.perf_counter())), None
+        except Exception as fault:
+            return None, self.told(fault)
+
+    def perform(self, work: Work, queue_us: int) -> bytes:
+        """What comes of some work, which waited for so long. With the device, unless it is SideWork."""
+        return self._reply(work, queue_us) if isinstance(work, Call) else work()
+
+    def _reply(self, call: Call, queue_us: int) -> bytes:
+        """Attends a call and encodes its reply."""
+        assert call.encode is not None
+        started = time.perf_counter()
+        result = self.attend(call)
+        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
+        if self._observer is not None:
+            self._observer.launched(1)
+            self._observer.served(call, result, queue_us, kernel_us)
+        return call.encode(call, result, queue_us, kernel_us)
+
+    def _replies(self, calls: list[Call], queue_us: list[int]) -> list[bytes | Exception]:
+        """Attends calls of one batch in one launch, and encodes the reply of each, or the error of its own."""
+        started = time.perf_counter()
+        results = self.attend_together(calls)
+        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))
+        if self._observer is not None:
+            self._observer.launched(len(calls))
+        replies: list[bytes | Exception] = []
+        for call, result, waited_us in zip(calls, results, queue_us, strict=True):
+            assert call.encode is not None
+            try:
+                if self._observer is not None:
+                    self._observer.served(call, result, waited_us, kernel_us)
+                replies.append(call.encode(call, result, waited_us, kernel_us))
+            except Exception as error:  # this call's own
+                replies.append(error)
+        return replies
+
+    def others_for(self, job: Job, take: Callable[[Joins, IsWorthIt], list[Job]]) -> list[Job]:
+        """The jobs whose calls join that of one that was taken: those that `take` finds."""
+        if not isinstance(job.work, Call):
+            return []
+        try:
+            batch = batch_of(job.work, self.ops, self._limits)
+            return [] if batch is None else take(lambda other: batch.takes(other.work), lambda: batch.is_worth_it)
+        except Exception as error:  # then it runs alone
+            self._faults.look_at(error)
+            log.exception("calls cannot be looked at together")
+            return []
+
+    def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
+        """What comes of jobs that joined, of which some may not be wanted any more."""
+        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
+        left = [index for index, (_, error) in enumerate(outcomes) if error is None]
+        calls = [call for index in left if isinstance(call := jobs[index].work, Call)]
+        try:
+            waited = [_waited_us(jobs[index], started) for index in left]
+            results = self._replies(calls, waited) if len(calls) > 1 else []
+        except Exception as fault:
+            # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
+            # has failed: then none is begun.
+            self._faults.look_at(fault)
+            log.warning("%d calls cannot run together", len(calls), exc_info=fault)
+            results = []
+        if not results:
+            for index in left:
+                outcomes[index] = self.outcome(jobs[index], started)
+        for index, result in zip(left, results, strict=False):
+            outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
+        return outcomes
+
+    def _reason_against(self, job: Job) -> Exception | None:
+        """Why a job whose turn has come is not started."""
+        if self._faults.reason:
+            return self._faults.refusal()
+        if time.monotonic() > job.deadline:
+            return DeadlineExceeded("the deadline passed while the call waited for the executor")
+        if job.is_wanted is not None and not job.is_wanted():
+            return Cancelled("nobody waits for the call any more")
+        return None
+
+    def told(self, error: Exception) -> Exception:
+        """What an error of some work is to whoever waits for it."""
+        if self._faults.look_at(error):
+            return self._faults.refusal()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return Exhausted(f"{self.ops.device} has no memory left for this call: {error}")
+        return error
+
+    def attend(self, call: Call) -> Result:
+        """One layer; see `steps.attend`. With the device."""
+        return attend(call, self.ops)
+
+    def attend_together(self, calls: list[Call]) -> list[Result]:
+        """A layer each of several steps of one `Batch`, in one launch. With the device."""
+        return self._shared.attend(calls)
+
+
+def _waited_us(job: Job, started: float) -> int:
+    return int((started - job.submitted_at) * 1e6)

@@ -1,0 +1,100 @@
+"""The page spaces of a device, and the pages that a cache has in one of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+
+import torch
+
+from attnd.errors import Unsupported
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.device.faults import is_device_fault
+from attnd_server.kv.page_space import MAX_SLOTS, PageSpace, SharedSpace
+
+log = logging.getLogger(__name__)
+
+# Addresses of a space, as a multiple of the memory that all caches may take: holes between caches cost nothing.
+_ADDRESSES = 4
+
+
+class CachePages:
+    """The pages of one cache.
+
+    Attributes:
+        space: where they lie.
+        first: page of the space that is page 0 of layer 0.
+        k: `[num_layers, *config.k_shape]`, zeros at first.
+        v: `[num_layers, *config.v_shape]`, likewise.
+    """
+
+    def __init__(self, space: PageSpace, first: int, config: AttentionConfig) -> None:
+        """Made by `PageSpaces.take`."""
+        num_pages = config.num_layers * config.num_pages
+        self.space = space
+        self.first = first
+        self.k = space.k[first : first + num_pages].view(config.num_layers, *config.k_shape)
+        self.v = space.v[first : first + num_pages].view(config.num_layers, *config.v_shape)
+
+
+class PageSpaces:
+    """The spaces of one device, by geometry. Any thread may call it."""
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        """None yet.
+
+        Args:
+            device: of the pages.
+            num_bytes: that all caches may take.
+        """
+        self._device = device
+        self._num_bytes = num_bytes
+        self._spaces: dict[AttentionConfig, list[PageSpace]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, config: AttentionConfig) -> CachePages:
+        """Pages for a cache. Raises RuntimeError, MemoryError or torch.OutOfMemoryError if the device has none left."""
+        num_pages = config.num_layers * config.num_pages
+        alike = replace(config, num_layers=1, num_pages=1)
+        with self._lock:
+            for space in self._spaces.get(alike, ()):
+                first = space.take(num_pages)
+                if first is not None:
+                    return CachePages(space, first, config)
+            space, first = self._new_space(config, num_pages)
+            self._spaces.setdefault(alike, []).append(space)
+            return CachePages(space, first, config)
+
+    def give_back(self, pages: CachePages, config: AttentionConfig) -> None:
+        """Takes the pages of a cache back. Whoever still holds its tensors may see another's data in them later."""
+        alike = replace(config, num_layers=1, num_pages=1)
+        with self._lock:
+            pages.space.give_back(pages.first, config.num_layers * config.num_pages)
+            if pages.space.is_empty:
+                self._spaces[alike].remove(pages.space)
+                pages.space.close()
+                if not self._spaces[alike]:
+                    del self._spaces[alike]
+
+    def _new_space(self, config: AttentionConfig, num_pages: int) -> tuple[PageSpace, int]:
+        most = min(_ADDRESSES * self._num_bytes // (config.num_bytes // num_pages), MAX_SLOTS // config.page_size)
+        try:
+            space = SharedSpace(config, most, self._device)
+        except (Unsupported, OSError, OverflowError, RuntimeError) as error:
+            if is_device_fault(error):
+                raise
+            log.info("caches lie alone, and their calls share no launches: %s", error)
+        else:
+            try:
+                first = space.take(num_pages)
+            except BaseException:
+                space.close()
+                raise
+            if first is not None:
+                return space, first
+            space.close()
+        whole = replace(config, num_layers=1, num_pages=num_pages)
+        shapes = whole.k_shape, whole.v_shape
+        k, v = (torch.zeros(shape, dtype=config.kv_dtype, device=self._device) for shape in shapes)
+        return PageSpace(config, k, v), 0

@@ -1,0 +1,28 @@
+"""What sees each call that ran: counts, and verification of a sample."""
+
+from __future__ import annotations
+
+from attnd_server.execution.step import Call, Result
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.verify import Verifier
+
+
+class CallObserver:
+    """Implements `Observer` of the executor."""
+
+    def __init__(self, metrics: Metrics | None, verifier: Verifier | None) -> None:
+        """Counts in `metrics`, and lets `verifier` take a sample; None: does not."""
+        self._metrics = metrics
+        self._verifier = verifier
+
+    def launched(self, num_calls: int) -> None:
+        """A launch had so many calls."""
+        if self._metrics is not None:
+            self._metrics.launched(num_calls)
+
+    def served(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+        """A call has run. Raises ServerFault: verification withholds its output."""
+        if self._metrics is not None:
+            self._metrics.call_served(call.plane, call, result, queue_us, kernel_us)
+        if self._verifier is not None and self._verifier.is_due():
+            self._verifier.take(call, result)

@@ -1,0 +1,106 @@
+"""The connection of one client of a shm or cuda plane, from its ticket to the end of its socket."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+
+from attnd.errors import AttndError, PermissionDenied
+from attnd.protocol.shm import sockets
+from attnd.protocol.shm.sockets import set_timeouts
+from attnd_server.planes.answer_socket import AnswerSocket
+from attnd_server.planes.cuda.planes import CudaPlanes
+from attnd_server.planes.cuda.serve import serve_cuda
+from attnd_server.planes.open_planes import Plane, PlaneTable
+from attnd_server.planes.shm.pinning import Pinning
+from attnd_server.planes.shm.serve import serve_shm
+from attnd_server.planes.shm.shared_loop import SharedLoop
+from attnd_server.service.service import AttentionService
+
+log = logging.getLogger(__name__)
+
+# Seconds that a client has to take an answer: those that have not been read fit the socket's buffer many times over.
+SEND_S = 5.0
+
+
+class PlaneConnection(threading.Thread):
+    """One client, from its ticket to the end of its socket."""
+
+    def __init__(
+        self,
+        service: AttentionService,
+        planes: PlaneTable,
+        cuda: CudaPlanes | str,
+        pinning: Pinning,
+        loop: SharedLoop,
+        accepted: socket.socket,
+        connections: dict[PlaneConnection, None],
+    ) -> None:
+        super().__init__(name="shm-plane", daemon=True)
+        self._service = service
+        self._planes = planes
+        self._cuda = cuda
+        self._pinning = pinning
+        self._loop = loop
+        self._socket = accepted
+        self._answers = AnswerSocket(accepted)
+        self._connections = connections
+        self._is_open = False  # whether it has its region
+
+    def run(self) -> None:
+        """The thread."""
+        plane: Plane | None = None
+        try:
+            plane = self._planes.claim(sockets.receive_ticket(self._socket), self._socket)
+            self._serve(plane)
+        except PermissionDenied as error:
+            log.warning("refused a connection to the shm socket: %s", error)
+            self._refuse(error)
+        except OSError as error:
+            log.info("a shm plane broke: %s", error)
+        except Exception as error:
+            self._refuse(self._service.told(error))
+        finally:
+            if plane is not None:
+                self._planes.forget(plane)
+            self._connections.pop(self, None)
+            self._socket.close()
+
+    def tell_going_away(self) -> None:
+        """Says that the server drains. From another thread."""
+        if self._is_open:
+            self._answers.going_away()
+
+    def end(self) -> None:
+        """Ends the connection, whatever its thread does. From another thread."""
+        self._answers.end()
+
+    def _refuse(self, error: AttndError) -> None:
+        try:
+            if not self._is_open:
+                sockets.send_refusal(self._socket, error)
+        except OSError:
+            pass  # it has gone
+
+    def _serve(self, plane: Plane) -> None:
+        if plane.worker_gpu:
+            assert not isinstance(self._cuda, str)  # or no ticket would be for one
+            serve_cuda(self._service, self._cuda, plane, self._socket, self._let_in, self._answers.send)
+        else:
+            num_bytes = self._planes.num_bytes
+            serve_shm(
+                self._service, plane, num_bytes, self._socket, self._let_in, self._answers, self._pinning, self._loop
+            )
+
+    def _let_in(self, descriptors: list[int]) -> None:
+        """Sends the descriptors of the plane's memory, and closes them."""
+        try:
+            sockets.send_memory(self._socket, *descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._socket.settimeout(None)
+        set_timeouts(self._socket, send_s=SEND_S)
+        self._is_open = True

@@ -1,0 +1,129 @@
+"""The channel of a session on a GPU: memory that its worker maps too, a leased stream, and words between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnd.protocol.cuda.device_bytes import CUDA, DeviceBytes
+from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, Place
+from attnd.protocol.tensors import DTYPE_NAMES
+from attnd_server.device.cuda_graph import captured
+from attnd_server.planes.cuda.channel import Flags
+from attnd_server.planes.cuda.leases import SharedWords, StreamLease
+
+if TYPE_CHECKING:
+    from attnd.protocol.cuda.copies import CopyAndWrite
+    from attnd.protocol.cuda.driver import Device
+
+# How often a stream that must not wait any more is let go, in seconds.
+_STOP_PERIOD_S = 0.001
+
+
+class CudaChannel:
+    """Implements `Channel` on a GPU. Made by `CudaPlanes.open`."""
+
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None
+
+    def __init__(
+        self,
+        device: Device,
+        lease: StreamLease,
+        words: SharedWords,
+        num_bytes: int,
+        on_same_gpu: bool,
+        worker: Device | None,
+    ) -> None:
+        """Takes the memory, and owns `words`, whatever happens. The device must be the thread's current one.
+
+        Args:
+            device: the server's GPU.
+            lease: of the stream, for as long as the session lives.
+            words: of the host.
+            num_bytes: of the region.
+            on_same_gpu: whether the worker has the same GPU.
+            worker: the worker's GPU, which gets memory for results; None: they lie in the region.
+
+        Raises:
+            CudaError: there is not so much.
+        """
+        from attnd.protocol.cuda.copies import CopyAndWrite
+        from attnd.protocol.cuda.gate_flags import GateFlags
+        from attnd.protocol.cuda.host_flags import HostFlags
+        from attnd.protocol.cuda.memory import DeviceMemory
+
+        self.lease = lease
+        self.handle = lease.stream.handle
+        self._device = torch.device("cuda", device.index)
+        self._torch_stream = torch.cuda.ExternalStream(self.handle, device=self._device)
+        self.capture = partial(captured, stream=self._torch_stream)
+        self._words = words
+        self._memory: list[DeviceMemory] = []
+        self.flags: Flags
+        try:
+            self._memory.append(DeviceMemory.created(device, num_bytes, lease.stream))
+            if worker is not None:
+                self._memory.append(DeviceMemory.created(worker, num_bytes, lease.stream, user=device))
+            if on_same_gpu:
+                write = partial(_written, CopyAndWrite(device, lease.counter.address))
+                self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4, writer=write)
+            else:
+                lease.counter.reset(self.handle)
+                to_worker, to_server = self._memory[-1].address + TO_WORKER, self._memory[0].address + TO_SERVER
+                self.flags = GateFlags(device, to_worker, to_server, lease.counter)
+        except BaseException:
+            for memory in self._memory:
+                memory.close()
+            words.close()
+            raise
+        self.num_bytes = min(memory.num_bytes for memory in self._memory)
+        # torch's own DLPack import, because it takes our word for the device: also of what lies on the worker's.
+        self._bytes = [
+            torch.utils.dlpack.from_dlpack(DeviceBytes(memory.address, memory.num_bytes, (CUDA, device.index)))
+            for memory in self._memory
+        ]
+
+    def descriptors(self) -> list[int]:
+        """Of the host's words, the region, and the memory of results if there is one; the caller closes them. Once."""
+        return [self._words.taken(), *(memory.exported() for memory in self._memory)]
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """A tensor of the region, or of the memory of results."""
+        memory = self._bytes[-1 if place.is_result else 0]
+        dtype = getattr(torch, DTYPE_NAMES[place.dtype])
+        return memory[place.offset : place.offset + place.num_bytes].view(dtype).view(place.shape)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes the stream the calling thread's current one, after all that was enqueued on the one before."""
+        self._torch_stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self._torch_stream)
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until all that was enqueued up to now is done. The waiting thread sleeps."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._torch_stream)
+        return event.synchronize
+
+    def drain(self) -> None:
+        """Lets go of what waits for the worker, until the stream is idle."""
+        while not self.lease.stream.is_idle():
+            self.flags.stop()
+            time.sleep(_STOP_PERIOD_S)
+
+    def free(self) -> None:
+        """Frees the memory of a channel that is drained. May wait for everybody's steps. The device is current."""
+        self._bytes = []
+        self.flags.close()
+        self._words.close()
+        for memory in self._memory:
+            memory.close()
+
+
+def _written(writer: CopyAndWrite, stream: int, address: int, value: int) -> None:
+    """Writes a word after what was enqueued on a stream."""
+    writer.run(stream, [], address, value)

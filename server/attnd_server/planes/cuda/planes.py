@@ -1,0 +1,165 @@
+"""The cuda planes of a server, and what they need of its GPU.
+
+A session's steps run on a stream of its own, of which the driver lets no other stream wait. While it waits for its
+worker, nobody may ask the driver for what waits for the whole GPU, or they wait too. So what sessions need of that kind
+is made ahead, when the server starts: streams and counters, which the next session takes over, kernels, and pages of
+the host's words. A session's memory is made for it and never another's, because its worker may keep it mapped: only
+virtual memory management makes it, which waits for nobody's work, and a thread of its own frees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnd.errors import Exhausted, Unsupported
+from attnd_server.device.faults import is_device_fault
+from attnd_server.planes.cuda.gpu_channel import CudaChannel
+from attnd_server.planes.cuda.leases import SharedWords, StreamLease
+
+if TYPE_CHECKING:
+    from attnd.protocol.cuda.driver import Device
+
+log = logging.getLogger(__name__)
+
+# What torch's allocators are given to keep at the start, so that steps find memory there: bytes and number of blocks.
+_PINNED_BLOCKS = tuple((1 << bits, 8) for bits in range(9, 21))
+_DEVICE_BLOCKS = ((1 << 20, 16), (64 << 20, 1))
+
+
+class CudaPlanes:
+    """The cuda planes of a server. Any thread may use it.
+
+    Attributes:
+        gpu_uuid: of the server's GPU.
+        num_bytes: of each region.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int, max_planes: int) -> None:
+        """Looks whether there can be any, and makes what they need.
+
+        Args:
+            device: the server's.
+            num_bytes: of each region.
+            max_planes: that are open at once.
+
+        Raises:
+            Unsupported: not on this device, or not with what is installed; the message says why.
+            CudaError: the driver refused something.
+        """
+        if device.type != "cuda":
+            raise Unsupported(f"the server's device is {device}, and it needs a GPU", field="plane")
+        from attnd.protocol.cuda import copies as cuda_copies
+        from attnd.protocol.cuda import driver as cuda_driver
+        from attnd.protocol.cuda import gate_flags as cuda_gates
+        from attnd_server.planes.cuda.streams import independent_streams
+
+        torch.cuda.init()
+        found = cuda_driver.device_of(str(torch.cuda.get_device_properties(device).uuid))
+        refusal = "the driver does not show the server's GPU" if found is None else found.refusal()
+        if found is None or refusal is not None:
+            raise Unsupported(refusal or "", field="plane")
+        self._device = found
+        self.gpu_uuid = found.uuid
+        self.num_bytes = num_bytes
+        _let_torch_keep_memory(device)
+        self._leases: queue.SimpleQueue[StreamLease] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
+        with found.current():
+            cuda_gates.prepare(found)
+            cuda_copies.prepare(found)
+            for stream in independent_streams(found, device, max_planes):
+                self._leases.put(StreamLease(found, stream))
+                self._words.put(SharedWords())
+        # What may wait for everybody's steps: nobody waits for it.
+        self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._do_slow_work, name="cuda-planes", daemon=True).start()
+
+    def open(self, worker_gpu: str) -> CudaChannel:
+        """Memory, words and a stream for a session. No more than `max_planes` at once.
+
+        Args:
+            worker_gpu: UUID of the worker's GPU.
+
+        Raises:
+            Exhausted: the GPU's memory is full.
+        """
+        from attnd.protocol.cuda.driver import CudaError
+
+        self._device.make_current()
+        lease = self._leases.get()
+        try:
+            try:
+                words = self._words.get_nowait()
+            except queue.Empty:  # sessions came faster than words
+                words = SharedWords()
+            self._slow_work.put(lambda: self._words.put(SharedWords()))
+            on_same_gpu, worker = worker_gpu == self.gpu_uuid, self._memory_of(worker_gpu)
+            return CudaChannel(self._device, lease, words, self.num_bytes, on_same_gpu, worker)
+        except BaseException as error:
+            self._leases.put(lease)
+            if isinstance(error, CudaError):
+                raise Exhausted(f"no memory for a cuda plane's region of {self.num_bytes} bytes: {error}") from None
+            raise
+
+    def results_num_bytes(self, worker_gpu: str) -> int:
+        """Bytes of the memory for results that a session gets on its worker's GPU; 0: they lie in the region."""
+        return 0 if self._memory_of(worker_gpu) is None else self.num_bytes
+
+    def _memory_of(self, worker_gpu: str) -> Device | None:
+        """The worker's GPU if memory can be made there that this GPU writes to, so that the worker reads its own.
+
+        To wait for the other GPU's word and to fetch its output takes microseconds; to send both takes fewer.
+        """
+        from attnd.protocol.cuda import driver as cuda_driver
+
+        if worker_gpu == self.gpu_uuid:
+            return None
+        worker = cuda_driver.device_of(worker_gpu)
+        if worker is None or not self._device.reaches(worker) or worker.refusal() is not None:
+            return None
+        return worker
+
+    def close(self, channel: CudaChannel) -> None:
+        """Takes back what `open` gave; what is enqueued and waits for the worker is let go."""
+        self._device.make_current()
+        try:
+            channel.drain()
+        finally:
+            self._slow_work.put(channel.free)
+            self._leases.put(channel.lease)
+
+    def _do_slow_work(self) -> None:
+        self._device.make_current()
+        while True:
+            work = self._slow_work.get()
+            try:
+                work()
+            except Exception:
+                log.exception("a cuda plane's memory cannot be made or freed")
+            del work  # holds the channel
+
+
+def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPlanes | str:
+    """The cuda planes of a server with a socket, or why there are none, for people."""
+    try:
+        return CudaPlanes(device, num_bytes, max_planes)
+    except Unsupported as error:
+        return str(error)
+    except RuntimeError as error:  # of the driver
+        if is_device_fault(error):
+            raise
+        log.warning("there are no cuda planes: %s", error)
+        return f"the driver failed: {error}"
+
+
+def _let_torch_keep_memory(device: torch.device) -> None:
+    """Blocks that torch keeps once they are free: its next ones of such sizes do not come from the driver."""
+    pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size, num in _PINNED_BLOCKS for _ in range(num)]
+    held = [torch.empty(size, dtype=torch.uint8, device=device) for size, num in _DEVICE_BLOCKS for _ in range(num)]
+    del pinned, held

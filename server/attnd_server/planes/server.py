@@ -1,0 +1,116 @@
+"""The socket of shm and cuda planes: it lets clients in, and each that is in has a thread.
+
+Not in gRPC's event loop: a thread that sleeps in the kernel until its client's bytes come answers in a fraction of the
+time. Nobody spins. As soon as there are several shm planes, one thread answers what is short for all: see
+`shm.shared_loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+
+from attnd.errors import AttndError, Exhausted, PermissionDenied
+from attnd.protocol.shm import sockets
+from attnd_server.planes.connection import PlaneConnection
+from attnd_server.planes.cuda.planes import cuda_planes
+from attnd_server.planes.negotiation import Planes
+from attnd_server.planes.open_planes import PlaneTable
+from attnd_server.planes.shm.pinning import Pinning, registrar_for
+from attnd_server.planes.shm.shared_loop import SharedLoop
+from attnd_server.planes.socket_ends import end
+from attnd_server.planes.socket_folder import SocketFolder
+from attnd_server.service.service import AttentionService
+
+log = logging.getLogger(__name__)
+
+# Seconds that a client has to show its ticket.
+HANDSHAKE_S = 5.0
+# Connections beyond those of open planes that may be showing their tickets.
+MAX_HANDSHAKES = 64
+
+
+class PlaneServer:
+    """Listens in `config.socket_dir` and serves planes until `stop`."""
+
+    def __init__(self, service: AttentionService, planes: Planes) -> None:
+        """Starts to listen, and offers its planes among `planes`.
+
+        Raises:
+            OSError: there can be no socket in the folder.
+        """
+        config = service.config
+        self._service = service
+        self._users = {os.geteuid(), *config.socket_uids}
+        self._listener = SocketFolder(config.socket_dir).listen(for_others=bool(config.socket_uids))
+        self._path: str = self._listener.getsockname()
+        self._planes = PlaneTable(
+            self._path, config.region_bytes, config.max_planes, config.max_cuda_planes, service.sessions
+        )
+        self._cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
+        planes.offer(self._planes, self._cuda)
+        self._pinning = Pinning(registrar_for(service.executor.device))
+        self._loop = SharedLoop(service.executor)
+        self._connections: dict[PlaneConnection, None] = {}
+        self._max_connections = config.max_planes + MAX_HANDSHAKES
+        self._draining = False
+        self._thread = threading.Thread(target=self._accept, name="shm-accept", daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Lets nobody in any more, and tells everybody who is; may take seconds with clients that do not read."""
+        self._draining = True
+        end(self._listener)
+        self._thread.join()
+        self._listener.close()
+        try:
+            os.unlink(self._path)
+        except OSError:
+            pass  # the folder has gone
+        for connection in list(self._connections):
+            connection.tell_going_away()
+
+    def stop(self, timeout_s: float) -> None:
+        """Waits until all planes are closed, but not for longer; then ends those that are left."""
+        deadline = time.monotonic() + timeout_s
+        for connection in list(self._connections):
+            connection.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self._connections):
+            connection.end()
+        self._loop.close()
+
+    def _accept(self) -> None:
+        while not self._draining:
+            try:
+                accepted, _ = self._listener.accept()
+            except OSError:  # the end; or too many open files, which pass
+                time.sleep(0.05)
+                continue
+            try:
+                self._let_in(accepted)
+            except (AttndError, OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
+                log.warning("refused a connection to the shm socket: %s", error)
+                accepted.close()
+
+    def _let_in(self, accepted: socket.socket) -> None:
+        accepted.settimeout(HANDSHAKE_S)
+        peer = sockets.peer_of(accepted)
+        if peer.user not in self._users:
+            rule = f"must be one of {', '.join(map(str, sorted(self._users)))}; see --socket-uids"
+            refusal = PermissionDenied(f"the client's user is {peer.user}, but {rule}")
+            sockets.send_refusal(accepted, refusal)
+            raise refusal
+        if len(self._connections) >= self._max_connections:
+            raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
+        connection = PlaneConnection(
+            self._service, self._planes, self._cuda, self._pinning, self._loop, accepted, self._connections
+        )
+        self._connections[connection] = None
+        try:
+            connection.start()
+        except RuntimeError:
+            del self._connections[connection]
+            raise

@@ -1,0 +1,76 @@
+"""Requests that read and write KV without attention: StoreKv, ReadKv, CopyPages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from attnd.protocol import frames
+from attnd.protocol.tensors import to_array
+from attnd.v1 import attention_pb2, cache_pb2
+from attnd_server.attention.kernels.pages import StoredTokens
+from attnd_server.config import ServerConfig
+from attnd_server.execution.work import Work, on_cache
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.caches import CacheTable
+from attnd_server.service import validation
+
+# Bytes of K and V in one chunk of ReadKv.
+READ_CHUNK_BYTES = 4 << 20
+
+
+class KvRequests:
+    """Each method checks all of a request, and returns work for the executor."""
+
+    def __init__(self, config: ServerConfig, caches: CacheTable) -> None:
+        """Of `caches`, within the limits of `config`."""
+        self._config = config
+        self._caches = caches
+
+    def store_kv(self, data: bytes, principal: str) -> Work:
+        """One chunk of StoreKv."""
+        request = frames.STORE_KV_REQUEST.decode(data, max_header_bytes=self._config.max_header_bytes)
+        cache = self._caches.get(request.message.cache, principal)
+        layer, slots, k, v = validation.store_kv(request.message, request.tensors, cache.config)
+
+        def work() -> bytes:
+            cache.refuse_if_closed()
+            cache.mark_written(slots)
+            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
+            return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
+
+        return on_cache(cache, work)
+
+    def read_kv(self, data: bytes, principal: str) -> Iterator[Work]:
+        """ReadKv: the work of each chunk. Checks everything before the first."""
+        request = frames.parse(attention_pb2.ReadKvRequest, data)
+        cache = self._caches.get(request.cache, principal)
+        layer, slots = validation.read_kv(request, cache.config)
+        config = cache.config
+        per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
+        chunk = max(1, READ_CHUNK_BYTES // per_slot)
+        return (
+            on_cache(cache, partial(self._read_chunk, cache, layer, slots, first, chunk))
+            for first in range(0, len(slots), chunk)
+        )
+
+    def _read_chunk(self, cache: Cache, layer: int, slots: torch.Tensor, first: int, chunk: int) -> bytes:
+        cache.refuse_if_closed()
+        k, v = cache.read(layer, slots[first : first + chunk].to(cache.device))
+        header = attention_pb2.ReadKvResponse(first=first)
+        return frames.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
+
+    def copy_pages(self, data: bytes, principal: str) -> Work:
+        """CopyPages."""
+        request = frames.parse(cache_pb2.CopyPagesRequest, data)
+        cache = self._caches.get(request.cache, principal)
+        sources, targets = validation.copy_pages(request, cache.config)
+
+        def work() -> bytes:
+            cache.refuse_if_closed()
+            cache.copy_pages(sources, targets)
+            return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
+
+        return on_cache(cache, work)
