@@ -12,7 +12,7 @@ GUIDES = (ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md")
 # Where a path in backticks may begin: docs/architecture.md says so.
 ROOTS = (ROOT, ROOT / "server" / "attnd_server")
 # What is made and not kept.
-MADE = {"build/api/"}
+MADE = {"build/api/", "build/api", "dist/"}
 
 
 def paths(text: str) -> list[str]:
