@@ -46,7 +46,7 @@ class Cache(Sessions):
 
     def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> OpenedStream:
         """A stream for a session."""
-        refused = self._client.refusals()
+        refused = self._client.known_refusals()
         return open_stream(self.transport, self.config, wanted, refused, timeout_s)
 
     def info(self) -> cache_pb2.CacheInfo:

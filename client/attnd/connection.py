@@ -63,11 +63,16 @@ class Connection:
         self._refusals = plane_refusals(message)
         return message
 
+    @property
     def refusals(self) -> Mapping[str, str]:
-        """By the name of each better plane than inline, why the server does not give it."""
+        """By the name of each better plane than inline, why the server does not give it; empty before it was asked."""
+        return self._refusals or {}
+
+    def known_refusals(self) -> Mapping[str, str]:
+        """`refusals`, of a server that was asked."""
         if self._refusals is None:
-            return plane_refusals(self.capabilities())
-        return self._refusals
+            self.capabilities()
+        return self.refusals
 
     def wait_for_answer(self, method: str, request: bytes) -> bytes:
         """Calls a unary method that may be sent twice; waits for a server that restarts, and not for one that ends.

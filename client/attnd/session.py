@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import Any
 
 from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
-from attnd.foreign_metadata import as_step_metadata
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.leases import Lease
 from attnd.planes.retry_deadline import RetryDeadline
+from attnd.planes.sent_steps import SentSteps
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.page_table_deltas import SentPageTables
-from attnd.protocol.requests import DEFAULT_OPTIONS, MAX_CALLS_UNDER_WAY, Reply
+from attnd.protocol.requests import DEFAULT_OPTIONS, MAX_CALLS_UNDER_WAY, AttendReply, Reply
 from attnd.timings import Timings
 
 
@@ -45,9 +44,8 @@ class Session:
         self._wanted = plane
         self._timings = Timings()
         self._stream: Stream | None = None
-        self._last_step_id = 0
         self._unanswered: deque[Step | PendingCall] = deque()  # whose answers were not read yet, in order
-        self._sent_tables = SentPageTables()
+        self._steps = SentSteps()
         self._going_away = ""
 
     def step(self, metadata: Any) -> Step:
@@ -68,14 +66,12 @@ class Session:
             self._finish()
             raise Disconnected(f"{reason}; the next step reconnects")
         if self._stream is None:
-            self._sent_tables.forget()
-        self._last_step_id += 1
-        message = as_step_metadata(metadata).to_message(self._last_step_id, self.cache.ref, self._sent_tables)
-        message.call_timeout_ms = requests.timeout_ms(self.timeout_s)
+            self._steps.forget()
+        message = self._steps.message(metadata, self.cache.ref, self.timeout_s)
         if self._stream is None:
             self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
             self.plane = self._timings.plane = self._stream.plane
-        step = Step(self, self._last_step_id, self._stream)
+        step = Step(self, message.id, self._stream)
         self._send(self._stream.step_request(message), step)
         self._timings.num_steps += 1
         return step
@@ -169,38 +165,27 @@ class Session:
     def _receive(self) -> None:
         """Reads one message, and gives it to what it answers."""
         assert self._stream is not None  # whoever waits has a call under way, and close() ends those
-        kind, message, tensors, num_bytes = self._stream.receive(self.timeout_s)
-        self._timings.bytes_received += num_bytes
-        if kind == "going_away":
-            self._going_away = message.reason
+        answer = self._stream.receive(self.timeout_s)
+        self._timings.bytes_received += answer.num_bytes
+        if answer.kind == "going_away":
+            self._going_away = answer.message.reason
             return
         if not self._unanswered:
-            raise ServerFault(f"the server sent {kind} unasked")
+            raise ServerFault(f"the server sent {answer.kind} unasked")
         request = self._unanswered[0]
         if isinstance(request, PendingCall):
-            self._answer_call(request, kind, message, tensors)
+            _answer_call(request, answer)
         else:
-            self._answer_step(request, kind, message)
+            self._answer_step(request, answer)
         self._unanswered.popleft()  # not before: a fault of the server ends all that are unanswered
 
-    def _answer_step(self, step: Step, kind: str, message: Any) -> None:
+    def _answer_step(self, step: Step, answer: AttendReply) -> None:
+        kind, message, *_ = answer
         if kind == "error":
             step.error = from_message(message)
-            self._sent_tables.forget()
         elif kind != "step" or message.step_id != step.id:
             raise ServerFault(f"the server answered step {step.id} with {kind} {message}")
-        elif message.takes_deltas:
-            self._sent_tables.accept(step.id)
-
-    def _answer_call(self, call: PendingCall, kind: str, message: Any, tensors: Any) -> None:
-        if kind == "error":
-            call.error = call.step.error or from_message(message)
-        elif kind == "call" and (message.step_id, message.layer) == (call.step.id, call.layer):
-            # Now, because the stream may use the message and what its tensors lie in again.
-            call.reply = requests.reply(message, tensors, call.like, call.return_lse)
-        else:
-            raise ServerFault(f"the server answered layer {call.layer} of step {call.step.id} with {kind} {message}")
-        call.like = None
+        self._steps.answered(step.id, kind, message)
 
     def _finish(self) -> None:
         """Takes the answers of all calls under way, which a server that drains still gives, and closes."""
@@ -297,3 +282,12 @@ class PendingCall:
                 is interrupted, the session's stream ends, and with it all calls that are under way.
         """
         return self._session._wait_timed(self)
+
+
+def _answer_call(call: PendingCall, answer: AttendReply) -> None:
+    if answer.kind == "error":
+        call.error = call.step.error or from_message(answer.message)
+    else:
+        # Now, because the stream may use the message and what its tensors lie in again.
+        call.reply = requests.call_reply(answer, call.step.id, call.layer, call.like, call.return_lse)
+    call.like = None

@@ -44,7 +44,7 @@ class AsyncCache(AsyncSessions):
 
     async def open_stream(self, wanted: PlaneOptions, timeout_s: float) -> AsyncOpenedStream:
         """A stream for a session."""
-        refused = await self._client.refusals()
+        refused = await self._client.known_refusals()
         return await open_stream(self.transport, self.config, wanted, refused, timeout_s)
 
     async def info(self) -> cache_pb2.CacheInfo:

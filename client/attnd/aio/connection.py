@@ -62,11 +62,16 @@ class AsyncConnection:
         self._refusals = plane_refusals(message)
         return message
 
-    async def refusals(self) -> Mapping[str, str]:
-        """By the name of each better plane than inline, why the server does not give it."""
+    @property
+    def refusals(self) -> Mapping[str, str]:
+        """By the name of each better plane than inline, why the server does not give it; empty before it was asked."""
+        return self._refusals or {}
+
+    async def known_refusals(self) -> Mapping[str, str]:
+        """`refusals`, of a server that was asked."""
         if self._refusals is None:
-            return plane_refusals(await self.capabilities())
-        return self._refusals
+            await self.capabilities()
+        return self.refusals
 
     async def wait_for_answer(self, method: str, request: bytes) -> bytes:
         """Calls a unary method that may be sent twice; waits for a server that restarts, and not for one that ends.

@@ -11,12 +11,11 @@ from typing import Any
 from attnd.aio.leases import AsyncLease
 from attnd.aio.streams import AsyncStream
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
-from attnd.foreign_metadata import as_step_metadata
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.retry_deadline import RetryDeadline
+from attnd.planes.sent_steps import SentSteps
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
 
 
@@ -41,8 +40,7 @@ class AsyncSession:
         self._wanted = plane
         self._stream: AsyncStream | None = None
         self._opening = asyncio.Lock()  # one task opens the stream; nobody closes it meanwhile
-        self._last_step_id = 0
-        self._sent_tables = SentPageTables()
+        self._steps = SentSteps()
 
     async def step(self, metadata: Any) -> AsyncStep:
         """Opens a step. Sends its metadata once, of page tables what changed; a refusal comes with its first call.
@@ -56,19 +54,17 @@ class AsyncSession:
                 self._stream = None
             await stream.finish(timeout_s)
             raise Disconnected(f"{stream.going_away}; the next step reconnects")
-        step_id = self._last_step_id = self._last_step_id + 1
-        message = as_step_metadata(metadata).to_message(step_id, self.cache.ref, self._sent_tables)
-        message.call_timeout_ms = requests.timeout_ms(timeout_s)
+        message = self._steps.message(metadata, self.cache.ref, timeout_s)
         answer = await stream.ask(partial(stream.step_request, message), timeout_s)
-        answer.add_done_callback(partial(self._opened, step_id))
-        return AsyncStep(self.timeout_s, stream, step_id, answer)
+        answer.add_done_callback(partial(self._opened, message.id))
+        return AsyncStep(timeout_s, stream, message.id, answer)
 
     async def _opened_stream(self) -> AsyncStream:
         """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
         async with self._opening:
             stream = self._stream
             if stream is None or not (stream.is_open or stream.going_away):
-                self._sent_tables.forget()
+                self._steps.forget()
                 stream, self.refusals = await self.cache.open_stream(self._wanted, self.timeout_s)
                 self._stream, self.plane = stream, stream.plane
             return stream
@@ -78,10 +74,7 @@ class AsyncSession:
         if answer.cancelled() or answer.exception() is not None:
             return  # so has the stream ended
         kind, message, *_ = answer.result()
-        if kind == "error":
-            self._sent_tables.forget()
-        elif kind == "step" and message.takes_deltas:
-            self._sent_tables.accept(step_id)
+        self._steps.answered(step_id, kind, message)
 
     async def close(self) -> None:
         """Ends the stream. The cache stays. The next step opens another stream."""
@@ -129,11 +122,11 @@ class AsyncStep:
             if pause_s is None:
                 raise error
             await asyncio.sleep(pause_s)
-        message = answer.message
-        if answer.kind != "call" or (message.step_id, message.layer) != (self.id, layer):
+        try:
+            return requests.call_reply(answer, self.id, layer, q, options.return_lse).output
+        except ServerFault:
             await self.stream.close()  # nobody knows whose the next answer is
-            raise ServerFault(f"the server answered layer {layer} of step {self.id} with {answer.kind} {message}")
-        return requests.reply(message, answer.tensors, q, options.return_lse).output
+            raise
 
     async def _answered(self, answer: asyncio.Future[AttendReply]) -> AttendReply:
         try:

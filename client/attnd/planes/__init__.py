@@ -1,1 +1,1 @@
-"""Ways for the tensors of a call to travel that beat the gRPC message: what both sides of the shm plane use."""
+"""How a client reaches a server: transports, and the planes on which the tensors of calls travel."""

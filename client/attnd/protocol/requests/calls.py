@@ -107,6 +107,14 @@ class AttendReply(NamedTuple):
     num_bytes: int
 
 
+def call_reply(answer: AttendReply, step_id: int, layer: int, like: Any, return_lse: bool) -> Reply:
+    """The result in what answers a call, as `reply`. Raises ServerFault if it answers something else."""
+    message = answer.message
+    if answer.kind != "call" or (message.step_id, message.layer) != (step_id, layer):
+        raise ServerFault(f"the server answered layer {layer} of step {step_id} with {answer.kind} {message}")
+    return reply(message, answer.tensors, like, return_lse)
+
+
 def attend_reply(data: bytes, region: Region | None = None) -> AttendReply:
     """An AttendResponse, of a plane with `region` if it has one."""
     message, tensors = frames.ATTEND_RESPONSE.decode(data, region)

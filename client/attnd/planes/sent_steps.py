@@ -1,0 +1,46 @@
+"""The steps that a session has sent: what is the same whether threads or tasks wait for their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnd.foreign_metadata import as_step_metadata
+from attnd.protocol import requests
+from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.v1 import cache_pb2, step_pb2
+
+
+class SentSteps:
+    """The numbers of a session's steps, and the page tables by which later ones may be told."""
+
+    def __init__(self) -> None:
+        """None was sent."""
+        self._last_id = 0
+        self._tables = SentPageTables()
+
+    def message(self, metadata: Any, cache: cache_pb2.CacheRef, timeout_s: float) -> step_pb2.Step:
+        """The next step, with what changed of page tables where the server knows the rest.
+
+        Args:
+            metadata: as of `Session.step`.
+            cache: that the step reads and writes.
+            timeout_s: deadline of each of its calls, in seconds.
+
+        Raises:
+            InvalidRequest: the metadata cannot be sent.
+        """
+        self._last_id += 1
+        message = as_step_metadata(metadata).to_message(self._last_id, cache, self._tables)
+        message.call_timeout_ms = requests.timeout_ms(timeout_s)
+        return message
+
+    def answered(self, step_id: int, kind: str, message: Any) -> None:
+        """Learns from a step's answer which page tables the server knows."""
+        if kind == "error":
+            self._tables.forget()
+        elif kind == "step" and message.takes_deltas:
+            self._tables.accept(step_id)
+
+    def forget(self) -> None:
+        """The next step goes to another stream, whose server knows no page tables."""
+        self._tables.forget()
