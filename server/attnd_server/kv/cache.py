@@ -94,7 +94,8 @@ class Cache:
         self.name = name
         self.key = key
         self.ttl_s = ttl_s
-        scales = _scales(config, config.k_scales, device), _scales(config, config.v_scales, device)
+        # Held here too: a step of a cuda plane that is running reads them after `close`.
+        self._scales = _scales(config, config.k_scales, device), _scales(config, config.v_scales, device)
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
         self._holding = threading.Lock()
@@ -105,7 +106,7 @@ class Cache:
         self.pages: CachePages | None = self._spaces.take(config)
         self.k_pages, self.v_pages = self.pages.k, self.pages.v
         of_layers = zip(self.k_pages.unbind(), self.v_pages.unbind(), strict=True)
-        self.layers = [LayerPages(k, v, *scales) for k, v in of_layers]
+        self.layers = [LayerPages(k, v, *self._scales) for k, v in of_layers]
         self._when_closed: list[Callable[[], None]] = []
         self.num_graph_bytes = 0
         self.renew()
