@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 SERVICE = "attnd.v1.AttentionService"
-_STATUS = "grpc-status-details-bin"
+STATUS = "grpc-status-details-bin"
 
 
 @dataclass
@@ -78,12 +78,15 @@ class Proxy(grpc.GenericRpcHandler):
         unanswered: list[Exchange] = []
 
         def recorded() -> Iterator[bytes]:
-            for request in requests:
-                with self._lock:
-                    exchange = Exchange(method.rpartition("/")[2], len(self.exchanges), stream, request)
-                    self.exchanges.append(exchange)
-                    unanswered.append(exchange)
-                yield request
+            try:
+                for request in requests:
+                    with self._lock:
+                        exchange = Exchange(method.rpartition("/")[2], len(self.exchanges), stream, request)
+                        self.exchanges.append(exchange)
+                        unanswered.append(exchange)
+                    yield request
+            except grpc.RpcError:
+                pass  # the client has gone
 
         call = self._channel.stream_stream(method)(recorded())
         context.add_callback(call.cancel)
@@ -94,9 +97,9 @@ class Proxy(grpc.GenericRpcHandler):
         except grpc.RpcError:
             if not context.is_active():
                 return  # the client has gone
-            metadata = {key: value for key, value in call.trailing_metadata() or () if key == _STATUS}
+            metadata = {key: value for key, value in call.trailing_metadata() or () if key == STATUS}
             if unanswered:
-                unanswered[0].code, unanswered[0].status = call.code().name, metadata.get(_STATUS, b"")
+                unanswered[0].code, unanswered[0].status = call.code().name, metadata.get(STATUS, b"")
             context.set_trailing_metadata(tuple(metadata.items()))
             context.abort(call.code(), call.details())
 

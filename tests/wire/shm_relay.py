@@ -88,15 +88,18 @@ class Relay:
         self.folder = folder
         self.connections: list[Connection] = []
         self._server_path = str(server_path)
+        self._recorded: list[_Recorded] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(folder / server_path.name))
         self._listener.listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Accepts nobody any more."""
+        """Accepts nobody any more, and waits until those that are connected have hung up."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for recorded in self._recorded:
+            recorded.close()
 
     def _accept(self) -> None:
         while True:
@@ -116,7 +119,7 @@ class Relay:
                 server.close()
                 continue
             region = mmap.mmap(descriptors[0], os.fstat(descriptors[0]).st_size)
-            _Recorded(self.connections[-1].frames, region, client, server)
+            self._recorded.append(_Recorded(self.connections[-1].frames, region, client, server))
             socket.send_fds(client, [answer], descriptors)
             os.close(descriptors[0])
 
@@ -129,8 +132,18 @@ class _Recorded:
         self._region = region
         self._places: dict[tuple[str, int], list[tuple[int, int]]] = {}  # of the last call or reply of a lane
         self._unanswered: deque[int] = deque()  # lanes; -1: a step
-        for source, target, take in ((client, server, self._request), (server, client, self._reply)):
-            threading.Thread(target=self._pump, args=(source, target, take), daemon=True).start()
+        self._sockets = client, server
+        ways = (client, server, self._request), (server, client, self._reply)
+        self._threads = [threading.Thread(target=self._pump, args=way, daemon=True) for way in ways]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=20)
+        for connection in self._sockets:
+            connection.close()
+        self._region.close()
 
     def _pump(self, source: socket.socket, target: socket.socket, take: Callable[[bytes], int]) -> None:
         received = b""
@@ -143,7 +156,10 @@ class _Recorded:
         except OSError:
             pass  # one of both has gone
         finally:
-            target.shutdown(socket.SHUT_RDWR)
+            try:
+                target.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # so has the other
 
     def _request(self, received: bytes) -> int:
         if not (size := _frame_size(received, REQUEST)):
