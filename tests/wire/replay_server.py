@@ -16,7 +16,7 @@ import grpc
 from attnd.protocol.shm import sockets
 from attnd.v1 import plane_pb2
 from tests.wire.grpc_proxy import STATUS, Exchange
-from tests.wire.shm_relay import TICKET_BYTES, Connection, Frame
+from tests.wire.shm_relay import REQUEST, TICKET_BYTES, Connection, Frame
 
 
 class RecordedService(grpc.GenericRpcHandler):
@@ -84,7 +84,8 @@ class RecordedPlane:
             replies = deque(frame for frame in self._recorded.frames if frame.sender == "server")
             for frame in self._recorded.frames:
                 if frame.sender == "client":
-                    asked = accepted.recv(len(frame.data), socket.MSG_WAITALL)
+                    asked = accepted.recv(REQUEST.size, socket.MSG_WAITALL)
+                    asked += accepted.recv(REQUEST.unpack(asked)[0], socket.MSG_WAITALL)
                     tensors = {offset: region[offset : offset + len(data)] for offset, data in frame.region.items()}
                     self.asked.append(Frame(frame.sender, frame.kind, asked, tensors))
                     reply = replies.popleft()
