@@ -107,7 +107,7 @@ class Proxy(grpc.GenericRpcHandler):
 @contextmanager
 def serving(handler: grpc.GenericRpcHandler) -> Iterator[str]:
     """Serves with `handler`; the address."""
-    server = grpc.server(futures.ThreadPoolExecutor(16), handlers=(handler,))
+    server = grpc.server(futures.ThreadPoolExecutor(16), handlers=[handler])
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:

@@ -58,7 +58,7 @@ def _described(field: FieldDescriptor, value: Any) -> Any:
     if not isinstance(value, str | int | float):
         items = [_described(field, item) for item in value]
         return items if items and isinstance(items[0], dict) else " ".join(map(str, items))
-    if field.enum_type is not None:
+    if field.enum_type is not None and isinstance(value, int):
         return field.enum_type.values_by_number[value].name
     return value
 

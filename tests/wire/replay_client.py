@@ -110,7 +110,8 @@ class _Rpc:
             answered.reply = next(self._call)
         except grpc.RpcError as error:
             answered.code = error.code().name
-            answered.status = dict(error.trailing_metadata() or ()).get(STATUS, b"")
+            metadata: Any = error.trailing_metadata() or ()
+            answered.status = dict(metadata).get(STATUS, b"")
         return answered
 
     def end(self) -> None:
