@@ -15,7 +15,13 @@ import attnd
 from attnd.v1 import plane_pb2
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 8
-GEOMETRY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "num_pages": 6, "page_size": 4}
+GEOMETRY: dict[str, Any] = {
+    "num_layers": 2,
+    "num_kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "num_pages": 6,
+    "page_size": 4,
+}
 OPTIONS = attnd.AttentionOptions(
     scale=0.5, softcap=30.0, window=3, alibi_slopes=[0.5, 0.25], sinks=[0.0, -1.0], return_lse=True, backend="naive"
 )
