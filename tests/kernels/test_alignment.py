@@ -13,6 +13,7 @@ from attnd_server.attention.backends.base import AttentionKernel
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import Layout
 from attnd_server.attention.kernels.pages import store_kv, stored_tokens
+from attnd_server.attention.layer_pages import LayerPages
 from tests import oracle
 from tests.oracle import Case, Request
 
@@ -54,14 +55,21 @@ def offsets_with_other_bits(kernel: AttentionKernel, case: Case, slots: list[int
         metadata = replace(metadata, slot_mapping=torch.tensor(slots))
         assert given.k is not None
         assert given.v is not None
-        store_kv(given.k_pages, given.v_pages, given.k, given.v, stored_tokens(metadata.slot_mapping, CPU), case.layout)
+        store_kv(
+            LayerPages(given.k_pages, given.v_pages),
+            given.k,
+            given.v,
+            stored_tokens(metadata.slot_mapping, CPU),
+            case.layout,
+        )
     plan = kernel.plan(case.config(), metadata, oracle.options(case, given), CPU)
     if slots is not None and isinstance(kernel, SdpaAttention):
         assert plan.parts[0].side_by_side is not None
 
     def run(offset: int) -> list[torch.Tensor]:
-        tensors = [at(tensor, offset) for tensor in (given.q, given.k, given.v, given.k_pages, given.v_pages)]
-        output, lse = kernel.run(plan, *tensors)
+        tensors = (given.q, given.k, given.v, given.k_pages, given.v_pages)
+        q, k, v, *pages = (at(tensor, offset) for tensor in tensors)
+        output, lse = kernel.run(plan, q, k, v, LayerPages(*pages))
         return [output] if lse is None else [output, lse]
 
     expected = run(0)
@@ -122,9 +130,12 @@ def test_pages_have_the_same_bits_wherever_a_request_has_them(dtype: torch.dtype
         given, slot = oracle.tensors(case), torch.tensor([first_page * 7 + 33])
         assert given.k is not None
         assert given.v is not None
-        store_kv(given.k_pages, given.v_pages, given.k, given.v, stored_tokens(slot, CPU), case.layout)
+        pages = LayerPages(given.k_pages, given.v_pages)
+        store_kv(pages, given.k, given.v, stored_tokens(slot, CPU), case.layout)
         metadata = replace(case.metadata(), slot_mapping=slot)
         plan = SdpaAttention().plan(case.config(), metadata, oracle.options(case, given), CPU)
         assert plan.parts[0].side_by_side is not None
-        outputs.append(SdpaAttention().run(plan, given.q, given.k, given.v, given.k_pages, given.v_pages)[0])
+        outputs.append(
+            SdpaAttention().run(plan, given.q, given.k, given.v, LayerPages(given.k_pages, given.v_pages))[0]
+        )
     assert all(torch.equal(output, outputs[0]) for output in outputs)

@@ -159,9 +159,9 @@ def test_a_set_of_steps_is_planned_once_whatever_the_order(server: Waiting, monk
 def test_together_they_stay_within_the_limits_of_a_step(server: Waiting) -> None:
     executor = server.service.executor
     callers = [Caller(server, [5] * 4, seed=seed) for seed in range(5)]
-    executor._config = replace(executor._config, max_step_tokens=9)
+    executor.runner._limits = replace(executor._config, max_step_tokens=9)
     assert calls_per_launch(server, callers) == {1: 1, 2: 2}
-    executor._config = replace(executor._config, max_step_tokens=99, max_page_table_elements=2 * 12)
+    executor.runner._limits = replace(executor._config, max_step_tokens=99, max_page_table_elements=2 * 12)
     assert calls_per_launch(server, callers) == {2: 1, 4: 1}  # 3 calls, then 2
 
 
@@ -215,6 +215,6 @@ def test_steps_with_graphs_share_a_launch_only_if_they_are_many(
 
 
 def test_an_idle_executor_keeps_no_steps_of_others(server: Waiting) -> None:
-    shared = server.service.executor._shared
+    shared = server.service.executor.runner._shared
     calls_per_launch(server, [Caller(server, [5], seed=seed) for seed in range(2)])
     wait_for(lambda: not shared._sets, "the executor keeps the buffers of calls that are over")
