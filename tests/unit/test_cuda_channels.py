@@ -192,6 +192,20 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
     assert driver.asked_elsewhere()["cuMemHostRegister"] == driver.asked_elsewhere()["cuMemHostUnregister"] == 10
 
 
+@pytest.mark.parametrize("worker_gpu", [GPU, OTHER_GPU])
+def test_a_session_begins_with_a_count_of_zero_whoever_had_the_lease_before(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, worker_gpu: str
+) -> None:
+    """The gates of a worker with another GPU leave theirs; kernels that count arrivals would wait for ever."""
+    opened = planes(max_planes=1)
+    opened.close(take(opened, OTHER_GPU))
+    reset: list[tuple[int, int]] = []
+    monkeypatch.setattr(cuda_gates.Counter, "reset", lambda counter, stream: reset.append((counter.address, stream)))
+    channel = take(opened, worker_gpu)
+    assert reset == [(channel.lease.counter.address, channel.handle)]
+    opened.close(channel)
+
+
 def test_streams_that_share_a_queue_are_not_taken(driver: NotingDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_streams, "_HELD_UP_S", 0.01)
     on, device = cuda_driver.Device(0), torch.device("cuda", 0)

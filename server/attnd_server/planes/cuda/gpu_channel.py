@@ -69,11 +69,12 @@ class CudaChannel:
             self._memory.append(DeviceMemory.created(device, num_bytes, lease.stream))
             if worker is not None:
                 self._memory.append(DeviceMemory.created(worker, num_bytes, lease.stream, user=device))
+            # Whoever had the lease before leaves its count: kernels that wait for others to arrive would never see zero.
+            lease.counter.reset(self.handle)
             if on_same_gpu:
                 write = partial(_written, CopyAndWrite(device, lease.counter.address))
                 self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4, writer=write)
             else:
-                lease.counter.reset(self.handle)
                 to_worker, to_server = self._memory[-1].address + TO_WORKER, self._memory[0].address + TO_SERVER
                 self.flags = GateFlags(device, to_worker, to_server, lease.counter)
         except BaseException:
