@@ -6,7 +6,6 @@ A thread for each device does what waits; while nothing does, whoever has a shor
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -21,10 +20,11 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.queue import IsWorthIt, Job, Joins, WorkQueue
+from attnd_server.execution.queue import Job, WorkQueue, others_among
 from attnd_server.execution.runner import Observer, Runner
 from attnd_server.execution.side import SideThread
 from attnd_server.execution.step import Step
+from attnd_server.execution.threads import ThreadSettings, default_threads
 from attnd_server.execution.work import Done, SideWork, Work, on_cache
 from attnd_server.kv.caches import CacheTable
 
@@ -42,6 +42,7 @@ class Executor:
         graphs: what warm-ups captured.
         runner: runs what has the device.
         ops: its backends.
+        prepare_thread: makes torch's settings of the calling thread what calls need.
     """
 
     # How often leases that have ended are looked for, in seconds.
@@ -75,12 +76,12 @@ class Executor:
         self.graphs = CapturedGraphs()
         self.runner = Runner(device, config, self.faults, observer)
         self.ops = self.runner.ops
-        self._threads = config.threads or _num_threads(device)
+        self._settings = ThreadSettings(config.threads or default_threads(device))
+        self.prepare_thread = self._settings.prepare
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()
-        self._prepared = threading.local()  # whether the thread's settings are the executor's, and not a caller's own
         self._side = SideThread(device, config, self.runner, self.prepare_thread)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
@@ -168,7 +169,7 @@ class Executor:
             try:
                 taken = [jobs[0]]
                 if len(jobs) > 1:
-                    taken += self.runner.others_for(jobs[0], partial(_others_among, jobs))
+                    taken += self.runner.others_for(jobs[0], partial(others_among, jobs))
                 outcomes = self.runner.outcomes(taken, time.perf_counter())
             finally:
                 self._give_device_back()
@@ -190,10 +191,9 @@ class Executor:
         self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
-        """Runs a piece of SideWork on the executor's thread, and waits until it is done. Raises what it raises.
+        """Runs a piece of SideWork on the executor's thread, and waits until it is done.
 
-        Raises:
-            Disconnected: the executor was closed.
+        Raises what it raises, and Disconnected if the executor was closed.
         """
         answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -213,12 +213,6 @@ class Executor:
             if error is not None:
                 raise error
             return
-
-    def prepare_thread(self) -> None:
-        """Makes torch's settings of the calling thread what calls need."""
-        self._prepared.is_so = True
-        torch.set_grad_enabled(False)
-        torch.set_num_threads(self._threads)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
@@ -300,23 +294,8 @@ class Executor:
             return b""
 
         try:
-            may_run_here = step.is_small and getattr(self._prepared, "is_so", False)
+            may_run_here = step.is_small and self._settings.are_here
             if not may_run_here or self.run_now(work) is None:
                 self.submit(on_cache(step.cache, work), lambda result, error: None)
         except Exception:  # busy, closing, or whatever the work raised
             log.debug("a step was not made ready before its first call", exc_info=True)
-
-
-def _num_threads(device: torch.device) -> int:
-    """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
-    return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
-
-
-def _others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
-    """Those that join the first; see `WorkQueue.take_others`."""
-    cache_ids, others = {jobs[0].cache_id}, []
-    for job in jobs[1:]:
-        if job.cache_id not in cache_ids and joins(job):
-            others.append(job)
-        cache_ids.add(job.cache_id)
-    return others if is_worth_it() else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attnd.errors import Exhausted
@@ -192,3 +192,13 @@ class WorkQueue:
     def _depth_of(self, principal: str) -> int:
         """Jobs of a principal that wait. Looks at every queue, which takes some 10 us where there are a hundred."""
         return sum(len(jobs) for jobs in self._queues.values() if principal and jobs[0].principal == principal)
+
+
+def others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
+    """Those that join the first; see `WorkQueue.take_others`."""
+    cache_ids, others = {jobs[0].cache_id}, []
+    for job in jobs[1:]:
+        if job.cache_id not in cache_ids and joins(job):
+            others.append(job)
+        cache_ids.add(job.cache_id)
+    return others if is_worth_it() else []

@@ -6,22 +6,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from attnd.errors import InvalidRequest
 from attnd.protocol import frames
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
-from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.config import ServerConfig
+from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
 from attnd_server.identity import TokenPrincipal, refuse_if_revoked
 from attnd_server.service import validation
 from attnd_server.service.replies import Replies
-
-if TYPE_CHECKING:
-    from attnd_server.service.service import AttentionService
 
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
 # The contract has this number too: at Step.id and at StepReply.takes_deltas.
@@ -42,10 +41,28 @@ class BigStep:
     answer: Callable[[], bytes]
 
 
+class Checks(Protocol):
+    """What a session asks its service.
+
+    Attributes:
+        config: the limits.
+        executor: that runs its calls.
+    """
+
+    config: ServerConfig
+    executor: Executor
+
+    def step(self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = ...) -> Step:
+        """Checks a step. Raises AttndError: it is refused."""
+
+    def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
+        """Checks a call of a step. Raises AttndError: it is refused."""
+
+
 class AttendSession:
     """The state of one Attend stream: its open steps."""
 
-    def __init__(self, service: AttentionService, principal: str, replies: Replies) -> None:
+    def __init__(self, service: Checks, principal: str, replies: Replies) -> None:
         """Starts without steps."""
         self._service = service
         self._principal = principal

@@ -69,7 +69,7 @@ class CudaChannel:
             self._memory.append(DeviceMemory.created(device, num_bytes, lease.stream))
             if worker is not None:
                 self._memory.append(DeviceMemory.created(worker, num_bytes, lease.stream, user=device))
-            # Whoever had the lease before leaves its count: kernels that wait for others to arrive would never see zero.
+            # Whoever had the lease before left a count, from which kernels that count arrivals would never get on.
             lease.counter.reset(self.handle)
             if on_same_gpu:
                 write = partial(_written, CopyAndWrite(device, lease.counter.address))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 # Oldest GPU with bfloat16 tensor cores.
 MIN_CAPABILITY = (8, 0)
-# Longest context: positions of cached and new tokens, and sums of two of them, must fit the kernels' int32.
-MAX_CONTEXT_LEN = 1 << 29
 
 
 def availability(device: torch.device) -> str | None:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
 from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
 from attnd_server.attention.backends.triton.launches import fits_hopper, launches_of, multiprocessors
+from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.backends.triton.plan import Launch, TritonPlan
 from attnd_server.attention.backends.triton.staged_step import StagedStep
 from attnd_server.attention.backends.triton.work import Rows

@@ -7,8 +7,8 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from attnd_server.attention.backends.triton.attention import MAX_CONTEXT_LEN
 from attnd_server.attention.backends.triton.launches import multiprocessors
+from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.launch_shapes import Tile
 from attnd_server.attention.kernels.merge import merge
