@@ -10,7 +10,7 @@ from rich.console import Console
 
 import attnd
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs transformers")
 
 from attnd.integrations.transformers import RemoteCache  # needs transformers
 from attnd_server.cli.demo.chat import Conversation, run_chat

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs transformers")
 
 import attnd_server.cli.demo.generate  # needs transformers
 from attnd_server.cli.demo.demo import run_demo

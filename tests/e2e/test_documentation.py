@@ -15,7 +15,7 @@ from tests.documentation import Block, blocks
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_block_runs_and_prints_what_it_says(block: Block, server_address: str, tmp_path: Path) -> None:
     if "transformers" in block.text:
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="needs transformers")
     promised = re.findall(r"^print\(.*\)  # (.*)$", block.text, re.MULTILINE)
     assert promised, "a block shows its result"
     script = tmp_path / "block.py"

@@ -92,7 +92,7 @@ def test_block_diffusion(server_address):
 
 
 def test_transformers_generate(server_address):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers")
     example = load("transformers_generate")
     tokens = example.make_model().generate(**example.PROMPTS, **example.HOW)
     answers = tokens[:, example.PROMPTS["input_ids"].shape[1] :].tolist()

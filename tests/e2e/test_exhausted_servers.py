@@ -20,6 +20,12 @@ from tests.servers import ServerProcess, wait_for
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "page_size": 4, "dtype": "float32"}
 Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
+# Address space for everything but the cache that is refused. A thread takes 8 MiB for its stack and 64 MiB for malloc,
+# and for each core one may start: of gRPC, or of OpenMP, which ends the process if the system refuses it.
+ROOM = (64 << 20) + (os.cpu_count() or 1) * (72 << 20)
+# A cache that takes far more: its K alone four times as much, in two layers of 4 KiB a page. Its V as much again.
+LARGE = {**GEOMETRY, "head_dim": 128, "num_pages": 4 * ROOM // (2 * 4 << 10)}
+LARGE_BYTES = 8 * ROOM
 DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
 
 
@@ -27,7 +33,7 @@ DECODE = attnd.StepMetadata([1], [0], [[0]], [0], kind="decode")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("exhausted")
     options = ("--device", "cpu", "--socket-dir", str(folder / "sockets"), "--region-bytes", str(1 << 20))
-    with ServerProcess(folder / "log", *options, "--kv-bytes", str(8 << 30)) as process:
+    with ServerProcess(folder / "log", *options, "--kv-bytes", str(2 * LARGE_BYTES)) as process:
         yield process
         log = process.log
     assert "internal error" not in log, log
@@ -74,12 +80,13 @@ def test_a_cache_for_which_the_system_has_no_memory_is_refused(alone: ServerProc
             unlimited = resource.prlimit(alone.pid, resource.RLIMIT_AS)
             with open(f"/proc/{alone.pid}/statm") as statm:
                 used = int(statm.read().split()[0]) * resource.getpagesize()
-            resource.prlimit(alone.pid, resource.RLIMIT_AS, (used + (64 << 20), unlimited[1]))
-            with pytest.raises(attnd.Exhausted, match=r"num_pages is 60000.*cpu cannot allocate"):
-                client.create_cache(**{**GEOMETRY, "num_pages": 60_000, "head_dim": 512})
+            resource.prlimit(alone.pid, resource.RLIMIT_AS, (used + ROOM, unlimited[1]))
+            refusal = rf"num_pages is {LARGE['num_pages']}.*cpu cannot allocate"
+            with pytest.raises(attnd.Exhausted, match=refusal):
+                client.create_cache(**LARGE)
             attend(session)
             resource.prlimit(alone.pid, resource.RLIMIT_AS, unlimited)
-            client.create_cache(**{**GEOMETRY, "num_pages": 60_000, "head_dim": 512}).delete()
+            client.create_cache(**LARGE).delete()
             attend(session)
 
 

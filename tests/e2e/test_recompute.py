@@ -15,7 +15,7 @@ import torch
 import attnd
 from tests.servers import ServerProcess
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from attnd.integrations.transformers import RemoteCache  # noqa: E402
 from attnd.integrations.transformers import recovery as recomputing  # noqa: E402  # needs transformers

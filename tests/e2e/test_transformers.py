@@ -10,7 +10,7 @@ import torch
 
 import attnd
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from attnd.integrations.transformers import RemoteCache  # noqa: E402  # needs transformers
 

@@ -22,7 +22,7 @@ HOPPER: dict[str, Any] = {"head_dim": 128, "head_dim_v": 128, "page_size": 16, "
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
-    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
     return torch.device("cuda", 0)
 
 

@@ -17,7 +17,7 @@ import torch
 import attnd
 from tests.servers import ServerProcess
 
-pytest.importorskip("cuda.bindings.driver")
+pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 PAGE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 16, 8, 2, 64, 4
@@ -69,7 +69,9 @@ def serving(folder: Path, *more: str) -> ServerProcess:
 @pytest.fixture(
     params=[
         pytest.param(0, id="one_gpu"),
-        pytest.param(1, id="two_gpus", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two")),
+        pytest.param(
+            1, id="two_gpus", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+        ),
     ]
 )
 def gpu(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -16,7 +16,7 @@ from attnd.protocol.cuda.driver import CudaError, call, device, device_of
 from attnd.protocol.cuda.memory import DeviceMemory
 from tests.gpu.cuda_peers import Case, Peers, receive, send, workers_hand_over
 
-pytest.importorskip("cuda.bindings.driver")
+pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 WORKER_GPUS = [

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a Hopper GPU: others have no fixed plans",
+        reason="needs a Hopper GPU",  # others have no fixed plans
     ),
 ]
 

@@ -18,7 +18,7 @@ from tests.gpu.test_triton import arrays
 from tests.steps import BIDIRECTIONAL, CAUSAL, Case, Request
 from tests.tolerances import TOLERANCES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 NUM_PAGES = 64
 KINDS = ["decode", "blocks", "chunked", "prefill"]

@@ -18,7 +18,7 @@ from tests.oracle import check
 from tests.steps import BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request
 from tests.tolerances import assert_as_exact_as_plain
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 KERNELS = {
     backend.value: TritonPagedAttention(backend)

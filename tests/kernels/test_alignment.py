@@ -111,31 +111,3 @@ def test_pages_that_are_read_where_they_lie(
     request = Request(33, 1, 1, pages)
     case = Case([request], num_kv_heads, group, head_dim, head_dim, num_pages=10, page_size=7, dtype=dtype, poison=0.0)
     assert offsets_with_other_bits(SdpaAttention(), case, [first_page * 7 + 33]) == []
-
-
-@DTYPES
-def test_pages_have_the_same_bits_wherever_a_request_has_them(dtype: torch.dtype) -> None:
-    outputs = []
-    for first_page in range(5):
-        case = Case(
-            [Request(33, 1, 1, list(range(first_page, first_page + 5)))],
-            1,
-            9,
-            40,
-            40,
-            num_pages=10,
-            page_size=7,
-            dtype=dtype,
-        )
-        given, slot = oracle.tensors(case), torch.tensor([first_page * 7 + 33])
-        assert given.k is not None
-        assert given.v is not None
-        pages = LayerPages(given.k_pages, given.v_pages)
-        store_kv(pages, given.k, given.v, stored_tokens(slot, CPU), case.layout)
-        metadata = replace(case.metadata(), slot_mapping=slot)
-        plan = SdpaAttention().plan(case.config(), metadata, oracle.options(case, given), CPU)
-        assert plan.parts[0].side_by_side is not None
-        outputs.append(
-            SdpaAttention().run(plan, given.q, given.k, given.v, LayerPages(given.k_pages, given.v_pages))[0]
-        )
-    assert all(torch.equal(output, outputs[0]) for output in outputs)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
+pytest.importorskip("triton", reason="triton is not installed")  # the columns of an item are its constants
 
 from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
 from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
+pytest.importorskip("triton", reason="triton is not installed")  # the columns of an item are its constants
 
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.naive import NaiveAttention

@@ -102,7 +102,7 @@ def test_what_a_kernel_copies_of_a_tensor() -> None:
 
 
 def triton_assembler() -> str:
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="triton is not installed")
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     if not path.exists():
         pytest.skip("this triton has no ptxas")

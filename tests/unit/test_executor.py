@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -208,6 +211,41 @@ def test_a_small_step_is_made_ready_on_threads_of_the_server_alone(
     assert made.wait(30)
     assert threads == ["caller" if is_prepared else "executor-cpu"]
     service.executor.close()
+
+
+# Alone in its process: others start threads too.
+LARGE_OPERATIONS = """
+import os
+import threading
+import torch
+from attnd_server.build import build_service
+from attnd_server.config import ServerConfig
+
+def large_operation():
+    before = len(os.listdir("/proc/self/task"))
+    torch.zeros(1 << 20).add_(1)
+    print(len(os.listdir("/proc/self/task")) - before)
+
+def on_another_thread():
+    torch.set_num_threads(4)
+    large_operation()
+
+executor = build_service(ServerConfig(device="cpu", threads=4)).executor
+executor.take_turn(large_operation)
+other = threading.Thread(target=on_another_thread)
+other.start()
+other.join()
+executor.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists a process's threads")
+def test_a_large_operation_on_the_executors_thread_starts_no_others() -> None:
+    """Where the system refuses one, OpenMP ends the process. On a thread that has done nothing yet, three start."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", LARGE_OPERATIONS]
+    started = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    assert started == ["0", "3"]
 
 
 def test_closed_executor_refuses(table: CacheTable) -> None:

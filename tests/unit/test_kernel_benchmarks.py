@@ -330,7 +330,7 @@ def test_ctrl_c_keeps_what_is_there() -> None:
     assert measure_all([1, 2, 3], str, stop, CPU, Console(quiet=True)) == ([{"cell": 1}], True)
 
 
-@pytest.mark.skipif(interpreter.reason_against() is not None, reason="triton cannot run here")
+@pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
 @pytest.mark.parametrize(
     ("operation", "peer", "what"), [("store", "index_copy", "pages"), ("gather", "index_select", "tokens")]
 )

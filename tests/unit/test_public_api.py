@@ -69,7 +69,7 @@ def test_asyncio_client_exports() -> None:
 
 
 def test_integrations_export() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers")
     from attnd.integrations import transformers
     from attnd.integrations.diffulex import attention, metadata
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="triton is not installed: the columns of an item are its constants")
+pytest.importorskip("triton", reason="triton is not installed")  # the columns of an item are its constants
 
 from attnd_server.attention.backends.triton.hopper_schedule import _to_and_fro, hopper_schedule
 from attnd_server.attention.backends.triton.split_schedule import split_schedule

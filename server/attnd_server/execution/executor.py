@@ -18,6 +18,7 @@ from attnd.errors import Disconnected
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
+from attnd_server.device.team import open_team
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
 from attnd_server.execution.queue import Job, WorkQueue, others_among
@@ -239,6 +240,7 @@ class Executor:
 
     def _run(self) -> None:
         self.prepare_thread()
+        open_team()
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S
         while True:
             now = time.monotonic()
