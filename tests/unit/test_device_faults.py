@@ -250,7 +250,7 @@ def test_calls_that_share_a_broken_launch_are_not_tried_alone(monkeypatch: pytes
         workers = [Caller(Waiting(service, client), [5], seed=number) for number in range(3)]
         for worker in workers:
             worker.open()
-        monkeypatch.setattr(service.executor._shared, "attend", broken)
+        monkeypatch.setattr(service.executor.runner._shared, "attend", broken)
         alone: list[int] = []
         monkeypatch.setattr(service.executor.runner, "attend", lambda call: alone.append(1))
         answers = workers[0].server.together([worker.call(0, attnd.AttentionOptions()) for worker in workers])

@@ -18,7 +18,6 @@ from attnd.errors import Disconnected
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
-from attnd_server.device.team import open_team
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
 from attnd_server.execution.queue import Job, WorkQueue, others_among
@@ -97,8 +96,7 @@ class Executor:
     @property
     def busy_s(self) -> float:
         """Seconds for which the running work has had the device; 0 if there is none."""
-        began = self._began
-        return time.monotonic() - began if began else 0.0
+        return time.monotonic() - began if (began := self._began) else 0.0
 
     def submit(
         self,
@@ -202,7 +200,7 @@ class Executor:
             work()
             return b""
 
-        job = Job(piece, lambda result, error: answers.put(error), float("inf"), time.perf_counter())
+        job = Job(piece, lambda _, error: answers.put(error), float("inf"), time.perf_counter())
         self._queue.put(job, always=True)
         while True:
             try:
@@ -239,8 +237,7 @@ class Executor:
         return True
 
     def _run(self) -> None:
-        self.prepare_thread()
-        open_team()
+        self._settings.prepare(opens_team=True)
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S
         while True:
             now = time.monotonic()
@@ -287,8 +284,8 @@ class Executor:
     def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
         """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
 
-        On the caller's thread if that was prepared, the work is short and the device idle, else on the executor's. A
-        guess: if the step cannot be served so, or there is no place to wait, nothing is lost and the call will tell.
+        On the caller's thread if it is the server's, the work short and the device idle, else on the executor's. If
+        that fails, for want of a place to wait say, nothing is lost: the call will tell.
         """
 
         def work() -> bytes:

@@ -7,6 +7,8 @@ import threading
 
 import torch
 
+from attnd_server.device.team import open_team
+
 
 class ThreadSettings:
     """Torch's settings of the server's threads, as opposed to those of callers of `inproc://`."""
@@ -21,11 +23,13 @@ class ThreadSettings:
         """Whether the calling thread has them."""
         return getattr(self._here, "are_set", False)
 
-    def prepare(self) -> None:
-        """Sets them for the calling thread."""
+    def prepare(self, opens_team: bool = False) -> None:
+        """Sets them for the calling thread; with `opens_team`, one that runs large operations, see `open_team`."""
         self._here.are_set = True
         torch.set_grad_enabled(False)
         torch.set_num_threads(self._num_threads)
+        if opens_team:
+            open_team()
 
 
 def default_threads(device: torch.device) -> int:
