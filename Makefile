@@ -61,7 +61,7 @@ soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row
 	$(PY) -m tests.soak $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
-	$(PY) scripts/unasync.py --check
+	$(PY) client/unasync.py --check
 	$(BIN)ruff check
 	$(BIN)ruff format --check
 	$(BIN)mypy
@@ -81,7 +81,7 @@ format: $(READY) ## puts code and protos into shape
 	$(BIN)buf format --write
 
 generate: $(READY) ## generates the sync client from the asyncio one
-	$(PY) scripts/unasync.py
+	$(PY) client/unasync.py
 
 protos: $(PROTO_VENV)/.installed ## generates client/attnd/v1 from protos/
 	rm -rf client/attnd/v1

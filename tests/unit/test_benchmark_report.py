@@ -11,6 +11,7 @@ from rich.console import Console
 
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from benchmarks import attending_echo, echo, report
+from benchmarks.before_and_after import median_interval
 from benchmarks.doorbell_echo import DoorbellEcho
 from benchmarks.workload import DecodeStep
 
@@ -135,3 +136,11 @@ def test_echoes_that_attend_compute_a_layer_for_each_call_and_refuse_a_wrong_bac
     monkeypatch.setattr(SdpaAttention, "run", lambda self, plan, q, *rest: (torch.zeros_like(q), None))
     with pytest.raises(report.WrongResult, match="backend behind an echo, layer 0"):
         attending_echo._attending(step)
+
+
+def test_the_interval_of_a_median_follows_from_the_order_of_few_values() -> None:
+    # The chance that the median of a distribution lies beyond the second of ten values on either side is 2.15 %.
+    assert median_interval([9, 1, 3, 2, 5, 4, 7, 6, 8, 10]) == (2, 9)
+    assert median_interval(range(6)) == (0, 5)
+    with pytest.raises(ValueError, match="there are 5 values, but there must be at least 6"):
+        median_interval(range(5))

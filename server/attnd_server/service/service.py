@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Mapping
 
 import torch
-from cachetools import LRUCache
 from google.protobuf.message import Message
 
 from attnd.errors import AttndError, Disconnected, InvalidRequest, ServerFault, to_message
@@ -81,7 +80,8 @@ class AttentionService:
         self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
-        self._options: LRUCache[tuple[object, ...], AttentionOptions] = LRUCache(MAX_KEPT_OPTIONS)
+        # Not an LRU: several threads share it, each step of which must be one of Python's own.
+        self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.kv = KvRequests(config, caches)
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
@@ -223,6 +223,8 @@ class AttentionService:
         options = self._options.get(key)
         if options is None:
             options = validation.options(message, config, num_heads)
+            if len(self._options) >= MAX_KEPT_OPTIONS:
+                self._options.clear()
             if len(key[0]) <= MAX_KEPT_OPTION_BYTES:
                 self._options[key] = options
         return options

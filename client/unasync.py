@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLIENT = Path(__file__).resolve().parent.parent / "client" / "attnd"
+CLIENT = Path(__file__).resolve().parent / "attnd"
 # What is generated, by its source.
 GENERATED = {
     "aio/cache.py": "cache.py",
