@@ -23,8 +23,8 @@ from rich.table import Table
 
 from benchmarks.report import ROOT
 
-# What goes through the server; floors and backend are the same in both.
-WAYS = ("unary", "inproc", "inline", "shm")
+# What goes through the server, and attention alone, by which one sees what is not the server's.
+WAYS = ("backend", "unary", "inproc", "inline", "shm")
 CONFIDENCE = 0.95
 
 Key = tuple[int, str]

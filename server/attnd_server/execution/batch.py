@@ -1,7 +1,7 @@
 """Decode calls of several callers in one launch.
 
 Attention has no weights: calls of different layers, steps and caches differ in their page ids and tensors alone, if the
-caches lie in one space (see `page_space`) and the layers have the same options. A step made of all their requests is
+caches lie in one space (see `kv.page_space`) and the layers have the same options. A step made of all their requests is
 planned like any other; each launch only adds to a request's page ids where its cache's layer begins. Outputs have the
 bits of calls that are alone, because only kernels and steps that promise that take part.
 """

@@ -174,7 +174,7 @@ class Runner:
         return error
 
     def attend(self, call: Call) -> Result:
-        """One layer; see `steps.attend`. With the device."""
+        """One layer; see `step.attend`. With the device."""
         return attend(call, self.ops)
 
     def attend_together(self, calls: list[Call]) -> list[Result]:

@@ -24,7 +24,7 @@ SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
 
 
 class ShareKey(NamedTuple):
-    """Equal for calls that can share a launch; see `shared_launch`.
+    """Equal for calls that can share a launch; see `batch`.
 
     Attributes:
         has_graphs: whether each would be the replay of a CUDA graph.
@@ -48,7 +48,7 @@ class Step:
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
-        share_keys: by the options of a layer, what calls can share a launch by, see `shared_launch`.
+        share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
         is_marked: whether the cache was told which pages it writes.
     """
 

@@ -2,7 +2,7 @@
 
 Copies by the driver take microseconds each, and there are four of them for every layer of every token. Here a few
 blocks of threads copy q, k and v, rows that lie apart included; the last one to be done tells the server; each waits
-for the server's word and copies its part of the output. On one GPU, where no kernel may wait (see `cuda_gates`), there
+for the server's word and copies its part of the output. On one GPU, where no kernel may wait (see `gate_flags`), there
 are two kernels around the wait of the stream, the first of which tells the server.
 """
 

@@ -24,7 +24,7 @@ from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
 from attnd_server.planes.cuda.step_graphs import StepGraphs
 from attnd_server.service.service import AttentionService
 
-# As at `service.MAX_OPEN_STEPS`: steps whose page tables later ones may be told by.
+# As `MAX_OPEN_STEPS` of a stream: steps whose page tables later ones may be told by.
 MAX_KEPT_STEPS = 8
 
 
