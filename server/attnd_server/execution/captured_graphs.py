@@ -10,15 +10,7 @@ from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.kv.cache import Cache
 
 CacheGraphs = dict[tuple[object, ...], list[DecodeGraphs]]
-"""The graphs of one cache, by what `find_graphs` looks for, small ones first."""
-
-
-def find_graphs(captured: CacheGraphs, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
-    """The smallest graphs of a cache that serve a step of layers with these options."""
-    if not captured or not metadata.is_decode:
-        return None
-    query_len = metadata.num_tokens // metadata.num_reqs
-    return next((graphs for graphs in captured.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)
+"""The graphs of one cache, by what `CapturedGraphs.find` looks for, small ones first."""
 
 
 class CapturedGraphs:
@@ -28,16 +20,24 @@ class CapturedGraphs:
         """None yet."""
         self._by_cache: dict[bytes, CacheGraphs] = {}
 
-    def of(self, cache: Cache) -> CacheGraphs:
-        """Those of a cache; empty until the first are added. Any thread may ask."""
-        return self._by_cache.get(cache.id, {})
+    def of(self, cache: Cache) -> list[DecodeGraphs]:
+        """Those of a cache. Any thread may ask."""
+        return _listed(self._by_cache.get(cache.id, {}))
 
     def all(self) -> list[DecodeGraphs]:
         """Those of all caches. Any thread may ask."""
-        return [graphs for captured in list(self._by_cache.values()) for graphs in listed(captured)]
+        return [graphs for captured in list(self._by_cache.values()) for graphs in _listed(captured)]
+
+    def find(self, cache: Cache, options: AttentionOptions, metadata: AttentionMetadata) -> DecodeGraphs | None:
+        """The smallest graphs of a cache that serve a step of layers with these options."""
+        captured = self._by_cache.get(cache.id)
+        if captured is None or not metadata.is_decode:
+            return None
+        query_len = metadata.num_tokens // metadata.num_reqs
+        return next((graphs for graphs in captured.get(_key(options, query_len), ()) if graphs.fits(metadata)), None)
 
     def add(self, cache: Cache, options: AttentionOptions, graphs: DecodeGraphs) -> None:
-        """Lets later steps of a cache use captured graphs, until the cache closes."""
+        """Lets steps of a cache use captured graphs, until the cache closes."""
         captured = self._by_cache.get(cache.id)
         if captured is None:
             captured = self._by_cache[cache.id] = {}
@@ -48,19 +48,17 @@ class CapturedGraphs:
 
     def ready(self, cache: Cache, options: AttentionOptions, shape: DecodeShape) -> DecodeGraphs | None:
         """Graphs of a cache for batches of just that size that serve every step of `shape`."""
-        for graphs in self.of(cache).get(_key(options, shape.query_len), ()):
+        for graphs in self._by_cache.get(cache.id, {}).get(_key(options, shape.query_len), ()):
             if graphs.shape.num_reqs == shape.num_reqs and graphs.shape.max_context_len >= shape.max_context_len:
                 return graphs
         return None
 
     def _close(self, cache_id: bytes) -> None:
-        captured = self._by_cache.pop(cache_id)
-        for graphs in listed(captured):
+        for graphs in _listed(self._by_cache.pop(cache_id)):
             graphs.close()
-        captured.clear()  # steps that are open have it
 
 
-def listed(captured: CacheGraphs) -> list[DecodeGraphs]:
+def _listed(captured: CacheGraphs) -> list[DecodeGraphs]:
     """All graphs of a cache."""
     return [graphs for alike in list(captured.values()) for graphs in list(alike)]
 

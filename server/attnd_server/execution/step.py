@@ -14,7 +14,7 @@ from attnd_server.attention.kernels.pages import StoredTokens, stored_tokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
-from attnd_server.execution.captured_graphs import CacheGraphs, find_graphs
+from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.kv.cache import Cache
 
@@ -44,7 +44,7 @@ class Step:
         cache: the cache that it reads and writes.
         metadata: lengths, page tables, slots, masks.
         call_timeout_s: seconds within which a call must have started; None is forever.
-        captured: the graphs of its cache.
+        captured: the graphs of the device; None: there are none.
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
@@ -56,7 +56,7 @@ class Step:
     cache: Cache
     metadata: AttentionMetadata
     call_timeout_s: float | None = None
-    captured: CacheGraphs = field(default_factory=dict)
+    captured: CapturedGraphs | None = None
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
     stored: StoredTokens | None = None
@@ -72,7 +72,8 @@ class Step:
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
         """What serves layers with these options, if a warm-up captured it."""
         if options not in self.graphs:
-            self.graphs[options] = find_graphs(self.captured, options, self.metadata)
+            captured = self.captured
+            self.graphs[options] = None if captured is None else captured.find(self.cache, options, self.metadata)
         return self.graphs[options]
 
     def plan_for(self, options: AttentionOptions, ops: TritonAttentionOps) -> Plan:

@@ -117,6 +117,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 answer = self._begin(session, data, is_alone, context)
                 if isinstance(answer, BigStep):
                     answer = await self._opened(answer)
+                # As `put` would, for whom it saves a task: a lone worker's answer takes no way round.
                 if answers.waiting or not isinstance(answer, bytes):
                     await answers.put(answer)
                 else:

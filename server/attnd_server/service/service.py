@@ -201,7 +201,7 @@ class AttentionService:
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
-        return Step(message.id, cache, metadata, timeout_s, self.executor.graphs.of(cache))
+        return Step(message.id, cache, metadata, timeout_s, self.executor.graphs)
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""

@@ -17,7 +17,6 @@ from attnd_server.attention.metadata import decode_step
 from attnd_server.attention.warming_up import reset_warming_up, set_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
-from attnd_server.execution.captured_graphs import listed
 from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.kv.cache import Cache
@@ -161,7 +160,7 @@ class WarmUp:
         kernel.run(plan, q, k, v, cache.layers[0])
 
     def _check_count(self) -> None:
-        in_use = listed(self._executor.graphs.of(self._cache))
+        in_use = self._executor.graphs.of(self._cache)
         num_graphs = sum(graphs.num_graphs for graphs in in_use + self._made)
         if num_graphs + self._cache.config.num_layers > MAX_GRAPHS:
             raise _Nothing(f"the cache has {num_graphs} graphs, and the limit is {MAX_GRAPHS}")
