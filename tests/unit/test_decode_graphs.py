@@ -325,6 +325,7 @@ def test_memory_that_is_not_there_is_refused_and_nothing_changes() -> None:
 def test_a_step_that_was_open_before_the_first_warm_up_uses_its_graphs() -> None:
     with serving() as server, new_cache(server.client) as cache, cache.session() as session:
         step = session.step(decode([0]))
+        step.attend(0, *tensors(1), attnd.AttentionOptions(window=3))  # opens it
         cache.warm_up(num_heads=HEADS, max_reqs=1)
         step.attend(1, *tensors(1))
         assert server.captures.replays == [1]
