@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import re
+import sys
+import unicodedata
 
 import pytest
 
@@ -84,6 +86,47 @@ def test_text_puts_a_traceback_below():
         log.exception("failed")
     assert lines()[0].endswith("error failed")
     assert lines()[-1] == "ValueError: no"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("category", ["Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"])
+def test_what_somebody_chose_shows_no_character_that_is_none(category, log_format):
+    every = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == category]
+    chosen = f"a{''.join(every[:300])}b"
+    lines = written(log_format)
+    try:
+        raise ValueError(chosen)
+    except ValueError:
+        log.exception("refused %s", chosen, extra={"label": chosen, "plain": f"a{every[0]}"})
+    text = "".join(lines())  # splitlines splits at all that any program takes for the end of a line
+    assert text.isprintable()
+    if log_format == "json":
+        assert json.loads(text)["label"] == chosen
+    else:
+        assert "plain=" in lines()[0]
+        assert lines()[1].startswith("Traceback")
+
+
+def test_a_message_of_several_lines_looks_like_no_line_of_the_log():
+    lines = written("text")
+    forged = "no\n14:03:07.512 info  lease ended  cache=theirs"
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        log.exception("failed: %s", forged, extra={"label": forged})
+    assert [line for line in lines() if re.match(r"\d\d:\d\d:", line)] == lines()[:1]
+
+
+def test_an_escape_is_not_taken_for_what_stands_there():
+    lines = written("text")
+    log.info("event", extra={"label": "a\u202eb", "other": r"a\u202eb", "both": "a\u202e\\b"})
+    assert lines()[0].endswith(r'label="a\u202eb" other=a\u202eb both="a\u202e\\b"')
+
+
+def test_other_languages_are_shown():
+    lines = written("text")
+    log.info("caché écrit", extra={"label": "キャッシュ", "error": "nicht möglich"})
+    assert lines()[0].endswith('caché écrit  label=キャッシュ error="nicht möglich"')
 
 
 @pytest.mark.parametrize(("stream", "is_json"), [(Terminal(), False), (io.StringIO(), True)])

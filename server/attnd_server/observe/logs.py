@@ -13,8 +13,11 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
+
+from attnd.protocol.printable import printable
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "text", "json")
@@ -66,12 +69,14 @@ def json_line(record: logging.LogRecord) -> str:
 
 
 def text_line(record: logging.LogRecord) -> str:
-    """`record` for people: local time, level, event, name=value pairs; a traceback follows on lines of its own."""
+    """`record` for people: local time, level, event, name=value pairs; a traceback follows on lines of its own.
+
+    What a client has named cannot begin a line, nor change how one looks: see `printable`.
+    """
     clock = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}.{int(record.msecs):03}"
     pairs = " ".join(f"{name}={_text_value(value)}" for name, value in fields(record).items())
-    event = record.getMessage().replace("\n", "\\n")
-    line = f"{clock} {record.levelname.lower():<5} {event}" + (f"  {pairs}" if pairs else "")
-    return "\n".join([line, *_exception(record).values()])
+    line = f"{clock} {record.levelname.lower():<5} {printable(record.getMessage())}" + (f"  {pairs}" if pairs else "")
+    return "\n".join([line, *_traceback_lines(record)])
 
 
 def fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -83,9 +88,21 @@ def _exception(record: logging.LogRecord) -> dict[str, str]:
     return {"exception": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
 
 
+def _traceback_lines(record: logging.LogRecord) -> list[str]:
+    """A traceback, of which only lines that Python wrote begin at the margin."""
+    if not record.exc_info:
+        return []
+    lines = []
+    for part in traceback.format_exception(*record.exc_info):
+        first, *others = part.rstrip("\n").split("\n")
+        lines += [first, *(each if each.startswith(" ") else f"    {each}" for each in others)]
+    return [printable(each) for each in lines]
+
+
 def _text_value(value: object) -> str:
     text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    is_plain = _PLAIN.fullmatch(text) and text.isprintable()
+    return text if is_plain else printable(json.dumps(text, ensure_ascii=False))
 
 
 class _Handler(logging.StreamHandler[TextIO]):
