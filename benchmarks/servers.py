@@ -86,6 +86,15 @@ class Child:
         self._command = command
         self._log = log
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def terminate(self) -> None:
+        """SIGTERM; what it says then can be read."""
+        self._process.terminate()
+
     def write(self, line: str) -> None:
         """Says something to its standard input."""
         assert self._process.stdin is not None
