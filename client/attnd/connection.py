@@ -13,7 +13,7 @@ from attnd.planes.retries import until_answered
 from attnd.planes.transport import Transport
 from attnd.protocol import frames
 from attnd.renewal import Renewal
-from attnd.v1 import capabilities_pb2
+from attnd.v1 import capabilities_pb2, status_pb2
 
 Self = TypeVar("Self", bound="Connection")
 
@@ -61,6 +61,12 @@ class Connection:
         message: capabilities_pb2.GetCapabilitiesResponse = frames.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
         self._refusals = plane_refusals(message)
+        return message
+
+    def status(self) -> status_pb2.GetStatusResponse:
+        """What the server does now: one's own sessions and caches, and everybody's if one is an operator of it."""
+        data = self.transport.unary("GetStatus", b"", self.timeout_s)
+        message: status_pb2.GetStatusResponse = frames.parse(status_pb2.GetStatusResponse, data)
         return message
 
     @property

@@ -204,6 +204,14 @@ class ServerConfig:
         default_text="none",
     )
 
+    operators: frozenset[str] = setting(
+        frozenset(),
+        Kind.NAMES,
+        SECURITY,
+        "Principals to whom attnd top shows everybody's callers, and not their own alone.",
+        default_text="none",
+    )
+
     verify: float = setting(
         0.0,
         Kind.FRACTION,

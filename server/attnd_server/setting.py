@@ -29,6 +29,7 @@ class Kind(Enum):
     DEVICE = auto()
     ADDRESS = auto()
     USERS = auto()
+    NAMES = auto()
     FILE = auto()
     FOLDER = auto()
 

@@ -37,8 +37,8 @@ REPLY_FRAMES = [frame for frame in PLANE.frames if frame.sender == "server"]
 KINDS = {"client": {"step", "call", "repeated call"}, "server": {"step", "call", "error", "repeated reply"}}
 
 # RPCs and fields of today's, by their full names, that 0.1.0 did not have.
-RPCS_SINCE: set[str] = set()
-FIELDS_SINCE: set[str] = set()
+RPCS_SINCE = {"GetStatus"}
+FIELDS_SINCE = {"attnd.v1.Step.traceparent"}
 
 # A client makes it up; nothing else of what it sends is its own.
 MADE_UP: Changes = {

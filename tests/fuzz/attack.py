@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import framing
-from attnd.v1 import attention_pb2, cache_pb2, error_pb2, step_pb2, tensor_pb2
+from attnd.v1 import attention_pb2, cache_pb2, error_pb2, status_pb2, step_pb2, tensor_pb2
 from attnd_server.planes.shm.connection import ShmConnection
 from attnd_server.service.replies import RegionReplies
 from tests.fuzz import valid
@@ -224,8 +224,17 @@ class Attack:
         elif method == "ListCaches":
             listed = cache_pb2.ListCachesResponse.FromString(answers[0]).caches
             assert len(listed) == sum(pool.cache.principal == CALLER for pool in world.pools.values())
+        elif method == "GetStatus":
+            self._told_status(status_pb2.GetStatusResponse.FromString(answers[0]))
         elif method not in ("GetCapabilities", "OpenPlane", "ClosePlane"):
             world.pool(cache_pb2.RenewCacheRequest.FromString(data).cache)  # all that name a cache do so alike
+
+    def _told_status(self, status: status_pb2.GetStatusResponse) -> None:
+        """The caller is no operator: it learns of itself."""
+        own = [pool for pool in self.world.pools.values() if pool.cache.principal == CALLER]
+        assert not status.shows_everybody
+        assert [(row.principal, row.num_caches) for row in status.principals] == [(CALLER, len(own))]
+        assert {row.principal for row in status.sessions} <= {CALLER}
 
     def _read(self, request: attention_pb2.ReadKvRequest, answers: list[bytes]) -> None:
         pool, slots = self.world.pool(request.cache), integers(request.slot_mapping)

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from attnd.v1 import attention_pb2, backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd.v1 import (
+    attention_pb2,
+    backend_pb2,
+    cache_pb2,
+    capabilities_pb2,
+    plane_pb2,
+    status_pb2,
+    step_pb2,
+    tensor_pb2,
+)
 
 # Elements of calls come from here, so that none has to be made for each. Reinterpreted in a type of two bytes they are
 # still finite.
@@ -211,6 +220,8 @@ def unary(random_: random.Random, method: str, info: cache_pb2.CacheInfo) -> Any
         return plane_pb2.ClosePlaneRequest(id=random_.randint(0, 40))
     if method == "GetCapabilities":
         return capabilities_pb2.GetCapabilitiesRequest()
+    if method == "GetStatus":
+        return status_pb2.GetStatusRequest()
     if method == "ListCaches":
         return cache_pb2.ListCachesRequest()
     message_type = getattr(cache_pb2, f"{method}Request")  # the rest name a cache, and nothing else

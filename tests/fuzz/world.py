@@ -46,6 +46,12 @@ _LIMITS = ServerConfig(
     max_caches=12,
     default_ttl_s=86_400,
     max_planes=8,
+    # Nobody reads it: it makes two principals of two callers. Each may take all.
+    tokens="of the caller and the other",
+    principal_kv_bytes=1 << 18,
+    principal_caches=12,
+    principal_sessions=256,
+    principal_queue_depth=1_024,
 )
 # Caches that requests have made and that are kept.
 _MAX_MADE = 3

@@ -64,6 +64,7 @@ KNOWN = {
         "--tls-key": ("ATTND_TLS_KEY", ""),
         "--tls-client-ca": ("ATTND_TLS_CLIENT_CA", ""),
         "--tokens": ("ATTND_TOKENS", ""),
+        "--operators": ("ATTND_OPERATORS", frozenset()),
     },
     "Shadow verification": {
         "--verify": ("ATTND_VERIFY", 0),

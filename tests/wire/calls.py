@@ -91,6 +91,7 @@ def make_calls(address: str, socket_dir: Path, restart: Callable[[], None]) -> R
             _attend_inline(session, results)
             results["timings"] = _timings(session)
         _open_planes(client, results)
+        _ask_status(client)
         with cache.session(plane="shm") as session:
             _attend_shm(session, results)
             results["shm, timings"] = _timings(session)
@@ -147,6 +148,14 @@ def _open_planes(client: attnd.Client, results: Results) -> None:
     request = plane_pb2.ClosePlaneRequest(id=opened.id).SerializeToString()
     results["closed"] = client.transport.unary("ClosePlane", request, client.timeout_s).hex()
     results["closed twice"] = _refused(lambda: client.transport.unary("ClosePlane", request, client.timeout_s))
+
+
+def _ask_status(client: attnd.Client) -> None:
+    """What it says changes all the time. No server of 0.1.0 could be asked, so no recording of one has an answer."""
+    try:
+        client.transport.unary("GetStatus", b"", client.timeout_s)
+    except attnd.AttndError:
+        pass
 
 
 def _attend_shm(session: attnd.Session, results: Results) -> None:

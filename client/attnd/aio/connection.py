@@ -12,7 +12,7 @@ from attnd.aio.retries import until_answered
 from attnd.aio.transport import AsyncTransport
 from attnd.planes.choice import PlaneOptions, plane_refusals
 from attnd.protocol import frames
-from attnd.v1 import capabilities_pb2
+from attnd.v1 import capabilities_pb2, status_pb2
 
 Self = TypeVar("Self", bound="AsyncConnection")
 
@@ -60,6 +60,12 @@ class AsyncConnection:
         message: capabilities_pb2.GetCapabilitiesResponse = frames.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
         self._refusals = plane_refusals(message)
+        return message
+
+    async def status(self) -> status_pb2.GetStatusResponse:
+        """What the server does now: one's own sessions and caches, and everybody's if one is an operator of it."""
+        data = await self.transport.unary("GetStatus", b"", self.timeout_s)
+        message: status_pb2.GetStatusResponse = frames.parse(status_pb2.GetStatusResponse, data)
         return message
 
     @property

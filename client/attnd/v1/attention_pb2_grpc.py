@@ -7,6 +7,7 @@ from attnd.v1 import attention_pb2 as attnd_dot_v1_dot_attention__pb2
 from attnd.v1 import cache_pb2 as attnd_dot_v1_dot_cache__pb2
 from attnd.v1 import capabilities_pb2 as attnd_dot_v1_dot_capabilities__pb2
 from attnd.v1 import plane_pb2 as attnd_dot_v1_dot_plane__pb2
+from attnd.v1 import status_pb2 as attnd_dot_v1_dot_status__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
 GRPC_VERSION = grpc.__version__
@@ -49,6 +50,11 @@ class AttentionServiceStub(object):
                 '/attnd.v1.AttentionService/GetCapabilities',
                 request_serializer=attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesRequest.SerializeToString,
                 response_deserializer=attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesResponse.FromString,
+                _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/attnd.v1.AttentionService/GetStatus',
+                request_serializer=attnd_dot_v1_dot_status__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=attnd_dot_v1_dot_status__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
         self.CreateCache = channel.unary_unary(
                 '/attnd.v1.AttentionService/CreateCache',
@@ -135,6 +141,13 @@ class AttentionServiceServicer(object):
 
     def GetCapabilities(self, request, context):
         """What this server is and can do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """What this server does now: the caller's own, and everybody's if the caller is an operator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +263,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     request_deserializer=attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesRequest.FromString,
                     response_serializer=attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesResponse.SerializeToString,
             ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=attnd_dot_v1_dot_status__pb2.GetStatusRequest.FromString,
+                    response_serializer=attnd_dot_v1_dot_status__pb2.GetStatusResponse.SerializeToString,
+            ),
             'CreateCache': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateCache,
                     request_deserializer=attnd_dot_v1_dot_cache__pb2.CreateCacheRequest.FromString,
@@ -356,6 +374,33 @@ class AttentionService(object):
             '/attnd.v1.AttentionService/GetCapabilities',
             attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesRequest.SerializeToString,
             attnd_dot_v1_dot_capabilities__pb2.GetCapabilitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnd.v1.AttentionService/GetStatus',
+            attnd_dot_v1_dot_status__pb2.GetStatusRequest.SerializeToString,
+            attnd_dot_v1_dot_status__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,6 +8,7 @@ import attnd.v1.attention_pb2
 import attnd.v1.cache_pb2
 import attnd.v1.capabilities_pb2
 import attnd.v1.plane_pb2
+import attnd.v1.status_pb2
 import collections.abc
 import grpc
 import grpc.aio
@@ -37,6 +38,12 @@ class AttentionServiceStub:
         attnd.v1.capabilities_pb2.GetCapabilitiesResponse,
     ]
     """What this server is and can do."""
+
+    GetStatus: grpc.UnaryUnaryMultiCallable[
+        attnd.v1.status_pb2.GetStatusRequest,
+        attnd.v1.status_pb2.GetStatusResponse,
+    ]
+    """What this server does now: the caller's own, and everybody's if the caller is an operator."""
 
     CreateCache: grpc.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.CreateCacheRequest,
@@ -145,6 +152,12 @@ class AttentionServiceAsyncStub:
         attnd.v1.capabilities_pb2.GetCapabilitiesResponse,
     ]
     """What this server is and can do."""
+
+    GetStatus: grpc.aio.UnaryUnaryMultiCallable[
+        attnd.v1.status_pb2.GetStatusRequest,
+        attnd.v1.status_pb2.GetStatusResponse,
+    ]
+    """What this server does now: the caller's own, and everybody's if the caller is an operator."""
 
     CreateCache: grpc.aio.UnaryUnaryMultiCallable[
         attnd.v1.cache_pb2.CreateCacheRequest,
@@ -255,6 +268,14 @@ class AttentionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[attnd.v1.capabilities_pb2.GetCapabilitiesResponse, collections.abc.Awaitable[attnd.v1.capabilities_pb2.GetCapabilitiesResponse]]:
         """What this server is and can do."""
+
+    @abc.abstractmethod
+    def GetStatus(
+        self,
+        request: attnd.v1.status_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[attnd.v1.status_pb2.GetStatusResponse, collections.abc.Awaitable[attnd.v1.status_pb2.GetStatusResponse]]:
+        """What this server does now: the caller's own, and everybody's if the caller is an operator."""
 
     @abc.abstractmethod
     def CreateCache(

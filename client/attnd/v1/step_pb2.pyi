@@ -104,6 +104,7 @@ class Step(google.protobuf.message.Message):
     STORE_ONLY_FIELD_NUMBER: builtins.int
     PAGE_TABLE_DELTA_FIELD_NUMBER: builtins.int
     CALL_TIMEOUT_MS_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Chosen by the client, greater than that of every earlier step of the stream. A stream keeps its last 8 steps."""
     kind: global___StepKind.ValueType
@@ -122,6 +123,11 @@ class Step(google.protobuf.message.Message):
     """A call of the step that has waited for so many milliseconds since it came is not started any more, but answered with
     DEADLINE_EXCEEDED: nobody may be waiting for it. 0: it waits as long as the RPC's own deadline says. Unary requests
     have that deadline alone.
+    """
+    traceparent: builtins.str
+    """The span of the client to which what the server does for the step belongs, as in the header of the same name of W3C's
+    Trace Context: "00-" and 32, 16 and 2 hexadecimal digits. Nothing is traced unless its flag "sampled" is set and the
+    server traces, and not more than it has the means for. What is no such header is ignored.
     """
     @property
     def cache(self) -> attnd.v1.cache_pb2.CacheRef:
@@ -193,9 +199,10 @@ class Step(google.protobuf.message.Message):
         store_only: builtins.bool = ...,
         page_table_delta: global___PageTableDelta | None = ...,
         call_timeout_ms: builtins.int = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "valid_lens", b"valid_lens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "call_timeout_ms", b"call_timeout_ms", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_only", b"store_only", "valid_lens", b"valid_lens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "call_timeout_ms", b"call_timeout_ms", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_only", b"store_only", "traceparent", b"traceparent", "valid_lens", b"valid_lens"]) -> None: ...
 
 global___Step = Step
 

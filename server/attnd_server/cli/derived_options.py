@@ -36,6 +36,7 @@ _FORMS = {
     Kind.DEVICE: _Form(str, "NAME", lambda _: parsers.device_name),
     Kind.ADDRESS: _Form(str, "[HOST:]PORT", lambda _: parsers.listen_address),
     Kind.USERS: _Form(frozenset, "UID,...", lambda _: parsers.users),
+    Kind.NAMES: _Form(frozenset, "NAME,...", lambda _: parsers.names),
     Kind.FILE: _Form(str, "FILE"),
     Kind.FOLDER: _Form(str, "PATH"),
 }

@@ -45,6 +45,13 @@ def users(value: str | frozenset[int]) -> frozenset[int]:
     return frozenset(int(number) for number in value.split(",") if number)
 
 
+def names(value: str | frozenset[str]) -> frozenset[str]:
+    """Parses names of principals: alice,team/bob."""
+    if isinstance(value, frozenset):
+        return value
+    return frozenset(name for each in value.split(",") if (name := each.strip()))
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """A parser of whole numbers in `low..high`."""
 

@@ -37,6 +37,10 @@ class Quota:
         """What everybody holds."""
         return self._count
 
+    def held_by(self, principal: str) -> int:
+        """What a principal holds."""
+        return self._held.get(principal, 0)
+
     def take(self, principal: str) -> None:
         """Gives one more to a principal, to be given back.
 

@@ -22,7 +22,7 @@ def capabilities(
     return capabilities_pb2.GetCapabilitiesResponse(
         version=__version__,
         epoch=caches.epoch,
-        devices=[_device(executor.device, caches)],
+        devices=[device_message(executor.device, caches.kv_bytes, caches.num_bytes)],
         backends=[
             capabilities_pb2.BackendState(
                 backend=backend_pb2.Backend.Value(f"BACKEND_{backend.name}"),
@@ -64,7 +64,8 @@ def capabilities(
     )
 
 
-def _device(device: torch.device, caches: CacheTable) -> capabilities_pb2.Device:
+def device_message(device: torch.device, num_bytes_limit: int = 0, num_bytes_used: int = 0) -> capabilities_pb2.Device:
+    """A device, and the bytes that caches may take and take there."""
     description, uuid = platform.processor() or platform.machine(), ""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -73,6 +74,6 @@ def _device(device: torch.device, caches: CacheTable) -> capabilities_pb2.Device
         name=str(device),
         description=description,
         uuid=uuid,
-        num_bytes_limit=caches.kv_bytes,
-        num_bytes_used=caches.num_bytes,
+        num_bytes_limit=num_bytes_limit,
+        num_bytes_used=num_bytes_used,
     )

@@ -35,6 +35,7 @@ from attnd_server.service.kv_requests import KvRequests
 from attnd_server.service.plane_offer import PlaneOffer
 from attnd_server.service.replies import InlineReplies, Replies
 from attnd_server.service.session import AttendSession
+from attnd_server.service.status import Status
 from attnd_server.service.warm_up import WarmUp
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ class AttentionService:
             "ClosePlane": planes.close,
         }
         self.unary = {name: self._while_sound(method) for name, method in self.unary.items()}
+        self.status = Status(config, executor, caches, self.sessions)
+        self.unary["GetStatus"] = self.status.get_status  # of a server whose device has failed, too
 
     def _while_sound(self, method: Callable[[bytes, str], bytes | Work]) -> Callable[[bytes, str], bytes | Work]:
         def checked(data: bytes, principal: str) -> bytes | Work:
@@ -255,7 +258,7 @@ class AttentionService:
 
     def drain(self) -> None:
         """Refuses new caches, steps and planes from now on; what runs goes on."""
-        self._is_draining = True
+        self._is_draining = self.status.is_draining = True
 
     def refuse_if_draining(self) -> None:
         """Raises Disconnected once the server drains, or its device has failed."""
