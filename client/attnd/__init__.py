@@ -46,7 +46,8 @@ from attnd.protocol.kv_split import KVSplit
 from attnd.protocol.requests import WarmUp
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.tensors import Array
-from attnd.session import PendingCall, Session, Step
+from attnd.session import Session
+from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
 from attnd.tuning import tune_process
 

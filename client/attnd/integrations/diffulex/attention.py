@@ -14,7 +14,8 @@ from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
 from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
-from attnd.session import Session, Step
+from attnd.session import Session
+from attnd.steps import Step
 
 
 class Attention(nn.Module):

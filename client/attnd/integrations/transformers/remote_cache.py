@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from attnd.client import Client
     from attnd.protocol.attention_options import AttentionOptions
     from attnd.protocol.kv_split import KVSplit
-    from attnd.session import Session, Step
+    from attnd.session import Session
+    from attnd.steps import Step
     from attnd.timings import Timings
 
 # Attribute of a key that names the RemoteCache and the layer which it was given to.
