@@ -28,6 +28,7 @@ from attnd.errors import (
     Unauthenticated,
     Unsupported,
 )
+from attnd.extras import as_missing
 from attnd.foreign_metadata import from_diffulex
 from attnd.integrations.diffulex.metadata import (
     AttnMetaDataBase,
@@ -103,7 +104,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads what needs torch when it is first asked for."""
     if name in ("Attention", "attach"):
-        from attnd.integrations.diffulex import attention
-
+        try:
+            from attnd.integrations.diffulex import attention
+        except ModuleNotFoundError as error:
+            raise as_missing(error, f"attnd.{name}") from None
         return getattr(attention, name)
     raise AttributeError(f"module 'attnd' has no attribute {name!r}")

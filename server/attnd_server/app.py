@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from attnd._version import __version__
 from attnd.planes.grpc_options import keepalive_options
+from attnd.planes.targets import join_host_port
 from attnd.protocol import frames
 from attnd.tuning import tune_process
 from attnd.v1 import plane_pb2
@@ -30,6 +31,7 @@ from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
+from attnd_server.rpc.listening import listen_address
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
 
@@ -107,8 +109,8 @@ class Server:
         self._server.add_generic_rpc_handlers((self._servicer,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        port = self._add_port(f"{self.config.host}:{self.config.port}")
-        self.address = f"{self.config.host}:{port}"
+        port = self._add_port(listen_address(self.config.host, self.config.port))
+        self.address = join_host_port(self.config.host, port)
         if metrics is not None:
             self._open_endpoint(metrics)
         self._snapshots = SnapshotStore(self.config.snapshot_dir) if self.config.snapshot_dir else None

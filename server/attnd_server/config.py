@@ -44,7 +44,7 @@ class PrincipalLimits:
 class ServerConfig:
     """The settings of one server process. `python -m attnd_server.cli.settings_table` prints them as a table."""
 
-    host: str = setting("127.0.0.1", Kind.TEXT, GENERAL, "Address to listen on.")
+    host: str = setting("127.0.0.1", Kind.HOST, GENERAL, "Address to listen on, or a name of it.")
     port: int = setting(
         7411, Kind.COUNT, GENERAL, "TCP port; 0 lets the system pick.", unit="number of a port", high=MAX_PORT
     )

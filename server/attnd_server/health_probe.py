@@ -10,37 +10,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from attnd.credentials import NO_CREDENTIALS, Credentials
+from attnd.planes.channels import open_channel, telling
+from attnd.planes.targets import DEFAULT_ADDRESS, parse_target
+from attnd.protocol.printable import printable
 from attnd_server.cli.credentials import CREDENTIAL_OPTIONS, credentials
 
-if TYPE_CHECKING:
-    from attnd.credentials import Credentials
-
-DEFAULT_ADDRESS = "localhost:7411"
 TIMEOUT_S = 3.0
 
 
 def failure(address: str, timeout_s: float = TIMEOUT_S, shown: Credentials | None = None) -> str | None:
     """None if the server at `address`, which is shown `shown`, serves; else why not, for people."""
+    target = parse_target(address)
     try:
-        with _channel(address, shown) as channel:
+        with open_channel(grpc, target, shown or NO_CREDENTIALS) as channel:
             request = health_pb2.HealthCheckRequest()
             status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s).status
     except grpc.RpcError as error:
-        return f"{address} does not answer: {error.code().name}: {error.details()}"
+        details = telling(error.details() or "", target, shown or NO_CREDENTIALS)
+        return f"{target.shown} does not answer: {error.code().name}: {printable(details)}"
     if status == health_pb2.HealthCheckResponse.SERVING:
         return None
-    return f"{address} is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}, but must be SERVING"
-
-
-def _channel(address: str, shown: Credentials | None) -> grpc.Channel:
-    if shown is None or not shown.tls:
-        return grpc.insecure_channel(address)
-    return grpc.secure_channel(address, shown.channel_credentials(), options=shown.channel_options())
+    return f"{target.shown} is {health_pb2.HealthCheckResponse.ServingStatus.Name(status)}, but must be SERVING"
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ class Kind(Enum):
     SECONDS = auto()
     BYTES = auto()
     DEVICE = auto()
+    HOST = auto()
     ADDRESS = auto()
     USERS = auto()
     NAMES = auto()

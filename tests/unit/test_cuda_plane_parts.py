@@ -214,7 +214,9 @@ def test_a_failed_call_of_the_driver_says_which(driver: FakeDriver) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(attnd.Unsupported, match=r"needs the package cuda-bindings: pip install 'attnd\[cuda\]'"):
+    with pytest.raises(
+        attnd.Unsupported, match=r"needs the package cuda-bindings, which comes with attnd\[cuda\]; in a"
+    ):
         cuda_driver.driver.__wrapped__()
 
 

@@ -11,11 +11,11 @@ from attnd.planes.grpc_options import KEEPALIVE_S
 def open_transport(
     address: str, credentials: Credentials | None = None, keepalive_s: float = KEEPALIVE_S
 ) -> AsyncTransport:
-    """The transport of "host:port". Arguments as `attnd.planes.addresses.open_transport`.
+    """The transport of an address. Arguments as `attnd.planes.addresses.open_transport`.
 
     Raises:
-        InvalidRequest: the address has a scheme.
+        InvalidRequest: it is no address, or the sync client alone takes it.
     """
-    if "://" in address:
-        raise InvalidRequest(f'address is {address}, but must be "host:port" for the asyncio client', field="address")
+    if address == "inproc://":
+        raise InvalidRequest(f"address is {address}, which the sync client alone takes", field="address")
     return AsyncTransport(address, credentials or NO_CREDENTIALS, keepalive_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -12,9 +13,11 @@ from attnd.aio.retries import retried
 from attnd.aio.streams import AsyncGrpcStream, AsyncStream
 from attnd.credentials import NO_CREDENTIALS, Credentials
 from attnd.errors import AttndError, Disconnected
+from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc import SERVICE
-from attnd.planes.grpc_errors import WHY_S, explained, translate
+from attnd.planes.grpc_errors import explained, translate
 from attnd.planes.grpc_options import KEEPALIVE_S, grpc_options
+from attnd.planes.targets import parse_target
 
 
 class AsyncTransport:
@@ -24,14 +27,11 @@ class AsyncTransport:
         self, address: str, credentials: Credentials = NO_CREDENTIALS, keepalive_s: float = KEEPALIVE_S
     ) -> None:
         """Connects lazily."""
-        self._address = address
+        self._target = parse_target(address)
+        self._address = self._target.shown
+        self._credentials = credentials
         self._metadata = credentials.metadata
-        options = grpc_options(keepalive_s)
-        if credentials.tls:
-            secure = [*options, *credentials.channel_options()]
-            self._channel = grpc.aio.secure_channel(address, credentials.channel_credentials(), options=secure)
-        else:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = open_channel(grpc.aio, self._target, credentials, grpc_options(keepalive_s))
 
     async def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method."""
@@ -55,7 +55,7 @@ class AsyncTransport:
             try:
                 await call(b"", timeout=WHY_S)
             except grpc.RpcError as error:
-                return explained(told, error)
+                return await asyncio.to_thread(explained, told, error, self._target, self._credentials)
         return told
 
     def attend(self) -> AsyncStream:

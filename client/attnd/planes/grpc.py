@@ -9,10 +9,12 @@ import grpc
 
 from attnd.credentials import NO_CREDENTIALS, Credentials
 from attnd.errors import AttndError, Disconnected
-from attnd.planes.grpc_errors import WHY_S, explained, translate
+from attnd.planes.channels import WHY_S, open_channel
+from attnd.planes.grpc_errors import explained, translate
 from attnd.planes.grpc_options import KEEPALIVE_S, grpc_options
 from attnd.planes.grpc_stream import GrpcStream
 from attnd.planes.retries import retried
+from attnd.planes.targets import parse_target
 from attnd.planes.transport import Stream
 
 SERVICE = "/attnd.v1.AttentionService/"
@@ -25,14 +27,11 @@ class GrpcTransport:
         self, address: str, credentials: Credentials = NO_CREDENTIALS, keepalive_s: float = KEEPALIVE_S
     ) -> None:
         """Connects lazily."""
-        self._address = address
+        self._target = parse_target(address)
+        self._address = self._target.shown
+        self._credentials = credentials
         self._metadata = credentials.metadata
-        options = grpc_options(keepalive_s)
-        if credentials.tls:
-            secure = [*options, *credentials.channel_options()]
-            self._channel = grpc.secure_channel(address, credentials.channel_credentials(), options=secure)
-        else:
-            self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = open_channel(grpc, self._target, credentials, grpc_options(keepalive_s))
         self._unary: dict[str, Any] = {}
         self._attend: Any = self._channel.stream_stream(SERVICE + "Attend")
         self._store_kv: Any = self._channel.stream_stream(SERVICE + "StoreKv")
@@ -62,7 +61,7 @@ class GrpcTransport:
             try:
                 call(b"", timeout=WHY_S)
             except grpc.RpcError as error:
-                return explained(told, error)
+                return explained(told, error, self._target, self._credentials)
         return told
 
     def attend(self) -> Stream:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import grpc
 
+from attnd.credentials import Credentials
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, from_rpc
-
-# Seconds for asking why there is no connection.
-WHY_S = 0.5
+from attnd.planes.channels import telling
+from attnd.planes.targets import Target
 
 
 def translate(error: grpc.RpcError, address: str, waited_s: float = 0) -> AttndError:
@@ -26,6 +26,8 @@ def translate(error: grpc.RpcError, address: str, waited_s: float = 0) -> AttndE
     return told
 
 
-def explained(told: AttndError, error: grpc.RpcError) -> AttndError:
-    """`told`, with what a call that did not wait for the server was told."""
-    return Disconnected(f"{told}: {error.details()}") if error.code() is grpc.StatusCode.UNAVAILABLE else told
+def explained(told: AttndError, error: grpc.RpcError, target: Target, credentials: Credentials) -> AttndError:
+    """`told`, with what a call that did not wait for the server was told. It may take `WHY_S`."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return told
+    return Disconnected(f"{told}: {telling(error.details() or '', target, credentials)}")

@@ -91,7 +91,6 @@ def with_credentials(command: Callable[..., None]) -> Callable[..., None]:
     import typer
 
     from attnd_server.cli.derived_options import set_parameters
-    from attnd_server.cli.exposure import is_loopback
     from attnd_server.cli.options import DEFAULT_ADDRESS, option
 
     added = {
@@ -103,15 +102,18 @@ def with_credentials(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapper(**arguments: Any) -> None:
-        from attnd.errors import InvalidRequest  # gRPC comes with it, which help need not wait for
+        # gRPC comes with them, which help need not wait for.
+        from attnd.errors import InvalidRequest
+        from attnd.planes.targets import parse_target
 
         options = {name: arguments.pop(name) for name in CREDENTIAL_OPTIONS}
         try:
             shown = credentials(options)
+            address = arguments.get("address") or DEFAULT_ADDRESS
+            is_readable = shown is not None and not shown.tls and not parse_target(address).is_local
         except InvalidRequest as error:
             raise typer.BadParameter(str(error)) from None
-        address = arguments.get("address") or DEFAULT_ADDRESS
-        if shown is not None and not shown.tls and not is_loopback(address.rpartition(":")[0]):
+        if is_readable:
             rule = "must be given with token_file unless the address is a loopback one: others could read the token"
             raise typer.BadParameter(f"tls_ca is absent, but {rule}", param_hint="--tls-ca")
         command(**arguments, credentials=shown)

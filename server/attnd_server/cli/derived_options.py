@@ -34,6 +34,7 @@ _FORMS = {
     Kind.SECONDS: _Form(float, "SECONDS", lambda rule: parsers.number(rule.low, rule.high)),
     Kind.BYTES: _Form(int, "BYTES|8GiB", lambda _: parsers.num_bytes),
     Kind.DEVICE: _Form(str, "NAME", lambda _: parsers.device_name),
+    Kind.HOST: _Form(str, "HOST", lambda _: parsers.listen_host),
     Kind.ADDRESS: _Form(str, "[HOST:]PORT", lambda _: parsers.listen_address),
     Kind.USERS: _Form(frozenset, "UID,...", lambda _: parsers.users),
     Kind.NAMES: _Form(frozenset, "NAME,...", lambda _: parsers.names),

@@ -28,12 +28,30 @@ def num_bytes(value: str | int) -> int:
     return int(match[1]) << 10 * _UNITS.index(match[2] or "B")
 
 
+def listen_host(value: str) -> str:
+    """Parses an address to listen on, or a name of it; an IPv6 address may have brackets, which are left out."""
+    # gRPC comes with them, which help need not wait for.
+    from attnd.errors import InvalidRequest
+    from attnd.planes.targets import check_host, is_ip
+
+    host = value[1:-1] if value.startswith("[") and is_ip(value[1:-1], 6) else value
+    try:
+        check_host(host, value)
+    except InvalidRequest:
+        rule = "must be a name or an IP address, without a port"
+        raise typer.BadParameter(f"it is {_shown(value)}, but {rule}") from None
+    return host
+
+
 def listen_address(value: str) -> str:
     """Parses where to listen: HOST:PORT, or a PORT of this machine's own; "" stays that."""
-    match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^:\s\[\]]+):)?([0-9]{1,5})", value)
+    match = re.fullmatch(r"(?:(\[[^\[\]]+\]|[^:\[\]]+):)?([0-9]{1,5})", value)
     if value and (match is None or int(match[2]) > MAX_PORT):
-        raise typer.BadParameter(f"it is {value}, but must be HOST:PORT or PORT, and PORT 0..{MAX_PORT}")
-    return f"{match[1] or '127.0.0.1'}:{match[2]}" if match else ""
+        raise typer.BadParameter(f"it is {_shown(value)}, but must be HOST:PORT or PORT, and PORT 0..{MAX_PORT}")
+    if not match:
+        return ""
+    host = listen_host(match[1] or "127.0.0.1")
+    return f"[{host}]:{match[2]}" if ":" in host else f"{host}:{match[2]}"
 
 
 def users(value: str | frozenset[int]) -> frozenset[int]:
@@ -57,7 +75,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
 
     def parse(value: str | int) -> int:
         if not re.fullmatch(r"-?[0-9]+", str(value)) or not _in_range(float(value), low, high):
-            raise typer.BadParameter(f"it is {value}, but must be a whole number {_range_text(low, high)}")
+            raise typer.BadParameter(f"it is {_shown(value)}, but must be a whole number {_range_text(low, high)}")
         return int(value)
 
     return parse
@@ -72,10 +90,17 @@ def number(low: float, high: float | None = None) -> Callable[[str | float], flo
         except ValueError:
             parsed = math.nan
         if not _in_range(parsed, low, high):
-            raise typer.BadParameter(f"it is {value}, but must be a number {_range_text(low, high)}")
+            raise typer.BadParameter(f"it is {_shown(value)}, but must be a number {_range_text(low, high)}")
         return parsed
 
     return parse
+
+
+def _shown(value: object) -> str:
+    """A value in a message, where it cannot do anything to a terminal."""
+    from attnd.protocol.printable import printable
+
+    return printable(str(value)) or "''"
 
 
 def _in_range(value: float, low: float, high: float | None) -> bool:

@@ -13,7 +13,12 @@ the new keys and values back with a mark on them. The attention function, regist
 imported, finds the cache by the mark and sends them. The mask that it gets is the padding of the batch, nothing more.
 """
 
-from attnd.integrations.transformers.attention import register
-from attnd.integrations.transformers.remote_cache import RemoteCache
+from attnd.extras import as_missing
+
+try:
+    from attnd.integrations.transformers.attention import register
+    from attnd.integrations.transformers.remote_cache import RemoteCache
+except ModuleNotFoundError as error:
+    raise as_missing(error, "attnd.integrations.transformers", "transformers") from None
 
 __all__ = ["RemoteCache", "register"]

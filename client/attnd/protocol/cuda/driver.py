@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from attnd.errors import Unsupported
+from attnd.extras import where
 
 
 class CudaError(RuntimeError):
@@ -37,7 +38,7 @@ def driver() -> Any:
     try:
         from cuda.bindings import driver as module
     except ImportError as error:
-        rule = "needs the package cuda-bindings: pip install 'attnd[cuda]'"
+        rule = f"needs the package cuda-bindings, {where('cuda')}"
         raise Unsupported(f"what shares or maps memory of a GPU {rule} ({error})", field="plane") from None
     try:
         (result,) = module.cuInit(0)
