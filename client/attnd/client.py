@@ -95,12 +95,13 @@ class Client(Connection):
         now = self.capabilities()
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
-        return Cache(self, response.FromString(self.transport.unary(method, request, self.timeout_s)).cache)
+        data = self.transport.unary(method, request, self.timeout_s)
+        return Cache(self, frames.parse(response, data).cache)
 
     def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
         data = self.transport.unary("ListCaches", b"", self.timeout_s)
-        return list(frames.parse(cache_pb2.ListCachesResponse, data).caches)
+        return list(frames.parse(cache_pb2.ListCachesResponse, data, frames.MAX_LIST_FIELDS).caches)
 
     def prefill(
         self,

@@ -92,12 +92,13 @@ class AsyncClient(AsyncConnection):
         now = await self.capabilities()
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
-        return AsyncCache(self, response.FromString(await self.transport.unary(method, request, self.timeout_s)).cache)
+        data = await self.transport.unary(method, request, self.timeout_s)
+        return AsyncCache(self, frames.parse(response, data).cache)
 
     async def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
         data = await self.transport.unary("ListCaches", b"", self.timeout_s)
-        return list(frames.parse(cache_pb2.ListCachesResponse, data).caches)
+        return list(frames.parse(cache_pb2.ListCachesResponse, data, frames.MAX_LIST_FIELDS).caches)
 
     async def prefill(
         self,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from google.protobuf.message import DecodeError, Message
 
 from attnd.errors import InvalidRequest
+from attnd.protocol.fields import LENGTH, MAX_FIELDS, refuse_many, walk
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
@@ -22,10 +23,10 @@ from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 # One constant for both sides: gRPC's own default for receiving is 4 MiB.
 MAX_MESSAGE_BYTES = 256 << 20
 
-# Wire types of protobuf's encoding (https://protobuf.dev/programming-guides/encoding/).
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-# Bytes of a field's key, and of a length, that protobuf reads at the most, however few bits they hold.
-_KEY_BYTES = 5
+# Most fields of a message that lists caches: ten thousand of them have as many.
+MAX_LIST_FIELDS = 1 << 19
+# Most bytes of a tensor beside its elements: its dtype, its shape, and where it lies.
+_MAX_TENSOR_HEADER_BYTES = 1 << 10
 _NO_HEADER: tuple[int, bytes, int, tuple[int, ...]] = (-1, b"", 0, ())
 _DATA = tensor_pb2.Tensor.DESCRIPTOR.fields_by_name["data"].number
 
@@ -42,6 +43,20 @@ class Framed(NamedTuple):
     tensors: Mapping[str, Array]
 
 
+class Stripped(NamedTuple):
+    """A message that was taken apart and is not parsed yet.
+
+    Attributes:
+        header: its bytes, without the tensors of `tensors`.
+        tensors: by field name, those that were present.
+        num_bytes: of the whole message.
+    """
+
+    header: bytes
+    tensors: Mapping[str, Array]
+    num_bytes: int
+
+
 class Frame:
     """How one message type carries tensors: which sub-message holds them, and in which fields."""
 
@@ -53,8 +68,8 @@ class Frame:
         self._holder = descriptor.fields_by_name[holder].number if holder else 0
         inner = descriptor.fields_by_name[holder].message_type if holder else descriptor
         self._fields = {inner.fields_by_name[name].number: name for name in fields}
-        self._tags = {name: _varint(number << 3 | _LENGTH) for number, name in self._fields.items()}
-        self._holder_tag = _varint(self._holder << 3 | _LENGTH)
+        self._tags = {name: _varint(number << 3 | LENGTH) for number, name in self._fields.items()}
+        self._holder_tag = _varint(self._holder << 3 | LENGTH)
         # By field: the tensor message's length, its bytes before the elements, and what they say.
         self._last_headers: dict[str, tuple[int, bytes, int, tuple[int, ...]]] = {}
 
@@ -85,49 +100,61 @@ class Frame:
             max_header_bytes: most bytes beside the tensors' elements: those that protobuf copies.
 
         Raises:
-            InvalidRequest: `data` is no such message, or has more beside the tensors; or it is one of those that no
-                generated code writes, and of which protobuf would merge the parts: the holder or a tensor comes twice,
-                or a tensor has two storages.
+            InvalidRequest: `data` is no such message, or has more beside the tensors, or too many fields; or it is one
+                of those that no generated code writes, and of which protobuf would merge the parts: the holder or a
+                tensor comes twice, or a tensor has two storages.
         """
+        return self.parsed(self.stripped(data, region, max_header_bytes))
+
+    def stripped(
+        self, data: bytes, region: Region | None = None, max_header_bytes: int = MAX_MESSAGE_BYTES
+    ) -> Stripped:
+        """As `decode`, up to what protobuf makes of the header, which takes longer the more it has to say."""
         view = memoryview(data)
         tensors: dict[str, Array] = {}
         try:
-            header = self._strip(view, tensors, region)
-            if len(header) > max_header_bytes:
-                self._refuse_header(len(header), max_header_bytes)
-            message: Any = self.message_type.FromString(header)
-            if tensors and self._holder and not message.HasField(self._holder_name):
-                tensors = {}  # another field of the oneof came behind it
-            return Framed(message, tensors)
+            if self._holder:
+                header = self._strip(view, tensors, region, max_header_bytes)
+            else:
+                header = self._strip_holder(view, tensors, region, max_header_bytes)
         except (DecodeError, IndexError) as error:
-            name = self.message_type.DESCRIPTOR.name
-            raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
+            raise self._refusal(len(data), error) from None
+        return Stripped(header, tensors, len(data))
 
-    def _refuse_header(self, num_bytes: int, limit: int) -> NoReturn:
+    def parsed(self, stripped: Stripped) -> Framed:
+        """What `decode` returns. Raises as it does."""
+        header, tensors, num_bytes = stripped
+        try:
+            refuse_many(header, self.message_type.DESCRIPTOR)
+            message: Any = self.message_type.FromString(header)
+        except (DecodeError, IndexError) as error:
+            raise self._refusal(num_bytes, error) from None
+        if tensors and self._holder and not message.HasField(self._holder_name):
+            tensors = {}  # another field of the oneof came behind it
+        return Framed(message, tensors)
+
+    def _refusal(self, num_bytes: int, error: Exception) -> InvalidRequest:
         name = self.message_type.DESCRIPTOR.name
-        rule = f"must have at most {limit}: more than the largest step"
-        raise InvalidRequest(f"{name} has {num_bytes} bytes beside the tensors of a call, but {rule}")
+        return InvalidRequest(f"message of {num_bytes} bytes is not a whole {name}: {error}")
 
-    def _strip(self, view: memoryview, tensors: dict[str, Array], region: Region | None) -> bytes:
-        """The message without its tensors' fields, which go to `tensors`."""
-        if not self._holder:
-            return self._strip_holder(view, tensors, region)
+    def _strip(self, view: memoryview, tensors: dict[str, Array], region: Region | None, most: int) -> bytes:
+        """The message without its tensors' fields, which go to `tensors`; at most `most` bytes."""
         kept: list[bytes | memoryview] = []
         has_holder = False
-        for number, start, value, end in _walk(view):
+        for number, start, value, end in walk(view):
             if number == self._holder and value is not None:
                 if has_holder:
                     _refuse_second(self._holder_name)
                 has_holder = True
-                inner = self._strip_holder(value, tensors, region)
+                inner = self._strip_holder(value, tensors, region, most)
                 kept += (self._holder_tag + _varint(len(inner)), inner)
             else:
                 kept.append(view[start:end])
-        return b"".join(kept)
+        return self._joined(kept, most)
 
-    def _strip_holder(self, view: memoryview, tensors: dict[str, Array], region: Region | None) -> bytes:
+    def _strip_holder(self, view: memoryview, tensors: dict[str, Array], region: Region | None, most: int) -> bytes:
         kept: list[bytes | memoryview] = []
-        for number, start, value, end in _walk(view):
+        for number, start, value, end in walk(view):
             name = self._fields.get(number)
             if name is None or value is None:
                 kept.append(view[start:end])
@@ -135,6 +162,14 @@ class Frame:
                 _refuse_second(name)
             else:
                 tensors[name] = self._tensor(name, value, region)
+        return self._joined(kept, most)
+
+    def _joined(self, kept: list[bytes | memoryview], most: int) -> bytes:
+        num_bytes = sum(map(len, kept))
+        if num_bytes > most:
+            name = self.message_type.DESCRIPTOR.name
+            rule = f"must have at most {most}: more than the largest step"
+            raise InvalidRequest(f"{name} has {num_bytes} bytes beside the tensors of a call, but {rule}")
         return b"".join(kept)
 
     def _tensor(self, name: str, view: memoryview, region: Region | None) -> Array:
@@ -152,15 +187,21 @@ def _refuse_second(field: str) -> NoReturn:
     raise InvalidRequest(f"{field} comes twice, but must be given once", field=field)
 
 
-def parse(message_type: type[Message], data: bytes) -> Any:
+def parse(message_type: type[Message], data: bytes, max_fields: int = MAX_FIELDS) -> Any:
     """An ordinary message from the wire.
 
+    Args:
+        message_type: of it.
+        data: what was received.
+        max_fields: most fields that it may have, with those of its submessages; counted before there are any.
+
     Raises:
-        InvalidRequest: `data` is no such message.
+        InvalidRequest: `data` is no such message, or has more fields.
     """
     try:
+        refuse_many(data, message_type.DESCRIPTOR, max_fields)
         return message_type.FromString(data)
-    except DecodeError as error:
+    except (DecodeError, IndexError) as error:
         name = message_type.DESCRIPTOR.name
         raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
 
@@ -174,7 +215,7 @@ def step_request(step: step_pb2.Step) -> bytes:
 def _tensor_header(tag: bytes, dtype: int, shape: tuple[int, ...], num_bytes: int) -> bytes:
     """All of a tensor's field before its elements: the same for every layer, hence kept."""
     header = tensor_pb2.Tensor(dtype=tensor_pb2.Dtype.ValueType(dtype), shape=shape).SerializeToString()
-    header += _varint(_DATA << 3 | _LENGTH) + _varint(num_bytes)
+    header += _varint(_DATA << 3 | LENGTH) + _varint(num_bytes)
     return tag + _varint(len(header) + num_bytes) + header
 
 
@@ -182,12 +223,16 @@ def _tensor(name: str, view: memoryview, region: Region | None) -> tuple[Array, 
     """A tensor message as an Array over `view`, and what stands before its elements if nothing stands behind them."""
     header, prefix = [], memoryview(b"")
     data: memoryview | None = None
-    for number, start, value, end in _walk(view):
+    for number, start, value, end in walk(view):
         if number == _DATA and value is not None:
             data, prefix = value, view[: end - len(value)]
         else:
             header.append(view[start:end])
             prefix = memoryview(b"")
+    num_bytes = sum(map(len, header))
+    if num_bytes > _MAX_TENSOR_HEADER_BYTES:
+        rule = f"must have at most {_MAX_TENSOR_HEADER_BYTES}"
+        raise InvalidRequest(f"{name} has {num_bytes} bytes beside its elements, but {rule}", field=name)
     message = tensor_pb2.Tensor.FromString(b"".join(header))
     if message.HasField("region"):
         if region is None:
@@ -196,57 +241,6 @@ def _tensor(name: str, view: memoryview, region: Region | None) -> tuple[Array, 
             raise InvalidRequest(f"{name} has data and a region, but must have one of the two", field=name)
         return region.array(message, name), memoryview(b"")
     return Array(message.dtype, tuple(message.shape), memoryview(b"") if data is None else data), prefix
-
-
-def _walk(view: memoryview) -> Any:
-    """Yields `(number, start, value, end)` for each field; `value` is the content if it is length-delimited, else None.
-
-    Raises:
-        IndexError: the bytes end within a field, or are no protobuf at all.
-    """
-    position, size = 0, len(view)
-    while position < size:
-        start = position
-        key = view[position]
-        position += 1
-        if key > 127:
-            key, position = _read_varint(view, start, _KEY_BYTES)
-            if key >= 1 << 32:
-                raise IndexError(f"byte {start} starts a field whose key has more than 32 bits")
-        kind = key & 7
-        value = None
-        if kind == _LENGTH:
-            length = view[position]
-            position += 1
-            if length > 127:
-                length, position = _read_varint(view, position - 1, _KEY_BYTES)
-            value = view[position : position + length]
-            position += length
-        elif kind == _VARINT:
-            _, position = _read_varint(view, position)
-        elif kind in (_FIXED64, _FIXED32):
-            position += 8 if kind == _FIXED64 else 4
-        else:
-            raise IndexError(f"byte {start} starts a field of wire type {kind}, but there is no such type")
-        if position > size:
-            raise IndexError(f"byte {start} starts a field that ends at byte {position}, past the end")
-        yield key >> 3, start, value, position
-
-
-def _read_varint(view: memoryview, position: int, most_bytes: int = 10) -> tuple[int, int]:
-    byte = view[position]
-    if byte < 128:
-        return byte, position + 1
-    result, shift = byte & 127, 7
-    while True:
-        position += 1
-        byte = view[position]
-        result |= (byte & 127) << shift
-        if byte < 128:
-            return result, position + 1
-        shift += 7
-        if shift >= 7 * most_bytes:
-            raise IndexError(f"a varint is longer than {most_bytes} bytes at byte {position}")
 
 
 def _varint(value: int) -> bytes:

@@ -28,6 +28,9 @@ MAX_OPEN_STEPS = 8
 # Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
 # it should not wait for that.
 BIG_STEP_ELEMENTS = 1 << 17
+# Bytes of a message beside the tensors of a call from which it must be a step: the options of a call have fewer, with
+# slopes and sinks of thousands of heads, and protobuf copies the rest.
+BIG_HEADER_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +88,10 @@ class AttendSession:
         """As `request`, but a step that takes long to check is left to the caller."""
         if self._can_be_revoked:
             refuse_if_revoked(self._principal)
-        message, tensors = frames.ATTEND_REQUEST.decode(data, self._replies.region, self._max_header_bytes)
+        stripped = frames.ATTEND_REQUEST.stripped(data, self._replies.region, self._max_header_bytes)
+        if len(stripped.header) > BIG_HEADER_BYTES:
+            return BigStep(partial(self._open_big, stripped))
+        message, tensors = frames.ATTEND_REQUEST.parsed(stripped)
         kind = message.WhichOneof("message")
         if kind == "call":
             if self._replies.region is not None:
@@ -123,6 +129,14 @@ class AttendSession:
         if self._replies.region is not None:
             self._last_checked[lane] = call
         return call
+
+    def _open_big(self, stripped: frames.Stripped) -> bytes:
+        """Opens a step whose message others do not wait for either."""
+        message = frames.ATTEND_REQUEST.parsed(stripped).message
+        if message.WhichOneof("message") != "step":
+            rule = f"must have at most {BIG_HEADER_BYTES}, as it is no step"
+            raise InvalidRequest(f"message has {len(stripped.header)} bytes beside the tensors of a call, but {rule}")
+        return self._open(message.step)
 
     def _open(self, message: step_pb2.Step) -> bytes:
         if message.id <= self._last_id:

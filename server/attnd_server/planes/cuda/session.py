@@ -26,6 +26,8 @@ from attnd_server.service.service import AttentionService
 
 # As `MAX_OPEN_STEPS` of a stream: steps whose page tables later ones may be told by.
 MAX_KEPT_STEPS = 8
+# Fields of a step's message, which has the options of each layer: of a thousand layers, with slopes and sinks.
+MAX_STEP_FIELDS = 1 << 14
 
 
 class StepUnderWay(NamedTuple):
@@ -67,7 +69,7 @@ class CudaSession:
         """
         arrived = time.perf_counter()
         self._refuse_if_stopped()
-        step = self._checked(frames.parse(attention_pb2.AttendRequest, data))
+        step = self._checked(frames.parse(attention_pb2.AttendRequest, data, MAX_STEP_FIELDS))
         with ExitStack() as held:
             # Until the stream is done with the pages, whatever happens: of a deleted cache they would be unmapped.
             held.enter_context(step.step.cache.held())
