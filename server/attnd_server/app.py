@@ -193,6 +193,7 @@ class Server:
             await asyncio.sleep(RELOAD_S)
             for files in self._watched:
                 files.reload()
+            self.service.opened.end_revoked()
 
     def _open_endpoint(self, metrics: Metrics) -> None:
         from attnd_server.observe.endpoint import MetricsEndpoint

@@ -14,10 +14,13 @@ import torch
 import attnd
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
+from attnd_server import inproc
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.identity import TokenFile
+from attnd_server.identity.tokens import add_token
 from attnd_server.observe.counts import Metrics
 from attnd_server.planes.cuda import session as cuda_server
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
@@ -394,6 +397,32 @@ def test_a_step_that_takes_too_long_fails_on_both_sides(
             step.finish()
         assert planes.channels[0].flags.is_stopped
         assert wait_until(lambda: planes.channels[0].workers_flags.is_stopped)
+
+
+def test_a_token_that_goes_ends_a_step_that_waits_for_its_worker(
+    opened: tuple[attnd.Client, host_channels.HostPlanes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the step would be too late, and the plane with it."""
+    file = tmp_path / "tokens"
+    file.touch(mode=0o600)
+    tokens = {name: add_token(str(file), name) for name in ("alice", "bob")}
+    known = TokenFile(str(file))
+    alice = known.principal(tokens["alice"])
+    monkeypatch.setattr(inproc, "PRINCIPAL", alice)
+    client, planes = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        one_step(session)
+        step = session.step(metadata(1, 1), num_heads=HEADS)
+        step.attend(0, *new_tokens(1))
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("alice ")))
+        known.reload()
+        with pytest.raises(attnd.Unauthenticated, match="no longer known here"):
+            step.finish()
+        assert planes.channels[0].flags.is_stopped
+        assert wait_until(lambda: planes.channels[0].is_closed)
+        with pytest.raises(attnd.Unauthenticated, match="no longer known here"):
+            one_step(session)
+        monkeypatch.setattr(inproc, "PRINCIPAL", "alice")
 
 
 def test_a_server_that_does_not_answer_in_time_lets_the_worker_go(

@@ -404,6 +404,25 @@ def test_a_cache_that_is_deleted_meanwhile_is_lost() -> None:
         assert server.caches.num_bytes == 0
 
 
+def test_a_token_that_goes_meanwhile_ends_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes once the first of two graphs was captured."""
+    gone: list[str] = []
+
+    def refuse(principal: str) -> None:
+        if gone:
+            raise attnd.Unauthenticated(f"the token of {principal} is no longer known")
+
+    monkeypatch.setattr("attnd_server.service.warm_up.refuse_if_revoked", refuse)
+    with serving() as server, new_cache(server.client) as cache:
+        used = server.caches.num_bytes
+        server.kernel._before = lambda: gone.extend(["gone"] * (len(server.kernel.shapes) == 1))
+        with pytest.raises(attnd.Unauthenticated, match="of inproc is no longer known"):
+            cache.warm_up(num_heads=HEADS, max_reqs=4)
+        assert server.captures.num_captures == LAYERS
+        assert server.caches.num_bytes == used
+        gone.clear()
+
+
 def test_a_server_that_ends_meanwhile_says_so() -> None:
     with serving() as server, new_cache(server.client) as cache:
         server.kernel._before = server.client.transport.close

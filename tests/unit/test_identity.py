@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,20 @@ from attnd.errors import Unauthenticated
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.identity import ANYBODY, FileRefused, Principals, ServerCertificates, TokenFile, refuse_if_revoked
+from attnd_server.execution.work import SideWork
+from attnd_server.identity import (
+    ANYBODY,
+    FileRefused,
+    OpenByToken,
+    Principals,
+    ServerCertificates,
+    TokenFile,
+    refuse_if_revoked,
+    wanted_until_revoked,
+)
 from attnd_server.identity.tokens import add_token, digest
 from tests.certificates import Authority, needs_openssl
+from tests.held_device import held
 
 
 class Context:
@@ -152,6 +164,73 @@ def test_no_plane_opens_a_step_with_a_removed_token(path):
             service.step(message, alice)
     finally:
         service.executor.close()
+
+
+def test_what_a_removed_token_opened_ends_after_its_notice_and_nothing_else(path, monkeypatch):
+    path.write_text(line("alice", "1") + line("bob", "2"))
+    file = TokenFile(str(path))
+    opened, ended = OpenByToken(), []
+    monkeypatch.setattr(OpenByToken, "NOTICE_S", 0.0)
+    alice, bob = file.principal("1"), file.principal("2")
+    with opened.held(alice, lambda: ended.append("hers")), opened.held(bob, lambda: ended.append("his")):
+        with (
+            opened.held(alice, lambda: ended.append("closed")),
+            opened.held(ANYBODY, lambda: ended.append("anybody's")),
+        ):
+            opened.end_revoked()
+        path.write_text(line("bob", "2"))
+        file.reload()
+        for expected in ([], ["hers"], ["hers"]):
+            opened.end_revoked()
+            assert ended == expected
+
+
+def test_a_token_that_comes_back_in_time_ends_nothing(path, monkeypatch):
+    path.write_text(line("alice", "1"))
+    file = TokenFile(str(path))
+    opened, ended = OpenByToken(), []
+    monkeypatch.setattr(OpenByToken, "NOTICE_S", 0.0)
+    with opened.held(file.principal("1"), lambda: ended.append("hers")):
+        for known in (line("bob", "2"), line("alice", "1"), line("bob", "2")):
+            path.write_text(known)
+            file.reload()
+            opened.end_revoked()
+        assert ended == []
+        opened.end_revoked()
+        assert ended == ["hers"]
+
+
+@pytest.mark.parametrize("kind", ["call", "side work"])
+def test_what_waits_is_not_started_once_its_token_has_gone(path, kind):
+    path.write_text(line("alice", "1") + line("bob", "2"))
+    file = TokenFile(str(path))
+    alice, executor = file.principal("1"), build_service(ServerConfig(device="cpu", kv_bytes=1 << 20)).executor
+    done, ran, answered = [], [], threading.Event()
+
+    def work():
+        ran.append(kind)
+        return b"done"
+
+    def settled(result, error):
+        done.append((result, error))
+        answered.set()
+
+    try:
+        release = threading.Event()
+        with held(executor):
+            if kind == "side work":
+                executor.submit(SideWork(alice, lambda: release.wait(30) and b""), lambda *_: None)
+            waiting = SideWork(alice, work) if kind == "side work" else work
+            executor.submit(waiting, settled, is_wanted=wanted_until_revoked(alice))
+            path.write_text(line("bob", "2"))
+            file.reload()
+            release.set()
+        assert answered.wait(30)
+    finally:
+        executor.close()
+    assert ran == []
+    assert [type(error) for _, error in done] == [Unauthenticated]
+    assert wanted_until_revoked(ANYBODY) is None
 
 
 def test_a_token_that_is_given_to_another_is_revoked_for_the_first(path):

@@ -34,7 +34,8 @@ class Job:
         done: gets its result or its error.
         deadline: `time.monotonic()` after which it is not started.
         submitted_at: `time.perf_counter()`.
-        is_wanted: asked before it starts: whether anybody still waits for it; None: somebody does.
+        is_wanted: asked before it starts: whether anybody still waits for it; raises AttndError: it may not start any
+            more. None: somebody does, and it may.
     """
 
     work: Work

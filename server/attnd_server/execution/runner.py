@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from attnd.errors import DeadlineExceeded, Exhausted
+from attnd.errors import AttndError, DeadlineExceeded, Exhausted
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
@@ -161,8 +161,11 @@ class Runner:
             return self._faults.refusal()
         if time.monotonic() > job.deadline:
             return DeadlineExceeded("the deadline passed while the call waited for the executor")
-        if job.is_wanted is not None and not job.is_wanted():
-            return Cancelled("nobody waits for the call any more")
+        try:
+            if job.is_wanted is not None and not job.is_wanted():
+                return Cancelled("nobody waits for the call any more")
+        except AttndError as error:
+            return error
         return None
 
     def told(self, error: Exception) -> Exception:

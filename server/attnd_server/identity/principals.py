@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from attnd.errors import Unauthenticated
@@ -49,14 +49,34 @@ class Principals:
         return ANYBODY
 
 
+def is_revoked(principal: str) -> bool:
+    """Whether the token with which a principal came has gone from the file."""
+    return isinstance(principal, TokenPrincipal) and principal.is_revoked
+
+
 def refuse_if_revoked(principal: str) -> None:
     """Ends what a principal may do on a stream or plane once its token has gone from the file.
 
     Raises:
         Unauthenticated: it has.
     """
-    if isinstance(principal, TokenPrincipal) and principal.is_revoked:
+    if is_revoked(principal):
         raise Unauthenticated("the token with which this was opened is no longer known here; connect with another")
+
+
+def wanted_until_revoked(principal: str) -> Callable[[], bool] | None:
+    """`is_wanted` of work that waits for the executor: it raises Unauthenticated as `refuse_if_revoked` does.
+
+    None: nothing can happen to the principal meanwhile.
+    """
+    if not isinstance(principal, TokenPrincipal):
+        return None
+
+    def is_wanted() -> bool:
+        refuse_if_revoked(principal)
+        return True
+
+    return is_wanted
 
 
 def _token_principal(tokens: TokenFile, metadata: Iterable[tuple[str, str | bytes]]) -> TokenPrincipal:

@@ -54,7 +54,8 @@ class PlaneConnection(threading.Thread):
         plane: Plane | None = None
         try:
             plane = self._planes.claim(sockets.receive_ticket(self._socket), self._socket)
-            self._serve(plane)
+            with self._service.opened.held(plane.principal, self.end):
+                self._serve(plane)
         except PermissionDenied as error:
             log.warning("refused a connection to the shm socket: %s", error)
             self._refuse(error)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from attnd.errors import Exhausted, InvalidRequest, PermissionDenied
 from attnd.protocol.shm.sockets import TICKET_BYTES
+from attnd_server.identity import refuse_if_revoked
 from attnd_server.identity.quota import Quota
 from attnd_server.planes.socket_ends import end, has_ended
 
@@ -98,11 +99,13 @@ class PlaneTable:
 
         Raises:
             PermissionDenied: no such ticket, or not any more.
+            Unauthenticated: the token with which it was asked for has gone.
         """
         with self._lock:
             self._expire()
             for plane in self._planes.values():
                 if plane.connection is None and secrets.compare_digest(plane.ticket, ticket):
+                    refuse_if_revoked(plane.principal)
                     plane.connection = connection
                     return plane
         raise PermissionDenied(

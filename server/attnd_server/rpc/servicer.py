@@ -16,8 +16,9 @@ from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
-from attnd_server.identity import Principals, refuse_if_revoked
+from attnd_server.identity import Principals, refuse_if_revoked, wanted_until_revoked
 from attnd_server.rpc.reply_order import ReplyOrder
+from attnd_server.rpc.until_revoked import TELL_S, until_revoked
 from attnd_server.service.service import AttentionService, error_response
 from attnd_server.service.session import AttendSession, BigStep
 
@@ -53,9 +54,9 @@ class AttentionServicer(grpc.GenericRpcHandler):
         }
         self._handlers = {
             **unary,
-            "Attend": grpc.stream_stream_rpc_method_handler(self.attend),
-            "StoreKv": grpc.stream_stream_rpc_method_handler(self.store_kv),
-            "ReadKv": grpc.unary_stream_rpc_method_handler(self.read_kv),
+            "Attend": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.attend)),
+            "StoreKv": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.store_kv)),
+            "ReadKv": grpc.unary_stream_rpc_method_handler(self._until_revoked(self.read_kv)),
         }
 
     def service_name(self) -> str:
@@ -79,9 +80,21 @@ class AttentionServicer(grpc.GenericRpcHandler):
         async def handler(data: bytes, context: Context) -> bytes:
             try:
                 principal = self._principals.of(context)
-                return await self._finish(await self._checked(method, data, principal), context)
+                return await self._finish(await self._checked(method, data, principal), context, principal)
             except Exception as error:
                 await self._abort(context, error)
+
+        return handler
+
+    def _until_revoked(self, method: Callable[[Any, Context], Awaitable[None]]) -> Any:
+        """A method with a stream, which ends also where it waits for a client whose token has gone."""
+
+        async def handler(request: Any, context: Context) -> None:
+            try:
+                with until_revoked(self._service.opened, self._principals.of(context)):
+                    await method(request, context)
+            except Unauthenticated as error:
+                await asyncio.wait_for(self._abort(context, error), TELL_S)
 
         return handler
 
@@ -142,7 +155,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 result = executor.run_now(answer)
                 if result is not None:
                     return result
-            return start_on(executor, answer, _soonest(context, answer))
+            return start_on(executor, answer, _soonest(context, answer), session.is_wanted)
         except Exception as error:
             return self._told(error)
 
@@ -188,7 +201,8 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """The answer to a chunk of StoreKv."""
         try:
             refuse_if_revoked(principal)
-            return await self._finish(await self._checked(self._service.kv.store_kv, data, principal), context)
+            work = await self._checked(self._service.kv.store_kv, data, principal)
+            return await self._finish(work, context, principal)
         except Exception as error:
             return error_response(attention_pb2.StoreKvResponse, self._service.told(error))
 
@@ -198,16 +212,16 @@ class AttentionServicer(grpc.GenericRpcHandler):
             principal = self._principals.of(context)
             with self._service.sessions.held(principal):
                 for work in await self._checked(self._service.kv.read_kv, data, principal):
-                    await context.write(await self._finish(work, context))
+                    await context.write(await self._finish(work, context, principal))
         except Exception as error:
             await self._abort(context, error)
 
-    async def _finish(self, answer: bytes | Work, context: Context) -> bytes:
-        """The answer itself, or what its work gives on the executor."""
+    async def _finish(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
+        """The answer itself, or what its work gives on the executor if the principal's token is good at its turn."""
         if isinstance(answer, bytes):
             return answer
         timeout_s = _soonest(context, answer)
-        return await run_on(self._service.executor, answer, timeout_s)
+        return await start_on(self._service.executor, answer, timeout_s, wanted_until_revoked(principal))
 
     async def _abort(self, context: Context, error: Exception) -> NoReturn:
         """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
@@ -218,17 +232,12 @@ class AttentionServicer(grpc.GenericRpcHandler):
         await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
-async def run_on(executor: Executor, work: Work, timeout_s: float | None = None) -> bytes:
-    """Runs `work` on the executor, unless this coroutine is cancelled before its turn. Raises what it raises.
-
-    gRPC cancels it when the client cancels the RPC, its connection ends or its deadline passes.
-    """
-    return await start_on(executor, work, timeout_s)
-
-
-def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> asyncio.Future[bytes]:
+def start_on(
+    executor: Executor, work: Work, timeout_s: float | None = None, is_wanted: Callable[[], bool] | None = None
+) -> asyncio.Future[bytes]:
     """Queues `work` for the executor, unless the future is cancelled before its turn: what it will give.
 
+    gRPC cancels whoever waits when the client cancels the RPC, its connection ends or its deadline passes.
     Raises what `Executor.submit` raises.
     """
     loop = asyncio.get_running_loop()
@@ -249,7 +258,7 @@ def start_on(executor: Executor, work: Work, timeout_s: float | None = None) -> 
         if future.cancelled():
             executor.cancel(job)
 
-    job = executor.submit(work, done, timeout_s)
+    job = executor.submit(work, done, timeout_s, is_wanted)
     future.add_done_callback(cancel_if_cancelled)
     return future
 

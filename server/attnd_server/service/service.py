@@ -24,7 +24,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
-from attnd_server.identity import refuse_if_revoked
+from attnd_server.identity import OpenByToken, refuse_if_revoked
 from attnd_server.identity.quota import Quota
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.counts import Metrics
@@ -49,6 +49,7 @@ class AttentionService:
 
     Attributes:
         sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
+        opened: the streams and planes that tokens have opened; whoever serves one holds it there.
         kv: the requests that read and write KV without attention.
         verifier: looks at some of the calls again; None: nobody does.
     """
@@ -81,6 +82,7 @@ class AttentionService:
         self.verifier = verifier
         remedy = "close one, or wait until one is closed"
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
+        self.opened = OpenByToken()
         # Not an LRU: several threads share it, each step of which must be one of Python's own.
         self._options: dict[tuple[object, ...], AttentionOptions] = {}
         self.kv = KvRequests(config, caches)
@@ -169,7 +171,7 @@ class AttentionService:
         request = frames.parse(attention_pb2.WarmUpRequest, data)
         cache = self.caches.get(request.cache, principal)
         steps = validation.warm_up(request, cache.config, self.config)
-        return SideWork(principal, WarmUp(self.executor, self.caches, cache, steps, self.config))
+        return SideWork(principal, WarmUp(self.executor, self.caches, cache, steps, self.config, principal))
 
     def prefill(self, data: bytes, principal: str) -> Work:
         """Prefill: a step and one call of it."""

@@ -18,7 +18,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
-from attnd_server.identity import TokenPrincipal, refuse_if_revoked
+from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_until_revoked
 from attnd_server.service import validation
 from attnd_server.service.replies import Replies
 
@@ -63,13 +63,18 @@ class Checks(Protocol):
 
 
 class AttendSession:
-    """The state of one Attend stream: its open steps."""
+    """The state of one Attend stream: its open steps.
+
+    Attributes:
+        is_wanted: of its work, for the executor; see `wanted_until_revoked`.
+    """
 
     def __init__(self, service: Checks, principal: str, replies: Replies) -> None:
         """Starts without steps."""
         self._service = service
         self._principal = principal
         self._can_be_revoked = isinstance(principal, TokenPrincipal)
+        self.is_wanted = wanted_until_revoked(principal)
         self._replies = replies
         self._max_header_bytes = service.config.max_header_bytes
         # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.

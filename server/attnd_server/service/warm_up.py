@@ -19,6 +19,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
 from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
+from attnd_server.identity import refuse_if_revoked
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.service.validation.warm_ups import WarmSteps
@@ -61,12 +62,19 @@ class WarmUp:
     """One warm-up of a cache."""
 
     def __init__(
-        self, executor: Executor, caches: CacheTable, cache: Cache, steps: WarmSteps, limits: ServerConfig
+        self,
+        executor: Executor,
+        caches: CacheTable,
+        cache: Cache,
+        steps: WarmSteps,
+        limits: ServerConfig,
+        principal: str,
     ) -> None:
-        """Nothing is made yet."""
+        """Nothing is made yet. It ends when the token of `principal` goes."""
         self._executor = executor
         self._caches = caches
         self._cache = cache
+        self._principal = principal
         self._options = steps.options
         self._shapes = shapes_of(steps, cache.config, limits)
         self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
@@ -78,6 +86,7 @@ class WarmUp:
             Unsupported: the steps cannot be served at all.
             Exhausted: the memory is not free.
             CacheLost: the cache was closed meanwhile.
+            Unauthenticated: the token has gone meanwhile.
         """
         started = time.perf_counter()
         try:
@@ -105,6 +114,7 @@ class WarmUp:
         """Makes graphs for each shape that has none yet, and returns "", or the reason why not for all."""
         try:
             for shape in self._shapes:
+                refuse_if_revoked(self._principal)
                 if not self._ready(shape):
                     self._made.append(self._make(shape))
         except _Nothing as reason:
@@ -170,6 +180,7 @@ class WarmUp:
         cache = self._cache
 
         def capture_next() -> None:
+            refuse_if_revoked(self._principal)
             cache.refuse_if_closed()
             with _warming_up():
                 graphs.capture_next(cache, capture)
@@ -181,6 +192,7 @@ class WarmUp:
             self._executor.take_turn(capture_next)
 
     def _use(self) -> None:
+        refuse_if_revoked(self._principal)
         self._cache.refuse_if_closed()
         for graphs in self._made:
             self._executor.graphs.add(self._cache, self._options, graphs)

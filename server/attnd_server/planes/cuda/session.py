@@ -11,6 +11,7 @@ import socket
 import time
 from collections import OrderedDict
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 from attnd.errors import DeadlineExceeded, InvalidRequest
@@ -18,6 +19,7 @@ from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.execution.work import on_cache
+from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
@@ -74,7 +76,8 @@ class CudaSession:
             # Until the stream is done with the pages, whatever happens: of a deleted cache they would be unmapped.
             held.enter_context(step.step.cache.held())
             timeout_s = self._service.config.device_timeout_s
-            watch = cuda_watchdog.Watch(self._channel.flags, self._connection, self._is_stuck, timeout_s)
+            is_refused = partial(is_revoked, self._principal)
+            watch = cuda_watchdog.Watch(self._channel.flags, self._connection, self._is_stuck, timeout_s, is_refused)
             held.enter_context(cuda_watchdog.WATCHDOG.watching(watch))
             try:
                 self._enqueue(step)
@@ -140,6 +143,7 @@ class CudaSession:
         self._service.executor.faults.fail(f"a step on a cuda plane, let go, has not ended within {timeout_s:g} s")
 
     def _refuse_if_stopped(self) -> None:
+        refuse_if_revoked(self._principal)
         if self._channel.flags.is_stopped:
             raise DeadlineExceeded(
                 f"the worker has gone, or did not hand over every layer within {cuda_watchdog.STEP_S:g} s"

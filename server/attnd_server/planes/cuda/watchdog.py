@@ -25,6 +25,7 @@ class Watch:
         connection: to its worker.
         stuck: called if it does not even end when nothing waits any more: a kernel does not.
         stuck_s: seconds until then; 0: never.
+        is_refused: whether it must not go on, whatever its worker does.
         deadline: until when it must be over, `time.monotonic`.
         stopped_at: when it was first let go, likewise; 0: it was not.
     """
@@ -33,8 +34,14 @@ class Watch:
     connection: socket.socket
     stuck: Callable[[], None] = lambda: None
     stuck_s: float = 0.0
+    is_refused: Callable[[], bool] = lambda: False
     deadline: float = 0.0
     stopped_at: float = 0.0
+
+    def is_over(self) -> bool:
+        """Whether nothing of it is to wait any more."""
+        is_late = time.monotonic() > self.deadline
+        return self.flags.is_stopped or is_late or has_ended(self.connection) or self.is_refused()
 
     def restart(self) -> None:
         """The time of a step starts now."""
@@ -87,7 +94,7 @@ class Watchdog:
                     continue
             stopped = False
             for watch in watched:
-                if watch.flags.is_stopped or time.monotonic() > watch.deadline or has_ended(watch.connection):
+                if watch.is_over():
                     stopped = True
                     with self._lock:  # or its memory may have gone
                         if watch in self._watched:

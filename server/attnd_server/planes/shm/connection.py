@@ -80,14 +80,20 @@ class ShmConnection:
                 return result
             timeout_s = work.step.call_timeout_s
         results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
-        executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._peer_is_there)
+        executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._is_wanted)
         result, error = results.get()
         if error is not None:
             raise error
         return result or b""
 
-    def _peer_is_there(self) -> bool:
-        """Whether the client's end of the socket is open, whatever it has sent. From any thread."""
+    def _is_wanted(self) -> bool:
+        """Whether the client's end of the socket is open, whatever it has sent. From any thread.
+
+        Raises:
+            Unauthenticated: its token has gone.
+        """
+        if self._session.is_wanted is not None:
+            self._session.is_wanted()
         poll = select.poll()
         poll.register(self._socket, select.POLLRDHUP)
         return not poll.poll(0)
