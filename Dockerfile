@@ -5,19 +5,41 @@
 #
 # It listens on loopback like `attnd serve` anywhere; deploy/compose.yaml shows how to open it.
 
-FROM python:3.12-slim-bookworm AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN python -m venv /opt/attnd
+# A release is built with `--build-arg BASE=python:3.12-slim-bookworm@sha256:...`, see CONTRIBUTING.md.
+ARG BASE=python:3.12-slim-bookworm
+
+# What the server stands on, gigabytes, from wheels whose hashes are in locks/.
+# hadolint ignore=DL3006
+FROM ${BASE} AS packages
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1
 WORKDIR /src
-# First what it stands on, gigabytes, under empty packages: a layer that a change of our code leaves alone.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY client/attnd/_version.py client/attnd/_version.py
-RUN mkdir -p server/attnd_server && /opt/attnd/bin/pip install --constraint constraints.txt '.[server]'
+COPY locks locks
+# Of torch the build that pip finds: PyPI has the one with CUDA, and only that one needs the last file.
+RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/attnd \
+    && pip() { /opt/build/bin/pip "$@"; } \
+    && pip install --require-hashes --requirement locks/build.lock \
+    && pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/server.lock \
+    && case "$(pip --python /opt/attnd/bin/python show torch)" in *nvidia-*) \
+         pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/cuda.lock ;; esac
+# Half a gigabyte that nothing loads: archives and headers for compilers, a profiler, and libraries that no other file
+# names. Triton's own headers stay: its launchers are compiled with them.
+# hadolint ignore=DL3003
+RUN cd /opt/attnd/lib/python3*/site-packages \
+    && find . -name '*.a' -delete \
+    && rm -rf torch/include nvidia/*/include triton/backends/nvidia/lib/cupti triton/_C/libproton.so \
+         nvidia/cu*/lib/libcusolverMg.so* nvidia/cu*/lib/libnvrtc*.alt.so* nvidia/nvshmem/lib/libnvshmem_device.bc
+
+# Ours: a layer of its own, so that an update of it is small.
+FROM packages AS code
+COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
-RUN /opt/attnd/bin/pip install --no-deps --force-reinstall .
+RUN /opt/build/bin/python -m hatchling build --target wheel --directory /wheels \
+    && /opt/build/bin/pip --python /opt/attnd/bin/python install --prefix /code /wheels/*.whl \
+    && cp -r /code/. /opt/attnd && /opt/build/bin/pip --python /opt/attnd/bin/python check
 
-FROM python:3.12-slim-bookworm
+# hadolint ignore=DL3006
+FROM ${BASE}
 # Triton compiles a launcher for each kernel when it first runs.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -27,7 +49,8 @@ RUN apt-get update \
 # ATTND_SNAPSHOT_DIR=/var/lib/attnd/snapshots what its clients stored, if a volume is mounted at /var/lib/attnd.
 RUN install --directory --owner=10001 --group=10001 /var/cache/attnd \
     && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/attnd
-COPY --from=build /opt/attnd /opt/attnd
+COPY --from=packages /opt/attnd /opt/attnd
+COPY --from=code /code /opt/attnd
 ENV PATH=/opt/attnd/bin:$PATH \
     HOME=/var/cache/attnd \
     TRITON_CACHE_DIR=/var/cache/attnd/triton \

