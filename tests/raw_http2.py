@@ -8,7 +8,8 @@ import struct
 import time
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_DATA, _HEADERS, _SETTINGS, _PING, _WINDOW_UPDATE = 0, 1, 4, 6, 8
+_ACK = 1
 _END_HEADERS = 4
 
 
@@ -25,7 +26,7 @@ def _literal(name: bytes, value: bytes) -> bytes:
 
 def request(method: str, *headers: tuple[bytes, bytes], stream: int = 1) -> bytes:
     """The beginning of an RPC: its headers, and no message yet."""
-    path = f"/attnd.v1.AttentionService/{method}".encode()
+    path = (method if method.startswith("/") else f"/attnd.v1.AttentionService/{method}").encode()
     fields = [
         b"\x83\x86",  # POST, http: from the static table
         _literal(b":path", path),
@@ -67,6 +68,70 @@ def wait_for_end(connections: list[socket.socket], timeout_s: float) -> int:
                 poll.unregister(number)
                 del open_ones[number]
     return len(open_ones)
+
+
+class Flood:
+    """A connection whose RPCs each send as much of one message as the server takes, and not its end.
+
+    Attributes:
+        sent: bytes of their messages.
+    """
+
+    def __init__(self, address: str, methods: list[str], num_bytes: int, *headers: tuple[bytes, bytes]) -> None:
+        """Begins an RPC of each method, with a message that says it has `num_bytes`."""
+        self._socket = connected(address, OPENING)
+        self._num_bytes = num_bytes
+        self._rest = b""
+        self._window, self._initial = 65_535, 65_535  # RFC 9113, section 6.9.2
+        self._grown: dict[int, int] = {}
+        self._sent = {1 + 2 * index: 0 for index in range(len(methods))}
+        for stream, method in zip(self._sent, methods, strict=True):
+            self._socket.sendall(request(method, *headers, stream=stream))
+
+    @property
+    def sent(self) -> int:
+        return sum(self._sent.values())
+
+    def push(self) -> bool:
+        """Sends what the windows allow at once. Whether that was anything, or anything came."""
+        came, pushed = self._take(), False
+        for stream, sent in self._sent.items():
+            room = self._initial + self._grown.get(stream, 0) - sent
+            size = min(room, self._window, 1 << 14, self._num_bytes + 4 - sent)  # never the last byte
+            if size > 0:
+                prefix = b"" if sent else b"\0" + struct.pack(">I", self._num_bytes)
+                self._socket.sendall(frame(_DATA, 0, stream, (prefix + bytes(size))[:size]))
+                self._sent[stream] += size
+                self._window -= size
+                pushed = True
+        return pushed or came
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _take(self) -> bool:
+        if not select.select([self._socket], [], [], 0)[0]:
+            return False
+        data = self._rest + self._socket.recv(1 << 16)
+        while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3], "big"):
+            end = 9 + int.from_bytes(data[:3], "big")
+            self._took(data[3], data[4], int.from_bytes(data[5:9], "big"), data[9:end])
+            data = data[end:]
+        self._rest = data
+        return True
+
+    def _took(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == _WINDOW_UPDATE and not stream:
+            self._window += int.from_bytes(payload, "big")
+        elif kind == _WINDOW_UPDATE:
+            self._grown[stream] = self._grown.get(stream, 0) + int.from_bytes(payload, "big")
+        elif kind == _PING and not flags & _ACK:
+            self._socket.sendall(frame(_PING, _ACK, 0, payload))
+        elif kind == _SETTINGS and not flags & _ACK:
+            for start in range(0, len(payload), 6):
+                setting, value = struct.unpack(">HI", payload[start : start + 6])
+                self._initial = value if setting == 4 else self._initial
+            self._socket.sendall(frame(_SETTINGS, _ACK, 0, b""))
 
 
 class Frames:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
 from attnd._version import __version__
 from attnd.planes.grpc_options import keepalive_options
@@ -31,6 +30,7 @@ from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
+from attnd_server.rpc import health, reflection
 from attnd_server.rpc.listening import listen_address
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 # Least milliseconds between the pings of a client; who sends more is disconnected.
 MIN_PING_INTERVAL_MS = 300
+# Bytes of a stream that come in before its handler asks for them: gRPC's own estimate of what a connection carries
+# grows to 16 MiB a stream, of up to a thousand. Frames may be larger than the 16 KiB that it begins with instead.
+WINDOW_BYTES, MAX_FRAME_BYTES = 256 << 10, 4 << 20
 # Milliseconds after which a connection without an RPC is closed; its client opens another when it needs one.
 MAX_IDLE_MS = 300_000
 
@@ -52,6 +55,12 @@ def grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", frames.MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", config.max_connection_rpcs),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.max_frame_size", MAX_FRAME_BYTES),
+        # Of a compressed message only the size on the wire would be bounded: 256 KiB unfold to 256 MiB. Tensors do not
+        # shrink, and no client of ours compresses.
+        ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression),
         *keepalive_options(config.keepalive_s),
         # Clients ping, too; without this the server answers "too many pings".
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
@@ -103,12 +112,11 @@ class Server:
         self.service = build_service(self.config, metrics, planes)
         self.service.executor.prepare_thread()
         self._servicer = AttentionServicer(self.service, self._principals())
-        self._health = health.aio.HealthServicer()
+        self._health = health.HealthServicer()
+        contract = reflection.ReflectionServicer((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME))
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
         self._server = grpc.aio.server(interceptors=counters, options=grpc_options(self.config))
-        self._server.add_generic_rpc_handlers((self._servicer,))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((self._servicer, self._health, contract))
         port = self._add_port(listen_address(self.config.host, self.config.port))
         self.address = join_host_port(self.config.host, port)
         if metrics is not None:
@@ -125,7 +133,7 @@ class Server:
             self._snapshots.consume()
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING)
         self._loop = asyncio.get_running_loop()
         self.service.executor.faults.listen(self._device_failed)
         if self.service.verifier is not None and plane_pb2.PLANE_CUDA not in planes.reasons():
@@ -142,7 +150,7 @@ class Server:
         self._reloading.cancel()
         if self._snapshots is not None:
             self.service.caches.keep_all()
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, is_last=True)
         self._servicer.drain()
         if self._plane_server is not None:
             await asyncio.to_thread(self._plane_server.drain)
@@ -208,11 +216,7 @@ class Server:
     def _device_failed(self, reason: str) -> None:
         """On whichever thread saw it."""
         failed = health_pb2.HealthCheckResponse.NOT_SERVING
-        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._set_health(failed)))
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, status)
+        self._loop.call_soon_threadsafe(self._health.set, failed)
 
 
 def _plane_server(service: AttentionService, planes: Planes) -> PlaneServer | None:

@@ -48,11 +48,13 @@ class RpcCounter(grpc.aio.ServerInterceptor):
         return counted
 
     def _count(self, method: str, handler: Any) -> Any:
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(self._stream_unary(method, handler.stream_unary))
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(self._stream_stream(method, handler.stream_stream))
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._unary_unary(method, handler.unary_unary))
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._unary_stream(method, handler.unary_stream))
-        return grpc.stream_stream_rpc_method_handler(self._stream_stream(method, handler.stream_stream))
+        return grpc.unary_stream_rpc_method_handler(self._unary_stream(method, handler.unary_stream))
 
     def _unary_unary(self, method: str, behaviour: Behaviour) -> Any:
         async def handler(request: bytes, context: Any) -> bytes:
@@ -69,6 +71,15 @@ class RpcCounter(grpc.aio.ServerInterceptor):
             with _Rpc(self._metrics, method, context) as rpc:
                 rpc.received_bytes = len(request)
                 await behaviour(request, rpc)
+
+        return handler
+
+    def _stream_unary(self, method: str, behaviour: Behaviour) -> Any:
+        async def handler(requests: AsyncIterator[bytes], context: Any) -> bytes:
+            with _Rpc(self._metrics, method, context) as rpc:
+                response: bytes = await behaviour(_Requests(rpc, requests), rpc)
+                rpc.sent_bytes = len(response)
+                return response
 
         return handler
 
@@ -115,6 +126,13 @@ class _Rpc:
         """Ends the RPC with an error; gRPC's context does not tell afterwards with which."""
         self._aborted = code
         await self._context.abort(code, *details)
+
+    async def read(self) -> Any:
+        """The next message of the stream, as bytes, or gRPC's EOF."""
+        message = await self._context.read()
+        if message is not grpc.aio.EOF:
+            self.received_bytes += len(message)
+        return message
 
     def write(self, message: bytes) -> Awaitable[None]:
         """Sends a message of the stream."""

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 from google.protobuf import any_pb2
 
-from attnd.errors import STATUS_DETAILS_KEY, AttndError, Unauthenticated, to_message
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, InvalidRequest, Unauthenticated, to_message
 from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked, wanted_until_revoked
+from attnd_server.rpc.handlers import LateReading
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.until_revoked import TELL_S, until_revoked
 from attnd_server.service.service import AttentionService, error_response
@@ -50,13 +51,13 @@ class AttentionServicer(grpc.GenericRpcHandler):
         self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(self._unary(method)) for name, method in service.unary.items()
+            name: LateReading(self._unary(method), self._only_request) for name, method in service.unary.items()
         }
         self._handlers = {
             **unary,
             "Attend": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.attend)),
             "StoreKv": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.store_kv)),
-            "ReadKv": grpc.unary_stream_rpc_method_handler(self._until_revoked(self.read_kv)),
+            "ReadKv": LateReading(self._until_revoked(self.read_kv), self._only_request, streams=True),
         }
 
     def service_name(self) -> str:
@@ -70,6 +71,13 @@ class AttentionServicer(grpc.GenericRpcHandler):
             return None
         refusal = self._principals.refusal(details.invocation_metadata or ())
         return self._handlers[method] if refusal is None else self._refusing
+
+    async def _only_request(self, context: Context) -> bytes:
+        """The request of a method that has one. What comes behind it is never read."""
+        data: Any = await context.read()
+        if data is grpc.aio.EOF:
+            await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
+        return data  # type: ignore[no-any-return]
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
