@@ -143,8 +143,8 @@ class World:
             self._add(principal, config)
         self._fixed = list(self.pools.values())
 
-    def _listen(self, error: Exception) -> Any:
-        told = self._told(error)
+    def _listen(self, error: Exception, principal: str = "") -> Any:
+        told = self._told(error, principal)
         if isinstance(told, ServerFault):
             self.faults.append(error)
         return told

@@ -268,6 +268,8 @@ def test_a_service_refuses_everything() -> None:
     service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20))
     service.executor.faults.fail("it is tired")
     for name, method in service.unary.items():
+        if name == "GetStatus":  # which says so
+            continue
         with pytest.raises(Disconnected, match="it is tired"):
             method(b"", "somebody")
         assert name

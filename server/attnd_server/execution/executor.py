@@ -41,6 +41,7 @@ class Executor:
         faults: whether the device has failed: then nothing runs any more.
         graphs: what warm-ups captured.
         runner: runs what has the device.
+        waiting: counts, by principal, the jobs that wait.
         ops: its backends.
         prepare_thread: makes torch's settings of the calling thread what calls need.
     """
@@ -68,9 +69,7 @@ class Executor:
             faults: of the device; None: new ones.
             observer: sees the calls that ran; None: nobody does.
         """
-        self._caches = caches
-        self._config = config
-        self.device = device
+        self._caches, self._config, self.device = caches, config, device
         self.capture = capture or cuda_capture(device)
         self.faults = faults or DeviceFaults(device)
         self.graphs = CapturedGraphs()
@@ -79,6 +78,7 @@ class Executor:
         self._settings = ThreadSettings(config.threads or default_threads(device))
         self.prepare_thread = self._settings.prepare
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
+        self.waiting = self._queue.waiting
         self._closed = False
         self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
         self._device_lock = threading.Lock()

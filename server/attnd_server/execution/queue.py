@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -189,6 +189,14 @@ class WorkQueue:
             return
         retry_after_s = min(max(waiting * self._job_s, MIN_RETRY_S), MAX_RETRY_S)
         raise Exhausted(f"{use}; retry in {retry_after_s * 1e3:.0f} ms", retry_after_s=retry_after_s)
+
+    def waiting(self) -> Counter[str]:
+        """Jobs that wait, by principal."""
+        waiting: Counter[str] = Counter()
+        with self._lock:
+            for jobs in self._queues.values():
+                waiting[jobs[0].principal] += len(jobs)
+        return waiting
 
     def _depth_of(self, principal: str) -> int:
         """Jobs of a principal that wait. Looks at every queue, which takes some 10 us where there are a hundred."""

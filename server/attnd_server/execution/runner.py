@@ -20,6 +20,9 @@ from attnd_server.execution.work import Cancelled, Work
 
 log = logging.getLogger(__name__)
 
+# One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
+TIMED_EVERY = 16
+
 Outcome = tuple[bytes | None, BaseException | None]
 """What is given to `Done`."""
 
@@ -99,6 +102,7 @@ class Runner:
         started = time.perf_counter()
         result = self.attend(call)
         kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
+        _count(call, result, queue_us, kernel_us)
         if self._observer is not None:
             self._observer.launched(1)
             self._observer.served(call, result, queue_us, kernel_us)
@@ -114,6 +118,7 @@ class Runner:
         replies: list[bytes | Exception] = []
         for call, result, waited_us in zip(calls, results, queue_us, strict=True):
             assert call.encode is not None
+            _count(call, result, waited_us, kernel_us)
             try:
                 if self._observer is not None:
                     self._observer.served(call, result, waited_us, kernel_us)
@@ -183,6 +188,15 @@ class Runner:
     def attend_together(self, calls: list[Call]) -> list[Result]:
         """A layer each of several steps of one `Batch`, in one launch. With the device."""
         return self._shared.attend(calls)
+
+
+def _count(call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+    """Counts a call that was served for whoever sent it."""
+    counts = call.step.counts
+    if counts is not None:
+        if not counts.calls % TIMED_EVERY:
+            counts.time(queue_us, result.copies, kernel_us)
+        counts.calls += 1
 
 
 def _waited_us(job: Job, started: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,19 @@ from attnd_server.kv.cache import Cache
 # Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
 # a millisecond at most.
 SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
+
+
+class StepCounts(Protocol):
+    """Counts the calls of a step for whoever asks whose they were.
+
+    Attributes:
+        calls: that were served. To add one is all that most calls pay.
+    """
+
+    calls: int
+
+    def time(self, queue_us: int, copies: Copies, kernel_us: int) -> None:
+        """Takes the times of a call."""
 
 
 class ShareKey(NamedTuple):
@@ -50,6 +63,7 @@ class Step:
         stored: its slots on the device, for layers without graphs.
         share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
         is_marked: whether the cache was told which pages it writes.
+        counts: of whoever sent it; None: its calls are nobody's.
     """
 
     id: int
@@ -62,6 +76,7 @@ class Step:
     stored: StoredTokens | None = None
     share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
+    counts: StepCounts | None = None
 
     @cached_property
     def is_small(self) -> bool:

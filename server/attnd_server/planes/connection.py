@@ -62,7 +62,7 @@ class PlaneConnection(threading.Thread):
         except OSError as error:
             log.info("a shm plane broke: %s", error)
         except Exception as error:
-            self._refuse(self._service.told(error))
+            self._refuse(self._service.told(error, "" if plane is None else plane.principal))
         finally:
             if plane is not None:
                 self._planes.forget(plane)

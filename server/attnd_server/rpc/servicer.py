@@ -130,14 +130,14 @@ class AttentionServicer(grpc.GenericRpcHandler):
                 await context.write(answer)
 
         going_away = asyncio.ensure_future(self._going_away(write))
-        answers = ReplyOrder(write, self._told)
+        answers = ReplyOrder(write, partial(self._told, session))
         try:
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
                 is_alone = self._num_streams == 1 and not answers.waiting
                 answer = self._begin(session, data, is_alone, context)
                 if isinstance(answer, BigStep):
-                    answer = await self._opened(answer)
+                    answer = await self._opened(session, answer)
                 # As `put` would, for whom it saves a task: a lone worker's answer takes no way round.
                 if answers.waiting or not isinstance(answer, bytes):
                     await answers.put(answer)
@@ -165,14 +165,14 @@ class AttentionServicer(grpc.GenericRpcHandler):
                     return result
             return start_on(executor, answer, _soonest(context, answer), session.is_wanted)
         except Exception as error:
-            return self._told(error)
+            return self._told(session, error)
 
-    async def _opened(self, step: BigStep) -> bytes:
+    async def _opened(self, session: AttendSession, step: BigStep) -> bytes:
         """The answer to a step that others do not wait for. Its stream does: the next message may be a call of it."""
         try:
             return await self._beside(step.answer)
         except Exception as error:
-            return self._told(error)
+            return self._told(session, error)
 
     async def _checked(self, check: Callable[[bytes, str], Result], data: bytes, principal: str) -> Result:
         """What `check` makes of a message; others do not wait for that of a big one."""
@@ -184,8 +184,8 @@ class AttentionServicer(grpc.GenericRpcHandler):
         """What `check` gives, on another thread: it takes long, and numpy lets the event loop go on meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._checks, check)
 
-    def _told(self, error: Exception) -> bytes:
-        return error_response(attention_pb2.AttendResponse, self._service.told(error))
+    def _told(self, session: AttendSession, error: Exception) -> bytes:
+        return error_response(attention_pb2.AttendResponse, session.told(error))
 
     async def _going_away(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         await self._drain.wait()
@@ -212,7 +212,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
             work = await self._checked(self._service.kv.store_kv, data, principal)
             return await self._finish(work, context, principal)
         except Exception as error:
-            return error_response(attention_pb2.StoreKvResponse, self._service.told(error))
+            return error_response(attention_pb2.StoreKvResponse, self._service.told(error, principal))
 
     async def read_kv(self, data: bytes, context: Context) -> None:
         """ReadKv: one chunk after the other, so that no more than one waits in memory."""
@@ -231,9 +231,16 @@ class AttentionServicer(grpc.GenericRpcHandler):
         timeout_s = _soonest(context, answer)
         return await start_on(self._service.executor, answer, timeout_s, wanted_until_revoked(principal))
 
+    def _known(self, context: Context) -> str:
+        """The principal of an RPC; "": it proves nobody."""
+        try:
+            return self._principals.of(context)
+        except AttndError:
+            return ""
+
     async def _abort(self, context: Context, error: Exception) -> NoReturn:
         """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
-        told = self._service.told(error)
+        told = self._service.told(error, self._known(context))
         detail = any_pb2.Any()
         detail.Pack(to_message(told))
         status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])

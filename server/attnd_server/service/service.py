@@ -27,6 +27,7 @@ from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
 from attnd_server.identity import OpenByToken, refuse_if_revoked
 from attnd_server.identity.quota import Quota
 from attnd_server.kv.caches import CacheTable
+from attnd_server.observe.callers import Callers
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier
 from attnd_server.service import validation
@@ -48,6 +49,7 @@ class AttentionService:
     """The operations on one device's caches.
 
     Attributes:
+        callers: what each was served.
         sessions: who holds how many streams and planes; whoever serves one takes it there, and gives it back.
         opened: the streams and planes that tokens have opened; whoever serves one holds it there.
         kv: the requests that read and write KV without attention.
@@ -81,6 +83,7 @@ class AttentionService:
         self._is_draining = False
         self.verifier = verifier
         remedy = "close one, or wait until one is closed"
+        self.callers = Callers()
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
         self.opened = OpenByToken()
         # Not an LRU: several threads share it, each step of which must be one of Python's own.
@@ -101,7 +104,7 @@ class AttentionService:
             "ClosePlane": planes.close,
         }
         self.unary = {name: self._while_sound(method) for name, method in self.unary.items()}
-        self.status = Status(config, executor, caches, self.sessions)
+        self.status = Status(config, executor, caches, self.sessions, self.callers)
         self.unary["GetStatus"] = self.status.get_status  # of a server whose device has failed, too
 
     def _while_sound(self, method: Callable[[bytes, str], bytes | Work]) -> Callable[[bytes, str], bytes | Work]:
@@ -193,6 +196,7 @@ class AttentionService:
             given, must = request.message.step.kind, step_pb2.StepKind.Name(kind)
             raise InvalidRequest(f"step.kind is {given}, but must be {kind} ({must})", field="step.kind")
         step = self.step(request.message.step, principal)
+        step.counts = self.callers.unary_step(principal, step.metadata.num_tokens).served
         call = self.call(step, request.message.call, request.tensors)
         replies = InlineReplies(reply)
         return replies.answered(call, request.message.call)
@@ -244,8 +248,13 @@ class AttentionService:
         self.refuse_if_draining()
         return self._planes.open(data, principal)
 
-    def told(self, error: Exception) -> AttndError:
-        """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that."""
+    def told(self, error: Exception, principal: str = "") -> AttndError:
+        """What a client is told, and counts as refused. Of a bug it learns an id; the log has the rest under that.
+
+        Args:
+            error: what was raised.
+            principal: who is told; "": nobody knows.
+        """
         if self.executor.faults.look_at(error):
             refusal: AttndError = self.executor.faults.refusal()
         elif isinstance(error, AttndError):
@@ -254,6 +263,7 @@ class AttentionService:
             fault_id = secrets.token_hex(4)
             log.error("internal error %s", fault_id, exc_info=error)
             refusal = ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
+        self.callers.refused(principal, refusal)
         if self.metrics is not None:
             self.metrics.refused(refusal)
         return refusal

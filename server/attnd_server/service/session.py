@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from attnd.errors import InvalidRequest
+from attnd.errors import AttndError, InvalidRequest
 from attnd.protocol import frames
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.protocol.tensors import Array
@@ -19,6 +20,7 @@ from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
 from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_until_revoked
+from attnd_server.observe.callers import Callers
 from attnd_server.service import validation
 from attnd_server.service.replies import Replies
 
@@ -48,15 +50,20 @@ class Checks(Protocol):
     """What a session asks its service.
 
     Attributes:
+        callers: among whom it is counted.
         config: the limits.
         executor: that runs its calls.
     """
 
+    callers: Callers
     config: ServerConfig
     executor: Executor
 
     def step(self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = ...) -> Step:
         """Checks a step. Raises AttndError: it is refused."""
+
+    def told(self, error: Exception, principal: str = "") -> AttndError:
+        """What a client is told, and counts as refused."""
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of a step. Raises AttndError: it is refused."""
@@ -73,6 +80,9 @@ class AttendSession:
         """Starts without steps."""
         self._service = service
         self._principal = principal
+        self._counts = service.callers.open(principal, replies.plane)
+        # Streams and planes end in many ways, and in none does anything keep the session.
+        weakref.finalize(self, service.callers.close, self._counts).atexit = False
         self._can_be_revoked = isinstance(principal, TokenPrincipal)
         self.is_wanted = wanted_until_revoked(principal)
         self._replies = replies
@@ -127,6 +137,10 @@ class AttendSession:
         message.layer, message.step_id = layer, step_id
         return self._call(message, tensors, lane)
 
+    def told(self, error: Exception) -> AttndError:
+        """What the client is told of an error, which counts as refused."""
+        return self._service.told(error, self._principal)
+
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
         call = self._service.call(self._step(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
@@ -150,6 +164,8 @@ class AttendSession:
             )
         open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
         step = self._steps[message.id] = self._service.step(message, self._principal, open_steps)
+        step.counts = self._counts.served
+        self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = message.id
         if self._last_options is not None:  # most likely those of its first call, too
             self._service.executor.plan_ahead(step, self._last_options)

@@ -121,7 +121,7 @@ class _Answers:
             error = failure
         assert error is not None
         try:
-            self._send(framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._service.told(error))))
+            self._send(framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._session.told(error))))
         except OSError:
             pass  # the worker has gone
         end(self._connection)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from attnd.errors import DeadlineExceeded, InvalidRequest
+from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest
 from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
@@ -61,6 +61,7 @@ class CudaSession:
         self._kept: OrderedDict[int, AttentionMetadata] = OrderedDict()
         self._last_id = -1
         self._over_at = 0.0  # when the last step was over, `time.perf_counter`
+        self._counts = service.callers.open(principal, "cuda")
         self._begun_in_part: list[tuple[CudaStep, ExitStack]] = []
 
     def begin(self, data: bytes) -> StepUnderWay:
@@ -110,8 +111,10 @@ class CudaSession:
 
     def _reply(self, step: CudaStep, queue_us: int, step_us: int) -> bytes:
         """Counts a step that was served, and answers it."""
+        num_calls = len(step.options)
+        self._counts.step_served(num_calls, queue_us, step_us)
         if self._service.metrics is not None:
-            num_calls, num_bytes = len(step.options), step.num_bytes(self._channel)
+            num_bytes = step.num_bytes(self._channel)
             self._service.metrics.step_served("cuda", step.backend, num_calls, num_bytes, queue_us, step_us)
         backend = backend_pb2.BACKEND_UNSPECIFIED
         if step.backend is not None:
@@ -132,11 +135,16 @@ class CudaSession:
 
     def close(self) -> None:
         """Lets go of what waits for the worker, and frees the graphs."""
+        self._service.callers.close(self._counts)
         self._channel.drain()
         for _, held in self._begun_in_part:
             held.close()
         self._begun_in_part.clear()
         self._graphs.close()
+
+    def told(self, error: Exception) -> AttndError:
+        """What the worker is told of an error, which counts as refused."""
+        return self._service.told(error, self._principal)
 
     def _is_stuck(self) -> None:
         timeout_s = self._service.config.device_timeout_s
@@ -160,6 +168,7 @@ class CudaSession:
             )
         service = self._service
         step = service.step(request.step, self._principal, self._kept)
+        self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = request.step.id
         self._kept[step.id] = step.metadata
         if len(self._kept) > MAX_KEPT_STEPS:

@@ -70,7 +70,7 @@ class ShmConnection:
 
     def told(self, error: Exception) -> bytes:
         """The answer that tells of an error."""
-        return framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._service.told(error)))
+        return framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._session.told(error)))
 
     def _run(self, work: Work) -> bytes:
         executor, timeout_s = self._service.executor, None
