@@ -5,7 +5,6 @@ from __future__ import annotations
 # By a module's top name, the smallest extra that brings it.
 EXTRAS = {
     "accelerate": "demo",
-    "attnd_server": "server",
     "cachetools": "server",
     "cuda": "cuda",
     "gguf": "demo",
@@ -30,7 +29,7 @@ def missing(error: ModuleNotFoundError, extra: str = "") -> str | None:
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None
-    return f"{error.name} is not installed, {where(extra or EXTRAS[module])}"
+    return f"{module} is not installed, {where(extra or EXTRAS[module])}"
 
 
 def where(extra: str) -> str:

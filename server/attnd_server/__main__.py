@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import sys
 
-# What installs a module that may be missing: the extra of the package, by the module's top name.
-_EXTRAS = {
-    "accelerate": "demo",
-    "cachetools": "server",
-    "gguf": "demo",
-    "grpc_health": "server",
-    "grpc_reflection": "server",
-    "numpy": "server",
-    "prometheus_client": "server",
-    "rich": "server",
-    "torch": "server",
-    "transformers": "demo",
-    "typer": "server",
-}
+from attnd_server.cli import streams
+
+# By a command, the extra that brings all that it needs; others need no more than `cli`.
+_EXTRAS = {"serve": "server", "demo": "demo", "chat": "demo"}
 
 
 def main() -> int:
-    """Runs the command line. Returns the exit code, or exits with it."""
+    """Runs the command line. Returns the exit code."""
+    streams.end_at_interrupts()
+    return streams.guarded(_run, "attnd")
+
+
+def _run() -> int:
     try:
         from attnd_server.cli.main import app
 
+        streams.raise_at_interrupts()
         app(prog_name="attnd")
     except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in _EXTRAS:
+        from attnd.extras import missing
+
+        why = missing(error, _EXTRAS.get(sys.argv[1] if len(sys.argv) > 1 else "", ""))
+        if why is None:
             raise
-        print(f"attnd: {module} is not installed; try: pip install 'attnd[{_EXTRAS[module]}]'", file=sys.stderr)
-        return 1
+        print(f"attnd: {why}", file=sys.stderr)
+        return streams.FAILED
     return 0
 
 

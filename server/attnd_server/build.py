@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from attnd.errors import InvalidRequest
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
+from attnd_server.device.machine import memory_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.calls import CallObserver
@@ -16,21 +18,31 @@ from attnd_server.service.service import AttentionService
 
 
 def select_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda" or "cuda:1"."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    """The device of "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        InvalidRequest: there is no such device here.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    try:
+        number = int(name.partition(":")[2] or 0)
+    except ValueError:
+        number = -1
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.partition(":")[0] not in ("auto", "cuda") or not 0 <= number < found:
+        here = f"cuda:0..{found - 1} are here" if found else "torch finds no GPU here"
+        raise InvalidRequest(f"device is {name}, but must be auto, cpu or a GPU: {here}", field="device")
+    return torch.device("cuda", number)
 
 
 def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
-    """Bytes that caches may take: as configured, else 80% of the GPU's free or 25% of the processor's total memory."""
+    """Bytes that caches may take: as configured, else 80% of the GPU's free or 25% of the processor's memory."""
     if config.kv_bytes:
         return config.kv_bytes
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    with open("/proc/meminfo") as meminfo:
-        return int(meminfo.readline().split()[1]) * 1024 // 4
+    return memory_bytes() // 4
 
 
 def build_service(

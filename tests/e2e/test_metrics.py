@@ -254,7 +254,8 @@ def test_a_missing_package_is_named_in_one_line() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
     )
     assert (result.returncode, result.stdout) == (1, "")
-    told = "attnd: prometheus_client is not installed; try: pip install 'attnd[server]'"
+    where = "which comes with attnd[server]; in a checkout: pip install '.[server]'"
+    told = f"attnd: prometheus_client is not installed, {where}"
     assert result.stderr.splitlines()[-1] == told
     assert "Traceback" not in result.stderr
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import attnd
 from attnd._version import __version__
-from tests.servers import ROOT
+from tests.servers import ROOT, ServerProcess
 
 pytest.importorskip("hatchling", reason="building a wheel needs hatchling")
+
+SMALL = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, "dtype": "float32", "layout": "distinct"}
 
 
 def output(*command, **options):
@@ -61,7 +64,7 @@ def test_asks_for_grpc_and_protobuf_only(wheel):
     metadata = email.message_from_string(text)
     requirements = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"[\w-]+", line)[0] for line in requirements) == ["grpcio", "protobuf"]
-    assert set(metadata.get_all("Provides-Extra")) == {"torch", "cuda", "server", "transformers", "demo", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"torch", "cuda", "cli", "server", "transformers", "demo", "dev"}
     assert metadata["License-Expression"] == "Apache-2.0"
 
 
@@ -86,7 +89,10 @@ def test_the_client_imports_alone(environment, tmp_path):
 def test_the_command_says_what_is_missing(environment, tmp_path):
     result = subprocess.run([environment.parent / "attnd"], capture_output=True, text=True, cwd=tmp_path, env={})
     assert result.returncode == 1
-    assert re.fullmatch(r"attnd: \w+ is not installed; try: pip install 'attnd\[server\]'\n", result.stderr)
+    assert re.fullmatch(
+        r"attnd: \w+ is not installed, which comes with attnd\[cli\]; in a checkout: pip install '.\[cli\]'\n",
+        result.stderr,
+    )
 
 
 @pytest.mark.network
@@ -99,3 +105,36 @@ def test_without_a_server_package_inproc_says_so(environment, tmp_path):
         "    print(type(error).__name__, error)"
     )
     assert "attnd[server]" in output(environment, "-I", "-c", program, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def thin(wheel, tmp_path_factory) -> Path:
+    """The commands of a fresh environment with the extra `cli` alone."""
+    folder = tmp_path_factory.mktemp("thin")
+    output(sys.executable, "-m", "venv", "--without-pip", folder)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet")
+    output(*pip, "--constraint", ROOT / "constraints.txt", f"{wheel}[cli]")
+    return folder / "bin"
+
+
+@pytest.mark.network
+def test_the_commands_run_without_torch_and_numpy(thin, tmp_path):
+    program = "import importlib.util as u; print([n for n in ('torch', 'numpy', 'cachetools') if u.find_spec(n)])"
+    assert output(thin / "python", "-I", "-c", program, cwd=tmp_path) == "[]\n"
+    with ServerProcess(tmp_path / "log", "--device", "cpu", "--socket-dir", str(tmp_path / "sockets")) as server:
+        at = server.address
+        assert "naive" in output(thin / "attnd", "info", at, env={})
+        assert json.loads(output(thin / "attnd", "info", "--json", at, env={}))["address"] == at
+        assert "takes shm" in output(thin / "attnd", "doctor", at, env={})
+        assert json.loads(output(thin / "attnd", "doctor", "--json", at, env={}))["planes"]["shm"]["works"]
+        if "top" in output(thin / "attnd", "--help", env={}):
+            assert output(thin / "attnd", "top", "--once", at, env={})
+        with attnd.connect(at) as client, client.create_cache(**SMALL, name="thin") as cache:
+            folder, address = tmp_path / "folder", ("--address", at)
+            output(thin / "attnd", "cache", "export", cache.ref.id.hex(), folder, *address, env={})
+            assert len(output(thin / "attnd", "cache", "import", folder, *address, env={}).strip()) == 32
+    output(thin / "attnd", "token", "alice", tmp_path / "tokens", env={})
+    assert output(thin / "attnd", "--version", env={}).startswith(f"attnd {__version__}, ")
+    refused = subprocess.run([thin / "attnd", "serve"], capture_output=True, text=True, cwd=tmp_path, env={})
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(r"attnd: \w+ is not installed, which comes with attnd\[server\]; .*\n", refused.stderr)

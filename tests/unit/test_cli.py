@@ -336,14 +336,20 @@ def test_help_and_probe_do_not_import_torch():
     assert result.stdout == "set()\n"
 
 
-@pytest.mark.parametrize(("module", "extra"), [("typer", "server"), ("rich", "server")])
-def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, module, extra):
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [("typer", "info", "cli"), ("rich", "top", "cli"), ("typer", "serve", "server"), ("rich", "demo", "demo")],
+)
+def test_a_missing_extra_is_named_in_one_line(monkeypatch, capsys, module, command, extra):
+    monkeypatch.setattr(sys, "argv", ["attnd", command])
     monkeypatch.setitem(sys.modules, module, None)  # how the import system remembers that there is none
     for name in [name for name in sys.modules if name.startswith((f"{module}.", "attnd_server.cli.main"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("attnd_server.cli.main")
     assert __main__.main() == 1
-    assert capsys.readouterr().err == f"attnd: {module} is not installed; try: pip install 'attnd[{extra}]'\n"
+    assert capsys.readouterr().err == (
+        f"attnd: {module} is not installed, which comes with attnd[{extra}]; in a checkout: pip install '.[{extra}]'\n"
+    )
 
 
 def test_a_missing_module_of_our_own_is_not_an_extra(monkeypatch):

@@ -415,7 +415,7 @@ def test_nothing_is_written_while_a_call_runs_or_after_a_fault(
 def test_a_manifest_is_read_as_it_was_written() -> None:
     for config in GEOMETRIES.values():
         told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, config, 3, 9, "f" * 64)
-        assert Manifest.from_bytes(told.to_bytes()) == told
+        assert Manifest.from_bytes(told.to_bytes(), AttentionConfig) == told
 
 
 JSON = st.recursive(

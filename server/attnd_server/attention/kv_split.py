@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attnd.errors import InvalidRequest
+from attnd_server.attention.geometry import KVSplitRule
 
 
 @dataclass(frozen=True)
-class KVSplitConfig:
+class KVSplitConfig(KVSplitRule):
     """How the KV of a request is cut into chunks, each of which gives a partial result that is merged afterwards.
 
     Attributes:
@@ -21,18 +21,6 @@ class KVSplitConfig:
             batch; without it the cut follows the batch. None: with it for requests with one new token, without it for
             others, where it costs more (see docs/benchmarks.md).
     """
-
-    chunk_size: int = 0
-    max_splits: int = 128
-    batch_invariant: bool | None = None
-
-    def __post_init__(self) -> None:
-        in_range = 16 <= self.chunk_size <= _MAX_CHUNK_SIZE
-        if self.chunk_size and (not in_range or self.chunk_size & (self.chunk_size - 1)):
-            rule = f"0 or a power of two in 16..{_MAX_CHUNK_SIZE}"
-            raise InvalidRequest(f"chunk_size is {self.chunk_size}, but must be {rule}", field="chunk_size")
-        if not 1 <= self.max_splits <= 1024:
-            raise InvalidRequest(f"max_splits is {self.max_splits}, but must be 1..1024", field="max_splits")
 
     def chunk_keys(self, num_keys: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Tokens of KV in a chunk of each request with `num_keys` of them; depends on nothing else of the batch."""
@@ -44,9 +32,6 @@ class KVSplitConfig:
             return np.maximum(chunk, power_of_two(-(-num_keys // self.max_splits)))
         return chunk
 
-
-# Tokens: far beyond use, and what is computed from it still fits int32.
-_MAX_CHUNK_SIZE = 1 << 20
 
 # Tokens of KV in a chunk of requests with at most so many tokens, and of longer ones. Short chunks fill a chip with one
 # request, long ones cost less with many; from decode of 1, 8 and 64 requests with chunks of each size on an H200.

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from attnd_server.cli import streams
 from attnd_server.cli.credentials import with_credentials
-from attnd_server.cli.options import DEFAULT_ADDRESS, option, timeout
+from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, option, timeout
 from attnd_server.cli.parsers import number
 
 if TYPE_CHECKING:
     import attnd
 
 app = typer.Typer(
-    help="Caches as files, in the format of serve --snapshot-dir: safetensors with a manifest.", no_args_is_help=True
+    cls=Group,
+    help="Caches as files, in the format of serve --snapshot-dir: safetensors with a manifest.",
+    no_args_is_help=True,
 )
 
 Server = Annotated[
@@ -27,7 +29,7 @@ Server = Annotated[
 Timeout = Annotated[float, timeout("How long to wait for each answer.")]
 
 
-@app.command("export")
+@app.command("export", cls=Command)
 @with_credentials
 def export_cache(
     cache_id: Annotated[
@@ -37,6 +39,7 @@ def export_cache(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder to make, or one that is empty.")],
     address: Server = DEFAULT_ADDRESS,
     timeout_s: Timeout = 60.0,
+    as_json: AsJson = False,
     credentials: Any = None,
 ) -> None:
     """Write one of your caches to a folder: the pages that were written to, bit for bit.
@@ -45,20 +48,24 @@ def export_cache(
     """
     from attnd.protocol.requests import cache_id as checked_id
     from attnd_server.cli import cache_files as transfer
-    from attnd_server.cli.info import bytes_text
+    from attnd_server.cli.texts import bytes_text, shown
 
     def check() -> None:
         checked_id(cache_id)
 
     def run(client: attnd.Client, advance: transfer.Advance) -> None:
         manifest = transfer.export_cache(client, cache_id, Path(folder), advance)
+        if as_json:
+            sizes = {"num_pages": manifest.num_pages, "num_bytes": manifest.num_bytes}
+            typer.echo(json.dumps({"id": manifest.id, "folder": folder, **sizes}))
+            return
         pages = f"{manifest.num_pages:,} of {manifest.config.num_pages:,} pages"
-        typer.echo(f"{pages}, {bytes_text(manifest.num_bytes)}, to {folder}")
+        typer.echo(shown(f"{pages}, {bytes_text(manifest.num_bytes)}, to {folder}").plain)
 
     _with_client("export", address, timeout_s, credentials, check, run)
 
 
-@app.command("import")
+@app.command("import", cls=Command)
 @with_credentials
 def import_cache(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder that was exported.")],
@@ -71,6 +78,7 @@ def import_cache(
         ),
     ] = 0,
     name: Annotated[str, typer.Option(help="Its label for people.", show_default="as it was")] = "",
+    as_json: AsJson = False,
     credentials: Any = None,
 ) -> None:
     """Lease a cache with what is in a folder, and print its id.
@@ -78,7 +86,7 @@ def import_cache(
     It ends with its lease, unless a worker goes on with it: client.open_cache(ID).
     """
     from attnd_server.cli import cache_files as transfer
-    from attnd_server.kv.snapshots import read_manifest
+    from attnd_server.kv.snapshots.folder import read_manifest
 
     def check() -> None:
         read_manifest(Path(folder))
@@ -86,6 +94,9 @@ def import_cache(
     def run(client: attnd.Client, advance: transfer.Advance) -> None:
         cache = transfer.import_cache(client, Path(folder), advance, ttl_s=ttl_s or None, name=name or None)
         cache.renew()
+        if as_json:
+            typer.echo(json.dumps({"id": cache.ref.id.hex(), "epoch": str(cache.ref.epoch), "ttl_s": cache.ttl_s}))
+            return
         typer.echo(cache.ref.id.hex())
         typer.echo(f"leased for {cache.ttl_s:g} s from now: client.open_cache(ID) goes on with it", err=True)
 
@@ -104,9 +115,10 @@ def _with_client(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     import attnd
-    from attnd_server.kv.snapshots import SnapshotRefused
+    from attnd_server.cli.texts import told
+    from attnd_server.kv.snapshots.folder import SnapshotRefused
 
-    errors = Console(stderr=True)
+    errors = streams.errors()
     columns = (TextColumn(command), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     try:
         check()
@@ -119,10 +131,5 @@ def _with_client(
             task = progress.add_task(command, total=None)
             run(client, lambda done, total: progress.update(task, advance=done, total=total))
     except (attnd.AttndError, SnapshotRefused, OSError) as error:
-        errors.print(
-            f"attnd cache {command}: {escape(' '.join(str(error).split()))}",
-            style="red",
-            soft_wrap=True,
-            highlight=False,
-        )
+        told(errors, f"cache {command}", error)
         raise typer.Exit(1) from None

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
+from typing import Any, BinaryIO
 
 import attnd
-from attnd_server.attention.config import AttentionConfig
-from attnd_server.cli.cache_pages import narrowest, pages_of, refuse_if_inexact, slots_of, tokens_of
+from attnd.protocol.tensors import DTYPES, ITEM_SIZES, KV_DTYPES, Array
+from attnd.v1 import backend_pb2, cache_pb2
+from attnd_server.attention.geometry import AttentionBackend, Geometry, KVSplitRule, Layout, PrecisionMode
+from attnd_server.cli.cache_pages import pages_of, refuse_if_inexact, slots_of, tokens_of
+from attnd_server.cli.texts import enum_name
 from attnd_server.kv.snapshots.folder import TENSORS, open_regular, read_manifest, refused, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
-from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, page_bytes, page_ids
+from attnd_server.kv.snapshots.page_ids import TensorFileRefused, page_bytes, page_ids
 from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
-from attnd_server.service import validation
 
 Advance = Callable[[int, int], None]
 """Is told how many bytes more are done, and how many there are in all."""
@@ -38,22 +38,21 @@ def export_cache(client: attnd.Client, cache_id: str, target: Path, advance: Adv
     """
     cache = client.open_cache(cache_id)
     info = cache.info()
-    config = validation.cache_config(info.config)
+    config = geometry(info.config)
     refuse_if_inexact(config)
-    pages = torch.tensor(cache.written_pages(), dtype=torch.int64)
+    pages = cache.written_pages()
     layout = TensorLayout(config, len(pages))
 
     def write(file: BinaryIO) -> Manifest:
         file.write(layout.header)
         file.write(page_bytes(pages))
         for layer, chunk in _chunks(config, layout):
-            slots = slots_of(pages[chunk], config)
-            k, v = cache.read_kv(layer, slots.to(narrowest(config)), like=slots)
-            for is_k, data in pages_of(k, v, config).items():
-                part = layout.parts[2 * layer + (not is_k)]
+            tokens = cache.read_kv(layer, slots_of(pages[chunk], config), like=pages)
+            for part, array in zip(layout.parts[2 * layer : 2 * layer + 2], tokens, strict=True):
+                data = pages_of(array.data, part.is_k, config)
                 file.seek(part.offset + chunk.start * part.page_bytes)
-                file.write(data.numpy().data.cast("B"))
-                advance(data.numel(), layout.num_bytes)
+                file.write(data)
+                advance(len(data), layout.num_bytes)
         file.seek(0)
         return Manifest(
             id=cache.ref.id.hex(),
@@ -102,20 +101,66 @@ def import_cache(
         cache = _create(client, config, ttl_s or manifest.ttl_s, manifest.name if name is None else name)
         try:
             for layer, chunk in _chunks(config, layout):
-                data = {}
+                tokens = []
                 for part in layout.parts[2 * layer : 2 * layer + 2]:
                     file.seek(part.offset + chunk.start * part.page_bytes)
-                    data[part.is_k] = bytearray(file.read((chunk.stop - chunk.start) * part.page_bytes))
-                    advance(len(data[part.is_k]), layout.num_bytes)
-                k, v = tokens_of(data[True], data[False], chunk.stop - chunk.start, config)
-                cache.store_kv(layer, slots_of(pages[chunk], config).to(narrowest(config)), k, v)
+                    data = file.read((chunk.stop - chunk.start) * part.page_bytes)
+                    advance(len(data), layout.num_bytes)
+                    tokens.append(_array(tokens_of(data, part.is_k, config), part.is_k, config))
+                cache.store_kv(layer, slots_of(pages[chunk], config), *tokens)
         except BaseException:
             cache.__exit__(None, None, None)
             raise
     return cache
 
 
-def _create(client: attnd.Client, config: AttentionConfig, ttl_s: float, name: str) -> attnd.Cache:
+def geometry(config: cache_pb2.CacheConfig) -> Geometry:
+    """That of a cache, as a server tells it.
+
+    Raises:
+        InvalidRequest: the server has what this version of attnd does not know.
+    """
+    names: dict[int, str] = {number: name for name, number in KV_DTYPES.items()}
+    is_quantised = config.kv_dtype not in (0, config.dtype)
+    try:
+        return Geometry(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            head_dim_v=config.head_dim_v,
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+            dtype=names[config.dtype],
+            kv_dtype=names[config.kv_dtype or config.dtype],
+            layout=Layout(enum_name(cache_pb2.Layout, config.layout)),
+            backend=AttentionBackend(enum_name(backend_pb2.Backend, config.backend)),
+            precision=PrecisionMode(enum_name(cache_pb2.Precision, config.precision)),
+            kv_split=_kv_split(config.kv_split),
+            k_scales=_scales(config.k_scales) if is_quantised else (1.0,),
+            v_scales=_scales(config.v_scales) if is_quantised else (1.0,),
+        )
+    except (KeyError, ValueError) as error:
+        if isinstance(error, attnd.InvalidRequest):
+            raise
+        raise attnd.InvalidRequest(f"config has what attnd {attnd.__version__} does not know: {error}") from None
+
+
+def _kv_split(message: cache_pb2.KvSplit) -> KVSplitRule:
+    is_invariant = message.batch_invariant if message.HasField("batch_invariant") else None
+    return KVSplitRule(message.chunk_size, message.max_splits, is_invariant)
+
+
+def _scales(message: Any) -> tuple[float, ...]:
+    return tuple(memoryview(message.data).cast("f")) if message.data else (1.0,)
+
+
+def _array(data: bytes, is_k: bool, config: Geometry) -> Array:
+    row = config.num_kv_heads, config.head_dim if is_k else config.head_dim_v
+    dtype = DTYPES[config.dtype]
+    return Array(dtype, (len(data) // (row[0] * row[1] * ITEM_SIZES[dtype]), *row), memoryview(data))
+
+
+def _create(client: attnd.Client, config: Geometry, ttl_s: float, name: str) -> attnd.Cache:
     split = config.kv_split
     return client.create_cache(
         num_layers=config.num_layers,
@@ -137,7 +182,7 @@ def _create(client: attnd.Client, config: AttentionConfig, ttl_s: float, name: s
     )
 
 
-def _chunks(config: AttentionConfig, layout: TensorLayout) -> list[tuple[int, slice]]:
+def _chunks(config: Geometry, layout: TensorLayout) -> list[tuple[int, slice]]:
     """Layers, and pages of each by the megabytes."""
     step = max(1, CHUNK_BYTES * config.num_layers * config.num_pages // config.num_bytes)
     firsts = range(0, layout.num_pages, step)

@@ -111,6 +111,7 @@ def _option(field: Field[Any], declared: Setting) -> Any:
         metavar=declared.metavar or form.metavar,
         parser=None if form.parser is None else form.parser(declared),
         show_default=default_text or True,
+        case_sensitive=False,
     )
 
 

@@ -1,16 +1,18 @@
-"""`attnd info`: what a server can do and what it holds, as tables."""
+"""`attnd info`: what a server can do and what it holds, as tables or as JSON."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import attnd
 from attnd.errors import AttndError
 from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd_server.cli.texts import bytes_text, enum_name, shown, told
 
 
 def run_info(
@@ -19,15 +21,18 @@ def run_info(
     console: Console,
     errors: Console,
     credentials: attnd.Credentials | None = None,
+    *,
+    as_json: bool = False,
 ) -> int:
     """Asks the server at `address` and prints the answers.
 
     Args:
-        address: "host:port".
+        address: of the server.
         timeout_s: how long to wait for it, in seconds.
         console: where the tables go.
         errors: where the one line goes if there is nothing to show.
         credentials: what to show the server.
+        as_json: whether the answers are one JSON object and nothing else.
 
     Returns:
         The exit code: 0, or 1 if the server did not answer.
@@ -38,11 +43,13 @@ def run_info(
         ) as client:
             capabilities, caches = client.capabilities(), client.list_caches()
     except AttndError as error:
-        # gRPC's details may come on several lines.
-        errors.print(f"attnd info: {escape(' '.join(str(error).split()))}", style="red", soft_wrap=True)
+        told(errors, "info", error)
         return 1
+    if as_json:
+        console.file.write(json.dumps(to_json(address, capabilities, caches)) + "\n")
+        return 0
     console.print(
-        f"[bold]{escape(address)}[/]  attnd {escape(capabilities.version)}, epoch {capabilities.epoch}", highlight=False
+        shown(f"{address}  attnd {capabilities.version}, epoch {capabilities.epoch}"), style="bold", highlight=False
     )
     tables = [device_table(capabilities), choice_table(capabilities), limit_table(capabilities)]
     for part in (*tables, cache_table(caches) if caches else "No caches."):
@@ -51,38 +58,85 @@ def run_info(
     return 0
 
 
+def to_json(
+    address: str, capabilities: capabilities_pb2.GetCapabilitiesResponse, caches: list[cache_pb2.CacheInfo]
+) -> dict[str, Any]:
+    """As `--json` has it: see docs/operating.md."""
+    devices = ("name", "description", "uuid", "num_bytes_used", "num_bytes_limit")
+    return {
+        "address": address,
+        "version": capabilities.version,
+        "epoch": str(capabilities.epoch),  # beyond what other readers of JSON take for whole numbers
+        "devices": [{name: getattr(each, name) for name in devices} for each in capabilities.devices],
+        **{
+            kind: [{"name": name, "available": state.available, "reason": state.reason} for name, state in states]
+            for kind, states in _choices(capabilities).items()
+        },
+        **{kind: values for kind, _, values in _kinds(capabilities)},
+        "limits": {field.name: value for field, value in capabilities.limits.ListFields()},
+        "caches": [_cache_json(cache) for cache in caches],
+    }
+
+
+def _cache_json(cache: cache_pb2.CacheInfo) -> dict[str, Any]:
+    config = cache.config
+    numbers = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
+    lease = ("num_pages_written", "num_bytes", "ttl_s", "expires_in_s", "awaits_adoption")
+    return {
+        "name": cache.name,
+        **{name: getattr(config, name) for name in numbers},
+        "dtype": enum_name(tensor_pb2.Dtype, config.dtype),
+        "kv_dtype": enum_name(tensor_pb2.Dtype, config.kv_dtype or config.dtype),
+        "layout": enum_name(cache_pb2.Layout, config.layout),
+        **{name: getattr(cache, name) for name in lease},
+    }
+
+
+def _choices(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> dict[str, list[tuple[str, Any]]]:
+    """Backends and planes by name."""
+    backends = [(enum_name(backend_pb2.Backend, state.backend), state) for state in capabilities.backends]
+    planes = [(enum_name(plane_pb2.Plane, state.plane), state) for state in capabilities.planes]
+    return {"backends": backends, "planes": planes}
+
+
+def _kinds(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> list[tuple[str, str, list[str]]]:
+    """Key, label and names of what a step or a cache may be."""
+    return [
+        (key, label, [enum_name(enum, value) for value in getattr(capabilities, key)])
+        for key, label, enum in (
+            ("dtypes", "dtypes", tensor_pb2.Dtype),
+            ("kv_dtypes", "more KV dtypes", tensor_pb2.Dtype),
+            ("layouts", "layouts", cache_pb2.Layout),
+            ("masks", "masks", step_pb2.Mask),
+        )
+    ]
+
+
 def device_table(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> Table:
     """Devices and the memory that caches take there."""
     table = _table("Devices", "device", "what", "KV in use", "KV limit", "UUID")
     for device in capabilities.devices:
         used, limit = bytes_text(device.num_bytes_used), bytes_text(device.num_bytes_limit)
-        table.add_row(*map(escape, (device.name, device.description, used, limit, device.uuid or "-")))
+        table.add_row(*map(shown, (device.name, device.description, used, limit, device.uuid or "-")))
     return table
 
 
 def choice_table(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> Table:
     """Backends and planes, with the reason why one is off."""
     table = _table("Backends and planes", "", "", "can be had")
-    for label, enum, states in (
-        ("backend", backend_pb2.Backend, [(state.backend, state) for state in capabilities.backends]),
-        ("plane", plane_pb2.Plane, [(state.plane, state) for state in capabilities.planes]),
-    ):
-        for value, state in states:
-            available = "[green]yes[/]" if state.available else f"[yellow]no[/]: {escape(state.reason)}"
-            table.add_row(label, _name(enum, value), available)
+    for kind, states in _choices(capabilities).items():
+        for name, state in states:
+            yes_or_no = Text("yes", "green") if state.available else Text("no", "yellow")
+            why = Text() if state.available else shown(f": {state.reason}")
+            table.add_row(kind.removesuffix("s"), name, yes_or_no + why)
     return table
 
 
 def limit_table(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> Table:
     """What a step or a cache may be, and how large."""
     table = _table("Steps and caches", "", "")
-    for label, enum, values in (
-        ("dtypes", tensor_pb2.Dtype, capabilities.dtypes),
-        ("more KV dtypes", tensor_pb2.Dtype, capabilities.kv_dtypes),
-        ("layouts", cache_pb2.Layout, capabilities.layouts),
-        ("masks", step_pb2.Mask, capabilities.masks),
-    ):
-        table.add_row(label, ", ".join(_name(enum, value) for value in values))
+    for _, label, names in _kinds(capabilities):
+        table.add_row(label, ", ".join(names))
     for field, value in capabilities.limits.ListFields():
         table.add_row(field.name, bytes_text(value) if field.name.endswith("_bytes") else f"{value:,.0f}")
     return table
@@ -94,12 +148,12 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
     for cache in caches:
         config = cache.config
         dims = {config.head_dim: "", config.head_dim_v: ""}  # one, or two that differ
-        dtype = _name(tensor_pb2.Dtype, config.dtype)
+        dtype = enum_name(tensor_pb2.Dtype, config.dtype)
         if config.kv_dtype not in (tensor_pb2.DTYPE_UNSPECIFIED, config.dtype):
-            dtype += f" in {_name(tensor_pb2.Dtype, config.kv_dtype)}"
-        kinds = f"{dtype}, {_name(cache_pb2.Layout, config.layout)}"
+            dtype += f" in {enum_name(tensor_pb2.Dtype, config.kv_dtype)}"
+        kinds = f"{dtype}, {enum_name(cache_pb2.Layout, config.layout)}"
         table.add_row(
-            escape(cache.name or "-"),
+            shown(cache.name or "-"),
             f"{config.num_layers} layers x {config.num_kv_heads} heads x {'/'.join(map(str, dims))}, {kinds}",
             f"{cache.num_pages_written:,} of {config.num_pages:,}, {config.page_size} tokens each",
             bytes_text(cache.num_bytes),
@@ -108,28 +162,8 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
     return table
 
 
-def bytes_text(value: float) -> str:
-    """`value` bytes with a unit that keeps the number short: 512 B, 1.5 KiB, 12.0 GiB."""
-    if value < 1024:
-        return f"{value:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        value /= 1024
-        if value < 1024:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1024:.1f} TiB"
-
-
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
     for column in columns:
         table.add_column(column, justify="right" if column in ("KV in use", "KV limit", "memory") else "left")
     return table
-
-
-def _name(enum: Any, value: int) -> str:
-    """The end of an enum value's name, as people type it: BACKEND_TRITON_GROUPED is triton_grouped."""
-    if value not in enum.values():
-        return str(value)
-    prefix = enum.DESCRIPTOR.name.upper() + "_"
-    name: str = enum.Name(value)
-    return name.removeprefix(prefix).lower()

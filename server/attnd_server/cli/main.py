@@ -10,43 +10,59 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from attnd_server.cli import cache
 from attnd_server.cli.credentials import with_credentials
 from attnd_server.cli.demo.commands import chat, demo
-from attnd_server.cli.options import DEFAULT_ADDRESS, timeout
+from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, timeout
 from attnd_server.cli.serve import serve
+from attnd_server.cli.streams import errors, output
 
 app = typer.Typer(
-    help="A server that owns paged KV and attention kernels, for model workers in other processes.",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(cache.app, name="cache")
-app.command()(serve)
-app.command()(demo)
-app.command()(chat)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(demo)
+app.command(cls=Command)(chat)
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        print_version()
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="As the command version.")
+    ] = False,
+) -> None:
+    """A server that owns paged KV and attention kernels, for model workers in other processes."""
+
+
+@app.command(cls=Command)
 @with_credentials
 def info(
     address: Annotated[
         str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to ask.")
     ] = DEFAULT_ADDRESS,
     timeout_s: Annotated[float, timeout("How long to wait for it.")] = 5.0,
+    as_json: AsJson = False,
     credentials: Any = None,
 ) -> None:
     """Show what a server can do, and its caches with the pages in use."""
     from attnd_server.cli.info import run_info
 
-    raise typer.Exit(run_info(address, timeout_s, Console(), Console(stderr=True), credentials))
+    raise typer.Exit(run_info(address, timeout_s, output(), errors(), credentials, as_json=as_json))
 
 
-@app.command()
+@app.command(cls=Command)
 @with_credentials
 def doctor(
     address: Annotated[
@@ -59,15 +75,17 @@ def doctor(
         ),
     ] = "",
     timeout_s: Annotated[float, timeout("How long to wait for each answer.")] = 5.0,
+    as_json: AsJson = False,
     credentials: Any = None,
 ) -> None:
     """Try every plane from this process to a server: which work, how fast they are, and why others do not."""
     from attnd_server.cli.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(address, socket_dir, timeout_s, Console(), Console(stderr=True), credentials))
+    code = run_doctor(address, socket_dir, timeout_s, output(), errors(), credentials, as_json=as_json)
+    raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=Command)
 def token(
     principal: Annotated[str, typer.Argument(metavar="PRINCIPAL", help="Whose token it is.")],
     path: Annotated[str, typer.Argument(metavar="FILE", help="The file that serve --tokens reads.")],
@@ -85,7 +103,7 @@ def token(
         raise typer.BadParameter(str(error)) from None
 
 
-@app.command("version")
+@app.command("version", cls=Command)
 def print_version() -> None:
     """Show the versions of attnd and of what it stands on."""
     from attnd._version import __version__

@@ -5,12 +5,37 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from attnd_server.cli.derived_options import option_of
 from attnd_server.cli.parsers import number
 from attnd_server.config import ServerConfig
 
 DEFAULT_ADDRESS = "localhost:7411"
+
+
+class Command(TyperCommand):
+    """A command in whose help flags do not look as if they took a value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Those of the command, and --help."""
+        return without_values(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """Likewise for commands of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Those of the group, and --help."""
+        return without_values(super().get_params(ctx))
+
+
+def without_values(parameters: list[Any]) -> list[Any]:
+    """The parameters; what a flag takes, which newer versions of typer call <bool>, is nothing."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+            parameter.metavar = ""
+    return parameters
 
 
 def option(envvar: str, text: str, *, flag: str = "", panel: str | None = None, **kinds: Any) -> Any:
@@ -32,4 +57,5 @@ def timeout(text: str) -> Any:
     return typer.Option(parser=number(0.1), metavar="SECONDS", help=text)
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]
 Device = Annotated[str, option_of(ServerConfig, "device")]

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 import attnd
 from attnd.errors import AttndError
+from attnd.extras import where
+from attnd_server.cli.plane_case import NUM_HEADS, NUM_REQS, Case, error_of
 
-# Requests of a call, each with one new token after so many.
-NUM_REQS, CONTEXT_LEN = (1, 16), 64
-# Heads of an 8B model.
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-PAGE_SIZE = 16
-PAGES_PER_REQUEST = -(-(CONTEXT_LEN + 1) // PAGE_SIZE)
 # Of each size: steps, and calls of a step as of a model's layers.
 NUM_STEPS, NUM_CALLS = 5, 30
 TURNS = (
@@ -44,44 +39,11 @@ class Finding:
     call_us: dict[int, float] = field(default_factory=dict)
 
 
-class Case:
-    """Random requests, each on pages of its own in random order."""
-
-    def __init__(self) -> None:
-        """Draws them."""
-        most = max(NUM_REQS)
-        self.num_pages = most * PAGES_PER_REQUEST
-        self.page_tables = torch.randperm(self.num_pages, dtype=torch.int32).view(most, PAGES_PER_REQUEST)
-        self.k_pages, self.v_pages = torch.randn(2, self.num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
-        self.q = torch.randn(most, NUM_HEADS, HEAD_DIM)
-        self.k, self.v = torch.randn(2, most, NUM_KV_HEADS, HEAD_DIM)
-
-    def slots(self) -> torch.Tensor:
-        """Int64, those of all pages, in order."""
-        return torch.arange(self.num_pages * PAGE_SIZE)
-
-    def metadata(self, num_reqs: int) -> attnd.StepMetadata:
-        """A decode step of the first requests."""
-        new_page, offset = divmod(CONTEXT_LEN, PAGE_SIZE)
-        tables = self.page_tables[:num_reqs]
-        slots = tables[:, new_page].long() * PAGE_SIZE + offset
-        return attnd.StepMetadata([1] * num_reqs, [CONTEXT_LEN] * num_reqs, tables, slots, kind="decode")
-
-    def expected(self, num_reqs: int) -> torch.Tensor:
-        """Float64 `[num_reqs, NUM_HEADS, HEAD_DIM]`."""
-        tables = self.page_tables[:num_reqs].long()
-        k, v = (
-            torch.cat([pages[tables].flatten(1, 2)[:, :CONTEXT_LEN], new[:num_reqs, None]], 1).double()
-            for pages, new in ((self.k_pages, self.k), (self.v_pages, self.v))
-        )
-        q = self.q[:num_reqs].double().unflatten(1, (NUM_KV_HEADS, -1))
-        scores = torch.einsum("rhgd,rkhd->rhgk", q, k) * HEAD_DIM**-0.5
-        return torch.einsum("rhgk,rkhd->rhgd", scores.softmax(-1), v).flatten(1, 2)
-
-
 def try_plane(cache: attnd.Cache, plane: str, case: Case) -> Finding:
     """Opens a session of `cache` on a plane, and compares and times calls of each size."""
-    finding = Finding()
+    finding = Finding(why_no_cuda() if plane == "cuda" else "")
+    if finding.reason:
+        return finding
     try:
         with cache.session(plane=plane) as session:
             for num_reqs in NUM_REQS:
@@ -91,10 +53,21 @@ def try_plane(cache: attnd.Cache, plane: str, case: Case) -> Finding:
     return finding
 
 
+def why_no_cuda() -> str:
+    """Why this process cannot try a cuda plane; "": it can."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return f"skipped: this process has no torch, {where('torch')}, and no cuda-bindings, {where('cuda')}"
+    return "" if torch.cuda.is_available() else "skipped: this process has no torch with a GPU"
+
+
 def _time(session: attnd.Session | attnd.CudaSession, num_reqs: int, case: Case, finding: Finding) -> float:
     if isinstance(session, attnd.CudaSession):
         return _time_steps(session, num_reqs, case, finding)
-    q, k, v = (tensor[:num_reqs].contiguous() for tensor in (case.q, case.k, case.v))
+    q, k, v = case.call(num_reqs)
     expected = case.expected(num_reqs)
     call_us = []
     for _ in range(NUM_STEPS):
@@ -110,9 +83,11 @@ def _time(session: attnd.Session | attnd.CudaSession, num_reqs: int, case: Case,
 
 def _time_steps(session: attnd.CudaSession, num_reqs: int, case: Case, finding: Finding) -> float:
     """The same on a cuda plane, where each call is a step of its own, its message and its answer included."""
-    if not torch.cuda.is_available():
-        raise attnd.Unsupported("plane is cuda, but this process has no torch with a GPU", field="plane")
-    q, k, v = (tensor[:num_reqs].cuda() for tensor in (case.q, case.k, case.v))
+    import torch
+
+    from attnd.protocol.tensors import to_array, torch_tensor
+
+    q, k, v = (torch_tensor(array).cuda() for array in case.call(num_reqs))
     expected = case.expected(num_reqs)
     call_us = []
     for _ in range(NUM_STEPS + NUM_CALLS):
@@ -121,13 +96,14 @@ def _time_steps(session: attnd.CudaSession, num_reqs: int, case: Case, finding: 
         output = step.attend(0, q, k, v)
         step.finish()
         call_us.append((time.perf_counter() - started) * 1e6)
-        _compare(output.cpu(), expected, num_reqs, finding)
+        assert isinstance(output, torch.Tensor)
+        _compare(to_array(output.cpu(), "output"), expected, num_reqs, finding)
     if session.takes_turns:
         finding.hint = TURNS
     return statistics.median(call_us)
 
 
-def _compare(output: torch.Tensor, expected: torch.Tensor, num_reqs: int, finding: Finding) -> None:
-    error = ((output - expected).norm() / expected.norm()).item()
+def _compare(output: attnd.Array, expected: Sequence[float], num_reqs: int, finding: Finding) -> None:
+    error = error_of(output, expected)
     if not error < MAX_ERROR:  # NaN too
         finding.fault = f"{num_reqs} requests: off by {error:.1e}, but at most {MAX_ERROR:g} is right"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import torch
 
+from attnd_server.device.machine import num_cores
 from attnd_server.device.team import open_team
 
 
@@ -34,4 +34,4 @@ class ThreadSettings:
 
 def default_threads(device: torch.device) -> int:
     """Of a call on the processor. With a GPU it only fills buffers, and to wake threads for that takes longer."""
-    return 1 if device.type == "cuda" else max(1, (os.cpu_count() or 1) // 2)
+    return 1 if device.type == "cuda" else max(1, num_cores() // 2)

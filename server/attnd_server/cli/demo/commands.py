@@ -6,11 +6,11 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from attnd_server.cli.credentials import with_credentials
 from attnd_server.cli.options import Device, option
 from attnd_server.cli.parsers import number, whole
+from attnd_server.cli.streams import output
 
 
 class Dtype(str, Enum):
@@ -44,7 +44,7 @@ def demo(
     from attnd_server.cli.demo.demo import run_demo
 
     code = run_demo(
-        console=Console(),
+        console=output(),
         device=device,
         max_new_tokens=max_new_tokens,
         dtype=dtype.value,
@@ -70,7 +70,7 @@ def chat(
     from attnd_server.cli.demo.chat import run_chat
 
     code = run_chat(
-        console=Console(),
+        console=output(),
         device=device,
         max_new_tokens=max_new_tokens,
         address=address,

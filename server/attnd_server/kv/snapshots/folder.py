@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from attnd_server.attention.geometry import Geometry
 from attnd_server.kv.snapshots.manifest import MAX_BYTES, Manifest, ManifestRefused
 from attnd_server.kv.snapshots.tensor_layout import TensorLayout
 
@@ -50,8 +51,12 @@ def write_folder(target: Path, write: Callable[[BinaryIO], Manifest]) -> Manifes
     return manifest
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, TensorLayout]:
+def read_manifest(folder: Path, config_type: type[Geometry] = Geometry) -> tuple[Manifest, TensorLayout]:
     """What a folder says it holds, and how, as far as can be told without reading the tensors.
+
+    Args:
+        folder: of the snapshot.
+        config_type: what its geometry is given as.
 
     Raises:
         SnapshotRefused: a file is missing, not whole, too large or altered, or there is one too many.
@@ -68,7 +73,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, TensorLayout]:
     if len(data) > MAX_BYTES:
         raise refused(folder / MANIFEST, f"it is larger than {MAX_BYTES} bytes")
     try:
-        manifest = Manifest.from_bytes(data)
+        manifest = Manifest.from_bytes(data, config_type)
     except ManifestRefused as error:
         raise refused(folder / MANIFEST, str(error)) from None
     layout = TensorLayout(manifest.config, manifest.num_pages)

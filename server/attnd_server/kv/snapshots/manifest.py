@@ -8,11 +8,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from attnd.errors import InvalidRequest
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
-from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.geometry import AttentionBackend, Geometry, Layout, PrecisionMode, dtype_name
 
 FORMAT = "attnd-snapshot"
 VERSION = 1
@@ -20,9 +17,6 @@ VERSION = 1
 MAX_BYTES = 1 << 20
 
 _ENUMS = {"layout": Layout, "backend": AttentionBackend, "precision": PrecisionMode}
-_DTYPES = {
-    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float8_e4m3fn")
-}  # by the name that torch gives them
 _SCALES = ("k_scales", "v_scales")
 _COUNTS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
 
@@ -41,7 +35,7 @@ class Manifest:
         principal: whose it was; None: a client's export, which does not say.
         name: a label for people.
         ttl_s: its lease, in seconds.
-        config: its geometry.
+        config: its geometry, an AttentionConfig in a server.
         num_pages: pages in the file, those that were written to.
         num_bytes: of the file with the pages.
         sha256: of that file, 64 hexadecimal digits.
@@ -52,7 +46,7 @@ class Manifest:
     principal: str | None
     name: str
     ttl_s: float
-    config: AttentionConfig
+    config: Geometry
     num_pages: int
     num_bytes: int
     sha256: str
@@ -85,8 +79,8 @@ class Manifest:
         return _dump({**said, "checksum": _checksum(said)})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Manifest:
-        """The manifest that `to_bytes` made these of.
+    def from_bytes(cls, data: bytes, config_type: type[Geometry] = Geometry) -> Manifest:
+        """The manifest that `to_bytes` made these of, with its geometry as one of `config_type`.
 
         Raises:
             ManifestRefused: it made something else, or another version of attnd did.
@@ -102,7 +96,7 @@ class Manifest:
         if checksum != _checksum(said):
             raise ManifestRefused("checksum is not that of the rest: the file was altered or is not whole")
         try:
-            said["config"] = _config_from_json(said["config"])
+            said["config"] = _config_from_json(said["config"], config_type)
             said["epochs"] = tuple(map(int, said["epochs"]))
             manifest = cls(**{field.name: said[field.name] for field in fields(cls)})
             written = manifest.to_bytes()
@@ -133,14 +127,14 @@ def _checksum(said: dict[str, Any]) -> str:
         return ""
 
 
-def _config_to_json(config: AttentionConfig) -> dict[str, Any]:
+def _config_to_json(config: Geometry) -> dict[str, Any]:
     said = {field.name: getattr(config, field.name) for field in fields(config)}
     split = config.kv_split
     invariant = None if split.batch_invariant is None else bool(split.batch_invariant)
     return {
         **{name: int(value) for name, value in said.items() if name in _COUNTS},
         **{name: said[name].value for name in _ENUMS},
-        **{name: str(said[name]).removeprefix("torch.") for name in ("dtype", "kv_dtype")},
+        **{name: dtype_name(said[name]) for name in ("dtype", "kv_dtype")},
         **{name: [float(scale) for scale in said[name]] for name in _SCALES},
         "kv_split": {
             "chunk_size": int(split.chunk_size),
@@ -150,10 +144,9 @@ def _config_to_json(config: AttentionConfig) -> dict[str, Any]:
     }
 
 
-def _config_from_json(said: dict[str, Any]) -> AttentionConfig:
+def _config_from_json(said: dict[str, Any], config_type: type[Geometry]) -> Geometry:
     """Raises KeyError, TypeError, ValueError, AttributeError or InvalidRequest."""
     given = dict(said)
     given |= {name: enum(given[name]) for name, enum in _ENUMS.items()}
-    given |= {name: _DTYPES[given[name]] for name in ("dtype", "kv_dtype")}
     given |= {name: tuple(given[name]) for name in _SCALES}
-    return AttentionConfig(**given | {"kv_split": KVSplitConfig(**given["kv_split"])})
+    return config_type.of_names(**given)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from attnd.errors import Exhausted
+from attnd_server.attention.config import AttentionConfig
 from attnd_server.kv.cache import Cache, Restored
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.snapshots.folder import (
@@ -27,8 +28,9 @@ from attnd_server.kv.snapshots.folder import (
     write_folder,
 )
 from attnd_server.kv.snapshots.manifest import Manifest
+from attnd_server.kv.snapshots.page_ids import TensorFileRefused
 from attnd_server.kv.snapshots.progress import Progress
-from attnd_server.kv.snapshots.tensor_file import TensorFileRefused, read_tensors, write_tensors
+from attnd_server.kv.snapshots.tensor_file import read_tensors, write_tensors
 from attnd_server.kv.snapshots.tensor_layout import Part, TensorLayout
 
 log = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ class SnapshotStore:
         log.info("snapshot written", extra={**_fields(cache), "num_pages": len(pages), "num_bytes": layout.num_bytes})
 
     def _checked(self, path: Path) -> tuple[Manifest, TensorLayout]:
-        manifest, layout = read_manifest(path)
+        manifest, layout = read_manifest(path, AttentionConfig)
         if path.name != f"{manifest.id}-{manifest.epochs[-1]:016x}":
             raise refused(path, f"its manifest is of cache {manifest.id} and epoch {manifest.epochs[-1]}")
         return manifest, layout
@@ -150,6 +152,7 @@ class SnapshotStore:
     def _load(self, path: Path, manifest: Manifest, layout: TensorLayout, caches: CacheTable, max_ttl_s: float) -> None:
         if manifest.principal is None:
             raise refused(path, "principal is absent, as in a client's export: see attnd cache import")
+        assert isinstance(manifest.config, AttentionConfig)
         try:
             cache = caches.create(
                 manifest.config,

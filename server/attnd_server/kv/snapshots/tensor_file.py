@@ -13,12 +13,9 @@ from typing import BinaryIO
 import torch
 
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.kv.snapshots.page_ids import TensorFileRefused, page_bytes, page_ids
 from attnd_server.kv.snapshots.progress import Progress
 from attnd_server.kv.snapshots.tensor_layout import Part, TensorLayout
-
-
-class TensorFileRefused(ValueError):
-    """A file is not what it must be; the message says what."""
 
 
 def write_tensors(
@@ -48,7 +45,7 @@ def write_tensors(
         progress.advance(len(data))
 
     put(layout.header)
-    put(page_bytes(pages))
+    put(page_bytes(pages.tolist()))
     for part in layout.parts:
         for chunk in layout.chunks(part):
             put(_buffer(read(part, pages[chunk])))
@@ -96,7 +93,7 @@ def read_tensors(
         raise TensorFileRefused("its header is not that of the manifest's geometry")
     listed = bytearray(4 * layout.num_pages)
     take(listed)
-    pages = page_ids(listed, config.num_pages)
+    pages = torch.tensor(page_ids(listed, config.num_pages), dtype=torch.int64)
     memory = bytearray(max((layout.most_bytes(part) for part in layout.parts), default=0))
     for part in layout.parts:
         for chunk in layout.chunks(part):
@@ -105,25 +102,6 @@ def read_tensors(
             take(view)
             store(part, ids, torch.frombuffer(view, dtype=torch.uint8).view(len(ids), part.page_bytes))
     return digest.hexdigest()
-
-
-def page_bytes(pages: torch.Tensor) -> bytes:
-    """Ids of pages as the file has them."""
-    return pages.to(torch.int32).numpy().astype("<i4").tobytes()
-
-
-def page_ids(data: bytes | bytearray, num_pages: int) -> torch.Tensor:
-    """Ids of pages that the file has: int64, rising.
-
-    Raises:
-        TensorFileRefused: they do not rise, or the cache has no such pages.
-    """
-    if not data:
-        return torch.empty(0, dtype=torch.int64)
-    pages = torch.frombuffer(bytearray(data), dtype=torch.int32).to(torch.int64)
-    if pages[0] < 0 or pages[-1] >= num_pages or (pages.diff() <= 0).any():
-        raise TensorFileRefused(f"pages must rise within 0..{num_pages - 1}")
-    return pages
 
 
 def _buffer(data: torch.Tensor) -> memoryview:

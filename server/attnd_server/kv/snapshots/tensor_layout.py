@@ -12,15 +12,13 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
-from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.geometry import ITEM_SIZES, Geometry, dtype_name
 
 # Bytes that are in memory at one time.
 CHUNK_BYTES = 16 << 20
 
 # The format's names.
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
 
 class Part(NamedTuple):
@@ -49,17 +47,17 @@ class TensorLayout:
         parts: K and V of each layer, in the order of the file.
     """
 
-    def __init__(self, config: AttentionConfig, num_pages: int) -> None:
+    def __init__(self, config: Geometry, num_pages: int) -> None:
         """Of `num_pages` pages of a cache."""
         self.num_pages = num_pages
-        dtype = config.kv_dtype or config.dtype
+        dtype = dtype_name(config.kv_dtype)
         tensors: dict[str, object] = {"pages": _tensor("I32", (num_pages,), 0, 4 * num_pages)}
         parts: list[Part] = []
         end = 4 * num_pages
         shapes = {True: config.k_shape[1:], False: config.v_shape[1:]}
         for layer in range(config.num_layers):
             for is_k, shape in shapes.items():
-                page_bytes = math.prod(shape) * dtype.itemsize
+                page_bytes = math.prod(shape) * ITEM_SIZES[dtype]
                 begin, end = end, end + num_pages * page_bytes
                 name = f"layers.{layer}.{'k' if is_k else 'v'}"
                 tensors[name] = _tensor(_DTYPES[dtype], (num_pages, *shape), begin, end)

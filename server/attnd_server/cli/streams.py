@@ -1,0 +1,112 @@
+"""The standard streams of a command: closed, full, of another encoding or cut off, and never a traceback for it.
+
+Must not import torch, nor typer or rich: the health probe uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Exit codes as shells have them.
+FAILED, INTERRUPTED = 1, 128 + signal.SIGINT
+
+
+def output() -> Console:
+    """Where results go, without emoji codes: what callers name must not turn into pictures."""
+    from rich.console import Console
+
+    return Console(emoji=False)
+
+
+def errors() -> Console:
+    """Where a line about an error goes."""
+    from rich.console import Console
+
+    return Console(stderr=True, emoji=False)
+
+
+def guarded(run: Callable[[], int], name: str) -> int:
+    """Runs a command, and tells in one line what the system refused it. Returns its exit code.
+
+    Args:
+        run: returns the exit code, or raises SystemExit.
+        name: of the command, for that line.
+    """
+    open_closed()
+    code = FAILED
+    try:
+        try:
+            code = run()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else FAILED if ended.code else 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read has seen enough
+        code = code or FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _tell(f"{name}: {where}{error.strerror or error}")
+        code = code or FAILED
+    _forget_unwritten()
+    return code
+
+
+def open_closed() -> None:
+    """Gives each standard stream that is closed its descriptor, which the next file or socket would get instead.
+
+    To write results to a closed output fails, as to a full disk. There is nobody to tell errors to.
+    """
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, flags) != number:  # cannot be: lower ones are open by now
+                continue
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_at_interrupts() -> None:
+    """Lets Ctrl-C end the process at once, without a traceback: nothing has begun that must be ended well."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def raise_at_interrupts() -> None:
+    """Ctrl-C is an exception again, so that what has begun is ended well."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _tell(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def _forget_unwritten() -> None:
+    """Lets the interpreter's own last flush fail nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
