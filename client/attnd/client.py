@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnd import traces
 from attnd.cache import Cache
 from attnd.connection import Connection
 from attnd.credentials import Credentials
@@ -132,6 +133,8 @@ class Client(Connection):
     def _unary_call(
         self, kind: str, cache: Cache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
     ) -> Any:
-        request = requests.unary_call(kind, as_step_metadata(metadata), cache.ref, layer, q, k, v, options)
-        data = self.transport.unary(kind.capitalize(), request, self.timeout_s)
+        step = as_step_metadata(metadata).to_message(0, cache.ref)
+        with traces.of_request(step, layer):
+            request = requests.unary_call_of(kind, step, layer, q, k, v, options)
+            data = self.transport.unary(kind.capitalize(), request, self.timeout_s)
         return requests.unary_reply(kind, data, q, options.return_lse)

@@ -11,6 +11,7 @@ EXTRAS = {
     "grpc_health": "server",
     "grpc_reflection": "server",
     "numpy": "server",
+    "opentelemetry": "otel",
     "prometheus_client": "server",
     "rich": "cli",
     "torch": "torch",

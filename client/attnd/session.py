@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from attnd import traces
 from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.leases import Lease
@@ -72,6 +73,8 @@ class Session:
             self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
             self.plane = self._timings.plane = self._stream.plane
         step = Step(self, message.id, self._stream)
+        if traces.tracer is not None:
+            step.span = traces.begin(message, range(self.cache.config.num_layers), self.plane)
         self._send(self._stream.step_request(message), step)
         self._timings.num_steps += 1
         return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 from attnd.errors import AttndError, from_message
@@ -9,6 +10,7 @@ from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply, Reply
+from attnd.traces import StepSpan
 
 
 class Steps(Protocol):
@@ -32,6 +34,7 @@ class Step:
         self.id = step_id
         self.stream = stream
         self.error: AttndError | None = None
+        self.span: StepSpan | None = None
         self._session = session
 
     def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
@@ -88,6 +91,7 @@ class PendingCall:
         self.error: AttndError | None = None
         self.is_counted = False
         self._session = session
+        self._sent_at = 0.0 if step.span is None else time.perf_counter()
 
     def wait(self) -> Any:
         """The call's output, as `Step.attend` returns it. Calls may be waited for in any order; again gives the same.
@@ -107,3 +111,8 @@ class PendingCall:
             # Now, because the stream may use the message and what its tensors lie in again.
             self.reply = requests.call_reply(answer, self.step.id, self.layer, self.like, self.return_lse)
         self.like = None
+        span = self.step.span
+        if span is not None and self.error is not None:
+            span.failed(self.error)
+        elif span is not None:
+            span.answered(self.layer, time.perf_counter() - self._sent_at)

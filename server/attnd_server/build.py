@@ -12,6 +12,7 @@ from attnd_server.execution.executor import Executor
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.calls import CallObserver
 from attnd_server.observe.counts import Metrics
+from attnd_server.observe.traces import SpanSink, Traces
 from attnd_server.observe.verify import Verifier
 from attnd_server.planes.negotiation import Planes
 from attnd_server.service.service import AttentionService
@@ -46,7 +47,10 @@ def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
 
 
 def build_service(
-    config: ServerConfig, metrics: Metrics | None = None, planes: Planes | None = None
+    config: ServerConfig,
+    metrics: Metrics | None = None,
+    planes: Planes | None = None,
+    spans: SpanSink | None = None,
 ) -> AttentionService:
     """The executor, the cache table and the service over them.
 
@@ -54,7 +58,16 @@ def build_service(
         config: of all of them.
         metrics: in which they count; None: they do not.
         planes: that the service offers; None: the inline one alone.
+        spans: gets the steps that are traced; None: a collector, if the configuration says that any are.
+
+    Raises:
+        RuntimeError: what sends traces to a collector is missing.
     """
+    if config.traces and spans is None:
+        from attnd_server.observe.traces.export import Exporter  # with libraries that only this needs
+
+        spans = Exporter(config)
+    traces = None if spans is None else Traces(config, spans)
     device = select_device(config.device)
     caches = CacheTable(config, device, kv_bytes_limit(config, device))
     faults, verifier = DeviceFaults(device), None
@@ -62,4 +75,4 @@ def build_service(
         verifier = Verifier(config.verify, device, faults, refuses=config.verify_action == "refuse")
     observer = None if metrics is None and verifier is None else CallObserver(metrics, verifier)
     executor = Executor(device, caches, config, faults=faults, observer=observer)
-    return AttentionService(config, executor, caches, planes or Planes(), metrics, verifier)
+    return AttentionService(config, executor, caches, planes or Planes(), metrics, verifier, traces)

@@ -13,7 +13,7 @@ LEASES = "Leases and shutdown"
 SHARED_MEMORY = "Shared memory for clients on this host"
 SECURITY = "Who may call, and encryption"
 VERIFICATION = "Shadow verification"
-OBSERVATION = "Logs and metrics"
+OBSERVATION = "Logs, metrics and traces"
 
 MAX_PORT = 65_535
 # What clients take: `attnd.protocol.frames.MAX_MESSAGE_BYTES`. With an import of it gRPC would come, too.
@@ -235,6 +235,15 @@ class ServerConfig:
         Kind.ADDRESS,
         OBSERVATION,
         "Where Prometheus reads metrics over HTTP; of a PORT alone the host is 127.0.0.1.",
+        default_text="off",
+    )
+    traces: int = setting(
+        0,
+        Kind.COUNT,
+        OBSERVATION,
+        "Steps a second, at the most, whose spans go to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names, of those "
+        "that clients sample; of one principal half of them where the server asks who calls.",
+        unit="steps a second",
         default_text="off",
     )
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from google.protobuf.message import Message
 
+from attnd import traces
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
 from attnd.planes.retries import retried
 from attnd.planes.transport import Stream
@@ -24,11 +26,18 @@ from attnd_server.execution.work import Work
 from attnd_server.service.service import AttentionService, error_response
 
 PRINCIPAL = "inproc"
+# Steps a second that are traced at the most, unless the configuration says how many.
+TRACES_PER_S = 100
 
 
 def connect(config: ServerConfig | None = None) -> InprocTransport:
-    """A transport to a new server in this process."""
-    return InprocTransport(build_service(config or ServerConfig()))
+    """A transport to a new server in this process. It traces where the client does, and to the same provider."""
+    config, spans = config or ServerConfig(), None
+    if traces.provider is not None:
+        from attnd_server.observe.traces.spans import SpanWriter  # with a library that only this needs
+
+        config, spans = replace(config, traces=config.traces or TRACES_PER_S), SpanWriter(traces.provider)
+    return InprocTransport(build_service(config, spans=spans))
 
 
 class InprocTransport:

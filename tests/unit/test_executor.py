@@ -128,7 +128,7 @@ def launches(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def joining(kind: str, cache: bytes, name: str) -> Call:
     """A call that joins those of its kind; "alone": none."""
-    step = types.SimpleNamespace(cache=types.SimpleNamespace(id=cache, principal="a"), counts=None)
+    step = types.SimpleNamespace(cache=types.SimpleNamespace(id=cache, principal="a"), counts=None, trace=None)
     return Call(step, 0, kind, None, None, None, lambda call, *_: call.plane.encode(), name)  # type: ignore[arg-type]
 
 

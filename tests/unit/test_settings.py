@@ -70,10 +70,11 @@ KNOWN = {
         "--verify": ("ATTND_VERIFY", 0),
         "--verify-action": ("ATTND_VERIFY_ACTION", "log"),
     },
-    "Logs and metrics": {
+    "Logs, metrics and traces": {
         "--log-level": ("ATTND_LOG_LEVEL", "info"),
         "--log-format": ("ATTND_LOG_FORMAT", "auto"),
         "--metrics": ("ATTND_METRICS", ""),
+        "--traces": ("ATTND_TRACES", 0),
     },
 }
 

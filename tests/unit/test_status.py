@@ -219,10 +219,10 @@ def test_pages_are_looked_at_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_times_are_those_of_the_first_of_each_16_calls() -> None:
     counts = SessionCounts(1, "alice", "inline")
-    call: Any = SimpleNamespace(step=SimpleNamespace(counts=counts.served))
+    call: Any = SimpleNamespace(step=SimpleNamespace(counts=counts.served, trace=None))
     for number in range(TIMED_EVERY + 1):
         result: Any = SimpleNamespace(copies=Copies(1, 2))
-        runner._count(call, result, 0, 1_000 + number)
+        runner._note(call, result, 0, 1_000 + number)
     times = {
         phase: {n: count for n, count in enumerate(each.counts) if count} for phase, each in counts.served.times.items()
     }

@@ -8,6 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from attnd import traces
 from attnd.aio.leases import AsyncLease
 from attnd.aio.streams import AsyncStream
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
@@ -17,6 +18,7 @@ from attnd.planes.sent_steps import SentSteps
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
+from attnd.traces import StepSpan
 
 
 class AsyncSession:
@@ -55,9 +57,12 @@ class AsyncSession:
             await stream.finish(timeout_s)
             raise Disconnected(f"{stream.going_away}; the next step reconnects")
         message = self._steps.message(metadata, self.cache.ref, timeout_s)
+        span = None
+        if traces.tracer is not None:
+            span = traces.begin(message, range(self.cache.config.num_layers), stream.plane)
         answer = await stream.ask(partial(stream.step_request, message), timeout_s)
         answer.add_done_callback(partial(self._opened, message.id))
-        return AsyncStep(timeout_s, stream, message.id, answer)
+        return AsyncStep(timeout_s, stream, message.id, answer, span)
 
     async def _opened_stream(self) -> AsyncStream:
         """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
@@ -98,19 +103,31 @@ class AsyncStep:
     """One forward pass: what its layers share has been sent."""
 
     def __init__(
-        self, timeout_s: float, stream: AsyncStream, step_id: int, answer: asyncio.Future[AttendReply]
+        self,
+        timeout_s: float,
+        stream: AsyncStream,
+        step_id: int,
+        answer: asyncio.Future[AttendReply],
+        span: StepSpan | None = None,
     ) -> None:
         """Made by `AsyncSession.step`."""
         self.id = step_id
         self.stream = stream
         self._timeout_s = timeout_s
         self._answer = answer
+        self._span = span
 
     async def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
         """Attention of one layer. Arguments, result and errors as `attnd.Step.attend`.
 
         Whoever gives up waiting, as by a timeout of its own, gives up the output alone: the call may still run.
         """
+        if self._span is None:
+            return await self._attend(layer, q, k, v, options)
+        with self._span.of_layer(layer):
+            return await self._attend(layer, q, k, v, options)
+
+    async def _attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
         request = partial(self.stream.call_request, self.id, layer, q, k, v, options)
         deadline = RetryDeadline(self._timeout_s)
         while True:

@@ -102,7 +102,7 @@ class Runner:
         started = time.perf_counter()
         result = self.attend(call)
         kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
-        _count(call, result, queue_us, kernel_us)
+        _note(call, result, queue_us, kernel_us)
         if self._observer is not None:
             self._observer.launched(1)
             self._observer.served(call, result, queue_us, kernel_us)
@@ -118,7 +118,7 @@ class Runner:
         replies: list[bytes | Exception] = []
         for call, result, waited_us in zip(calls, results, queue_us, strict=True):
             assert call.encode is not None
-            _count(call, result, waited_us, kernel_us)
+            _note(call, result, waited_us, kernel_us)
             try:
                 if self._observer is not None:
                     self._observer.served(call, result, waited_us, kernel_us)
@@ -190,13 +190,17 @@ class Runner:
         return self._shared.attend(calls)
 
 
-def _count(call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
-    """Counts a call that was served for whoever sent it."""
+def _note(call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
+    """Notes a call that was served, for whoever sent it."""
     counts = call.step.counts
     if counts is not None:
         if not counts.calls % TIMED_EVERY:
             counts.time(queue_us, result.copies, kernel_us)
         counts.calls += 1
+    trace = call.step.trace
+    if trace is not None:
+        backend = "" if result.backend is None else result.backend.value
+        trace.call_served(call.layer, queue_us, kernel_us, result.copies, backend)
 
 
 def _waited_us(job: Job, started: float) -> int:

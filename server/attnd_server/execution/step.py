@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,19 @@ class StepCounts(Protocol):
         """Takes the times of a call."""
 
 
+class StepTrace(Protocol):
+    """Notes how long the parts of a step take, whose client has asked for a trace."""
+
+    def planned(self, began_ns: int) -> None:
+        """A plan was made since then, `time.time_ns`."""
+
+    def call_served(self, layer: int, queue_us: int, kernel_us: int, copies: Copies, backend: str) -> None:
+        """A call was served."""
+
+    def step_served(self, queue_us: int, step_us: int, backend: str) -> None:
+        """The whole step was served, which came as one message."""
+
+
 class ShareKey(NamedTuple):
     """Equal for calls that can share a launch; see `batch`.
 
@@ -64,6 +78,7 @@ class Step:
         share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
         is_marked: whether the cache was told which pages it writes.
         counts: of whoever sent it; None: its calls are nobody's.
+        trace: of the step; None: it has none.
     """
 
     id: int
@@ -77,6 +92,7 @@ class Step:
     share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
     counts: StepCounts | None = None
+    trace: StepTrace | None = None
 
     @cached_property
     def is_small(self) -> bool:
@@ -95,7 +111,10 @@ class Step:
         """What else serves them. Raises Unsupported as `TritonAttentionOps.choose` does."""
         plan = self.plans.get(options)
         if plan is None:
+            began_ns = time.time_ns()
             plan = self.plans[options] = ops.plan(self.cache.config, self.metadata, options)
+            if self.trace is not None:
+                self.trace.planned(began_ns)
         return plan
 
     def make_ready(self, options: AttentionOptions, ops: TritonAttentionOps) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,6 +30,7 @@ from attnd_server.identity.quota import Quota
 from attnd_server.kv.caches import CacheTable
 from attnd_server.observe.callers import Callers
 from attnd_server.observe.counts import Metrics
+from attnd_server.observe.traces import Traces
 from attnd_server.observe.verify import Verifier
 from attnd_server.service import validation
 from attnd_server.service.capabilities import capabilities
@@ -64,6 +66,7 @@ class AttentionService:
         planes: PlaneOffer,
         metrics: Metrics | None = None,
         verifier: Verifier | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Serves `caches` with `executor`.
 
@@ -74,6 +77,7 @@ class AttentionService:
             planes: what it offers besides the inline plane.
             metrics: count what is refused; None: nobody counts.
             verifier: of the executor's calls, to be closed with it; None: there is none.
+            traces: of steps, likewise; None: none has any.
         """
         self.config = config
         self.executor = executor
@@ -82,6 +86,7 @@ class AttentionService:
         self._planes = planes
         self._is_draining = False
         self.verifier = verifier
+        self._traces = traces
         remedy = "close one, or wait until one is closed"
         self.callers = Callers()
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
@@ -119,6 +124,8 @@ class AttentionService:
         self.executor.close()
         if self.verifier is not None:
             self.verifier.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def get_capabilities(self, data: bytes, principal: str) -> bytes:
         """GetCapabilities."""
@@ -202,15 +209,23 @@ class AttentionService:
         return replies.answered(call, request.message.call)
 
     def step(
-        self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS
+        self,
+        message: step_pb2.Step,
+        principal: str,
+        open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS,
+        plane: str = "inline",
     ) -> Step:
         """Checks a step of a stream with `open_steps`, or of a unary request; its cache's lease starts again."""
+        began_ns = time.time_ns()
         self.refuse_if_draining()
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
-        return Step(message.id, cache, metadata, timeout_s, self.executor.graphs)
+        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs)
+        if self._traces is not None:
+            step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)
+        return step
 
     def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
         """Checks a call of `step`."""

@@ -59,7 +59,13 @@ class Checks(Protocol):
     config: ServerConfig
     executor: Executor
 
-    def step(self, message: step_pb2.Step, principal: str, open_steps: Mapping[int, AttentionMetadata] = ...) -> Step:
+    def step(
+        self,
+        message: step_pb2.Step,
+        principal: str,
+        open_steps: Mapping[int, AttentionMetadata] = ...,
+        plane: str = ...,
+    ) -> Step:
         """Checks a step. Raises AttndError: it is refused."""
 
     def told(self, error: Exception, principal: str = "") -> AttndError:
@@ -163,7 +169,8 @@ class AttendSession:
                 f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
             )
         open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
-        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps)
+        plane = self._replies.plane
+        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps, plane)
         step.counts = self._counts.served
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = message.id

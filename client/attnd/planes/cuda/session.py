@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from attnd import traces
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
 from attnd.foreign_metadata import as_step_metadata
 from attnd.planes.choice import PlaneOptions
@@ -111,6 +112,8 @@ class CudaSession:
         assert plane is not None
         self._layers = num_heads, options
         message = step.metadata.to_message(step.id, self.cache.ref, self._tables)
+        if traces.tracer is not None:
+            step.span = traces.begin(message, range(self.cache.config.num_layers), "cuda")
         num_tokens = memoryview(message.cu_seqlens_q.data).cast("i")[-1] if message.cu_seqlens_q.data else 0
         heads = 0 if step.metadata.store_only else num_heads
         step.opened(plane, step_layout(num_tokens, heads, self.geometry, plane.num_bytes), options)
@@ -194,10 +197,14 @@ class CudaSession:
         if answer.reply is None:
             assert answer.error is not None
             step.error = answer.error
+            if step.span is not None:
+                step.span.failed(answer.error)
             self._fail(answer.error)
             raise answer.error
         if answer.reply.takes_deltas:
             self._tables.accept(step.id)
+        if step.span is not None:
+            step.span.served(answer.reply.queue_us, answer.reply.step_us)
         self._timings.queue_us += answer.reply.queue_us
         self._timings.kernel_us += answer.reply.step_us
         if answer.reply.backend:

@@ -15,6 +15,7 @@ from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.tensors import DTYPE_NAMES
 from attnd.timings import Timings
+from attnd.traces import StepSpan
 
 if TYPE_CHECKING:
     from attnd.planes.cuda.plane import CudaPlane  # has modules that other systems have not
@@ -43,6 +44,7 @@ class CudaStep:
         self.id = step_id
         self.metadata = metadata
         self.error: AttndError | None = None
+        self.span: StepSpan | None = None
         self._session = session
         self._plane: CudaPlane | None = None
         self._layout: StepLayout | None = None

@@ -13,6 +13,7 @@ from attnd.protocol.requests.calls import (
     reply,
     timeout_ms,
     unary_call,
+    unary_call_of,
     unary_reply,
 )
 from attnd.protocol.requests.kv_transfers import joined, read_kv, store_kv, stored
@@ -39,6 +40,7 @@ __all__ = [
     "stored",
     "timeout_ms",
     "unary_call",
+    "unary_call_of",
     "unary_reply",
     "warm_up",
     "warmed_up",

@@ -41,9 +41,16 @@ def unary_call(
     options: AttentionOptions,
 ) -> bytes:
     """The PrefillRequest or DecodeRequest of one call."""
+    return unary_call_of(kind, metadata.to_message(0, cache), layer, q, k, v, options)
+
+
+def unary_call_of(
+    kind: str, step: step_pb2.Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+) -> bytes:
+    """As `unary_call`, of a step that is a message already."""
     frame = frames.DECODE_REQUEST if kind == "decode" else frames.PREFILL_REQUEST
-    step = frame.message_type(step=metadata.to_message(0, cache)).SerializeToString()
-    return frame.encode(*call_message(0, layer, q, k, v, options), outer=step)
+    outer = frame.message_type(step=step).SerializeToString()
+    return frame.encode(*call_message(0, layer, q, k, v, options), outer=outer)
 
 
 def call_message(

@@ -113,6 +113,8 @@ class CudaSession:
         """Counts a step that was served, and answers it."""
         num_calls = len(step.options)
         self._counts.step_served(num_calls, queue_us, step_us)
+        if step.step.trace is not None:
+            step.step.trace.step_served(queue_us, step_us, "" if step.backend is None else step.backend.value)
         if self._service.metrics is not None:
             num_bytes = step.num_bytes(self._channel)
             self._service.metrics.step_served("cuda", step.backend, num_calls, num_bytes, queue_us, step_us)
@@ -167,7 +169,7 @@ class CudaSession:
                 field="step.id",
             )
         service = self._service
-        step = service.step(request.step, self._principal, self._kept)
+        step = service.step(request.step, self._principal, self._kept, "cuda")
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = request.step.id
         self._kept[step.id] = step.metadata

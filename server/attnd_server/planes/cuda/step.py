@@ -116,7 +116,10 @@ class CudaStep:
         if metadata.slot_mapping is not None and not metadata.cache_only:
             step.stored = stored_tokens(metadata.slot_mapping, ops.device)
         for options in () if metadata.store_only else dict.fromkeys(self.options):
+            began_ns = time.time_ns()
             plan = ops.plan(step.cache.config, metadata, options, BACKENDS)
+            if step.trace is not None:
+                step.trace.planned(began_ns)
             if plan.backend not in BACKENDS:
                 names = ", ".join(backend.value for backend in BACKENDS)
                 raise Unsupported(
