@@ -25,7 +25,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         ("inline", "attend", 200),
         ("inline", "submit", 100),
         ("inline", "unary", 100),
-        ("inline", "stored", 100),
+        ("inline", "stored", 40),
         ("inline", "opened", 60),
         ("shm", "attend", 200),
         ("shm", "submit", 100),
