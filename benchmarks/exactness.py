@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnd_server.attention.backends.naive import reference_torch_attention
+from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.masks import visible
 from benchmarks.kernel_cases import Case
 from benchmarks.kernel_tensors import Tensors, as_slots

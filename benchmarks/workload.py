@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import attnd
-from attnd_server.attention.backends.naive import reference_torch_attention
+from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.config import AttentionConfig
 from benchmarks.report import refuse_wrong
 

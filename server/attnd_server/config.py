@@ -66,6 +66,14 @@ class ServerConfig:
         1 << 21, Kind.COUNT, LIMITS, "Requests times pages of one step.", unit="elements", low=1
     )
     max_context_len: int = setting(1 << 20, Kind.COUNT, LIMITS, "Cached tokens of one request.", unit="tokens", low=1)
+    max_call_s: float = setting(
+        120.0,
+        Kind.SECONDS,
+        LIMITS,
+        "Time that a call may have the processor, without the turns of others. Calls that surely need more are refused "
+        "at once; on a GPU --device-timeout-s says which.",
+        low=1,
+    )
     max_caches: int = setting(256, Kind.COUNT, LIMITS, "Caches at one time.", unit="caches", low=1)
     max_message_bytes: int = setting(
         MAX_MESSAGE_BYTES,

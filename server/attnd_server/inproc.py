@@ -74,7 +74,7 @@ class InprocTransport:
         if isinstance(answer, bytes):
             return answer
         executor = self._service.executor
-        if executor.device.type == "cuda" and isinstance(answer, Call) and answer.step.is_small:
+        if executor.device.type == "cuda" and isinstance(answer, Call) and answer.is_small:
             with torch.no_grad():  # as on the executor's thread
                 result = executor.run_now(answer)
             if result is not None:

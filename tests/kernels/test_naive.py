@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from attnd_server import NaiveAttention, SlidingWindowAttention
-from attnd_server.attention.backends.naive import TILE, reference_torch_attention
+from attnd_server.attention.backends.naive import TILE
+from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.config import Layout
 from tests import oracle
 from tests.oracle import BLOCK_CAUSAL, CAUSAL, PREFIX_FULL, Case, Request

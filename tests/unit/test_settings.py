@@ -29,6 +29,7 @@ KNOWN = {
         "--max-step-reqs": ("ATTND_MAX_STEP_REQS", 4096),
         "--max-page-table-elements": ("ATTND_MAX_PAGE_TABLE_ELEMENTS", 2097152),
         "--max-context-len": ("ATTND_MAX_CONTEXT_LEN", 1048576),
+        "--max-call-s": ("ATTND_MAX_CALL_S", 120.0),
         "--max-caches": ("ATTND_MAX_CACHES", 256),
         "--max-message-bytes": ("ATTND_MAX_MESSAGE_BYTES", 268435456),
         "--max-sessions": ("ATTND_MAX_SESSIONS", 256),

@@ -41,6 +41,7 @@ def visible(
     page_size: int = 1,
     first_token: int = 0,
     end_token: int | None = None,
+    columns: slice = slice(None),
 ) -> torch.Tensor:
     """What each new token of a request sees: the specification of every mask.
 
@@ -52,17 +53,21 @@ def visible(
         page_size: token slots of a page of `page_tables`.
         first_token: first new token that gets a row.
         end_token: new token before which the rows end; None is the last.
+        columns: the part of the answer that is wanted.
 
     Returns:
         bool `[num_rows, num_cached + num_new]` on the host: cached positions `[first_position, context_len)`, then the
         new tokens. Without the new tokens if the step is cache-only. Rows past `valid` see nothing.
     """
     context_len = int(metadata.context_lens[request])
-    valid_len = int(metadata.valid_lens[request])
-    new = torch.arange(metadata.query_lens[request])
-    tokens = new[first_token:end_token]
+    valid_len, query_len = int(metadata.valid_lens[request]), metadata.query_lens[request]
+    tokens = torch.arange(query_len)[first_token:end_token]
     positions = context_len + tokens
-    cached = torch.arange(first_position, context_len)
+    # New tokens stand behind the context, so a column's position says which of both it is.
+    first, end, _ = columns.indices(context_len - first_position + query_len)
+    first, end = first_position + first, first_position + end
+    cached = torch.arange(min(first, context_len), min(end, context_len))
+    new = torch.arange(max(first, context_len), max(end, context_len)) - context_len
 
     in_hole = (cached >= metadata.hole_starts[request]) & (cached < metadata.hole_ends[request])
     has_page = metadata.page_tables[request, cached // page_size] >= 0
@@ -79,5 +84,5 @@ def visible(
         seen = torch.cat([seen, seen_new], dim=1)
         keys = torch.cat([cached, context_len + new])
     if window:
-        seen = seen & (positions[:, None] - keys[None, :] < window)
+        seen = seen & ((positions - window)[:, None] < keys[None, :])
     return seen & (tokens[:, None] < valid_len)

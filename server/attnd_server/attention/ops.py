@@ -89,15 +89,22 @@ class Plan:
         state: what its `plan` gave.
         run: attention of one layer of q, k, v and pages: output and lse; see `AttentionKernel.run`.
         launch: the same into output and lse that are given before q; see `AttentionKernel.launch`.
+        runs_in_pieces: whether the kernel is one of `RunsInPieces` and the step has no token that it reads stored.
+        reads_stored: whether K and V must be stored first; see `ReadsStored`.
     """
 
     kernel: AttentionKernel
     state: Any
     run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = field(init=False, repr=False)
     launch: Callable[..., None] = field(init=False, repr=False)
+    reads_stored: bool = field(init=False, repr=False)
+    runs_in_pieces: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Binds the kernel's methods once: a layer calls them without a frame of Python between."""
+        asked = getattr(self.kernel, "reads_stored", None)
+        object.__setattr__(self, "reads_stored", asked is not None and asked(self.state))
+        object.__setattr__(self, "runs_in_pieces", hasattr(self.kernel, "pieces") and not self.reads_stored)
         object.__setattr__(self, "run", partial(self.kernel.run, self.state))
         object.__setattr__(self, "launch", partial(self.kernel.launch, self.state))
 
@@ -124,6 +131,11 @@ class TritonAttentionOps:
                 self._kernels[backend] = load(self.device)
             except _Off as reason:
                 self._reasons[backend] = str(reason)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels of ours run on the device."""
+        return AttentionBackend.TRITON in self._kernels
 
     def states(self) -> list[tuple[AttentionBackend, str | None]]:
         """Every backend with None, or the reason why it is off on this device."""

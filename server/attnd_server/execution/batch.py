@@ -19,7 +19,8 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
-from attnd_server.execution.step import Call, Result, ShareKey, Step
+from attnd_server.execution.cost import LONG_WORK
+from attnd_server.execution.step import MAX_OPTIONS, Call, Result, ShareKey, Step
 from attnd_server.execution.work import Work
 from attnd_server.kv.page_spaces import CachePages
 
@@ -29,6 +30,8 @@ _MAX_SETS = 16
 MAX_CALLS = 64
 # A call that replays its graph takes 0.11 ms on an H200, one that has none up to 0.8 ms, alone or shared.
 MIN_CALLS_WITH_GRAPHS = 8
+# Work of a launch, and bytes of its tensors: bigger calls gain nothing by a launch with others.
+MAX_WORK, MAX_GPU_WORK, MAX_BYTES = LONG_WORK, 1 << 36, 8 << 20
 
 
 class Batch:
@@ -39,28 +42,37 @@ class Batch:
         self._key = key
         self._ops = ops
         self._limits = limits
-        self._num_calls = self._num_reqs = self._num_tokens = self._max_pages = 0
-        self._add(call.step.metadata)
+        self._num_calls = self._num_reqs = self._num_tokens = self._max_pages = self._work = self._num_bytes = 0
+        self._max_work = MAX_WORK if ops.device.type == "cpu" else MAX_GPU_WORK
+        self._is_big = not self._add(call)
 
     def takes(self, work: Work) -> bool:
         """Adds some work if it is a call that can be. With the device."""
         return isinstance(work, Call) and self._takes(work)
 
     def _takes(self, call: Call) -> bool:
-        return self._num_calls < MAX_CALLS and _key_of(call, self._ops) == self._key and self._add(call.step.metadata)
+        has_room = self._num_calls < MAX_CALLS and not self._is_big
+        return has_room and _key_of(call, self._ops) == self._key and self._add(call)
 
     @property
     def is_worth_it(self) -> bool:
         """Whether one launch for all takes less time than one for each."""
         return self._num_calls >= (MIN_CALLS_WITH_GRAPHS if self._key.has_graphs else 2)
 
-    def _add(self, metadata: AttentionMetadata) -> bool:
+    def _add(self, call: Call) -> bool:
+        metadata, config = call.step.metadata, call.step.cache.config
+        num_heads = call.options.num_heads + config.num_kv_heads
+        num_bytes = metadata.num_tokens * num_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
+        work, num_bytes = self._work + call.step.cost(call.options).work, self._num_bytes + num_bytes
+        if work > self._max_work or num_bytes > MAX_BYTES:
+            return False
         num_reqs, num_tokens = self._num_reqs + metadata.num_reqs, self._num_tokens + metadata.num_tokens
         max_pages, limits = max(self._max_pages, metadata.page_tables.shape[1]), self._limits
         if num_tokens > limits.max_step_tokens or num_reqs * max_pages > limits.max_page_table_elements:
             return False
         self._num_calls += 1
         self._num_reqs, self._num_tokens, self._max_pages = num_reqs, num_tokens, max_pages
+        self._work, self._num_bytes = work, num_bytes
         return True
 
 
@@ -76,6 +88,8 @@ def _key_of(call: Call, ops: TritonAttentionOps) -> ShareKey | None:
     if step.cache.pages is None or call.q is None or call.k is None or call.v is None:
         return None
     if options not in step.share_keys:
+        if len(step.share_keys) >= MAX_OPTIONS:
+            step.share_keys.clear()
         step.share_keys[options] = _share_key(step, step.cache.pages, options, ops)
     return step.share_keys[options]
 
@@ -130,7 +144,7 @@ class _SharedStep:
             self._stored = (self._slots >= 0).nonzero().squeeze(1).to(ops.device)
 
     def attend(self, calls: list[Call]) -> list[Result]:
-        """Runs a call of each step, in the order of the steps: stores all, attends all."""
+        """Runs a call of each step, in the order of the steps: attends all, stores all."""
         timer = CopyTimer(self._device) if self._copies is None else None
         self._stage(calls)
         if timer is not None:
@@ -140,12 +154,12 @@ class _SharedStep:
         if timer is not None:
             timer.mark()
         offsets, slots, k, v, q = self._inputs.device
-        if self._slots is not None:
+        self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
+        output, lse = self._kernel.run(self._state, q, k, v, self._pages)
+        if self._slots is not None:  # now that the launch has its memory
             for step in self._steps:
                 step.mark_written()
             self._cache.store_in(self._pages, k, v, StoredTokens(slots, self._stored))
-        self._state = self._kernel.shifted(self._state, offsets[: int(self._num_reqs.sum())])
-        output, lse = self._kernel.run(self._state, q, k, v, self._pages)
         tensors = [output] if lse is None else [lse, output]
         if timer is not None:
             timer.mark()

@@ -6,7 +6,6 @@ A thread for each device does what waits; while nothing does, whoever has a shor
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,17 +14,17 @@ from functools import partial
 import torch
 
 from attnd.errors import Disconnected
-from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
 from attnd_server.execution.captured_graphs import CapturedGraphs
+from attnd_server.execution.cost import most_work
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.queue import Job, WorkQueue, others_among
+from attnd_server.execution.kept_plans import KeptPlans
+from attnd_server.execution.queue import NO_CACHE, Job, WorkQueue, others_among
 from attnd_server.execution.runner import Observer, Runner
-from attnd_server.execution.side import SideThread
-from attnd_server.execution.step import Step
+from attnd_server.execution.side import SideThread, take_turn
 from attnd_server.execution.threads import ThreadSettings, default_threads
-from attnd_server.execution.work import Done, SideWork, Work, on_cache
+from attnd_server.execution.work import Done, SideWork, Work
 from attnd_server.kv.caches import CacheTable
 
 log = logging.getLogger(__name__)
@@ -44,6 +43,10 @@ class Executor:
         waiting: counts, by principal, the jobs that wait.
         ops: its backends.
         prepare_thread: makes torch's settings of the calling thread what calls need.
+        thread_settings: whose these are.
+        kept_plans: which steps keep theirs.
+        most_work: that one call may ask for; see `cost`.
+        running_cache_id: of the cache whose work the thread does; `NO_CACHE` if of none.
     """
 
     # How often leases that have ended are looked for, in seconds.
@@ -75,8 +78,11 @@ class Executor:
         self.graphs = CapturedGraphs()
         self.runner = Runner(device, config, self.faults, observer)
         self.ops = self.runner.ops
-        self._settings = ThreadSettings(config.threads or default_threads(device))
-        self.prepare_thread = self._settings.prepare
+        self.thread_settings = ThreadSettings(config.threads or default_threads(device))
+        self.prepare_thread = self.thread_settings.prepare
+        self.kept_plans, self.running_cache_id = KeptPlans(), NO_CACHE
+        num_threads = config.threads or default_threads(device)
+        self.most_work = most_work(config, device, num_threads, has_kernels=self.ops.has_kernels)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self.waiting = self._queue.waiting
         self._closed = False
@@ -120,8 +126,8 @@ class Executor:
             Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
             Disconnected: the executor was closed, or the device has failed.
         """
-        if self._closed:
-            raise Disconnected("the server is shutting down")
+        if self._closed or self.runner.ended:
+            raise Disconnected(self.runner.ended or "the server is shutting down")
         self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
@@ -132,7 +138,11 @@ class Executor:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Takes a job out of the queue, whose `done` is never called then. SideWork and what was started go on."""
+        """Takes a job out of the queue, whose `done` is never called then.
+
+        A call in pieces that is running ends before the next of them. SideWork and what else was started go on.
+        """
+        job.is_cancelled = True
         self._queue.remove(job)
 
     def run_now(self, work: Work) -> bytes | None:
@@ -180,7 +190,9 @@ class Executor:
     def _take_idle_device(self) -> bool:
         """Takes the device for the calling thread, unless somebody has it or waits for it."""
         # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or self._queue.depth or self._queue.is_taken or not self._device_lock.acquire(blocking=False):
+        if self._closed or self.runner.ended or self._queue.depth or self._queue.is_taken:
+            return False
+        if not self._device_lock.acquire(blocking=False):
             return False
         self._began = time.monotonic()
         return True
@@ -194,24 +206,16 @@ class Executor:
 
         Raises what it raises, and Disconnected if the executor was closed.
         """
-        answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        take_turn(partial(self._queue.put, always=True), self._thread.is_alive, work)
 
-        def piece() -> bytes:
-            work()
-            return b""
+    def end_running(self, reason: str) -> None:
+        """From now on nothing is begun, and calls on a processor end between their pieces. Any thread; does not wait.
 
-        job = Job(piece, lambda _, error: answers.put(error), float("inf"), time.perf_counter())
-        self._queue.put(job, always=True)
-        while True:
-            try:
-                error = answers.get(timeout=self.EXPIRY_PERIOD_S)
-            except queue.Empty:
-                if not self._thread.is_alive():
-                    raise Disconnected("the server is shutting down") from None
-                continue
-            if error is not None:
-                raise error
-            return
+        Whoever waits is told Disconnected with `reason`. Calls that end have stored nothing. A GPU's launch goes on:
+        see `is_quiet`.
+        """
+        self.runner.ended = reason
+        self._queue.wake()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
@@ -237,7 +241,7 @@ class Executor:
         return True
 
     def _run(self) -> None:
-        self._settings.prepare(opens_team=True)
+        self.thread_settings.prepare(opens_team=True)
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S
         while True:
             now = time.monotonic()
@@ -269,32 +273,20 @@ class Executor:
 
     def _settle(self, job: Job) -> None:
         with self._device_lock:
-            self._began = time.monotonic()
-            jobs = [job]
-            if self._queue.depth:
-                jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
+            self._began, self.running_cache_id = time.monotonic(), job.cache_id
             started = time.perf_counter()
-            outcomes = self.runner.outcomes(jobs, started)
-            self._began = 0.0
+            jobs = [job]
+            if self.runner.begin_in_pieces(job):
+                outcomes = [self.runner.turn(job)]
+            else:
+                if self._queue.depth:
+                    jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
+                outcomes = list(self.runner.outcomes(jobs, time.perf_counter()))
+            self._began, self.running_cache_id = 0.0, NO_CACHE
+        if outcomes == [None]:
+            self._queue.put_back(job)
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
         for each, outcome in zip(jobs, outcomes, strict=True):
-            each.done(*outcome)
-
-    def plan_ahead(self, step: Step, options: AttentionOptions) -> None:
-        """Makes a step ready before its first call, while the worker is still computing that call's q, k and v.
-
-        On the caller's thread if it is the server's, the work short and the device idle, else on the executor's. If
-        that fails, for want of a place to wait say, nothing is lost: the call will tell.
-        """
-
-        def work() -> bytes:
-            step.make_ready(options, self.ops)
-            return b""
-
-        try:
-            may_run_here = step.is_small and self._settings.are_here
-            if not may_run_here or self.run_now(work) is None:
-                self.submit(on_cache(step.cache, work), lambda result, error: None)
-        except Exception:  # busy, closing, or whatever the work raised
-            log.debug("a step was not made ready before its first call", exc_info=True)
+            if outcome is not None:
+                each.done(*outcome)

@@ -14,18 +14,19 @@ from dataclasses import dataclass
 
 from attnd.errors import Exhausted
 from attnd_server.execution.step import Call
-from attnd_server.execution.work import CacheWork, Done, Work
+from attnd_server.execution.work import CacheWork, Done, Pieces, Work, WorkInPieces
 
 # Stands for the cache of what belongs to none: the turns of warm-ups.
 NO_CACHE = b""
 # Seconds that a refused caller is told to wait at the least and at the most: what a sleeping thread can tell apart, and
 # after which one looks again in any case.
 MIN_RETRY_S, MAX_RETRY_S = 0.001, 10.0
+_OF_CACHES = (Call, CacheWork, WorkInPieces)
 # How much the last job counts in the time of a job.
 _LAST_JOB_WEIGHT = 0.1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Job:
     """A piece of work that waits.
 
@@ -34,8 +35,11 @@ class Job:
         done: gets its result or its error.
         deadline: `time.monotonic()` after which it is not started.
         submitted_at: `time.perf_counter()`.
-        is_wanted: asked before it starts: whether anybody still waits for it; raises AttndError: it may not start any
-            more. None: somebody does, and it may.
+        is_wanted: asked before it starts, and between its pieces: whether anybody still waits for it; raises
+            AttndError: it may not go on. None: somebody does, and it may.
+        rest: what is left of it, if it runs in pieces and was begun.
+        ran_s: seconds for which it has had the device, if it runs in pieces.
+        is_cancelled: whether it is to end before its next piece.
     """
 
     work: Work
@@ -43,16 +47,19 @@ class Job:
     deadline: float
     submitted_at: float
     is_wanted: Callable[[], bool] | None = None
+    rest: Pieces | None = None
+    ran_s: float = 0.0
+    is_cancelled: bool = False
 
     @property
     def cache_id(self) -> bytes:
         """The cache in whose queue it waits."""
-        return self.work.cache_id if isinstance(self.work, (Call, CacheWork)) else NO_CACHE
+        return self.work.cache_id if isinstance(self.work, _OF_CACHES) else NO_CACHE
 
     @property
     def principal(self) -> str:
         """Whose it is; "" of what is nobody's."""
-        return self.work.principal if isinstance(self.work, (Call, CacheWork)) else ""
+        return self.work.principal if isinstance(self.work, _OF_CACHES) else ""
 
 
 Joins = Callable[[Job], bool]
@@ -108,6 +115,13 @@ class WorkQueue:
             if jobs is None:
                 jobs = self._queues[cache_id] = deque()
             jobs.append(job)
+            self.depth += 1
+        self._tokens.put(None)
+
+    def put_back(self, job: Job) -> None:
+        """Puts back the rest of a job that was taken: first of its cache, whose turn comes after the other caches'."""
+        with self._lock:
+            self._queues.setdefault(job.cache_id, deque()).appendleft(job)
             self.depth += 1
         self._tokens.put(None)
 

@@ -9,19 +9,23 @@ from typing import Protocol
 
 import torch
 
-from attnd.errors import AttndError, DeadlineExceeded, Exhausted
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
+from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.batch import SharedLaunches, batch_of
+from attnd_server.execution.pieces import attend_in_pieces
 from attnd_server.execution.queue import IsWorthIt, Job, Joins
 from attnd_server.execution.step import Call, Result, attend
-from attnd_server.execution.work import Cancelled, Work
+from attnd_server.execution.work import Cancelled, Pieces, Work, WorkInPieces
 
 log = logging.getLogger(__name__)
 
 # One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
 TIMED_EVERY = 16
+# Seconds of a turn of a long call. It ends after the piece that is running then.
+TURN_S = 0.02
 
 Outcome = tuple[bytes | None, BaseException | None]
 """What is given to `Done`."""
@@ -52,6 +56,7 @@ class Runner:
 
     Attributes:
         ops: the backends of the device.
+        ended: why nothing is begun any more, nor gone on with; "": it is.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Runner:
         self._limits = limits
         self._faults = faults
         self._observer = observer
+        self.ended = ""
 
     def forget(self) -> None:
         """Keeps no plans of steps that are over."""
@@ -96,17 +102,72 @@ class Runner:
         """What comes of some work, which waited for so long. With the device, unless it is SideWork."""
         return self._reply(work, queue_us) if isinstance(work, Call) else work()
 
+    def begin_in_pieces(self, job: Job) -> bool:
+        """Whether a job is so long that it runs in turns. With the device."""
+        work = job.work
+        if job.rest is None and isinstance(work, Call) and work.is_long:
+            job.rest = self._reply_in_pieces(work, _waited_us(job, time.perf_counter()))
+        elif job.rest is None and isinstance(work, WorkInPieces):
+            job.rest = work.work()
+        return job.rest is not None
+
+    def turn(self, job: Job) -> Outcome | None:
+        """Goes on with a job that runs in pieces; None: something is left of it. With the device."""
+        assert job.rest is not None
+        error = self._reason_against(job)
+        if error is not None:
+            job.rest.close()
+            return None, error
+        started = time.perf_counter()
+        try:
+            while time.perf_counter() - started < TURN_S:
+                next(job.rest)
+        except StopIteration as end:
+            return end.value, None
+        except Exception as fault:
+            return None, self.told(fault)
+        job.ran_s += time.perf_counter() - started
+        return None
+
     def _reply(self, call: Call, queue_us: int) -> bytes:
         """Attends a call and encodes its reply."""
-        assert call.encode is not None
         started = time.perf_counter()
         result = self.attend(call)
-        kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(result.copies))
+        return self._encoded(call, result, queue_us, time.perf_counter() - started)
+
+    def _reply_in_pieces(self, call: Call, queue_us: int) -> Pieces:
+        """As `_reply`, of a long call."""
+        ran_s, pieces = 0.0, attend_in_pieces(call, self.ops)
+        while True:
+            started = time.perf_counter()
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return self._encoded(call, end.value, queue_us, ran_s + time.perf_counter() - started)
+            ran_s += time.perf_counter() - started
+            yield
+
+    def _encoded(self, call: Call, result: Result, queue_us: int, ran_s: float) -> bytes:
+        """The reply to a call that ran for so long. K and V are stored last, when nothing else can fail."""
+        assert call.encode is not None
+        kernel_us = max(0, int(ran_s * 1e6) - sum(result.copies))
         _note(call, result, queue_us, kernel_us)
+        store = result.store
         if self._observer is not None:
             self._observer.launched(1)
-            self._observer.served(call, result, queue_us, kernel_us)
-        return call.encode(call, result, queue_us, kernel_us)
+            try:
+                self._observer.served(call, result, queue_us, kernel_us)
+            except AttndError:  # the output is withheld; K and V are the caller's own
+                if store is not None:
+                    store()
+                raise
+        if store is not None and call.plane != "inline":  # elsewhere results may be placed where k and v lie
+            store()
+            store = None
+        reply = call.encode(call, result, queue_us, kernel_us)
+        if store is not None:
+            store()
+        return reply
 
     def _replies(self, calls: list[Call], queue_us: list[int]) -> list[bytes | Exception]:
         """Attends calls of one batch in one launch, and encodes the reply of each, or the error of its own."""
@@ -161,13 +222,19 @@ class Runner:
         return outcomes
 
     def _reason_against(self, job: Job) -> Exception | None:
-        """Why a job whose turn has come is not started."""
+        """Why a job whose turn has come is not started, or a call not gone on with."""
         if self._faults.reason:
             return self._faults.refusal()
-        if time.monotonic() > job.deadline:
+        if job.ran_s and not isinstance(job.work, Call):
+            return None
+        if self.ended:
+            return Disconnected(self.ended)
+        if not job.ran_s and time.monotonic() > job.deadline:
             return DeadlineExceeded("the deadline passed while the call waited for the executor")
+        if job.ran_s > (limit := self._limits.max_call_s):
+            return DeadlineExceeded(f"the call had the processor for {job.ran_s:.1f} s, but max_call_s is {limit:g}")
         try:
-            if job.is_wanted is not None and not job.is_wanted():
+            if job.is_cancelled or (job.is_wanted is not None and not job.is_wanted()):
                 return Cancelled("nobody waits for the call any more")
         except AttndError as error:
             return error
@@ -177,7 +244,7 @@ class Runner:
         """What an error of some work is to whoever waits for it."""
         if self._faults.look_at(error):
             return self._faults.refusal()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if is_memory_error(error):
             return Exhausted(f"{self.ops.device} has no memory left for this call: {error}")
         return error
 

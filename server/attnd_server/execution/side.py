@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
 from attnd_server.execution.queue import Job
 from attnd_server.execution.runner import Runner
@@ -14,6 +17,8 @@ from attnd_server.identity.quota import Quota
 
 # SideWork that runs or waits.
 MAX_SIDE_WORK = 64
+# How often SideWork that waits for a turn looks whether there will be one, in seconds.
+LOOK_S = 1.0
 
 
 class SideThread:
@@ -48,3 +53,33 @@ class SideThread:
         outcome = self._runner.outcome(job)
         self._places.give_back(principal)
         job.done(*outcome)
+
+
+def take_turn(put: Callable[[Job], None], is_alive: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Lets an executor's thread do a piece of SideWork, and waits until it is done.
+
+    Args:
+        put: puts a job into the executor's queue.
+        is_alive: whether its thread is.
+        work: the piece.
+
+    Raises:
+        Disconnected: the executor was closed. Else what `work` raises.
+    """
+    answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def piece() -> bytes:
+        work()
+        return b""
+
+    put(Job(piece, lambda _, error: answers.put(error), float("inf"), time.perf_counter()))
+    while True:
+        try:
+            error = answers.get(timeout=LOOK_S)
+        except queue.Empty:
+            if not is_alive():
+                raise Disconnected("the server is shutting down") from None
+            continue
+        if error is not None:
+            raise error
+        return

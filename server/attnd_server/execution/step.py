@@ -5,23 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
 
 from attnd_server.attention.config import AttentionBackend
-from attnd_server.attention.kernels.pages import StoredTokens, stored_tokens
+from attnd_server.attention.kernels.pages import StoredTokens, kept_slot, stored_tokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.execution.captured_graphs import CapturedGraphs
+from attnd_server.execution.cost import Cost, cost_of
 from attnd_server.execution.decode_graphs import DecodeGraphs
+from attnd_server.execution.kept_plans import KeptPlans, Plans, most_bytes, tensor_bytes
 from attnd_server.kv.cache import Cache
 
 # Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
 # a millisecond at most.
 SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
+# Elements of the page tables of a small step.
+SMALL_STEP_PAGES = 1 << 17
+# Options that a step keeps something for: a model may have others in every layer.
+MAX_OPTIONS = 1_024
 
 
 class StepCounts(Protocol):
@@ -72,6 +78,8 @@ class Step:
         metadata: lengths, page tables, slots, masks.
         call_timeout_s: seconds within which a call must have started; None is forever.
         captured: the graphs of the device; None: there are none.
+        kept: decides which of its plans are kept; None: all.
+        costs: of its calls, by the options of a layer.
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
@@ -86,8 +94,10 @@ class Step:
     metadata: AttentionMetadata
     call_timeout_s: float | None = None
     captured: CapturedGraphs | None = None
+    kept: KeptPlans | None = None
+    costs: dict[AttentionOptions, Cost] = field(default_factory=dict)
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
-    plans: dict[AttentionOptions, Plan] = field(default_factory=dict)
+    plans: Plans = field(default_factory=Plans)
     stored: StoredTokens | None = None
     share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
     is_marked: bool = False
@@ -96,13 +106,28 @@ class Step:
 
     @cached_property
     def is_small(self) -> bool:
-        """Whether its calls, and what comes before the first, take no longer than a few switches of thread each."""
-        most = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS
-        return self.metadata.is_decode and self.metadata.num_tokens * (self.metadata.max_context_len + 1) <= most
+        """Whether what comes before its first call takes no longer than a few switches of thread.
+
+        Calls may take longer all the same: ask `Call.is_small`.
+        """
+        most, metadata = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS, self.metadata
+        is_short = metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
+        return is_short and metadata.page_tables.numel() <= SMALL_STEP_PAGES
+
+    def cost(self, options: AttentionOptions) -> Cost:
+        """The cost of a call with these options. On any thread."""
+        cost = self.costs.get(options)
+        if cost is None:
+            if len(self.costs) >= MAX_OPTIONS:
+                self.costs.clear()
+            cost = self.costs[options] = cost_of(self.cache.config, self.metadata, options, self.cache.device)
+        return cost
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
         """What serves layers with these options, if a warm-up captured it."""
         if options not in self.graphs:
+            if len(self.graphs) >= MAX_OPTIONS:
+                self.graphs.clear()
             captured = self.captured
             self.graphs[options] = None if captured is None else captured.find(self.cache, options, self.metadata)
         return self.graphs[options]
@@ -112,9 +137,14 @@ class Step:
         plan = self.plans.get(options)
         if plan is None:
             began_ns = time.time_ns()
-            plan = self.plans[options] = ops.plan(self.cache.config, self.metadata, options)
+            plan = ops.plan(self.cache.config, self.metadata, options)
             if self.trace is not None:
                 self.trace.planned(began_ns)
+            if self.kept is None:
+                self.plans[options] = plan
+            else:
+                num_bytes = most_bytes(self.metadata) if self.is_small else tensor_bytes(plan.state)
+                self.kept.keep(self.cache.principal, self.plans, options, plan, num_bytes)
         return plan
 
     def make_ready(self, options: AttentionOptions, ops: TritonAttentionOps) -> None:
@@ -167,6 +197,16 @@ class Call(NamedTuple):
         """Whose cache it is."""
         return self.step.cache.principal
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes no longer than a few switches of thread, so that it may run where others wait for it."""
+        return self.step.is_small and self.step.cost(self.options).is_small
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it takes so long that others should have turns meanwhile."""
+        return self.step.cost(self.options).is_long
+
 
 class Result(NamedTuple):
     """What a call gives, tensors on the host. The next call may overwrite them.
@@ -176,12 +216,14 @@ class Result(NamedTuple):
         lse: float32 `[num_tokens, num_heads]`, if asked for.
         backend: what ran; None in a store-only step.
         copies: what it took to bring q, k and v to the device, and output and lse back.
+        store: stores K and V, once nothing else of the call can fail; None: nothing is left to store.
     """
 
     output: torch.Tensor | None
     lse: torch.Tensor | None
     backend: AttentionBackend | None
     copies: Copies = NO_COPIES
+    store: Callable[[], None] | None = None
 
 
 Encode = Callable[[Call, Result, int, int], bytes]
@@ -189,7 +231,7 @@ Encode = Callable[[Call, Result, int, int], bytes]
 
 
 def attend(call: Call, ops: TritonAttentionOps) -> Result:
-    """One layer: store, attend.
+    """One layer: attends, then stores, so that a call that fails has stored nothing.
 
     Raises:
         CacheLost: the cache is closed.
@@ -202,12 +244,31 @@ def attend(call: Call, ops: TritonAttentionOps) -> Result:
         step.mark_written()
         output, lse, copies = graphs.attend(step.metadata, layer, q, k, v)
         return Result(output, lse, graphs.backend, copies)
-    return _attend_without_graphs(call, ops)
-
-
-def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
+    plan = None if q is None else step.plan_for(options, ops)
     if ops.device.type == "cpu":
-        return Result(*_store_and_attend(call, call.q, call.k, call.v, ops), NO_COPIES)
+        return _attend_on_processor(call, plan, ops)
+    return _attend_on_gpu(call, plan, ops)
+
+
+def _attend_on_processor(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Result:
+    step, layer, _, q, k, v, *_ = call
+    if plan is None:
+        return Result(None, None, None, NO_COPIES, partial(store, call, k, v, ops))
+    if not plan.reads_stored:
+        output, lse = plan.run(q, k, v, step.cache.layers[layer])
+        return Result(output, lse, plan.kernel.backend, NO_COPIES, partial(store, call, k, v, ops))
+    assert step.metadata.slot_mapping is not None
+    put_back = kept_slot(step.cache.layers[layer], int(step.metadata.slot_mapping[0]))
+    try:
+        store(call, k, v, ops)
+        output, lse = plan.run(q, k, v, step.cache.layers[layer])
+    except BaseException:
+        put_back()
+        raise
+    return Result(output, lse, plan.kernel.backend, NO_COPIES)
+
+
+def _attend_on_gpu(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Result:
     timer = CopyTimer(ops.device)
     timer.mark()
     # What is pinned is copied while the rest is launched, for which the call waits before it ends. What is not is
@@ -216,30 +277,23 @@ def _attend_without_graphs(call: Call, ops: TritonAttentionOps) -> Result:
         None if tensor is None else tensor.to(ops.device, non_blocking=True) for tensor in (call.q, call.k, call.v)
     )
     timer.mark()
-    output, lse, backend = _store_and_attend(call, q, k, v, ops)
-    if output is None:
+    if plan is None:
+        store(call, k, v, ops)
         return Result(None, None, None, timer.copied())
+    output, lse = plan.run(q, k, v, call.step.cache.layers[call.layer])
+    store(call, k, v, ops)
     timer.mark()
     output, lse = output.cpu(), None if lse is None else lse.cpu()
-    return Result(output, lse, backend, timer.waited())
+    return Result(output, lse, plan.kernel.backend, timer.waited())
 
 
-def _store_and_attend(
-    call: Call,
-    q: torch.Tensor | None,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    ops: TritonAttentionOps,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, AttentionBackend | None]:
-    """Output, lse and what computed them, on the device, as q, k and v."""
-    step, cache, metadata = call.step, call.step.cache, call.step.metadata
-    plan = None if metadata.store_only else step.plan_for(call.options, ops)
-    if metadata.slot_mapping is not None and k is not None and v is not None:
-        step.mark_written()
-        if step.stored is None:
-            step.stored = stored_tokens(metadata.slot_mapping, ops.device)
-        cache.store(call.layer, k, v, step.stored)
-    if plan is None or q is None:
-        return None, None, None
-    output, lse = plan.run(q, k, v, cache.layers[call.layer])
-    return output, lse, plan.kernel.backend
+def store(call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps) -> None:
+    """Stores what is to be stored of K and V, on the device."""
+    step = call.step
+    slots = step.metadata.slot_mapping
+    if slots is None or k is None or v is None:
+        return
+    if step.stored is None:
+        step.stored = stored_tokens(slots, ops.device)
+    step.mark_written()
+    step.cache.store(call.layer, k, v, step.stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from attnd_server.execution.step import Call
@@ -31,6 +31,39 @@ class CacheWork:
         return self.work()
 
 
+Pieces = Generator[None, None, bytes]
+"""Work that stops between its pieces, and gives its result in the end."""
+
+
+@dataclass(frozen=True, eq=False)
+class WorkInPieces:
+    """As CacheWork, but others have turns between its pieces. Once it was begun it goes on to its end.
+
+    Attributes:
+        cache_id: of the cache.
+        principal: whose cache it is.
+        work: begins the work, each piece of which takes some tenths of a second at most.
+    """
+
+    cache_id: bytes
+    principal: str
+    work: Callable[[], Pieces]
+
+    def __call__(self) -> bytes:
+        """Does all of it at once."""
+        return run_all(self.work())
+
+
+def run_all(pieces: Pieces) -> bytes:
+    """Does what is left of some work."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: bytes = end.value
+            return result
+
+
 @dataclass(frozen=True, eq=False)
 class SideWork:
     """Work that takes seconds, for which others need not wait: it runs on a thread beside the executor's.
@@ -50,7 +83,7 @@ class SideWork:
         return self.work()
 
 
-Work = Call | CacheWork | SideWork | Callable[[], bytes]
+Work = Call | CacheWork | WorkInPieces | SideWork | Callable[[], bytes]
 """The executor attends a call; the rest it calls."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from attnd.errors import CacheLost
@@ -19,7 +20,7 @@ from attnd.protocol.tensors import KV_DTYPES
 from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.kernels.pages import StoredTokens, copy_pages, read_kv, store_kv, stored_tokens
+from attnd_server.attention.kernels.pages import StoredTokens, page_copies, read_kv, store_kv, stored_tokens
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.indexed import with_index
 from attnd_server.kv.page_spaces import CachePages, PageSpaces
@@ -54,6 +55,7 @@ class Cache:
         layers: the pages of each layer: to find them by an index takes torch a microsecond.
         pages: where they lie among other caches'.
         restored: what it was before the server was restarted; None: it is of this life.
+        num_pages_written: pages into which something was stored. Any thread may ask.
         is_used: whether anybody may have changed it in this life of the server.
         num_graph_bytes: bytes of the device's memory that buffers of its CUDA graphs take, or are about to.
     """
@@ -100,7 +102,8 @@ class Cache:
         self.is_closed = False
         self._holding = threading.Lock()
         self._num_holders = 1  # the cache itself, until it is closed
-        self._page_was_written = torch.zeros(config.num_pages, dtype=torch.bool)
+        self.num_pages_written = 0  # counted while they are: to count millions of them takes long
+        self._page_was_written = np.zeros(config.num_pages, dtype=np.bool_)
         # The last that can fail: nobody would give the pages of half a cache back.
         self._spaces = spaces or PageSpaces(device, config.num_bytes)
         self.pages: CachePages | None = self._spaces.take(config)
@@ -122,14 +125,9 @@ class Cache:
         return self.config.num_bytes + self.num_graph_bytes
 
     @property
-    def num_pages_written(self) -> int:
-        """Pages into which something was stored. Any thread may ask: numpy counts without torch's threads."""
-        return int(np.count_nonzero(self._page_was_written.numpy()))
-
-    @property
     def written_pages(self) -> torch.Tensor:
-        """Int64, the ids of these pages, rising. Any thread may ask."""
-        return torch.from_numpy(np.flatnonzero(self._page_was_written.numpy()))
+        """Int64, the ids of the pages into which something was stored, rising. Any thread may ask."""
+        return torch.from_numpy(np.flatnonzero(self._page_was_written))
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -213,16 +211,32 @@ class Cache:
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages in every layer; no page is in both."""
-        copy_pages(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device))
+        for _ in self.copy_pages_in_pieces(sources, targets):
+            pass
+
+    def copy_pages_in_pieces(self, sources: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+        """As `copy_pages`, but only as far as it is asked to go on. Raises CacheLost: the cache was closed between."""
+        self.refuse_if_closed()
         self.mark_pages_written(targets)
+        for _ in page_copies(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device)):
+            yield
+            self.refuse_if_closed()
 
     def mark_written(self, slot_mapping: torch.Tensor) -> None:
         """Notes the pages of these slots, for `num_pages_written`. On the host; -1 is skipped."""
-        self._page_was_written[slot_mapping[slot_mapping >= 0] // self.config.page_size] = True
+        slots = slot_mapping.numpy()
+        self._mark(slots[slots >= 0] // self.config.page_size)
 
     def mark_pages_written(self, pages: torch.Tensor) -> None:
         """Notes pages, for `written_pages`. On the host."""
-        self._page_was_written[pages] = True
+        self._mark(pages.numpy())
+
+    def _mark(self, pages: npt.NDArray[np.int64]) -> None:
+        """With the device."""
+        fresh = pages[~self._page_was_written[pages]]
+        if fresh.size:  # rarely: a page takes several tokens
+            self._page_was_written[fresh] = True
+            self.num_pages_written += len(np.unique(fresh))
 
     def info(self, *, with_id: bool = True) -> cache_pb2.CacheInfo:
         """The cache as its owner sees it."""

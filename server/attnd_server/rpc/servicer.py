@@ -159,7 +159,7 @@ class AttentionServicer(grpc.GenericRpcHandler):
             answer = session.request_in_parts(data)
             if isinstance(answer, (bytes, BigStep)):
                 return answer
-            if is_alone and isinstance(answer, Call) and answer.step.is_small:
+            if is_alone and isinstance(answer, Call) and answer.is_small:
                 result = executor.run_now(answer)
                 if result is not None:
                     return result

@@ -12,7 +12,7 @@ from attnd.protocol.tensors import to_array
 from attnd.v1 import attention_pb2, cache_pb2
 from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.config import ServerConfig
-from attnd_server.execution.work import Work, on_cache
+from attnd_server.execution.work import Pieces, Work, WorkInPieces, on_cache
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.service import validation
@@ -37,8 +37,9 @@ class KvRequests:
 
         def work() -> bytes:
             cache.refuse_if_closed()
+            on_device = k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device))
             cache.mark_written(slots)
-            cache.store(layer, k.to(cache.device), v.to(cache.device), StoredTokens(slots.to(cache.device)))
+            cache.store(layer, *on_device)
             return attention_pb2.StoreKvResponse(num_slots=len(slots)).SerializeToString()
 
         return on_cache(cache, work)
@@ -68,9 +69,9 @@ class KvRequests:
         cache = self._caches.get(request.cache, principal)
         sources, targets = validation.copy_pages(request, cache.config)
 
-        def work() -> bytes:
-            cache.refuse_if_closed()
-            cache.copy_pages(sources, targets)
+        def work() -> Pieces:
+            for _ in cache.copy_pages_in_pieces(sources, targets):
+                yield
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
-        return on_cache(cache, work)
+        return WorkInPieces(cache.id, principal, work)

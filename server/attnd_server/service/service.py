@@ -6,15 +6,13 @@ is touched, the work that gives them, for the executor. Errors are those of `att
 
 from __future__ import annotations
 
-import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 from google.protobuf.message import Message
 
-from attnd.errors import AttndError, Disconnected, InvalidRequest, ServerFault, to_message
+from attnd.errors import AttndError, Disconnected, InvalidRequest, to_message
 from attnd.protocol import frames
 from attnd.protocol.packing import tensor
 from attnd.protocol.tensors import Array, to_array
@@ -22,6 +20,7 @@ from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
+from attnd_server.execution.cost import too_costly
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
@@ -36,12 +35,11 @@ from attnd_server.service import validation
 from attnd_server.service.capabilities import capabilities
 from attnd_server.service.kv_requests import KvRequests
 from attnd_server.service.plane_offer import PlaneOffer
+from attnd_server.service.refusals import refusal_of
 from attnd_server.service.replies import InlineReplies, Replies
 from attnd_server.service.session import AttendSession
 from attnd_server.service.status import Status
 from attnd_server.service.warm_up import WarmUp
-
-log = logging.getLogger(__name__)
 
 # Checked options that are kept, and how long their messages may be: 1024 heads with slopes and sinks fit.
 MAX_KEPT_OPTIONS, MAX_KEPT_OPTION_BYTES = 1_024, 9 << 10
@@ -222,7 +220,7 @@ class AttentionService:
         cache = self.caches.get(message.cache, principal)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
-        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs)
+        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs, self.executor.kept_plans)
         if self._traces is not None:
             step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)
         return step
@@ -233,6 +231,8 @@ class AttentionService:
         config = step.cache.config
         checked = validation.call(message, tensors, config, step.metadata)
         options = self.checked_options(message.options, config, checked.num_heads)
+        if (work := step.cost(options).work) > self.executor.most_work:
+            raise too_costly(work, self.executor.most_work)
         return Call(step, message.layer, options, checked.q, checked.k, checked.v)
 
     def checked_options(
@@ -270,14 +270,7 @@ class AttentionService:
             error: what was raised.
             principal: who is told; "": nobody knows.
         """
-        if self.executor.faults.look_at(error):
-            refusal: AttndError = self.executor.faults.refusal()
-        elif isinstance(error, AttndError):
-            refusal = error
-        else:
-            fault_id = secrets.token_hex(4)
-            log.error("internal error %s", fault_id, exc_info=error)
-            refusal = ServerFault(f"internal error {fault_id}: the server's log has the details under this id")
+        refusal = refusal_of(error, self.executor.faults)
         self.callers.refused(principal, refusal)
         if self.metrics is not None:
             self.metrics.refused(refusal)

@@ -17,6 +17,7 @@ from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
+from attnd_server.execution.plan_ahead import plan_ahead
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
 from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_until_revoked
@@ -175,7 +176,7 @@ class AttendSession:
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = message.id
         if self._last_options is not None:  # most likely those of its first call, too
-            self._service.executor.plan_ahead(step, self._last_options)
+            plan_ahead(self._service.executor, step, self._last_options)
         if len(self._steps) > MAX_OPEN_STEPS:
             self._steps.popitem(last=False)
         reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)

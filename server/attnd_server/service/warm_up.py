@@ -17,6 +17,7 @@ from attnd_server.attention.metadata import decode_step
 from attnd_server.attention.warming_up import reset_warming_up, set_warming_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
+from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.identity import refuse_if_revoked
@@ -119,10 +120,10 @@ class WarmUp:
                     self._made.append(self._make(shape))
         except _Nothing as reason:
             return str(reason)
-        except (AttndError, torch.OutOfMemoryError, MemoryError):
+        except AttndError:
             raise
         except Exception as error:
-            if is_device_fault(error):
+            if is_device_fault(error) or is_memory_error(error):
                 raise
             log.warning("decode steps cannot be captured", exc_info=error)
             return f"decode steps cannot be captured: {error}"

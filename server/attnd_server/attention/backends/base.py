@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -119,7 +120,7 @@ class AttentionKernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer. Writes nothing but its results.
 
-        New tokens that have a slot are stored there already; those without are in `k` and `v` alone.
+        New tokens are read from `k` and `v`, and stored afterwards, unless the plan says otherwise: see `ReadsStored`.
 
         Args:
             plan: from `plan`.
@@ -168,3 +169,31 @@ class ShiftsPages(AttentionKernel, Protocol):
             page_offsets: int32 `[num_reqs]` on the device, to be added to the ids that were planned with. No page that
                 holds context is absent.
         """
+
+
+@runtime_checkable
+class RunsInPieces(AttentionKernel, Protocol):
+    """A kernel whose work can be left between its pieces, each of which takes some tenths of a second at most."""
+
+    def pieces(
+        self,
+        plan: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> Iterator[None]:
+        """As `launch`, but only as far as it is asked to go on.
+
+        How a request is cut depends on itself alone, so that its bits do not depend on what shares its batch.
+        """
+
+
+@runtime_checkable
+class ReadsStored(AttentionKernel, Protocol):
+    """A kernel with plans that read new tokens from their slots."""
+
+    def reads_stored(self, plan: Any) -> bool:
+        """Whether `plan` does: then K and V must be stored before it runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attnd_server.attention.backends import plain_masks
-from attnd_server.attention.backends.gather import Part, rows_of
+from attnd_server.attention.backends.gather import PLAIN_ROWS, Part, rows_of
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
@@ -38,13 +38,21 @@ def dense_prefill(
     """A part for each number of new tokens and mask of a dense prefill, or None: the step is another one."""
     if not is_dense_prefill(config, metadata, options, device):
         return None
+    on_processor = device.type == "cpu"
+    if on_processor and max(metadata.query_lens, default=0) > PLAIN_ROWS:
+        return None  # torch would compute a whole prompt at once, however long that takes
     is_causal = plain_masks.causal(metadata)
     groups: dict[tuple[int, bool], list[int]] = {}
     for request, (num_rows, causal) in enumerate(zip(metadata.query_lens, is_causal.tolist(), strict=True)):
         if num_rows:
             # Of one token, the mask does not matter, and torch is faster without.
             groups.setdefault((num_rows, causal and num_rows > 1), []).append(request)
-    return [_part(metadata, requests, num_rows, causal, device) for (num_rows, causal), requests in groups.items()]
+    parts = []
+    for (num_rows, causal), requests in groups.items():
+        most = max(1, PLAIN_ROWS**2 // num_rows**2) if on_processor else len(requests)
+        for first in range(0, len(requests), most):
+            parts.append(_part(metadata, requests[first : first + most], num_rows, causal, device))
+    return parts
 
 
 def _part(

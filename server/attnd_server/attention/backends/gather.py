@@ -20,10 +20,16 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 BATCHED_ROWS = 64
 # Most rows of a part that has a mask.
 TILE_ROWS = 512
-# Most tokens whose K and V a part of several requests gathers: 1 GiB for 8 KV heads of 128 float32.
+# Most rows of a part that has none. In all a processor takes some tenths of a second for a head of it.
+PLAIN_ROWS = 8192
+# Most elements of the mask of a part of several rows: torch takes eight bytes for each while it makes and uses one.
+MASK_ELEMENTS = 1 << 23
+# Most tokens whose K and V a part of several requests gathers.
 PART_TOKENS = 1 << 17
-# Masks of so many elements are not worth counting exactly.
-SMALL_MASKS = 1 << 24
+# Products of a step whose only token is attended where it lies: it is stored first, so its call cannot end between.
+MAX_PRODUCTS_IN_PLACE = 1 << 30
+# Bytes of masks and slots that a plan keeps for all layers. Where there are more, each part is made in its turn.
+KEPT_BYTES = 1 << 24
 # Contexts of a part differ at most by a factor of two from here on, in tokens: padding costs what context costs.
 SHORT_CONTEXT = 256
 
@@ -63,20 +69,45 @@ class Part:
     blind: torch.Tensor | None
     side_by_side: slice | None = None
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of each request."""
+        return num_of(self.rows) // self.num_reqs
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of each request."""
+        return self.num_cached + num_of(self.new_rows) // self.num_reqs
+
+
+@dataclass(frozen=True, eq=False)
+class PartsInTurn:
+    """The parts of a step that would take much memory together: each is made in its turn."""
+
+    config: AttentionConfig
+    metadata: AttentionMetadata
+    options: AttentionOptions
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Part]:
+        """The parts of `split`."""
+        for requests, first, end in _tiles(self.config, self.metadata, self.options):
+            yield _part(self.config, self.metadata, self.options, self.device, requests, first, end)
+
 
 def split(
     config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, device: torch.device
-) -> list[Part]:
+) -> list[Part] | PartsInTurn:
     """The parts of a step. Together they have each row of each request once."""
     slots = _slots_of_one_token(config, metadata, options)
     if slots is not None:
         new = slice(0, 1)
-        run = _side_by_side(config, metadata, slots) if device.type == "cpu" else None
+        products = len(slots) * options.num_heads * (config.head_dim + config.head_dim_v)
+        in_place = device.type == "cpu" and products <= MAX_PRODUCTS_IN_PLACE
+        run = _side_by_side(config, metadata, slots) if in_place else None
         return [Part(1, new, new, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
-    return [
-        _part(config, metadata, options, device, requests, first, end)
-        for requests, first, end in _tiles(config, metadata, options)
-    ]
+    in_turn = PartsInTurn(config, metadata, options, device)
+    return in_turn if _kept_bytes(config, metadata, options) > KEPT_BYTES else list(in_turn)
 
 
 def _slots_of_one_token(
@@ -110,15 +141,30 @@ def _side_by_side(config: AttentionConfig, metadata: AttentionMetadata, slots: t
 
 
 def mask_elements(config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> int:
-    """An upper bound of the elements of all masks of `split`."""
+    """An upper bound of the elements of all masks of a step, but those that cut a long causal prompt."""
     bound = metadata.num_tokens * (2 * metadata.max_context_len + SHORT_CONTEXT + metadata.num_tokens)
-    if bound <= SMALL_MASKS:
+    if bound <= KEPT_BYTES:
+        return bound
+    is_masked = ~_plain_causal(config, metadata, options, metadata.num_tokens)
+    return int((is_masked * torch.diff(metadata.cu_seqlens_q) * _most_keys(metadata, options)).sum())
+
+
+def _kept_bytes(config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> int:
+    """An upper bound of the bytes of all masks and slots of a step."""
+    most_keys = 2 * metadata.max_context_len + SHORT_CONTEXT + metadata.num_tokens
+    bound = (metadata.num_tokens + 8 * metadata.num_reqs) * most_keys
+    if bound <= KEPT_BYTES:
         return bound
     rows = torch.diff(metadata.cu_seqlens_q)
+    per_key = rows + 8 * -(-rows // TILE_ROWS).clamp(min=1)
+    is_masked = ~_plain_causal(config, metadata, options)
+    return int((is_masked * per_key * _most_keys(metadata, options)).sum())
+
+
+def _most_keys(metadata: AttentionMetadata, options: AttentionOptions) -> torch.Tensor:
+    """More keys than any part has of each request: a batched context is padded to less than twice its length."""
     spans = metadata.context_lens - first_visible_positions(metadata.context_lens, options.window)
-    masked = ~_plain_causal(config, metadata, options)
-    # Twice: a batched context is padded to less than twice its length.
-    return int((masked * rows * (2 * spans + SHORT_CONTEXT + rows)).sum())
+    return 2 * spans + SHORT_CONTEXT + torch.diff(metadata.cu_seqlens_q)
 
 
 def _tiles(
@@ -133,19 +179,23 @@ def _tiles(
             size = max(SHORT_CONTEXT, spans[request]).bit_length()
             groups.setdefault((num_rows, size, plain[request]), []).append(request)
         else:
-            step = num_rows if plain[request] else TILE_ROWS
+            step = num_rows if plain[request] else min(TILE_ROWS, MASK_ELEMENTS // (spans[request] + num_rows) or 1)
             for first in range(0, num_rows, step):
                 yield [request], first, min(first + step, num_rows)
     for (num_rows, size, _), requests in groups.items():
-        most = max(1, PART_TOKENS // (num_rows + (1 << size)))
+        num_keys = num_rows + (1 << size)
+        most = max(1, min(PART_TOKENS // num_keys, MASK_ELEMENTS // (num_rows * num_keys or 1)))
         for first in range(0, len(requests) if num_rows else 0, most):
             yield requests[first : first + most], 0, num_rows
 
 
-def _plain_causal(config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> torch.Tensor:
-    """Requests without context whose mask is causal and nothing else: bool `[num_reqs]`."""
+def _plain_causal(
+    config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, most_rows: int = PLAIN_ROWS
+) -> torch.Tensor:
+    """Requests without context, of few enough rows, whose mask is causal and nothing else: bool `[num_reqs]`."""
     rows = torch.diff(metadata.cu_seqlens_q)
     plain = (metadata.context_lens == 0) & (metadata.block_sizes == 1) & (metadata.padded_prefix_lens == 0)
+    plain &= rows <= most_rows
     if metadata.cache_only:
         return torch.zeros_like(plain)
     if options.window:
@@ -191,7 +241,7 @@ def _part(
     mask = torch.cat([seen_cached.expand(-1, len(tokens), -1), seen_new], dim=2)
     if options.window:
         keys = torch.cat([cached, context + new], dim=1)
-        mask &= positions[:, :, None] - keys[:, None, :] < options.window
+        mask &= (positions - options.window)[:, :, None] < keys[:, None, :]
     mask &= (tokens < valid)[:, :, None]
 
     slots = pages.clamp(min=0) * config.page_size + cached % config.page_size
@@ -228,6 +278,11 @@ def _pages(page_tables: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     if last < 0:
         return torch.full_like(columns, -1)
     return page_tables.gather(1, columns.clamp(max=last)).long().masked_fill(columns > last, -1)
+
+
+def num_of(rows: Rows) -> int:
+    """How many rows these are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def rows_of(metadata: AttentionMetadata, requests: list[int], tokens: torch.Tensor, device: torch.device) -> Rows:

@@ -1,16 +1,19 @@
-"""Backend `naive`: attention as it is written down, one request at a time. Specification and oracle."""
+"""Backend `naive`: attention as it is written down in `reference`, one request at a time. Specification and oracle."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
+from attnd_server.attention import tiles
 from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.backends.window import first_visible_pages
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
-from attnd_server.attention.kernels.pages import gather_pages
+from attnd_server.attention.kernels.pages import gather_pages, of_kv_heads
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.masks import visible
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -18,56 +21,6 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 # New tokens of a request whose scores [num_heads, TILE, num_keys] exist at once. Counted from the request's own first
 # token, so that it changes nothing between batches.
 TILE = 256
-
-
-def reference_torch_attention(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    seen: torch.Tensor,
-    q_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one request over keys in token order.
-
-    Args:
-        q: `[num_rows, num_heads, head_dim]`.
-        keys: `[num_keys, num_kv_heads, head_dim]`. What no row sees may be NaN.
-        values: `[num_keys, num_kv_heads, head_dim_v]`, likewise.
-        seen: bool `[num_rows, num_keys]`.
-        q_positions: int64 `[num_rows]`.
-        key_positions: int64 `[num_keys]`.
-        scale: factor of q.k.
-        softcap: 0 is off.
-        alibi_slopes: `[num_heads]` or None.
-        sinks: `[num_heads]` or None.
-        dtype: in which everything is computed.
-
-    Returns:
-        Output `[num_rows, num_heads, head_dim_v]` and lse `[num_rows, num_heads]` in `dtype`; zeros and -inf in rows
-        that see nothing.
-    """
-    group = q.shape[1] // keys.shape[1]
-    values = values.masked_fill(~seen.any(0)[:, None, None], 0)  # 0 * NaN is NaN
-    keys, values = (tensor.to(dtype).repeat_interleave(group, dim=1) for tensor in (keys, values))
-    scores = scale * torch.einsum("nhd,shd->hns", q.to(dtype), keys)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores + alibi_slopes.to(dtype)[:, None, None] * (key_positions - q_positions[:, None])
-    scores = scores.masked_fill(~seen, -torch.inf)
-    # A sink is one more key without a value.
-    sink = scores.new_full(q.shape[1:2], -torch.inf) if sinks is None else sinks.to(dtype)
-    scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], dim=2)
-    blind = ~seen.any(1)
-    weights = torch.softmax(scores, dim=2)[:, :, :-1].masked_fill(blind[:, None], 0)
-    output = torch.einsum("hns,shd->nhd", weights, values)
-    return output, torch.logsumexp(scores, dim=2).T.masked_fill(blind[:, None], -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,15 +115,36 @@ class NaiveAttention:
         pages: LayerPages,
     ) -> None:
         """As `run`, into `output` and `lse`; see `AttentionKernel.launch`."""
+        for _ in self.pieces(plan, output, lse, q, k, v, pages):
+            pass
+
+    def pieces(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> Iterator[None]:
+        """As `launch`, a tile at a time; see `RunsInPieces`."""
         bounds = plan.metadata.cu_seqlens_q.tolist()
         for request, (start, end) in enumerate(pairwise(bounds)):
             new_k, new_v = (None if tensor is None else tensor[start:end] for tensor in (k, v))
-            keys, values = self.keys_and_values(plan, request, new_k, new_v, pages)
-            for tile in range(start, end, TILE):
-                rows = slice(tile, min(tile + TILE, end))
-                output[rows], lse_of_rows = self._tile(plan, request, rows, start, q, keys, values)
-                if lse is not None:
-                    lse[rows] = lse_of_rows
+            all_keys = slice(0, _num_keys(plan, request))
+            is_whole = self._bytes(plan, all_keys.stop, end - start) <= tiles.SCRATCH_BYTES
+            if is_whole:
+                keys, values = self.keys_and_values(plan, request, new_k, new_v, pages)
+            for first in range(start, end, TILE):
+                rows = slice(first, min(first + TILE, end))
+                if is_whole:
+                    output[rows], row_lse = self._rows(plan, request, rows, start, q[rows], keys, values, all_keys)
+                    if lse is not None:
+                        lse[rows] = row_lse
+                    yield
+                else:
+                    yield from self._rows_by_tiles(plan, request, rows, start, output, lse, q, new_k, new_v, pages)
 
     def keys_and_values(
         self,
@@ -192,18 +166,76 @@ class NaiveAttention:
             v: likewise, `[query_len, num_kv_heads, head_dim_v]`.
             pages: as for `run`.
         """
-        num_tokens = int(plan.metadata.context_lens[request]) - plan.first_positions[request]
-        page_ids, layout = plan.page_ids[request], plan.config.layout
+        return self._some_keys_and_values(plan, request, k, v, pages, slice(0, _num_keys(plan, request)))
+
+    def _some_keys_and_values(
+        self,
+        plan: _Plan,
+        request: int,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+        columns: slice,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of `columns`, which begin with a page or behind the context."""
+        page_size, num_cached = plan.config.page_size, _num_cached(plan, request)
+        cached = slice(min(columns.start, num_cached), min(columns.stop, num_cached))
+        page_ids = plan.page_ids[request][cached.start // page_size : -(-cached.stop // page_size)]
         dtype = plan.config.precision.dtype(plan.config.dtype)
         keys, values = (
-            gather_pages(each, page_ids, layout, dtype if scales is None else torch.float32, scales)
+            gather_pages(each, page_ids, plan.config.layout, dtype if scales is None else torch.float32, scales)
             for each, scales in ((pages.k, pages.k_scales), (pages.v, pages.v_scales))
         )
+        num_tokens = cached.stop - cached.start
         if k is None or v is None:
             return keys[:num_tokens], values[:num_tokens]
-        return torch.cat([keys[:num_tokens], k.to(dtype)]), torch.cat([values[:num_tokens], v.to(dtype)])
+        new = slice(max(columns.start, num_cached) - num_cached, max(columns.stop, num_cached) - num_cached)
+        return torch.cat([keys[:num_tokens], k[new].to(dtype)]), torch.cat([values[:num_tokens], v[new].to(dtype)])
 
-    def _tile(
+    def _rows_by_tiles(
+        self,
+        plan: _Plan,
+        request: int,
+        rows: slice,
+        start: int,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> Iterator[None]:
+        """Fills in rows `rows` of output and lse, some heads and keys at a time."""
+        config, num_keys = plan.config, _num_keys(plan, request)
+        of_one_head = self._bytes(plan, min(num_keys, tiles.KEY_TILE), rows.stop - rows.start) // q.shape[1]
+        for heads in tiles.head_blocks(q.shape[1], config.num_kv_heads, tiles.SCRATCH_BYTES // max(1, of_one_head)):
+            some_q, some_pages = q[rows, heads.query], of_kv_heads(pages, heads.kv, config.layout)
+            some_k, some_v = (None if tensor is None else tensor[:, heads.kv] for tensor in (k, v))
+            merged = tiles.Merged((*some_q.shape[:2], config.head_dim_v), self.compute_dtype, plan.device)
+            for columns in tiles.key_tiles(num_keys, config.page_size):
+                if self._seen(plan, request, rows, start, columns).any():
+                    keys, values = self._some_keys_and_values(plan, request, some_k, some_v, some_pages, columns)
+                    merged.add(*self._rows(plan, request, rows, start, some_q, keys, values, columns, heads.query))
+                    yield
+            merged.add_sinks(None if plan.sinks is None else plan.sinks[heads.query])
+            output[rows, heads.query] = merged.output.to(output.dtype)
+            if lse is not None:
+                lse[rows, heads.query] = merged.lse.float()
+
+    def _bytes(self, plan: _Plan, num_keys: int, num_rows: int) -> int:
+        """Memory that all heads of so many rows and keys of a request take at once, beside the results."""
+        config, num_heads = plan.config, plan.options.num_heads
+        dims, itemsize = config.head_dim + config.head_dim_v, self.compute_dtype.itemsize
+        # Of each key: gathered twice, in float32 at most; repeated for the query heads; some five times its scores.
+        repeated = num_heads * (dims + 5 * min(num_rows, TILE))
+        return num_keys * (8 * config.num_kv_heads * dims + itemsize * repeated)
+
+    def _seen(self, plan: _Plan, request: int, rows: slice, start: int, columns: slice) -> torch.Tensor:
+        first_position, page_size = plan.first_positions[request], plan.config.page_size
+        first, end = rows.start - start, rows.stop - start
+        return visible(plan.metadata, request, plan.options.window, first_position, page_size, first, end, columns)
+
+    def _rows(
         self,
         plan: _Plan,
         request: int,
@@ -212,22 +244,39 @@ class NaiveAttention:
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        columns: slice,
+        heads: slice | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and lse of rows `rows` of q, which belong to the request that starts at row `start`."""
+        """Output and lse of rows `rows` of a request that starts at row `start`, over the keys of `columns`.
+
+        Of all heads with their sinks, or of `heads` without.
+        """
         context_len, first_position = int(plan.metadata.context_lens[request]), plan.first_positions[request]
-        window, page_size = plan.options.window, plan.config.page_size
-        seen = visible(plan.metadata, request, window, first_position, page_size, rows.start - start, rows.stop - start)
-        dtype = plan.config.precision.dtype(q.dtype)
+        slopes, sinks = plan.alibi_slopes, plan.sinks
+        if heads is not None:
+            slopes, sinks = None if slopes is None else slopes[heads], None
         return reference_torch_attention(
-            q[rows].to(dtype).clone(),  # a fresh tensor is aligned alike in every batch; sums may depend on that
+            # A fresh tensor is aligned alike in every batch; sums may depend on that.
+            q.to(plan.config.precision.dtype(q.dtype)).clone(memory_format=torch.contiguous_format),
             keys,
             values,
-            seen.to(plan.device),
+            self._seen(plan, request, rows, start, columns).to(plan.device),
             torch.arange(rows.start, rows.stop, device=plan.device) + (context_len - start),
-            torch.arange(first_position, first_position + len(keys), device=plan.device),
+            torch.arange(first_position + columns.start, first_position + columns.stop, device=plan.device),
             plan.options.scale,
             plan.options.softcap,
-            plan.alibi_slopes,
-            plan.sinks,
+            slopes,
+            sinks,
             self.compute_dtype,
         )
+
+
+def _num_cached(plan: _Plan, request: int) -> int:
+    """Cached keys from the first visible page on."""
+    return int(plan.metadata.context_lens[request]) - plan.first_positions[request]
+
+
+def _num_keys(plan: _Plan, request: int) -> int:
+    """These, and the new ones."""
+    num_new = 0 if plan.metadata.cache_only else plan.metadata.query_lens[request]
+    return _num_cached(plan, request) + num_new

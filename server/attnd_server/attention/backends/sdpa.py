@@ -5,6 +5,7 @@ Prefill without context gathers nothing and has no masks: on a GPU, cuDNN's kern
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,13 +17,15 @@ from attnd.protocol.alignment import aligned
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.dense_prefill import dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
+from attnd_server.attention.backends.part_costs import PartCosts, longest, part_costs
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
-from attnd_server.attention.kernels.pages import read_kv
+from attnd_server.attention.kernels.pages import of_kv_heads, read_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.tiles import SCRATCH_BYTES
 
 MAX_MASK_ELEMENTS = 2**30
-"""Most elements of all masks of a step, a byte each."""
+"""Most elements of all masks of a step, which are made anew for each layer where they are many."""
 
 # What serves dense prefill on a GPU, the fastest first: each takes grouped heads and a causal flag, but no mask.
 _DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -30,8 +33,9 @@ _DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBac
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    parts: list[Part]
-    is_one_part: bool  # with all rows in their order
+    parts: Iterable[Part]
+    is_one_part: bool  # with all rows in their order, and all heads at once
+    costs: PartCosts
     num_tokens: int
     layout: Layout
     dtype: torch.dtype  # to multiply in
@@ -63,6 +67,10 @@ class SdpaAttention:
         elements = mask_elements(config, metadata, options)
         if elements > MAX_MASK_ELEMENTS:
             return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
+        num_keys = longest(metadata, options)
+        num_bytes = sum(part_costs(config, options, enable_gqa=False).bytes_of_heads(1, 1, num_keys))
+        if num_bytes > SCRATCH_BYTES:
+            return f"a head of {num_keys} keys takes {num_bytes} bytes, but sdpa takes at most {SCRATCH_BYTES} at once"
         return None
 
     def supports_context_length(self, num_tokens: int) -> bool:
@@ -75,18 +83,26 @@ class SdpaAttention:
         """The parts of the step with their slots and masks."""
         dense = dense_prefill(config, metadata, options, device)
         parts = split(config, metadata, options, device) if dense is None else dense
+        # On a GPU only the kernels that take no mask know grouped heads; with a mask torch would hold all scores.
+        enable_gqa = device.type == "cpu" or dense is not None
+        costs = part_costs(config, options, enable_gqa=enable_gqa)
+        is_one = isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0].rows, slice)
         return _Plan(
             parts=parts,
-            is_one_part=len(parts) == 1 and isinstance(parts[0].rows, slice),
+            is_one_part=is_one and len(costs.blocks(next(iter(parts)))) == 1,
+            costs=costs,
             num_tokens=metadata.num_tokens,
             layout=config.layout,
             dtype=config.precision.dtype(config.dtype),
             scale=options.scale,
             head_dim_v=config.head_dim_v,
-            # On a GPU only the kernels that take no mask know grouped heads; with a mask torch would hold all scores.
-            enable_gqa=device.type == "cpu" or dense is not None,
+            enable_gqa=enable_gqa,
             is_dense_on_gpu=device.type != "cpu" and dense is not None,
         )
+
+    def reads_stored(self, plan: _Plan) -> bool:
+        """Whether a step's only token is read where it lies, with its context; see `ReadsStored`."""
+        return isinstance(plan.parts, list) and len(plan.parts) == 1 and plan.parts[0].side_by_side is not None
 
     def fixed_plan(
         self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
@@ -104,7 +120,8 @@ class SdpaAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
         if plan.is_one_part:
-            return _run_part(plan, plan.parts[0], q, k, v, pages), None
+            (part,) = plan.parts
+            return _run_part(plan, part, q, k, v, pages), None
         output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
         self.launch(plan, output, None, q, k, v, pages)
         return output, None
@@ -120,8 +137,32 @@ class SdpaAttention:
         pages: LayerPages,
     ) -> None:
         """As `run`, into `output`; see `AttentionKernel.launch`."""
+        for _ in self.pieces(plan, output, lse, q, k, v, pages):
+            pass
+
+    def pieces(
+        self,
+        plan: _Plan,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> Iterator[None]:
+        """As `launch`, some heads of a part at a time; see `RunsInPieces`."""
         for part in plan.parts:
-            output[part.rows] = _run_part(plan, part, q, k, v, pages)
+            blocks = plan.costs.blocks(part)
+            if len(blocks) == 1:
+                output[part.rows] = _run_part(plan, part, q, k, v, pages)
+                yield
+                continue
+            for heads in blocks:
+                some_k, some_v = (None if tensor is None else tensor[:, heads.kv] for tensor in (k, v))
+                some_pages = of_kv_heads(pages, heads.kv, plan.layout)
+                some = _run_part(plan, part, q[:, heads.query], some_k, some_v, some_pages)
+                output[part.rows, heads.query] = some
+                yield
 
 
 def _run_part(
@@ -171,9 +212,9 @@ def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPag
 def _heads_of_slots(pages: torch.Tensor, slots: slice) -> torch.Tensor:
     """A view of slots that follow each other in unified pages: `[1, num_kv_heads, num_slots, head_dim]`."""
     _, _, num_kv_heads, head_dim = pages.shape
-    slot = num_kv_heads * head_dim
+    _, of_slot, of_head, _ = pages.stride()
     shape = (1, num_kv_heads, slots.stop - slots.start, head_dim)
-    return pages.as_strided(shape, (0, head_dim, slot, 1), pages.storage_offset() + slots.start * slot)
+    return pages.as_strided(shape, (0, of_head, of_slot, 1), pages.storage_offset() + slots.start * of_slot)
 
 
 def _by_request(tokens: torch.Tensor, part: Part) -> torch.Tensor:

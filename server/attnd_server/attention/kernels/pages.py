@@ -10,6 +10,7 @@ FP8 pages have scales, float32 `[num_kv_heads]` on their device: see `quantised`
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.layer_pages import LayerPages
 
 FP8_MAX = torch.finfo(FP8).max
+# Numbers that are in float32 at one time while FP8 is stored.
+CONVERTED_ELEMENTS = 1 << 22
+# Bytes that are under way at one time while pages are copied.
+COPIED_BYTES = 16 << 20
 
 
 class StoredTokens(NamedTuple):
@@ -33,6 +38,13 @@ class StoredTokens(NamedTuple):
     slots: torch.Tensor
     tokens: torch.Tensor | None = None
     first_slot: int | None = None
+
+
+def of_kv_heads(pages: LayerPages, heads: slice, layout: Layout) -> LayerPages:
+    """The pages of some KV heads: views, which are not contiguous."""
+    axis, num = 2 if layout is Layout.UNIFIED else 1, heads.stop - heads.start
+    k, v = (each.narrow(axis, heads.start, num) for each in pages[:2])
+    return LayerPages(k, v, *(None if scales is None else scales[heads] for scales in pages[2:]))
 
 
 def stored_tokens(slot_mapping: torch.Tensor, device: torch.device | str) -> StoredTokens:
@@ -58,6 +70,18 @@ def quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """
     # Clamped because torch and the GPUs do not agree on what the cast does beyond the largest number.
     return (tokens.float() / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def _all_quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`quantised`, as bytes, and on a processor a part at a time: in float32 all would take many times as much."""
+    step = max(1, CONVERTED_ELEMENTS // max(1, tokens[:1].numel()))
+    if len(tokens) <= step or tokens.device.type != "cpu":
+        return _bytes(quantised(tokens, scales))
+    result = tokens.new_empty(tokens.shape, dtype=torch.uint8)
+    for first in range(0, len(tokens), step):
+        part = slice(first, first + step)
+        result[part] = _bytes(quantised(tokens[part], scales))
+    return result
 
 
 def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -90,7 +114,7 @@ def store_kv(
     if tokens is not None:
         k, v, slots = k[tokens], v[tokens], slots[tokens]
     if k_scales is not None and v_scales is not None:
-        k, v = _bytes(quantised(k, k_scales)), _bytes(quantised(v, v_scales))
+        k, v = _all_quantised(k, k_scales), _all_quantised(v, v_scales)
         k_pages, v_pages = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
         _rows(k_pages).index_copy_(0, slots, k)
@@ -99,6 +123,21 @@ def store_kv(
     page, offset = _split(slots, v_pages.shape[3])
     k_pages[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
     v_pages[page, :, :, offset] = v
+
+
+def kept_slot(pages: LayerPages, slot: int) -> Callable[[], None]:
+    """What lies in a slot of unified pages on the host; call it to put that back."""
+    places = []
+    for each in pages[:2]:
+        num_bytes = each.stride(1) * each.itemsize
+        address = each.data_ptr() + slot * num_bytes
+        places.append((address, ctypes.string_at(address, num_bytes), num_bytes))
+
+    def put_back() -> None:
+        for place in places:
+            ctypes.memmove(*place)
+
+    return put_back
 
 
 def _copy_rows(pages: torch.Tensor, tokens: torch.Tensor, first_slot: int) -> None:
@@ -168,7 +207,15 @@ def gather_pages(
 def copy_pages(
     k_pages: torch.Tensor, v_pages: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
 ) -> None:
-    """Copies whole pages in every layer.
+    """Copies whole pages in every layer; see `page_copies`."""
+    for _ in page_copies(k_pages, v_pages, source_pages, target_pages):
+        pass
+
+
+def page_copies(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+) -> Iterator[None]:
+    """Copies whole pages in every layer, some of them whenever it is asked to go on.
 
     Args:
         k_pages: K of all layers, `[num_layers, num_pages, ...]` in either layout, written in place.
@@ -178,7 +225,11 @@ def copy_pages(
     """
     for pages in (_bytes(k_pages), _bytes(v_pages)):
         source, target = source_pages.to(pages.device), target_pages.to(pages.device)
-        pages.index_copy_(1, target, pages.index_select(1, source))
+        step = max(1, COPIED_BYTES // max(1, pages[:, 0].nbytes))
+        for first in range(0, len(source), step):
+            part = slice(first, first + step)
+            pages.index_copy_(1, target[part], pages.index_select(1, source[part]))
+            yield
 
 
 def _read(tokens: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from attnd_server.attention.backends.naive import NaiveAttention, reference_torch_attention
+from attnd_server.attention.backends.naive import NaiveAttention
+from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.masks import visible
 from attnd_server.attention.tolerances import coarsest, lse_bounds, output_bounds, score_error
 from attnd_server.observe.verify.sample import Sample

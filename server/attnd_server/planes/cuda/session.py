@@ -18,6 +18,7 @@ from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest
 from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
+from attnd_server.execution.cost import too_costly
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
@@ -181,7 +182,10 @@ class CudaSession:
             raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
         messages = list(request.options) or [step_pb2.AttentionOptions()]
         options = [service.checked_options(each, config, heads) for each in messages]
-        return CudaStep(step, layer_options(options, config.num_layers), heads)
+        layers = layer_options(options, config.num_layers)
+        if (work := sum(step.cost(each).work for each in layers)) > service.executor.most_work:
+            raise too_costly(work, service.executor.most_work)
+        return CudaStep(step, layers, heads)
 
     def _enqueue(self, step: CudaStep) -> None:
         executor = self._service.executor

@@ -75,7 +75,7 @@ class ShmConnection:
     def _run(self, work: Work) -> bytes:
         executor, timeout_s = self._service.executor, None
         if isinstance(work, Call):
-            result = executor.run_now(work) if work.step.is_small else None
+            result = executor.run_now(work) if work.is_small else None
             if result is not None:
                 return result
             timeout_s = work.step.call_timeout_s

@@ -80,7 +80,7 @@ class SharedLoop:
             self.clients.give_back(client, None)
             return None
         begun = client.connection.begin(request)
-        if isinstance(begun, Call) and begun.step.is_small:
+        if isinstance(begun, Call) and begun.is_small:
             return begun
         if isinstance(begun, bytes):
             self._answer(client, begun)
