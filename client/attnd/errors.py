@@ -115,6 +115,10 @@ class Disconnected(AttndError, ConnectionError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class Ended(Disconnected):
+    """What was used has been closed, or belongs to another process: no attempt of its own will succeed any more."""
+
+
 class ServerFault(AttndError):
     """A bug of the server."""
 

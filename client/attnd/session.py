@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -19,6 +20,10 @@ from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY, AttendReply
 from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
+from attnd.turns import Turn
+
+Sent = Step | PendingCall | weakref.ref[PendingCall]
+"""What was sent. A reference, of a call for which somebody else is to wait: if nobody has it any more, nobody does."""
 
 
 class Session:
@@ -45,9 +50,11 @@ class Session:
         self._wanted = plane
         self._timings = Timings()
         self._stream: Stream | None = None
-        self._unanswered: deque[Step | PendingCall] = deque()  # whose answers were not read yet, in order
+        self._unanswered: deque[Sent] = deque()  # whose answers were not read yet, in order
         self._steps = SentSteps()
         self._going_away = ""
+        self._is_midway = False  # whether a message may have gone or come that `_unanswered` does not know of
+        self._turn = Turn("session")
 
     def step(self, metadata: Any) -> Step:
         """Opens a step. Sends its metadata once and does not wait: a refusal comes with the step's first call.
@@ -62,22 +69,28 @@ class Session:
             Disconnected: the server is draining.
             Unsupported: the plane that was asked for cannot be had; the message says why.
         """
-        if self._going_away:
-            reason, self._going_away = self._going_away, ""
-            self._finish()
-            raise Disconnected(f"{reason}; the next step reconnects")
-        if self._stream is None:
-            self._steps.forget()
-        message = self._steps.message(metadata, self.cache.ref, self.timeout_s)
-        if self._stream is None:
-            self._stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
-            self.plane = self._timings.plane = self._stream.plane
-        step = Step(self, message.id, self._stream)
-        if traces.tracer is not None:
-            step.span = traces.begin(message, range(self.cache.config.num_layers), self.plane)
-        self._send(self._stream.step_request(message), step)
-        self._timings.num_steps += 1
-        return step
+        self._begin()
+        try:
+            if self._going_away:
+                reason, self._going_away = self._going_away, ""
+                self._finish()
+                raise Disconnected(f"{reason}; the next step reconnects")
+            if self._stream is None:
+                self._steps.forget()
+            message = self._steps.message(metadata, self.cache.ref, self.timeout_s)
+            stream = self._stream
+            if stream is None:
+                stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
+                self.plane = self._timings.plane = stream.plane
+                self._stream = stream
+            step = Step(self, message.id, stream)
+            if traces.tracer is not None:
+                step.span = traces.begin(message, range(self.cache.config.num_layers), self.plane)
+            self._send(stream.step_request(message), step)
+            self._timings.num_steps += 1
+            return step
+        finally:
+            self._turn.end()
 
     def timings(self) -> Timings:
         """Sums over the session's calls so far. The object goes on counting."""
@@ -88,14 +101,15 @@ class Session:
         self._timings = Timings(plane=self._timings.plane)
 
     def close(self) -> None:
-        """Ends the stream, and calls that are under way. The cache stays. The next step opens another stream."""
-        stream, self._stream = self._stream, None
-        for request in self._unanswered:
-            if isinstance(request, PendingCall):
-                request.error = Disconnected("the session's stream ended before the call was answered")
-        self._unanswered.clear()
-        if stream is not None:
-            stream.close()
+        """Ends the stream, and calls that are under way. The cache stays. The next step opens another stream.
+
+        From any thread: a call that another thread waits for ends with Disconnected.
+        """
+        if self._turn.is_anothers:
+            if (stream := self._stream) is not None:
+                stream.stop()
+            return
+        self._end()
 
     def __enter__(self) -> Session:
         """The session itself."""
@@ -111,54 +125,80 @@ class Session:
         """What `Step.attend` gives. For `Step`."""
         started = time.perf_counter()
         deadline: RetryDeadline | None = None
-        while True:
-            try:
-                return self._wait(self._submit(step, layer, q, k, v, options), started)
-            except Exhausted as refusal:
-                # All calls that were sent before it have been answered, so that it still runs in its turn.
-                deadline = deadline or RetryDeadline(self.timeout_s)
-                pause_s = deadline.pause_s(refusal)
-                if pause_s is None:
-                    raise
-            time.sleep(pause_s)
+        self._begin()
+        try:
+            while True:
+                try:
+                    call = self._submit(step, layer, q, k, v, options, is_awaited=True)
+                    return self._wait(call, started)
+                except Exhausted as refusal:
+                    # All calls that were sent before it have been answered, so that it still runs in its turn.
+                    deadline = deadline or RetryDeadline(self.timeout_s)
+                    pause_s = deadline.pause_s(refusal)
+                    if pause_s is None:
+                        raise
+                time.sleep(pause_s)
+        finally:
+            self._turn.end()
 
     def submit_layer(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
         """What `Step.submit` gives. For `Step`."""
         started = time.perf_counter()
-        call = self._submit(step, layer, q, k, v, options)
+        self._begin()
+        try:
+            call = self._submit(step, layer, q, k, v, options, is_awaited=False)
+        finally:
+            self._turn.end()
         call.seconds = time.perf_counter() - started
         return call
 
     def wait_for(self, call: PendingCall) -> Any:
         """What `PendingCall.wait` gives. For `PendingCall`."""
-        return self._wait(call, time.perf_counter() - call.seconds)
+        started = time.perf_counter() - call.seconds
+        self._begin()
+        try:
+            return self._wait(call, started)
+        finally:
+            self._turn.end()
 
-    def _submit(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
+    def _begin(self) -> None:
+        """Goes inside. What an interrupt left in the middle is ended first: its answers may still come."""
+        if not self._turn.begin() or self._is_midway:
+            self._end()
+
+    def _submit(
+        self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions, *, is_awaited: bool
+    ) -> PendingCall:
         stream = self._stream
         if stream is None or stream is not step.stream:
             raise Disconnected("the step's stream has ended; open the step again")
         if step.error is not None:
             raise step.error
         if len(self._unanswered) >= MAX_CALLS_UNDER_WAY:
-            self._refuse_too_many()
+            self._make_room()
         request = stream.call_request(step.id, layer, q, k, v, options)
         call = PendingCall(self, step, layer, q, options.return_lse)
-        self._send(request, call)
+        self._send(request, call if is_awaited else weakref.ref(call))
         return call
 
-    def _refuse_too_many(self) -> None:
-        """Raises Exhausted if no more calls may be under way; steps may be."""
-        num_calls = sum(isinstance(request, PendingCall) for request in self._unanswered)
-        if num_calls >= MAX_CALLS_UNDER_WAY:
-            raise Exhausted(f"{num_calls} calls of the session are under way, which is the limit; wait for one first")
+    def _make_room(self) -> None:
+        """Takes answers of calls that nobody has any more. Raises Exhausted if too many others are under way."""
+        while (num_calls := sum(not isinstance(sent, Step) for sent in self._unanswered)) >= MAX_CALLS_UNDER_WAY:
+            if isinstance(_object_of(self._unanswered[0]), PendingCall):
+                rule = "which is the limit; wait for one first"
+                raise Exhausted(f"{num_calls} calls of the session are under way, {rule}")
+            self._receive()
 
     def _wait(self, call: PendingCall, started: float) -> Any:
         """Reads answers, which come in order, up to that of `call`; the caller has been at it since `started`."""
         try:
             while call.reply is None and call.error is None:
+                if self._stream is not call.step.stream:
+                    raise Disconnected("the session's stream ended before the call was answered")
                 self._receive()
         except BaseException:  # Ctrl-C too: the answer may still come, and must not be taken for that of a later call
-            self.close()
+            if self._stream is call.step.stream:
+                self._end()
             raise
         if call.error is not None:
             raise call.error
@@ -170,20 +210,23 @@ class Session:
 
     def _receive(self) -> None:
         """Reads one message, and gives it to what it answers."""
-        assert self._stream is not None  # whoever waits has a call under way, and close() ends those
+        assert self._stream is not None  # whoever waits has a call under way, and its stream is this one
+        self._is_midway = True
         answer = self._stream.receive(self.timeout_s)
         self._timings.bytes_received += answer.num_bytes
         if answer.kind == "going_away":
             self._going_away = answer.message.reason
+            self._is_midway = False
             return
         if not self._unanswered:
             raise ServerFault(f"the server sent {answer.kind} unasked")
-        request = self._unanswered[0]
-        if isinstance(request, PendingCall):
-            request.answered(answer)
-        else:
-            self._answer_step(request, answer)
+        sent = _object_of(self._unanswered[0])
+        if isinstance(sent, PendingCall):
+            sent.answered(answer)
+        elif sent is not None:
+            self._answer_step(sent, answer)
         self._unanswered.popleft()  # not before: a fault of the server ends all that are unanswered
+        self._is_midway = False
 
     def _answer_step(self, step: Step, answer: AttendReply) -> None:
         kind, message, *_ = answer
@@ -196,19 +239,37 @@ class Session:
     def _finish(self) -> None:
         """Takes the answers of all calls under way, which a server that drains still gives, and closes."""
         try:
-            while any(isinstance(request, PendingCall) for request in self._unanswered):
+            while any(not isinstance(sent, Step) for sent in self._unanswered):
                 self._receive()
         except AttndError:
             pass  # their waits say so
         finally:
-            self.close()
+            self._end()
 
-    def _send(self, request: bytes, sent: Step | PendingCall) -> None:
+    def _send(self, request: bytes, sent: Sent) -> None:
         assert self._stream is not None
         self._timings.bytes_sent += len(request)
+        self._is_midway = True
         try:
             self._stream.send(request)
             self._unanswered.append(sent)
         except BaseException:  # it may have gone out in part
-            self.close()
+            self._end()
             raise
+        self._is_midway = False
+
+    def _end(self) -> None:
+        """The stream is over, with all that is under way."""
+        stream, self._stream = self._stream, None
+        unanswered, self._unanswered = self._unanswered, deque()
+        for sent in map(_object_of, unanswered):
+            if isinstance(sent, PendingCall):
+                sent.error = Disconnected("the session's stream ended before the call was answered")
+        self._going_away, self._is_midway = "", False
+        if stream is not None:
+            stream.close()
+
+
+def _object_of(sent: Sent) -> Step | PendingCall | None:
+    """What was sent; None: a call that nobody has any more."""
+    return sent() if isinstance(sent, weakref.ref) else sent

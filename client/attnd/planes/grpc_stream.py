@@ -1,29 +1,121 @@
-"""An Attend stream over gRPC, and the deadlines of its waits."""
+"""Streaming calls of gRPC's, each on a thread of its own, whose messages come out of a queue."""
 
 from __future__ import annotations
 
 import queue
-import threading
-import time
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from attnd.errors import DeadlineExceeded, Disconnected
+from attnd import forks
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended
+from attnd.planes import call_threads
 from attnd.planes.grpc_errors import translate
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
+from attnd.threads import bounded
+
+Opening = Callable[[Callable[[bytes], bytes]], Any]
+"""Begins a call of gRPC's, whose responses it has read by the function that it is given."""
+
+
+class StreamingCall:
+    """A streaming call. Its owner reads the queue, and never touches gRPC's own objects.
+
+    gRPC gives each message to `_came` on a thread of its own, which puts it into the queue: whoever waits there is
+    woken at once. The call's thread behind it only asks gRPC for the next one.
+    """
+
+    def __init__(self, opening: Opening, address: str, sending: queue.SimpleQueue[bytes | None] | None = None) -> None:
+        """Begins it.
+
+        Args:
+            opening: of the call.
+            address: of the server, for errors.
+            sending: from which gRPC reads requests, up to None; None: it reads them elsewhere.
+        """
+        self._address = address
+        self._sending = sending
+        self._received: queue.SimpleQueue[bytes | AttndError | None] = queue.SimpleQueue()
+        self._call: Any = None
+        self._is_cancelled = False
+        self._made = forks.generation
+        call_threads.start(lambda: self._read(opening))
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """The next message; None when the server has ended the stream in good order.
+
+        Raises:
+            DeadlineExceeded: none came in time. The stream is over then.
+            AttndError: the stream broke.
+        """
+        try:
+            received = self._received.get(timeout=bounded(timeout_s))
+        except queue.Empty:
+            self.cancel()
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        if received is None or isinstance(received, AttndError):
+            self._received.put(received)  # for whoever asks again
+            if received is not None:
+                raise received
+        return received
+
+    def cancel(self) -> None:
+        """Ends the call. Does not wait: gRPC's lock may be held, and then nobody else has to wait for it."""
+        if self._made != forks.generation:
+            return  # it is the parent's
+        self._is_cancelled = True
+        if self._sending is not None:
+            self._sending.put(None)
+        if self._call is not None:
+            call_threads.start_last(self._cancel)
+
+    def _cancel(self) -> None:
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def _came(self, message: bytes) -> bytes:
+        self._received.put(message)
+        return message
+
+    def _read(self, opening: Opening) -> None:
+        """The thread: asks for messages until the end."""
+        told: AttndError | None = None
+        try:
+            self._call = call = opening(self._came)
+            if self._is_cancelled:
+                call.cancel()
+            for _ in call:
+                pass
+        except grpc.RpcError as error:
+            told = translate(error, self._address)
+        except ValueError:  # gRPC's word for a channel that was closed
+            told = Ended("the client was closed")
+        self._call = None
+        if self._sending is not None:
+            self._sending.put(None)  # gRPC's thread that reads it may go
+        self._received.put(told)
 
 
 class GrpcStream(Stream):
-    """An Attend stream over gRPC. gRPC reads the requests on a thread of its own, from a queue."""
+    """An Attend stream over gRPC. It ends when it is closed or gone."""
 
-    def __init__(self, method: Any, address: str, metadata: Any = None) -> None:
-        """Opens the stream."""
-        self._address = address
+    def __init__(self, method: Callable[..., Any], address: str, metadata: Any = None) -> None:
+        """Opens the stream.
+
+        Args:
+            method: gives gRPC's Attend method, when it is given what reads responses.
+            address: of the server, for errors.
+            metadata: of the call.
+        """
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call = method(iter(self._requests.get, None), metadata=metadata)
-        self._overdue = False
+        sent = iter(self._requests.get, None)
+        self._call = StreamingCall(lambda came: method(came)(sent, metadata=metadata), address, self._requests)
+        self._end = weakref.finalize(self, self._call.cancel)
+        self._end.atexit = False
 
     def send(self, request: bytes) -> None:
         """Sends a message."""
@@ -36,68 +128,11 @@ class GrpcStream(Stream):
             DeadlineExceeded: none came in time. The stream is over then.
             Disconnected: the stream ended.
         """
-        return requests.attend_reply(self._receive(timeout_s))
-
-    def _receive(self, timeout_s: float) -> bytes:
-        WATCHDOG.watch(self, time.monotonic() + timeout_s)
-        try:
-            return next(self._call)  # type: ignore[no-any-return]
-        except grpc.RpcError as error:
-            if self._overdue:
-                raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-            raise translate(error, self._address) from None
-        except StopIteration:
-            raise Disconnected("the server ended the stream") from None
-        finally:
-            WATCHDOG.forget(self)
-
-    def expire(self) -> None:
-        """Ends a `receive` that waits too long. From the watchdog's thread."""
-        self._overdue = True
-        self._call.cancel()
+        data = self._call.receive(timeout_s)
+        if data is None:
+            raise Disconnected("the server ended the stream")
+        return requests.attend_reply(data)
 
     def close(self) -> None:
-        """Half-closes, then cancels what is left."""
-        self._requests.put(None)
-        self._call.cancel()
-
-
-class Watchdog:
-    """Ends waits that are overdue.
-
-    gRPC's blocking stream has no timeout for one message, and a thread between would cost each message a switch. So
-    the waiting thread only writes its deadline down, and one thread of the process looks at the deadlines now and then.
-    """
-
-    PERIOD_S = 0.05
-
-    def __init__(self) -> None:
-        """The thread starts with the first wait."""
-        self._deadlines: dict[GrpcStream, float] = {}
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def watch(self, stream: GrpcStream, deadline: float) -> None:
-        """Expires `stream` at `deadline` (`time.monotonic`), unless it is forgotten before."""
-        self._deadlines[stream] = deadline
-        if self._thread is None or not self._thread.is_alive():
-            with self._lock:
-                if self._thread is None or not self._thread.is_alive():
-                    self._thread = threading.Thread(target=self._run, name="attnd-watchdog", daemon=True)
-                    self._thread.start()
-
-    def forget(self, stream: GrpcStream) -> None:
-        """The wait is over."""
-        self._deadlines.pop(stream, None)
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(self.PERIOD_S)
-            now = time.monotonic()
-            for stream, deadline in list(self._deadlines.items()):
-                if now > deadline:
-                    self.forget(stream)
-                    stream.expire()
-
-
-WATCHDOG = Watchdog()
+        """Half-closes, and cancels what is left."""
+        self._end()

@@ -33,6 +33,10 @@ class Stream(Protocol):
     def receive(self, timeout_s: float) -> requests.AttendReply:
         """The next message from the server."""
 
+    def stop(self) -> None:
+        """Ends the stream while another thread is inside, which is told."""
+        self.close()
+
     def close(self) -> None:
         """Ends the stream."""
 

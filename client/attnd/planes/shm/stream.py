@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple
 
+from attnd import forks
 from attnd.errors import DeadlineExceeded, Disconnected
 from attnd.planes.shm.lanes import Lanes
 from attnd.planes.shm.messages import ShmMessages
@@ -87,6 +88,7 @@ class ShmStream(ShmMessages, Stream):
         super().__init__(region, lanes)
         self._connection = connection
         self._path = path
+        self._made = forks.generation
         self._replies = framing.Replies(connection)
         self._set_timeout(timeout_s)
 
@@ -122,6 +124,14 @@ class ShmStream(ShmMessages, Stream):
     def _set_timeout(self, timeout_s: float) -> None:
         sockets.set_timeouts(self._connection, receive_s=timeout_s, send_s=timeout_s)
         self._timeout_s = timeout_s
+
+    def stop(self) -> None:
+        """Ends both directions while another thread is inside, which closes."""
+        if self._made == forks.generation:
+            try:
+                self._connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # ended already
 
     def close(self) -> None:
         """Ends the plane: the server learns it by the end of the socket."""
