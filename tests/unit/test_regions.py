@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,44 @@ def test_a_refusal_travels_instead() -> None:
         one.close()
         with pytest.raises(ConnectionResetError):
             sockets.receive_memories(other, 1)[0]
+
+
+def test_a_refusal_that_does_not_end_has_the_deadline_of_the_whole() -> None:
+    """A byte comes at each look; each alone would be in time."""
+    one, other = socket.socketpair()
+    with one, other:
+        other.settimeout(0.2)
+        one.sendall((1_000).to_bytes(4, "little"))
+        done = threading.Event()
+
+        def drip() -> None:
+            while not done.wait(0.05):
+                one.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            with pytest.raises(TimeoutError):
+                sockets.receive_memories(other, 1)
+        finally:
+            done.set()
+            dripping.join()
+
+
+@pytest.mark.parametrize(("announced", "rule"), [(65_537, "must have at most 65536"), (3, "cannot be read")])
+def test_a_refusal_that_is_none_is_the_servers_fault(announced: int, rule: str) -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.sendall(announced.to_bytes(4, "little") + b"\xff" * 3)
+        with pytest.raises(ServerFault, match=rule):
+            sockets.receive_memories(other, 1)
+
+
+def test_more_descriptors_than_were_asked_for_are_closed(tmp_path: Path) -> None:
+    one, other = socket.socketpair()
+    with one, other, (tmp_path / "file").open("w") as file:
+        before = len(os.listdir("/proc/self/fd"))
+        sockets.send_memory(one, *[file.fileno()] * 20)
+        for descriptor in sockets.receive_memories(other, 1):
+            os.close(descriptor)
+        assert len(os.listdir("/proc/self/fd")) == before

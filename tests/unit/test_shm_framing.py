@@ -5,15 +5,16 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnd.errors import InvalidRequest
+from attnd.errors import DeadlineExceeded, InvalidRequest
 from attnd.protocol import frames
-from attnd.protocol.shm import framing
+from attnd.protocol.shm import framing, sockets
 
 
 @pytest.fixture
@@ -82,6 +83,93 @@ def test_a_length_beyond_the_limit_is_refused_before_it_arrives(pair: tuple[sock
     pair[0].sendall(struct.pack("<IIQI", frames.MAX_MESSAGE_BYTES + 1, 0, 0, 0))
     with pytest.raises(InvalidRequest, match=f"must have at most {frames.MAX_MESSAGE_BYTES}"):
         framing.Requests(pair[1]).receive()
+
+
+class Drip:
+    """A connection from which a long message comes, a few bytes at a time, and then no more in time."""
+
+    def __init__(self, announced: bytes, num_bytes: int, piece: int) -> None:
+        self._left = announced + bytes(num_bytes)
+        self._piece = piece
+
+    def recv(self, num_bytes: int, flags: int = 0) -> bytes:
+        piece, self._left = self._left[: self._piece], self._left[self._piece :]
+        if not piece:
+            raise TimeoutError
+        return piece
+
+    def recv_into(self, buffer: memoryview, num_bytes: int = 0, flags: int = 0) -> int:
+        piece = self.recv(len(buffer))[: len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+@pytest.mark.parametrize("is_reply", [False, True])
+@pytest.mark.parametrize("piece", [1, 2, 20, 1000])
+def test_a_long_message_that_comes_in_bits_takes_as_much_memory_as_has_come_of_it(piece: int, is_reply: bool) -> None:
+    """Whatever its header announces."""
+    num_bytes = 40_000 * min(piece, 8)
+    announced = struct.pack("<IIQIIII" if is_reply else "<IIQI", 250 << 20, *[0] * (6 if is_reply else 3))
+    drip = Drip(announced, num_bytes, piece)
+    received = (framing.Replies if is_reply else framing.Requests)(drip)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TimeoutError):
+            received.receive()
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * num_bytes + (64 << 10)
+    assert most < 3 * num_bytes + (128 << 10)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 19, 21, 60])
+def test_a_message_that_is_not_whole_in_its_time_is_refused_for_ever(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    one, other = pair
+    other.setblocking(False)
+    requests = framing.Requests(other)
+    one.sendall(framing.request_bytes(bytes(60)))
+    assert requests.receive() is not None
+    monkeypatch.setattr(framing, "MESSAGE_S", 0.0)
+    one.sendall(framing.request_bytes(bytes(60))[:num_bytes])
+    for _ in range(2):
+        with pytest.raises(DeadlineExceeded, match="not whole within 0 s of its first byte"):
+            requests.receive()
+        one.sendall(framing.request_bytes(bytes(60))[num_bytes:])
+    assert requests.has_unread
+
+
+def test_whoever_waits_for_the_rest_of_a_message_waits_no_longer_than_it_may_take(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    monkeypatch.setattr(framing, "MESSAGE_S", 0.05)
+    one.sendall(framing.request_bytes(bytes(60))[:30])
+    with pytest.raises(DeadlineExceeded):
+        framing.Requests(other).receive()
+
+
+def test_the_sockets_own_timeout_holds_within_a_message_too(pair: tuple[socket.socket, socket.socket]) -> None:
+    one, other = pair
+    sockets.set_timeouts(other, receive_s=0.02)
+    requests = framing.Requests(other)
+    message = framing.request_bytes(bytes(60))
+    for start in range(0, 60, 20):
+        one.sendall(message[start : start + 20])
+        with pytest.raises(BlockingIOError):
+            requests.receive()
+    one.sendall(message[60:])
+    assert requests.receive() == framing.Request(0, 0, 0, bytes(60))
+
+
+def test_a_reader_has_a_limit_of_its_own(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[0].sendall(framing.request_bytes(bytes(100)) + framing.request_bytes(bytes(101)))
+    requests = framing.Requests(pair[1], max_bytes=100)
+    assert requests.receive() == framing.Request(0, 0, 0, bytes(100))
+    with pytest.raises(InvalidRequest, match="a message has 101 bytes, but must have at most 100"):
+        requests.receive()
 
 
 @pytest.mark.parametrize("piece", [1, 7, 32, 33, 90])

@@ -42,11 +42,11 @@ def show_ticket(ticket: bytes, socket_path: str, socket_dir: str, num_descriptor
     path = os.path.join(socket_dir, os.path.basename(socket_path)) if socket_dir else socket_path
     connection = socket.socket(socket.AF_UNIX)
     try:
+        _connect(connection, path, timeout_s)
         connection.settimeout(timeout_s)
-        _connect(connection, path)
         try:
             connection.sendall(ticket)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass  # refused before it was asked, and told why
         descriptors = sockets.receive_memories(connection, num_descriptors)
         connection.settimeout(None)
@@ -59,9 +59,12 @@ def show_ticket(ticket: bytes, socket_path: str, socket_dir: str, num_descriptor
     return Admission(connection, descriptors, path)
 
 
-def _connect(connection: socket.socket, path: str) -> None:
+def _connect(connection: socket.socket, path: str, timeout_s: float) -> None:
     try:
+        # The system's timeout, not Python's: with that, connecting fails at once where many wait to be accepted.
+        sockets.set_timeouts(connection, send_s=timeout_s)
         connection.connect(path)
+        sockets.set_timeouts(connection)
     except OSError as error:  # a path that is too long, too
         rule = "client and server must share the folder, which socket_dir names here if it lies elsewhere"
         raise Unsupported(f"socket {path} cannot be reached: {error}; {rule}", field="plane") from None

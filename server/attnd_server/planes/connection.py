@@ -1,4 +1,4 @@
-"""The connection of one client of a shm or cuda plane, from its ticket to the end of its socket."""
+"""The connection of one client of a shm or cuda plane, from its admission to the end of its socket."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 
-from attnd.errors import AttndError, PermissionDenied
+from attnd.errors import AttndError
 from attnd.protocol.shm import sockets
 from attnd.protocol.shm.sockets import set_timeouts
 from attnd_server.planes.answer_socket import AnswerSocket
@@ -26,7 +26,7 @@ SEND_S = 5.0
 
 
 class PlaneConnection(threading.Thread):
-    """One client, from its ticket to the end of its socket."""
+    """One client, from its admission to the end of its socket."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class PlaneConnection(threading.Thread):
         cuda: CudaPlanes | str,
         pinning: Pinning,
         loop: SharedLoop,
+        plane: Plane,
         accepted: socket.socket,
         connections: dict[PlaneConnection, None],
     ) -> None:
@@ -44,6 +45,7 @@ class PlaneConnection(threading.Thread):
         self._cuda = cuda
         self._pinning = pinning
         self._loop = loop
+        self._plane = plane
         self._socket = accepted
         self._answers = AnswerSocket(accepted)
         self._connections = connections
@@ -51,21 +53,15 @@ class PlaneConnection(threading.Thread):
 
     def run(self) -> None:
         """The thread."""
-        plane: Plane | None = None
         try:
-            plane = self._planes.claim(sockets.receive_ticket(self._socket), self._socket)
-            with self._service.opened.held(plane.principal, self.end):
-                self._serve(plane)
-        except PermissionDenied as error:
-            log.warning("refused a connection to the shm socket: %s", error)
-            self._refuse(error)
+            with self._service.opened.held(self._plane.principal, self.end):
+                self._serve(self._plane)
         except OSError as error:
             log.info("a shm plane broke: %s", error)
         except Exception as error:
-            self._refuse(self._service.told(error, "" if plane is None else plane.principal))
+            self._refuse(self._service.told(error, self._plane.principal))
         finally:
-            if plane is not None:
-                self._planes.forget(plane)
+            self._planes.forget(self._plane)
             self._connections.pop(self, None)
             self._socket.close()
 

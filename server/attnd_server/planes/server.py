@@ -7,14 +7,14 @@ time. Nobody spins. As soon as there are several shm planes, one thread answers 
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
 import time
 
-from attnd.errors import AttndError, Exhausted, PermissionDenied
+from attnd.errors import Exhausted, PermissionDenied
 from attnd.protocol.shm import sockets
+from attnd_server.planes.arrivals import Arrivals
 from attnd_server.planes.connection import PlaneConnection
 from attnd_server.planes.cuda.planes import cuda_planes
 from attnd_server.planes.negotiation import Planes
@@ -25,12 +25,8 @@ from attnd_server.planes.socket_ends import end
 from attnd_server.planes.socket_folder import SocketFolder
 from attnd_server.service.service import AttentionService
 
-log = logging.getLogger(__name__)
-
-# Seconds that a client has to show its ticket.
+# Seconds that a client has to take the memory of its plane.
 HANDSHAKE_S = 5.0
-# Connections beyond those of open planes that may be showing their tickets.
-MAX_HANDSHAKES = 64
 
 
 class PlaneServer:
@@ -55,14 +51,12 @@ class PlaneServer:
         self._pinning = Pinning(registrar_for(service.executor.device))
         self._loop = SharedLoop(service.executor)
         self._connections: dict[PlaneConnection, None] = {}
-        self._max_connections = config.max_planes + MAX_HANDSHAKES
-        self._draining = False
-        self._thread = threading.Thread(target=self._accept, name="shm-accept", daemon=True)
+        self._arrivals = Arrivals(self._listener, self._check, self._let_in)
+        self._thread = threading.Thread(target=self._arrivals.run, name="shm-accept", daemon=True)
         self._thread.start()
 
     def drain(self) -> None:
         """Lets nobody in any more, and tells everybody who is; may take seconds with clients that do not read."""
-        self._draining = True
         end(self._listener)
         self._thread.join()
         self._listener.close()
@@ -82,35 +76,22 @@ class PlaneServer:
             connection.end()
         self._loop.close()
 
-    def _accept(self) -> None:
-        while not self._draining:
-            try:
-                accepted, _ = self._listener.accept()
-            except OSError:  # the end; or too many open files, which pass
-                time.sleep(0.05)
-                continue
-            try:
-                self._let_in(accepted)
-            except (AttndError, OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
-                log.warning("refused a connection to the shm socket: %s", error)
-                accepted.close()
-
-    def _let_in(self, accepted: socket.socket) -> None:
-        accepted.settimeout(HANDSHAKE_S)
-        peer = sockets.peer_of(accepted)
+    def _check(self, peer: sockets.Peer) -> None:
         if peer.user not in self._users:
             rule = f"must be one of {', '.join(map(str, sorted(self._users)))}; see --socket-uids"
-            refusal = PermissionDenied(f"the client's user is {peer.user}, but {rule}")
-            sockets.send_refusal(accepted, refusal)
-            raise refusal
-        if len(self._connections) >= self._max_connections:
-            raise Exhausted(f"{len(self._connections)} connections are open, which is the limit")
+            raise PermissionDenied(f"the client's user is {peer.user}, but {rule}")
+
+    def _let_in(self, ticket: bytes, accepted: socket.socket) -> None:
+        """Opens the plane of a ticket, on a thread of its own. There are no more threads than planes."""
+        plane = self._planes.claim(ticket, accepted)
+        accepted.settimeout(HANDSHAKE_S)
         connection = PlaneConnection(
-            self._service, self._planes, self._cuda, self._pinning, self._loop, accepted, self._connections
+            self._service, self._planes, self._cuda, self._pinning, self._loop, plane, accepted, self._connections
         )
         self._connections[connection] = None
         try:
             connection.start()
-        except RuntimeError:
+        except RuntimeError as error:  # there can be no more threads
             del self._connections[connection]
-            raise
+            self._planes.forget(plane)
+            raise Exhausted(f"the plane can have no thread: {error}") from None

@@ -34,6 +34,8 @@ BIG_STEP_ELEMENTS = 1 << 17
 # Bytes of a message beside the tensors of a call from which it must be a step: the options of a call have fewer, with
 # slopes and sinks of thousands of heads, and protobuf copies the rest.
 BIG_HEADER_BYTES = 256 << 10
+# Bytes of the message of a call that is kept, so that the next one may say "again": its tensors lie in a region.
+MAX_KEPT_CALL_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +121,10 @@ class AttendSession:
             if self._replies.region is not None:
                 if lane >= MAX_CALLS_UNDER_WAY:
                     raise InvalidRequest(f"lane is {lane}, but must be in 0..{MAX_CALLS_UNDER_WAY - 1}", field="lane")
-                self._last_calls[lane] = frames.Framed(message.call, tensors)
+                self._last_calls.pop(lane, None)
                 self._last_checked.pop(lane, None)
+                if len(data) <= MAX_KEPT_CALL_BYTES:
+                    self._last_calls[lane] = frames.Framed(message.call, tensors)
             return self._call(message.call, tensors, lane)
         if kind == "step":
             step: step_pb2.Step = message.step
@@ -133,9 +137,8 @@ class AttendSession:
             refuse_if_revoked(self._principal)
         last_call, last = self._last_calls.get(lane), self._last_checked.get(lane)
         if last_call is None:
-            raise InvalidRequest(
-                f"message is absent, but must be given: there was no call in lane {lane} that is meant again"
-            )
+            rule = f"there was no call in lane {lane}, of at most {MAX_KEPT_CALL_BYTES} bytes, that is meant again"
+            raise InvalidRequest(f"message is absent, but must be given: {rule}")
         if last is not None and last.step is self._steps.get(step_id):
             # What was checked lies in this process and is the same; only the layer is new.
             last.step.cache.renew()
@@ -152,7 +155,7 @@ class AttendSession:
         call = self._service.call(self._step(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
         self._last_options = call.options
-        if self._replies.region is not None:
+        if lane in self._last_calls:
             self._last_checked[lane] = call
         return call
 

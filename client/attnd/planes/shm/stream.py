@@ -6,7 +6,7 @@ import socket
 from typing import NamedTuple
 
 from attnd import forks
-from attnd.errors import DeadlineExceeded, Disconnected
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected
 from attnd.planes.shm.lanes import Lanes
 from attnd.planes.shm.messages import ShmMessages
 from attnd.planes.tickets import show_ticket
@@ -113,6 +113,8 @@ class ShmStream(ShmMessages, Stream):
             self._set_timeout(timeout_s)
         try:
             reply = self._replies.receive()
+        except AttndError:  # among them one that is an OSError too: a message that is not whole in its time
+            raise
         except BlockingIOError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         except OSError as error:

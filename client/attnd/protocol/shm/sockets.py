@@ -7,7 +7,10 @@ import mmap
 import os
 import socket
 import struct
+import time
 from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
 
 from attnd.errors import AttndError, PermissionDenied, ServerFault, from_message, to_message
 from attnd.v1 import error_pb2
@@ -16,6 +19,8 @@ from attnd.v1 import error_pb2
 TICKET_BYTES = 32
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _LENGTH = struct.Struct("<I")
+# Bytes of an Error that says why somebody may not come in.
+MAX_REFUSAL_BYTES = 64 << 10
 _TIMEVAL = struct.Struct("ll")  # struct timeval: seconds, microseconds
 
 
@@ -41,6 +46,13 @@ def set_timeouts(connection: socket.socket, *, receive_s: float = 0.0, send_s: f
     for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
         microseconds = max(1, int(seconds * 1e6)) if seconds else 0
         connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*divmod(microseconds, 1_000_000)))
+
+
+def receive_timeout(connection: socket.socket) -> float:
+    """What `set_timeouts` was given as `receive_s`."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size)
+    seconds, microseconds = _TIMEVAL.unpack(data)
+    return float(seconds + microseconds / 1e6)
 
 
 def _wanted_seals() -> int:
@@ -87,27 +99,29 @@ def send_memory(connection: socket.socket, *descriptors: int) -> None:
 
 
 def send_refusal(connection: socket.socket, error: AttndError) -> None:
-    """Tells the peer why it may not come in."""
+    """Tells the peer why it may not come in, unless it reads nothing. Raises OSError: it has gone."""
     message = to_message(error).SerializeToString()
-    connection.sendall(_LENGTH.pack(len(message)) + message)
+    connection.send(_LENGTH.pack(len(message)) + message, socket.MSG_DONTWAIT)
 
 
 def receive_memories(connection: socket.socket, count: int) -> list[int]:
-    """The descriptors that the peer sent with `send_memory`.
+    """The descriptors that the peer sent with `send_memory`, within the connection's timeout for all that comes.
 
     Raises:
         AttndError: what it sent with `send_refusal`.
         OSError: the connection broke or timed out.
     """
+    timeout_s = connection.gettimeout()
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     data, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, count)
     try:
-        while 0 < len(data) < _LENGTH.size:
-            data += connection.recv(_LENGTH.size - len(data))
+        if data:
+            data = _received(connection, data, _LENGTH.size, deadline)
         if len(data) < _LENGTH.size:
             raise ConnectionResetError("the server hung up")
         (num_bytes,) = _LENGTH.unpack(data)
         if num_bytes:
-            raise _refusal(connection, num_bytes)
+            raise _refusal(connection, num_bytes, deadline)
         if len(descriptors) != count:
             told = f"sent {len(descriptors) or 'no'} descriptors, and must send {count}"
             raise ServerFault(f"the server let the client in, but {told}")
@@ -118,22 +132,26 @@ def receive_memories(connection: socket.socket, count: int) -> list[int]:
             os.close(descriptor)
 
 
-def _refusal(connection: socket.socket, num_bytes: int) -> AttndError:
-    received = b""
+def _refusal(connection: socket.socket, num_bytes: int, deadline: float | None) -> AttndError:
+    if num_bytes > MAX_REFUSAL_BYTES:
+        return ServerFault(f"the server's refusal has {num_bytes} bytes, but must have at most {MAX_REFUSAL_BYTES}")
+    received = _received(connection, b"", num_bytes, deadline)
+    if len(received) < num_bytes:
+        return PermissionDenied("the server hung up")
+    try:
+        return from_message(error_pb2.Error.FromString(received))
+    except DecodeError as error:
+        return ServerFault(f"the server's refusal cannot be read: {error}")
+
+
+def _received(connection: socket.socket, begun: bytes, num_bytes: int, deadline: float | None) -> bytes:
+    """`begun` and what comes after it, `num_bytes` together, or fewer at the end. Raises TimeoutError at `deadline`."""
+    received = bytearray(begun)
     while len(received) < num_bytes:
-        chunk = connection.recv(min(1 << 16, num_bytes - len(received)))
-        if not chunk:
-            return PermissionDenied("the server hung up")
-        received += chunk
-    return from_message(error_pb2.Error.FromString(received))
-
-
-def receive_ticket(connection: socket.socket) -> bytes:
-    """The ticket that a client sends first; shorter if it hung up."""
-    ticket = b""
-    while len(ticket) < TICKET_BYTES:
-        chunk = connection.recv(TICKET_BYTES - len(ticket))
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-6))
+        chunk = connection.recv(num_bytes - len(received))
         if not chunk:
             break
-        ticket += chunk
-    return ticket
+        received += chunk
+    return bytes(received)

@@ -58,7 +58,7 @@ def _serve(
     """Begins steps as they come, while a thread waits for those that were begun and answers them."""
     answers = _Answers(service, session, connection, send)
     try:
-        requests = framing.Requests(connection)
+        requests = framing.Requests(connection, service.config.max_header_bytes)
         while (request := requests.receive()) is not None and answers.begin(request.message):
             pass
     finally:

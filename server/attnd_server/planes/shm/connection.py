@@ -30,7 +30,7 @@ class ShmConnection:
         self._service = service
         self._session = session
         self._socket = connection
-        self._requests = framing.Requests(connection)
+        self._requests = framing.Requests(connection, service.config.max_header_bytes)
 
     @property
     def has_unread(self) -> bool:
