@@ -20,7 +20,7 @@ from attnd_server.cli import main as cli
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
 
-COMMANDS = {"cache", "serve", "demo", "doctor", "chat", "info", "token", "version"}
+COMMANDS = {"cache", "serve", "demo", "doctor", "chat", "info", "token", "top", "version"}
 
 
 def run(*arguments, env=None):
@@ -109,6 +109,16 @@ def test_serve_leaves_snapshots_where_it_is_told_to(served):
     refused = run("serve", "--restore")
     assert refused.exit_code == 2
     assert "snapshot_dir is absent, but must be given with restore" in refused.text
+
+
+def test_operators_are_named_where_anybody_is(served):
+    expected = ServerConfig(tokens="t", operators=frozenset({"olga", "team/otto"}))
+    assert run("serve", "--tokens", "t", "--operators", "olga, team/otto,").exit_code == 0
+    assert run("serve", "--tokens", "t", env={"ATTND_OPERATORS": "team/otto,olga"}).exit_code == 0
+    assert served == [expected] * 2
+    refused = run("serve", "--operators", "olga")
+    assert refused.exit_code == 2
+    assert "operators is given, but must be given with tokens or tls_client_ca" in refused.text
 
 
 def test_serve_without_arguments_is_the_default_configuration(served):

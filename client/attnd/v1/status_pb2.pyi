@@ -117,7 +117,7 @@ class SessionStatus(google.protobuf.message.Message):
     principal: builtins.str
     """Whose it is."""
     id: builtins.int
-    """A number that no other session of this life of the server has. It tells two answers' rows apart, and nothing else."""
+    """A random number, by which two answers' rows are known to be of the same session."""
     plane: attnd.v1.plane_pb2.Plane.ValueType
     """How its tensors travel."""
     open_s: builtins.float

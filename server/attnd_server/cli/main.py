@@ -15,6 +15,7 @@ from attnd_server.cli import cache
 from attnd_server.cli.credentials import with_credentials
 from attnd_server.cli.demo.commands import chat, demo
 from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, timeout
+from attnd_server.cli.parsers import number
 from attnd_server.cli.serve import serve
 from attnd_server.cli.streams import errors, output
 
@@ -83,6 +84,30 @@ def doctor(
 
     code = run_doctor(address, socket_dir, timeout_s, output(), errors(), credentials, as_json=as_json)
     raise typer.Exit(code)
+
+
+@app.command(cls=Command)
+@with_credentials
+def top(
+    address: Annotated[
+        str, typer.Argument(envvar="ATTND_ADDRESS", metavar="HOST:PORT", help="The server to watch.")
+    ] = DEFAULT_ADDRESS,
+    interval_s: Annotated[
+        float, typer.Option("--interval", parser=number(0.1, 3600), metavar="SECONDS", help="Time between two answers.")
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Ask twice, show the difference, and end.")] = False,
+    timeout_s: Annotated[float, timeout("How long to wait for each answer.")] = 5.0,
+    as_json: AsJson = False,
+    credentials: Any = None,
+) -> None:
+    """Watch what a server does: who calls, how fast, how long calls take, memory, the queue, refusals. Ctrl-C ends it.
+
+    It shows one's own callers, and everybody's to those whom the server's --operators names.
+    """
+    from attnd_server.cli.top.command import run_top
+
+    modes = {"once": once, "as_json": as_json}
+    raise typer.Exit(run_top(address, interval_s, timeout_s, output(), errors(), credentials, **modes))
 
 
 @app.command(cls=Command)

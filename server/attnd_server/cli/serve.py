@@ -69,6 +69,11 @@ def check_together(config: ServerConfig) -> None:
             f"default_ttl_s is {config.default_ttl_s:g}, but must be at most max_ttl_s, {config.max_ttl_s:g}",
             param_hint="--default-ttl-s",
         )
+    if config.operators and not config.asks_who_calls:
+        raise typer.BadParameter(
+            "operators is given, but must be given with tokens or tls_client_ca: without, everybody is one principal",
+            param_hint="--operators",
+        )
     if config.restore and not config.snapshot_dir:
         raise typer.BadParameter("snapshot_dir is absent, but must be given with restore", param_hint="--snapshot-dir")
 

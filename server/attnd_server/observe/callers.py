@@ -5,6 +5,7 @@ Calls add to the `ServedCounts` of their step. Whoever is asked for the numbers 
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import Counter, deque
@@ -14,6 +15,8 @@ from attnd.v1 import error_pb2
 from attnd_server.device.copy_timer import NO_COPIES, Copies
 from attnd_server.observe.tallies import PhaseHistogram
 
+# As many as numbers of JSON have.
+ID_BITS = 53
 # Principals without sessions that are remembered.
 MAX_PRINCIPALS = 4_096
 
@@ -56,7 +59,7 @@ class SessionCounts:
     """An Attend stream, or what is like it on a plane, and what it was served.
 
     Attributes:
-        id: no other session of the server has it.
+        id: tells its row from others'.
         principal: whose it is.
         plane: how its tensors travel.
         opened_at: `time.monotonic`.
@@ -109,10 +112,9 @@ class Callers:
 
     def __init__(self) -> None:
         """Nobody yet."""
-        self._sessions: dict[int, SessionCounts] = {}
+        self._sessions: dict[SessionCounts, None] = {}  # in the order in which they were opened
         self._principals: dict[str, PrincipalCounts] = {}  # the one that came last is last
         self._ended: deque[SessionCounts] = deque()  # that have not been added up yet
-        self._last_id = 0
         self._lock = threading.Lock()
 
     def open(self, principal: str, plane: str) -> SessionCounts:
@@ -121,7 +123,7 @@ class Callers:
             self._add_up_ended()
             self._of(principal)
             session = self._new(principal, plane)
-            self._sessions[session.id] = session
+            self._sessions[session] = None
             return session
 
     def close(self, session: SessionCounts) -> None:
@@ -149,7 +151,7 @@ class Callers:
         """Those that are open."""
         with self._lock:
             self._add_up_ended()
-            return list(self._sessions.values())
+            return list(self._sessions)
 
     def served(self, principal: str) -> ServedCounts:
         """What a principal was served, whatever way."""
@@ -160,7 +162,7 @@ class Callers:
             if known is not None:
                 total.add(known.ended)
                 total.add(known.unary.served)
-            for session in self._sessions.values():
+            for session in self._sessions:
                 if session.principal == principal:
                     total.add(session.served)
         return total
@@ -183,12 +185,13 @@ class Callers:
         """With the lock."""
         while self._ended:
             session = self._ended.popleft()
-            if self._sessions.pop(session.id, None) is not None:
+            if session in self._sessions:
+                del self._sessions[session]
                 self._of(session.principal).ended.add(session.served)
 
     def _new(self, principal: str, plane: str) -> SessionCounts:
-        self._last_id += 1
-        return SessionCounts(self._last_id, principal, plane)
+        # Random: from numbers that rise one could tell how many sessions others open.
+        return SessionCounts(secrets.randbits(ID_BITS), principal, plane)
 
     def _of(self, principal: str) -> PrincipalCounts:
         """With the lock."""
@@ -201,7 +204,7 @@ class Callers:
 
     def _forget_one(self) -> None:
         """With the lock."""
-        kept = {session.principal for session in self._sessions.values()} | {next(reversed(self._principals))}
+        kept = {session.principal for session in self._sessions} | {next(reversed(self._principals))}
         for principal in self._principals:
             if principal not in kept:
                 del self._principals[principal]

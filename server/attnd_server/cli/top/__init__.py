@@ -1,0 +1,1 @@
+"""The command `attnd top`: what a server does now, refreshed."""
