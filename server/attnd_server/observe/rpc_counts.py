@@ -149,12 +149,15 @@ class _Requests:
 
     def __init__(self, rpc: _Rpc, requests: AsyncIterator[bytes]) -> None:
         self._rpc = rpc
-        self._requests = requests.__aiter__()
+        self._requests = requests
+        self._iterator: AsyncIterator[bytes] | None = None  # gRPC's complains if it is made and never asked
 
     def __aiter__(self) -> _Requests:
         return self
 
     async def __anext__(self) -> bytes:
-        message = await self._requests.__anext__()
+        if self._iterator is None:
+            self._iterator = self._requests.__aiter__()
+        message = await self._iterator.__anext__()
         self._rpc.received_bytes += len(message)
         return message

@@ -1,0 +1,106 @@
+"""What all methods of the service have in common: how they read, wait for the executor, and end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, InvalidRequest, to_message
+from attnd.v1 import error_pb2
+from attnd_server.execution.step import Call
+from attnd_server.execution.work import Work
+from attnd_server.identity import Principals, wanted_until_revoked
+from attnd_server.rpc.running import soonest, start_on
+from attnd_server.rpc.shares import SMALL_BYTES, Shares
+from attnd_server.service.service import AttentionService
+
+# Checks of big messages at one time: few, so that whoever sends them does not take the cores from everybody.
+MAX_CHECKS = 2
+Result = TypeVar("Result")
+# Messages pass as bytes, both ways.
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class Rpcs:
+    """A service and those who call it."""
+
+    def __init__(self, service: AttentionService, principals: Principals | None) -> None:
+        """Serves `service` to those whom `principals` lets in; None: to everybody."""
+        self._service = service
+        self._principals = principals or Principals()
+        self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
+        num_checks = max(1, MAX_CHECKS // 2) if service.config.asks_who_calls else MAX_CHECKS
+        self._shares = Shares(service.config, num_checks)
+
+    async def _only_request(self, context: Context) -> bytes:
+        """The request of a method that has one. What comes behind it is never read."""
+        data: Any = await context.read()
+        if data is grpc.aio.EOF:
+            await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
+        return data  # type: ignore[no-any-return]
+
+    async def _large_request(self, context: Context) -> bytes:
+        """Likewise, once the principal's other messages leave room for it."""
+        try:
+            await self._shares.of(self._principals.of(context)).until_it_reads_on()
+        except AttndError as error:
+            await self._abort(context, error)
+        return await self._only_request(context)
+
+    async def _answered(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
+        """As `_finish`, once there is room for the answer. It counts until the RPC has ended, and was taken."""
+        num_bytes = answer_bytes(answer)
+        if num_bytes > SMALL_BYTES:
+            share = self._shares.of(principal)
+            await share.room(num_bytes)
+            done: Any = context.add_done_callback
+            done(lambda _: share.give_back_answer(num_bytes))
+        return await self._finish(answer, context, principal)
+
+    async def _beside(self, check: Callable[[], Result], principal: str) -> Result:
+        """What `check` gives, on another thread: it takes long, and numpy lets the event loop go on meanwhile.
+
+        Principals take turns: those of one wait for each other, even if nobody waits for what a thread does any more.
+        """
+        loop, turns = asyncio.get_running_loop(), self._shares.of(principal).checks
+        await turns.acquire()
+        checking = self._checks.submit(check)
+        checking.add_done_callback(lambda _: loop.call_soon_threadsafe(turns.release))
+        return await asyncio.wrap_future(checking)
+
+    async def _finish(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
+        """The answer itself, or what its work gives on the executor if the principal's token is good at its turn."""
+        if isinstance(answer, bytes):
+            return answer
+        timeout_s = soonest(context, answer)
+        return await start_on(self._service.executor, answer, timeout_s, wanted_until_revoked(principal))
+
+    def _known(self, context: Context) -> str:
+        """The principal of an RPC; "": it proves nobody."""
+        try:
+            return self._principals.of(context)
+        except AttndError:
+            return ""
+
+    async def _abort(self, context: Context, error: Exception) -> NoReturn:
+        """Ends an RPC with the status of `error`, and with its details in the trailer that gRPC has for them."""
+        told = self._service.told(error, self._known(context))
+        detail = any_pb2.Any()
+        detail.Pack(to_message(told))
+        status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
+        await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
+
+
+def answer_bytes(work: bytes | Work) -> int:
+    """Bytes of the tensors that some work will answer with, known before it starts."""
+    if not isinstance(work, Call) or work.q is None:
+        return 0
+    config = work.step.cache.config
+    num_rows = work.q.numel() // config.head_dim
+    return num_rows * (config.head_dim_v * config.dtype.itemsize + 4 * work.options.return_lse)
