@@ -63,10 +63,30 @@ class Credentials:
         """GRPC's credentials of a channel.
 
         Raises:
-            InvalidRequest: a file cannot be read.
+            InvalidRequest: a file cannot be read, or does not hold what it must.
         """
         ca, cert, key = (self._read(name) for name in ("ca", "cert", "key"))
+        self._check()
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+    def _check(self) -> None:
+        """GRPC says nothing of what is wrong with the files, and connects to nobody later."""
+        import ssl  # a client without TLS need not wait for it
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.ca:
+            try:
+                context.load_verify_locations(self.ca)
+            except (OSError, ValueError) as error:  # errors of SSL are OSErrors
+                raise InvalidRequest(f"ca is {self.ca}, but must be certificates, PEM: {error}", field="ca") from None
+        if self.cert:
+            try:
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")
+            except (OSError, ValueError) as error:
+                rule = "must be a certificate and its key, PEM without a passphrase"
+                raise InvalidRequest(
+                    f"cert is {self.cert} and key is {self.key}, but {rule}: {error}", field="cert"
+                ) from None
 
     def channel_options(self) -> list[tuple[str, str]]:
         """GRPC's options of a channel."""

@@ -15,6 +15,7 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from attnd._version import __version__
+from attnd.errors import AttndError
 from attnd.planes.grpc_options import keepalive_options
 from attnd.planes.targets import join_host_port
 from attnd.protocol import frames
@@ -28,6 +29,7 @@ from attnd_server.kv.cache import Cache
 from attnd_server.kv.snapshots import SnapshotStore
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
+from attnd_server.observe.standard_output import say
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
 from attnd_server.rpc import health, reflection
@@ -250,12 +252,12 @@ def run_server(config: ServerConfig) -> int:
             server.service.executor.faults.listen(end_process)
             metrics = f", metrics on http://{server.metrics_address}/metrics" if server.metrics_address else ""
             device = server.service.executor.device
-            print(f"attnd {__version__} serves {server.address} on {device}{metrics}", flush=True)
+            say(f"attnd {__version__} serves {server.address} on {device}{metrics}")
             await stop.wait()
         return EXIT_CACHES_LOST if server.lost else 0
 
     try:
         return asyncio.run(main())
-    except RuntimeError as error:
+    except (AttndError, OSError, RuntimeError) as error:
         log.error("cannot serve: %s", error)
         return 1

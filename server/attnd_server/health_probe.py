@@ -19,6 +19,7 @@ from attnd.planes.channels import open_channel, telling
 from attnd.planes.targets import DEFAULT_ADDRESS, parse_target
 from attnd.protocol.printable import printable
 from attnd_server.cli.credentials import CREDENTIAL_OPTIONS, credentials
+from attnd_server.cli.streams import guarded
 
 TIMEOUT_S = 3.0
 
@@ -40,6 +41,10 @@ def failure(address: str, timeout_s: float = TIMEOUT_S, shown: Credentials | Non
 
 def main() -> int:
     """Probes the address of the command line. Returns the exit code."""
+    return guarded(_probe, "health probe")
+
+
+def _probe() -> int:
     parser = argparse.ArgumentParser(prog="attnd_server.health_probe", description="Asks a server whether it serves.")
     parser.add_argument("address", metavar="HOST:PORT", nargs="?", default=DEFAULT_ADDRESS)
     for name, option in CREDENTIAL_OPTIONS.items():

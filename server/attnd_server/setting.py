@@ -49,7 +49,7 @@ class Setting:
         help: what it does, for operators.
         unit: what a number counts; "" for what is no number.
         low: the least value of a number.
-        high: the greatest value of a number; None: there is no limit.
+        high: the greatest value of a number; None: what the command line takes of its kind.
         choices: the values of a choice.
         default_text: what the default means, where its value does not say it.
         metavar: the value's name in the help; "" is that of the kind.

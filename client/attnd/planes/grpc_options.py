@@ -9,16 +9,18 @@ from attnd.protocol import frames
 KEEPALIVE_S = 10.0
 # Less, and the server would take a client's pings for an attack.
 MIN_KEEPALIVE_S = 1.0
+# A day; gRPC counts milliseconds in 32 bits.
+MAX_KEEPALIVE_S = 86_400.0
 
 
 def grpc_options(keepalive_s: float = KEEPALIVE_S) -> list[tuple[str, int]]:
     """Options of a gRPC channel.
 
     Raises:
-        InvalidRequest: keepalive_s is too short.
+        InvalidRequest: keepalive_s is too short or too long.
     """
-    if not keepalive_s >= MIN_KEEPALIVE_S:
-        rule = f"must be at least {MIN_KEEPALIVE_S:g} seconds"
+    if not MIN_KEEPALIVE_S <= keepalive_s <= MAX_KEEPALIVE_S:
+        rule = f"must be at least {MIN_KEEPALIVE_S:g} seconds, and at most {MAX_KEEPALIVE_S:g}"
         raise InvalidRequest(f"keepalive_s is {keepalive_s:g}, but {rule}", field="keepalive_s")
     return [
         ("grpc.max_receive_message_length", frames.MAX_MESSAGE_BYTES),

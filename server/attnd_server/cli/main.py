@@ -123,7 +123,7 @@ def token(
     from attnd_server.identity.watched_files import FileRefused
 
     try:
-        typer.echo(add_token(path, principal))
+        add_token(path, principal, show=typer.echo)
     except FileRefused as error:
         raise typer.BadParameter(str(error)) from None
 

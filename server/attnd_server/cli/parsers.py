@@ -11,6 +11,11 @@ import typer
 from attnd_server.config import MAX_PORT
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+# What the libraries below take, where a setting has no limit of its own: 32 bits of a count, 30 years, an EiB.
+MAX_COUNT, MAX_SECONDS, MAX_BYTES = (1 << 31) - 1, 1e9, 1 << 60
+_MAX_USER = (1 << 32) - 2
+# A longer number is beyond every limit; Python would refuse to read one of thousands of digits.
+_MAX_DIGITS = 20
 
 
 def device_name(value: str) -> str:
@@ -25,7 +30,10 @@ def num_bytes(value: str | int) -> int:
     match = re.fullmatch(rf"([0-9]+) ?({'|'.join(_UNITS)})?", str(value))
     if match is None:
         raise typer.BadParameter(f"it is {value!r}, but must be bytes, or a number with a unit as in 512MiB, 8GiB")
-    return int(match[1]) << 10 * _UNITS.index(match[2] or "B")
+    size = int(match[1][:_MAX_DIGITS]) << 10 * _UNITS.index(match[2] or "B")
+    if size > MAX_BYTES or len(match[1]) > _MAX_DIGITS:
+        raise typer.BadParameter(f"it is {value}, but must be at most {MAX_BYTES >> 40}TiB")
+    return size
 
 
 def listen_host(value: str) -> str:
@@ -60,6 +68,8 @@ def users(value: str | frozenset[int]) -> frozenset[int]:
         return value
     if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", value):
         raise typer.BadParameter(f"it is {value!r}, but must be numbers of users as in 1000,1001")
+    if any(len(number) > _MAX_DIGITS or int(number) > _MAX_USER for number in value.split(",") if number):
+        raise typer.BadParameter(f"it is {value}, but must be numbers of users up to {_MAX_USER}")
     return frozenset(int(number) for number in value.split(",") if number)
 
 
@@ -74,9 +84,12 @@ def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """A parser of whole numbers in `low..high`."""
 
     def parse(value: str | int) -> int:
-        if not re.fullmatch(r"-?[0-9]+", str(value)) or not _in_range(float(value), low, high):
+        text = str(value)
+        if not re.fullmatch(r"-?[0-9]+", text) or not _in_range(float(text), low, high):
             raise typer.BadParameter(f"it is {_shown(value)}, but must be a whole number {_range_text(low, high)}")
-        return int(value)
+        if float(text) > MAX_COUNT:
+            raise typer.BadParameter(f"it is {text}, but must be at most {MAX_COUNT}")
+        return int(text)
 
     return parse
 
@@ -91,6 +104,8 @@ def number(low: float, high: float | None = None) -> Callable[[str | float], flo
             parsed = math.nan
         if not _in_range(parsed, low, high):
             raise typer.BadParameter(f"it is {_shown(value)}, but must be a number {_range_text(low, high)}")
+        if parsed > MAX_SECONDS:
+            raise typer.BadParameter(f"it is {value}, but must be at most {MAX_SECONDS:.0f}")
         return parsed
 
     return parse

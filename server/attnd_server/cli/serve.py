@@ -12,9 +12,12 @@ from attnd_server.cli.derived_options import check_sizes, with_settings
 from attnd_server.cli.exposure import Access, is_loopback
 from attnd_server.config import GENERAL, OBSERVATION, ServerConfig
 from attnd_server.observe import logs
-from attnd_server.setting import Kind, setting
+from attnd_server.setting import Kind, option_name, setting
 
 log = logging.getLogger(__name__)
+
+# What is absurd beyond it: threads, and a day, of which gRPC counts the milliseconds in 32 bits.
+_MOST = {"threads": 1_024, "keepalive_s": 86_400}
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def check_together(config: ServerConfig) -> None:
         raise typer.BadParameter(
             "tls_cert and tls_key must be given together, and tls_client_ca only with them", param_hint="--tls-cert"
         )
+    for name, most in _MOST.items():
+        if (value := getattr(config, name)) > most:
+            raise typer.BadParameter(f"{name} is {value:g}, but must be at most {most}", param_hint=option_name(name))
     if config.default_ttl_s > config.max_ttl_s:
         raise typer.BadParameter(
             f"default_ttl_s is {config.default_ttl_s:g}, but must be at most max_ttl_s, {config.max_ttl_s:g}",

@@ -52,8 +52,8 @@ def guarded(run: Callable[[], int], name: str) -> int:
     except BrokenPipeError:  # whoever read has seen enough
         code = code or FAILED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _tell(f"{name}: {where}{error.strerror or error}")
+        # What has no name is the output: files of ours are told by those who open them.
+        _tell(f"{name}: {error.filename or 'the output cannot be written'}: {error.strerror or error}")
         code = code or FAILED
     _forget_unwritten()
     return code
@@ -76,18 +76,6 @@ def open_closed() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
-
-
-def end_at_interrupts() -> None:
-    """Lets Ctrl-C end the process at once, without a traceback: nothing has begun that must be ended well."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def raise_at_interrupts() -> None:
-    """Ctrl-C is an exception again, so that what has begun is ended well."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tell(line: str) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from attnd_server.identity.watched_files import FileRefused, WatchedFile, WatchedFiles
 
@@ -99,10 +99,13 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode(errors="surrogatepass")).digest()  # whatever a client sends
 
 
-def add_token(path: str, principal: str) -> str:
+def add_token(path: str, principal: str, show: Callable[[str], None] | None = None) -> str:
     """Makes a token for `principal`, adds its line to the file at `path`, and returns it.
 
-    The file is made for this user alone if there is none.
+    Args:
+        path: of the file; it is made for this user alone if there is none.
+        principal: whose token it is.
+        show: is given the token before its line is added: of one that cannot be shown there is none.
 
     Raises:
         FileRefused: the file cannot be written, or the principal breaks the rule.
@@ -112,7 +115,12 @@ def add_token(path: str, principal: str) -> str:
     token = secrets.token_urlsafe(TOKEN_BYTES)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "r+b", buffering=0) as file:
+    except OSError as error:
+        raise FileRefused(f"tokens is {path}, which cannot be written: {error.strerror}") from None
+    with open(descriptor, "r+b", buffering=0) as file:
+        if show is not None:
+            show(token)
+        try:
             file.seek(0, os.SEEK_END)
             ended = True
             if file.tell():
@@ -120,6 +128,6 @@ def add_token(path: str, principal: str) -> str:
                 ended = file.read(1) == b"\n"
             line = f"{principal} sha256:{digest(token).hex()}\n"
             file.write((line if ended else f"\n{line}").encode())  # whole, or a server that reads meanwhile refuses it
-    except OSError as error:
-        raise FileRefused(f"tokens is {path}, which cannot be written: {error.strerror}") from None
+        except OSError as error:
+            raise FileRefused(f"tokens is {path}, which cannot be written: {error.strerror}") from None
     return token

@@ -10,6 +10,7 @@ from rich.console import Console
 from attnd.errors import AttndError, Exhausted
 from attnd_server.cli.demo.model import Model
 from attnd_server.cli.demo.setup import start
+from attnd_server.cli.texts import shown
 
 if TYPE_CHECKING:
     from attnd.credentials import Credentials
@@ -62,11 +63,11 @@ def run_chat(
             )
             if client.capabilities().devices[0].name.startswith("cuda"):
                 cache.cache.warm_up(num_heads=network.config.num_attention_heads, max_reqs=1)
-            console.print(f"{model.name} on {network.device}, attention at {address}. {HELP}", highlight=False)
+            console.print(shown(f"{model.name} on {network.device}, attention at {address}. {HELP}"), highlight=False)
             _talk(console, Conversation(model, cache, max_new_tokens, temperature))
             return 0
     except AttndError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(shown(f"error: {error}"), style="red")
         return 1
     except KeyboardInterrupt:
         console.print()
@@ -144,5 +145,5 @@ def _talk(console: Console, conversation: Conversation) -> None:
         except KeyboardInterrupt:
             console.print("\nstopped", style="dim")
         except Exhausted as error:
-            console.print(f"{error}\n/new starts another conversation", style="red", markup=False)
+            console.print(shown(error), "/new starts another conversation", sep="\n", style="red")
         console.print()

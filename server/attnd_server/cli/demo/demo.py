@@ -14,6 +14,7 @@ from attnd.errors import AttndError
 from attnd_server.cli.demo.model import Model
 from attnd_server.cli.demo.prompts import PROMPTS
 from attnd_server.cli.demo.setup import start
+from attnd_server.cli.texts import shown
 
 if TYPE_CHECKING:
     from attnd.client import Client
@@ -79,7 +80,7 @@ def run_demo(
             )
             return _compare(console, model, client, address, max_new_tokens)
     except AttndError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(shown(f"error: {error}"), style="red")
         return 1
     except KeyboardInterrupt:
         console.print("\ninterrupted")
@@ -117,7 +118,7 @@ def _remotely(console: Console, model: Model, client: Client, address: str, max_
         client, network.config, max_tokens=max_tokens, page_size=PAGE_SIZE, dtype=network.dtype, name="demo"
     ) as cache:
         device = client.capabilities().devices[0].name
-        console.print(f"{model.name} on {network.device}, attention on {device} at {address}", highlight=False)
+        console.print(shown(f"{model.name} on {network.device}, attention on {device} at {address}"), highlight=False)
         generate(model, prompts[0], max_new_tokens=2, cache=cache)  # warm up
         if device.startswith("cuda"):
             cache.cache.warm_up(num_heads=network.config.num_attention_heads, max_reqs=1)

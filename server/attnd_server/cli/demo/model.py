@@ -56,6 +56,9 @@ def load_model(path: Path, *, device: str, dtype: str, console: Console) -> Mode
         device: torch's name of the device; "auto" is the first GPU, else the processor.
         dtype: "float32", "float16" or "bfloat16".
         console: where the bar is drawn.
+
+    Raises:
+        InvalidRequest: there is no such device, or the model cannot be read.
     """
     name = path.name.partition(".")[0]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -67,15 +70,22 @@ def load_model(path: Path, *, device: str, dtype: str, console: Console) -> Mode
         logging: Any = transformers.utils.logging  # its functions have no types
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        from attnd_server.build import select_device
+
+        where_to = select_device(device)
         where: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
         if path.is_file():
             where.update(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        with _advanced_by_transformers(progress, task):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
-        return Model(name, model.to(device).eval(), tokenizer)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            with _advanced_by_transformers(progress, task):
+                model: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
+        except ImportError:
+            raise
+        except Exception as error:  # of whatever kind: transformers reads what others wrote
+            rule = f"must be a model that transformers can read: {error}"
+            raise InvalidRequest(f"model_path is {path}, but {rule}", field="model_path") from error
+        return Model(name, model.to(where_to).eval(), tokenizer)
 
 
 @contextmanager

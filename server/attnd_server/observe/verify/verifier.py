@@ -34,6 +34,8 @@ MAX_SAMPLES = 64
 _MOST_RATIO = 1e6
 # Of the thread: the system lets everybody else go first.
 _LEAST_PRIORITY = 19
+# Calls between two samples.
+_LONGEST_GAP = 1 << 62
 
 
 class _Waiting(NamedTuple):
@@ -120,7 +122,8 @@ class Verifier:
         """Calls up to the next that is taken: drawn, because every n-th would often be of the same layer."""
         if self._fraction >= 1:
             return 1
-        return 1 + int(math.log1p(-self._random.random()) / math.log1p(-self._fraction))
+        gap = math.log1p(-self._random.random()) / math.log1p(-self._fraction)
+        return 1 + int(min(gap, _LONGEST_GAP))  # of the least fractions it is infinite
 
     def _reserve(self, choice: Choice) -> bool:
         with self._counting:

@@ -1,0 +1,20 @@
+"""What a server says on its standard output: one line. It serves all the same where nobody can hear it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+log = logging.getLogger(__name__)
+
+
+def say(line: str) -> None:
+    """Prints a line; an output that is full or closed is one in the log, and takes nothing any more."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("standard output cannot be written to: %s", error.strerror)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer goes there too
+        os.close(nowhere)
