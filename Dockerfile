@@ -3,7 +3,8 @@
 #   docker build --tag attnd .
 #   docker run --gpus all --read-only --tmpfs /tmp --volume attnd-cache:/var/cache/attnd --network host attnd
 #
-# It listens on loopback like `attnd serve` anywhere; deploy/compose.yaml shows how to open it.
+# It listens on loopback like `attnd serve` anywhere; deploy/compose.yaml shows how to open it. `make image-test`
+# builds it without docker, and runs it.
 
 # A release is built with `--build-arg BASE=python:3.12-slim-bookworm@sha256:...`, see CONTRIBUTING.md.
 ARG BASE=python:3.12-slim-bookworm
@@ -11,6 +12,8 @@ ARG BASE=python:3.12-slim-bookworm
 # What the server stands on, gigabytes, from wheels whose hashes are in locks/.
 # hadolint ignore=DL3006
 FROM ${BASE} AS packages
+# hadolint ignore=DL3008,DL3009
+RUN apt-get update && apt-get install --yes --no-install-recommends binutils
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1
 WORKDIR /src
 COPY locks locks
@@ -21,13 +24,14 @@ RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/attnd \
     && pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/server.lock \
     && case "$(pip --python /opt/attnd/bin/python show torch)" in *nvidia-*) \
          pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/cuda.lock ;; esac
-# Half a gigabyte that nothing loads: archives and headers for compilers, a profiler, and libraries that no other file
-# names. Triton's own headers stay: its launchers are compiled with them.
+# Most of a gigabyte that nothing loads: archives and headers for compilers, a profiler, libraries that no other file
+# names, and what debuggers read. Triton's own headers stay: its launchers are compiled with them.
 # hadolint ignore=DL3003
 RUN cd /opt/attnd/lib/python3*/site-packages \
     && find . -name '*.a' -delete \
     && rm -rf torch/include nvidia/*/include triton/backends/nvidia/lib/cupti triton/_C/libproton.so \
-         nvidia/cu*/lib/libcusolverMg.so* nvidia/cu*/lib/libnvrtc*.alt.so* nvidia/nvshmem/lib/libnvshmem_device.bc
+         nvidia/cu*/lib/libcusolverMg.so* nvidia/cu*/lib/libnvrtc*.alt.so* nvidia/nvshmem/lib/libnvshmem_device.bc \
+    && if [ -e triton/_C/libtriton.so ]; then strip --strip-debug triton/_C/libtriton.so; fi
 
 # Ours: a layer of its own, so that an update of it is small.
 FROM packages AS code

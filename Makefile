@@ -43,7 +43,7 @@ KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu fuzz soak lint audit docs format generate protos check-protos lock bench bench-planes \
-  bench-kernels docker clean
+  bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -111,7 +111,7 @@ lock: $(LOCK_VENV)/.installed ## writes the locks: constraints.txt's versions wi
 	@rm -f build/lock && mkdir -p build locks
 	$(call lock,requirements.lock,--extra dev pyproject.toml,$(filter-out triton,$(CUDA_PACKAGES)))
 	echo $(MODEL) | $(UV) --no-deps --no-header - >> requirements.lock
-	$(call lock,locks/server.lock,--extra server pyproject.toml,$(CUDA_PACKAGES))
+	$(call lock,locks/server.lock,--extra server --extra otel pyproject.toml,$(CUDA_PACKAGES))
 	printf '%s\n' $(CUDA_PACKAGES) | $(call lock,locks/cuda.lock,--no-deps -)
 	echo hatchling | $(call lock,locks/build.lock,-)
 	printf '%s\n' $(PROTO_TOOLS) | $(call lock,locks/protos.lock,-,,no)
@@ -128,6 +128,9 @@ bench-kernels: $(READY) ## every kernel beside its peers, on a GPU: tables
 
 docker: ## the server's image
 	docker build --tag attnd .
+
+image-test: ## builds the image with buildah, and runs server and workers in it: as root, on Debian
+	@$(PYTHON) tests/image/run.py $(ARGS)
 
 clean: ## removes environments, caches and built files
 	rm -rf .venv .venv-lock .venv-protos .metadata build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

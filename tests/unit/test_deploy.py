@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -141,6 +143,15 @@ def test_compose_sets_variables_that_the_server_reads_and_mounts_what_it_writes(
     folder = service["environment"]["ATTND_SNAPSHOT_DIR"]
     mounted = [volume.partition(":")[2] for volume in service["volumes"]]
     assert any(folder.startswith(f"{path}/") for path in mounted)
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_the_test_of_the_image_says_what_it_misses(tmp_path, is_required):
+    environment = {"PATH": str(tmp_path), "REQUIRE": str(int(is_required))}
+    command = [sys.executable, ROOT / "tests" / "image" / "run.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith("image-test skipped: buildah is not installed; bwrap is not installed; ")
+    assert result.returncode == int(is_required)
 
 
 def test_tls_sets_variables_that_the_server_and_its_probe_read():

@@ -83,7 +83,9 @@ def test_no_constraint_is_left_over():
     assert {name for name, _ in constraints()} <= names
 
 
-@pytest.mark.parametrize(("name", "extra"), [("requirements.lock", "dev"), ("locks/server.lock", "server")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("requirements.lock", "dev"), ("locks/server.lock", "server"), ("locks/server.lock", "otel")]
+)
 def test_a_lock_has_what_its_extra_asks_for(name, extra):
     pins = versions(requirement for requirement, _ in locked(name))
     for asked in direct(extra):
