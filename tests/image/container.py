@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,16 +77,21 @@ class Container:
         """The next line that it writes; "" at its end."""
         line = self._process.stdout.readline()
         self._output += line
-        return line.rstrip("\n")
+        return line
 
     def lines_until(self, word: str) -> None:
         """Reads until a line has `word`.
 
         Raises:
-            AssertionError: It ended without one.
+            AssertionError: It ended without one, or took too long and was ended.
         """
-        while word not in (line := self.line()):
-            assert line or self._process.poll() is None, f"ended without {word!r}:\n{self._output}"
+        deadline = threading.Timer(DEADLINE_S, self._process.kill)
+        deadline.start()
+        try:
+            while word not in (line := self.line()):
+                assert line, f"ended without {word!r}:\n{self._output}"
+        finally:
+            deadline.cancel()
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to process 1."""

@@ -140,7 +140,7 @@ class Trials:
         port = self._address.rpartition(":")[2]
         options = ["--port", port, "--socket-dir", SOCKETS, "--kv-bytes", "64MiB", "--device", "cpu"]
         server = self.start(*self._image.entrypoint, *options)
-        server.lines_until("listening")
+        server.lines_until("serving")
         return server
 
     def worker(self, num_calls: int) -> Container:
@@ -270,6 +270,7 @@ def main() -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="attnd-image-", dir="/var/tmp"))
     folder.mkdir(parents=True, exist_ok=True)
     storage = Storage(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # also then nothing is left
     try:
         known = storage.buildah("images", "--format", "{{.Name}}").splitlines()
         if BASE not in known:

@@ -18,7 +18,7 @@ from tests.servers import ROOT
 
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-LOCKS = ["requirements.lock", *(f"locks/{name}.lock" for name in ("build", "cuda", "protos", "server"))]
+LOCKS = ["requirements.lock", *(f"locks/{name}.lock" for name in ("build", "cuda", "protos", "server", "torch-cpu"))]
 # What uv locks for systems that attnd does not run on.
 ELSEWHERE = {"colorama", "httpx2-jsfetch"}
 # Its generator is older than constraints.txt on purpose, see the Makefile.
@@ -75,7 +75,7 @@ def test_everything_in_a_lock_has_hashes_and_no_address(name):
 @pytest.mark.parametrize("name", OF_CONSTRAINTS)
 def test_a_lock_has_the_versions_of_the_constraints(name):
     pins = versions(requirement for requirement, _ in locked(name) if requirement.name not in ELSEWHERE)
-    assert pins <= constraints()
+    assert {(package, version.removesuffix("+cpu")) for package, version in pins} <= constraints()
 
 
 def test_no_constraint_is_left_over():
@@ -105,7 +105,7 @@ def test_torch_has_the_hashes_of_both_builds():
 def test_the_image_installs_nothing_without_a_hash_but_attnd():
     installs = re.findall(r"\binstall ((?:--\S+ +)[^\\&;]*)", DOCKERFILE.replace("\\\n", " "))
     of_pip = [each for each in installs if not each.startswith(("--directory", "--yes"))]
-    assert len(of_pip) == 4
+    assert len(of_pip) == 5
     assert [each.strip() for each in of_pip if "--require-hashes" not in each] == ["--prefix /code /wheels/*.whl"]
     assert re.search(r"^ARG BASE=(\S+)$", DOCKERFILE, re.M)
     assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)) == {"${BASE}", "packages"}
