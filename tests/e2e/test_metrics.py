@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -266,3 +267,20 @@ def test_without_metrics_no_other_port_is_open(tmp_path: Path) -> None:
     listening = {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
     assert listening == {server.port}
     assert "metrics on" not in server.banner
+
+
+def test_silent_connections_take_neither_threads_nor_places(measured: Measured) -> None:
+    """More than there are places, before Prometheus comes and while it does."""
+    server = psutil.Process(measured.pid)
+    threads, descriptors = server.num_threads(), server.num_fds()
+    host, port = re.search(r"http://([^:]+):(\d+)/", measured.url).groups()
+    with ExitStack() as stack:
+        for index in range(100):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            connection.sendall(b"GET /metrics HTTP/1.1\r\n"[: index % 20])
+            if index % 20 == 0:
+                measured.scrape()
+        assert measured.scrape().value("process_open_fds") < descriptors + 60
+        assert server.num_threads() < threads + 20
+        with attnd.connect(measured.address) as client:
+            assert client.list_caches() == []
