@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 
 from attnd.errors import AttndError
 from attnd.v1 import error_pb2
@@ -40,13 +41,15 @@ class ServedCounts:
         self.steps = self.tokens = self.calls = 0
         self.times = {phase: PhaseHistogram() for phase in self.PHASES}
 
-    def add(self, other: ServedCounts) -> None:
-        """Counts what another has, too."""
-        self.steps += other.steps
-        self.tokens += other.tokens
-        self.calls += other.calls
+    def add(self, *others: ServedCounts) -> None:
+        """Counts what others have, too."""
+        for other in others:
+            self.steps += other.steps
+            self.tokens += other.tokens
+            self.calls += other.calls
+        timed = [each.times for each in (self, *others)]
         for phase, times in self.times.items():
-            times.counts = list(map(int.__add__, times.counts, other.times[phase].counts))
+            times.counts = list(map(sum, zip(*(each[phase].counts for each in timed), strict=True)))
 
     def time(self, queue_us: int, copies: Copies, kernel_us: int, num_calls: int = 1) -> None:
         """Takes the times of a call, or of so many alike. By whoever has the device, or the plane of a session."""
@@ -115,6 +118,7 @@ class Callers:
         self._sessions: dict[SessionCounts, None] = {}  # in the order in which they were opened
         self._principals: dict[str, PrincipalCounts] = {}  # the one that came last is last
         self._ended: deque[SessionCounts] = deque()  # that have not been added up yet
+        self._refusals: Counter[error_pb2.ErrorReason.ValueType] = Counter()  # everybody's
         self._lock = threading.Lock()
 
     def open(self, principal: str, plane: str) -> SessionCounts:
@@ -141,6 +145,7 @@ class Callers:
         """Counts an error that a principal is told; "": that nobody knows who is told."""
         with self._lock:
             self._of(principal).refusals[error.reason] += 1
+            self._refusals[error.reason] += 1
 
     def principals(self) -> list[str]:
         """Their names."""
@@ -153,19 +158,22 @@ class Callers:
             self._add_up_ended()
             return list(self._sessions)
 
-    def served(self, principal: str) -> ServedCounts:
-        """What a principal was served, whatever way."""
-        total = ServedCounts()
+    def served(self, principals: Collection[str]) -> dict[str, ServedCounts]:
+        """What each of these was served, whatever way."""
+        parts: dict[str, list[ServedCounts]] = {principal: [] for principal in principals}
         with self._lock:
             self._add_up_ended()
-            known = self._principals.get(principal)
-            if known is not None:
-                total.add(known.ended)
-                total.add(known.unary.served)
+            for principal, each in parts.items():
+                known = self._principals.get(principal)
+                if known is not None:
+                    each += (known.ended, known.unary.served)
             for session in self._sessions:
-                if session.principal == principal:
-                    total.add(session.served)
-        return total
+                if session.principal in parts:
+                    parts[session.principal].append(session.served)
+        totals = {principal: ServedCounts() for principal in parts}
+        for principal, total in totals.items():
+            total.add(*parts[principal])
+        return totals
 
     def refusals(self, principal: str) -> dict[error_pb2.ErrorReason.ValueType, int]:
         """Errors that a principal was told, by kind."""
@@ -175,11 +183,8 @@ class Callers:
 
     def all_refusals(self) -> Counter[error_pb2.ErrorReason.ValueType]:
         """Errors that anybody was told, by kind."""
-        total: Counter[error_pb2.ErrorReason.ValueType] = Counter()
         with self._lock:
-            for known in self._principals.values():
-                total.update(known.refusals)
-        return total
+            return self._refusals.copy()
 
     def _add_up_ended(self) -> None:
         """With the lock."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 from attnd._version import __version__
@@ -75,25 +75,29 @@ class Status:
         sessions.sort(key=lambda session: session.used_at, reverse=True)
         message.num_principals_left_out = max(0, len(principals) - MAX_ROWS)
         message.num_sessions_left_out = max(0, len(sessions) - MAX_ROWS)
-        self._written.begin()
-        waiting = self._executor.waiting()
-        message.principals.extend(self._principal(each, caches, waiting) for each in principals[:MAX_ROWS])
+        message.principals.extend(self._principals(principals[:MAX_ROWS], caches))
         message.sessions.extend(map(_session, sessions[:MAX_ROWS]))
         return message.SerializeToString()
 
-    def _principal(self, principal: str, caches: list[Cache], waiting: Mapping[str, int]) -> status_pb2.PrincipalStatus:
-        own = [cache for cache in caches if cache.principal == principal]
-        return status_pb2.PrincipalStatus(
-            principal=principal,
-            num_sessions=self._sessions.held_by(principal),
-            served=_served(self._callers.served(principal)),
-            queue_depth=waiting.get(principal, 0),
-            num_caches=len(own),
-            num_kv_bytes=sum(cache.num_bytes for cache in own),
-            num_pages=sum(cache.config.num_pages for cache in own),
-            num_pages_written=sum(map(self._written.count, own)),
-            refusals=_refusals(self._callers.refusals(principal)),
-        )
+    def _principals(self, principals: list[str], caches: list[Cache]) -> Iterator[status_pb2.PrincipalStatus]:
+        owned: dict[str, list[Cache]] = {principal: [] for principal in principals}
+        for cache in caches:
+            if cache.principal in owned:
+                owned[cache.principal].append(cache)
+        self._written.begin()
+        waiting, served = self._executor.waiting(), self._callers.served(principals)
+        for principal, own in owned.items():
+            yield status_pb2.PrincipalStatus(
+                principal=principal,
+                num_sessions=self._sessions.held_by(principal),
+                served=_served(served[principal]),
+                queue_depth=waiting[principal],
+                num_caches=len(own),
+                num_kv_bytes=sum(cache.num_bytes for cache in own),
+                num_pages=sum(cache.config.num_pages for cache in own),
+                num_pages_written=sum(map(self._written.count, own)),
+                refusals=_refusals(self._callers.refusals(principal)),
+            )
 
 
 class WrittenPages:
