@@ -16,13 +16,16 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
 import attnd
+from attnd.v1 import attention_pb2_grpc, capabilities_pb2
 from attnd_server.identity.tokens import add_token
 from tests.servers import ServerProcess, wait_for
 
@@ -30,6 +33,13 @@ GEOMETRY = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8, 
 Q, K, V = torch.ones(2, 4, 16), torch.ones(2, 2, 16), torch.ones(2, 2, 16)
 PREFILL = attnd.StepMetadata(query_lens=[2], context_lens=[0], page_tables=[[0]], slot_mapping=[0, 1])
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Old(attention_pb2_grpc.AttentionServiceServicer):
+    """Tells what it can do, and knows no other RPC."""
+
+    def GetCapabilities(self, request: object, context: object) -> capabilities_pb2.GetCapabilitiesResponse:
+        return capabilities_pb2.GetCapabilitiesResponse(version="0.1.0", epoch=5)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -211,3 +221,16 @@ def test_a_server_that_comes_back_is_shown_again(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_server_of_an_older_version_says_so() -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    attention_pb2_grpc.add_AttentionServiceServicer_to_server(Old(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        result = top(f"127.0.0.1:{port}", "--once")
+    finally:
+        server.stop(0).wait()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "attnd top: the server is of an older version and has no GetStatus\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +147,38 @@ def test_a_refused_call_is_noted(server: ServerProcess) -> None:
         with pytest.raises(attnd.InvalidRequest):
             client.prefill(cache, PREFILL, 9, Q, K, V)
     assert [span.attributes["error.type"] for span in of_steps(memory)] == ["InvalidRequest"] * 2
+
+
+def test_a_call_that_is_not_answered_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collector: Collector
+) -> None:
+    async def wait_in_vain(address: str) -> None:
+        async with await attnd.aio.connect(address) as client:
+            async with await client.create_cache(**GEOMETRY, renew=False) as cache, cache.session() as session:
+                step = await session.step(PREFILL)
+                await step.attend(0, Q, K, V)
+                step._timeout_s = 0.2
+                server.freeze()
+                with pytest.raises((attnd.DeadlineExceeded, attnd.Disconnected)):
+                    await step.attend(1, Q, K, V)
+                os.kill(server.pid, signal.SIGCONT)
+
+    with serving(tmp_path, monkeypatch, collector.endpoint) as server, traced() as memory:
+        with attnd.connect(server.address) as client, client.create_cache(**GEOMETRY, renew=False) as cache:
+            with cache.session() as session:
+                step = session.step(PREFILL)
+                step.attend(0, Q, K, V)
+                session.timeout_s = 0.2
+                server.freeze()
+                with pytest.raises((attnd.DeadlineExceeded, attnd.Disconnected)):
+                    step.attend(1, Q, K, V)
+                os.kill(server.pid, signal.SIGCONT)
+            del step
+        asyncio.run(wait_in_vain(server.address))
+    for span in of_steps(memory):
+        assert span.attributes["error.type"] in ("DeadlineExceeded", "Disconnected")
+        assert span.attributes["attnd.unanswered_layers"] == 2
+    assert len(of_steps(memory)) == 2
 
 
 def test_self_contained_requests_are_steps(server: ServerProcess, collector: Collector) -> None:

@@ -91,6 +91,8 @@ def step(random_: random.Random, info: cache_pb2.CacheInfo, step_id: int = 0) ->
         choice = random_.sample(sorted(free), min(len(free), ends[-1]))
         slots = [choice.pop() if choice and random_.random() < 0.8 else -1 for _ in range(ends[-1])]
         message.slot_mapping.CopyFrom(ints(slots, wide=random_.random() < 0.5))
+    if random_.random() < 0.3:
+        message.traceparent = f"00-{random_.getrandbits(128) | 1:032x}-{random_.getrandbits(64) | 1:016x}-01"
     return message
 
 

@@ -61,6 +61,7 @@ class SoakClient:
         self._shared = shared
         self._numbers = np.random.default_rng(seed)
         self._random = random.Random(seed)
+        self._status = 0, 0  # epoch, and calls that were served
 
     def live(self) -> None:
         """A connection and its caches, until it breaks or it is time to stop.
@@ -81,6 +82,7 @@ class SoakClient:
             try:
                 self._run_session(used)
                 self._read_back(used)
+                self._look_at_status(client)
                 num_left -= 1
             except (attnd.Disconnected, attnd.DeadlineExceeded):
                 self._counts.reconnects += 1
@@ -89,6 +91,14 @@ class SoakClient:
             except attnd.CacheLost:
                 if not self._adopt(used):
                     return
+
+    def _look_at_status(self, client: attnd.Client) -> None:
+        """What the server counts only rises, as long as it lives."""
+        told = client.status()
+        (own,) = told.principals
+        if told.epoch == self._status[0] and own.served.calls < self._status[1]:
+            self._counts.wrong_answers += 1
+        self._status = told.epoch, own.served.calls
 
     def _run_session(self, used: UsedCache) -> None:
         with used.cache.session() as session:

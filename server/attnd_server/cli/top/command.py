@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 import attnd
-from attnd.errors import AttndError
+from attnd.errors import AttndError, Unsupported
 from attnd.v1 import status_pb2
 from attnd_server.cli.texts import told as tell
 from attnd_server.cli.top.rates import Answers
@@ -119,7 +119,8 @@ def run_top(
         asker.start()
         first = asker.next()
         if first.told is None:
-            tell(errors, "top", first.error)
+            is_old = isinstance(first.error, Unsupported)
+            tell(errors, "top", "the server is of an older version and has no GetStatus" if is_old else first.error)
             return 1
         answers.add(first.at, first.told)
         shown_at = _Shown(address, answers, console, as_json)
