@@ -115,7 +115,8 @@ class Server:
         self.service.executor.prepare_thread()
         self._servicer = AttentionServicer(self.service, self._principals())
         self._health = health.HealthServicer()
-        contract = reflection.ReflectionServicer((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME))
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        contract = reflection.ReflectionServicer(names, self._servicer.arrivals)
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
         self._server = grpc.aio.server(interceptors=counters, options=grpc_options(self.config))
         self._server.add_generic_rpc_handlers((self._servicer, self._health, contract))
@@ -135,6 +136,7 @@ class Server:
             self._snapshots.consume()
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
+        self._watching = asyncio.ensure_future(self._servicer.arrivals.watch_for_ever())
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
         self._loop = asyncio.get_running_loop()
         self.service.executor.faults.listen(self._device_failed)
@@ -150,6 +152,7 @@ class Server:
         """Drains: no new steps; what runs has `drain_s` to finish."""
         log.info("draining", extra={"drain_s": self.config.drain_s})
         self._reloading.cancel()
+        self._watching.cancel()
         if self._snapshots is not None:
             self.service.caches.keep_all()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, is_last=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 # Of each RPC that is open and not read, a window of 256 KiB; and what malloc keeps.
 MOST_BYTES = 150 << 20
+# The largest message, 256 MiB, what comes beside it, and what comes until the server looks again.
+MOST_OF_A_PRINCIPAL = 600 << 20
 
 
 def resident_bytes(server: ServerProcess) -> int:
@@ -178,3 +181,18 @@ def test_a_unary_method_takes_one_message(guarded: tuple[ServerProcess, attnd.Cr
             iter([request, request]), metadata=shown.metadata(), timeout=20
         )
         assert not cache_pb2.ListCachesResponse.FromString(answer).caches
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counters")
+@pytest.mark.parametrize("method", ["Attend", "StoreKv", "Prefill", "RenewCache", "ReadKv"])
+def test_half_messages_of_a_principal_hold_the_largest_message_and_little_more(
+    guarded: tuple[ServerProcess, attnd.Credentials], method: str
+) -> None:
+    """Forty of 200 MiB, on four connections: of 8 GB the server takes what one message may have."""
+    server, shown = guarded
+    headers = [(key.encode(), value.encode()) for key, value in shown.metadata() or ()]
+    floods = [raw_http2.Flood(server.address, [method] * 10, 200 << 20, *headers) for _ in range(4)]
+    with flooding(server, *floods) as push:
+        assert push() < MOST_OF_A_PRINCIPAL
+        with attnd.connect(server.address, credentials=shown, plane="inline") as client:
+            assert client.list_caches() == []

@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from attnd.errors import InvalidRequest
+from attnd.errors import Exhausted, InvalidRequest
 from attnd.protocol import frames
+from attnd_server.rpc.arrivals import NOBODY, Arrivals
 
 SERVICE_NAME = reflection.SERVICE_NAME
 # Streams at one time, and of them those of which a message is being read: gRPC collects it whole.
@@ -24,8 +25,9 @@ MAX_REQUEST_BYTES = 4 << 10
 class ReflectionServicer(grpc.GenericRpcHandler):
     """Tells the contract of services. For one event loop."""
 
-    def __init__(self, service_names: tuple[str, ...]) -> None:
-        """Of services with these names."""
+    def __init__(self, service_names: tuple[str, ...], arrivals: Arrivals) -> None:
+        """Of services with these names; what comes of its messages counts in `arrivals`."""
+        self._arrivals = arrivals
         self._reflection = reflection.aio.ReflectionServicer(service_names)
         self._num_streams = 0
         self._reads = asyncio.Semaphore(MAX_READS)
@@ -48,7 +50,7 @@ class ReflectionServicer(grpc.GenericRpcHandler):
                 request = frames.parse(reflection_pb2.ServerReflectionRequest, data)
                 async for answer in self._reflection.ServerReflectionInfo(_one(request), None):
                     await context.write(answer.SerializeToString())
-        except InvalidRequest as error:
+        except (InvalidRequest, Exhausted) as error:
             await context.abort(error.code, str(error))
         except asyncio.TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no whole message came within {READ_S:g} s")
@@ -59,10 +61,14 @@ class ReflectionServicer(grpc.GenericRpcHandler):
         """The next message, or None at the end."""
         await asyncio.wait_for(self._reads.acquire(), WAIT_S)
         try:
-            data: Any = await asyncio.wait_for(context.read(), READ_S)
+            data: Any = await asyncio.wait_for(self._message(context), READ_S)
         finally:
             self._reads.release()
         return None if data is grpc.aio.EOF else data
+
+    async def _message(self, context: Any) -> Any:
+        with self._arrivals.reading(context, NOBODY) as reader:
+            return await reader.read(context)
 
 
 async def _one(request: reflection_pb2.ServerReflectionRequest) -> AsyncIterator[Any]:

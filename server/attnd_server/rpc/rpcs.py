@@ -15,8 +15,10 @@ from attnd.v1 import error_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, wanted_until_revoked
+from attnd_server.rpc.arrivals import Arrivals
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
+from attnd_server.rpc.until_revoked import until_revoked
 from attnd_server.service.service import AttentionService
 
 # Checks of big messages at one time: few, so that whoever sends them does not take the cores from everybody.
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
 
 
 class Rpcs:
-    """A service and those who call it."""
+    """A service and those who call it.
+
+    Attributes:
+        arrivals: what has come of their messages, and is not whole.
+    """
 
     def __init__(self, service: AttentionService, principals: Principals | None) -> None:
         """Serves `service` to those whom `principals` lets in; None: to everybody."""
@@ -36,11 +42,17 @@ class Rpcs:
         self._principals = principals or Principals()
         self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
         num_checks = max(1, MAX_CHECKS // 2) if service.config.asks_who_calls else MAX_CHECKS
+        self.arrivals = Arrivals(service.config.max_message_bytes)
         self._shares = Shares(service.config, num_checks)
 
     async def _only_request(self, context: Context) -> bytes:
         """The request of a method that has one. What comes behind it is never read."""
-        data: Any = await context.read()
+        try:
+            principal = self._principals.of(context)
+            with until_revoked(self._service.opened, principal), self.arrivals.reading(context, principal) as reader:
+                data: Any = await reader.read(context)
+        except AttndError as error:
+            await self._abort(context, error)
         if data is grpc.aio.EOF:
             await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
         return data  # type: ignore[no-any-return]

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from attnd.errors import AttndError, Unauthenticated
+from attnd.errors import AttndError, Exhausted, Unauthenticated
 from attnd.v1 import attention_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
+from attnd_server.rpc.arrivals import Reader
 from attnd_server.rpc.handlers import LateReading
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
 class Messages:
     """The messages of a stream. gRPC's own iterator keeps each, however large, until the next one has come."""
 
-    def __init__(self, context: Context) -> None:
-        """Of the stream that `context` is of."""
-        self._read: Any = context.read
+    def __init__(self, context: Context, reader: Reader) -> None:
+        """Of the stream that `context` is of, which `reader` reads."""
+        self._context = context
+        self._reader = reader
 
     def __aiter__(self) -> Messages:
         """Itself."""
@@ -50,9 +52,14 @@ class Messages:
 
     async def __anext__(self) -> bytes:
         """The next one."""
-        data = await self._read()
+        reader = self._reader
+        reader.is_waiting = True
+        data: Any = await self._context.read()
+        reader.is_waiting = False
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
+        reader.num_bytes += len(data)
+        reader.num_messages += 1
         return data  # type: ignore[no-any-return]
 
 
@@ -115,10 +122,14 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
 
         async def handler(request: Any, context: Context) -> None:
             try:
-                with until_revoked(self._service.opened, self._principals.of(context)):
-                    is_stream = not isinstance(request, bytes) and hasattr(context, "read")
-                    await method(Messages(context) if is_stream else request, context)
-            except Unauthenticated as error:
+                principal = self._principals.of(context)
+                with until_revoked(self._service.opened, principal):
+                    if isinstance(request, bytes) or not hasattr(context, "peer"):
+                        await method(request, context)
+                    else:
+                        with self.arrivals.reading(context, principal) as reader:
+                            await method(Messages(context, reader), context)
+            except (Unauthenticated, Exhausted) as error:
                 await asyncio.wait_for(self._abort(context, error), TELL_S)
 
         return handler

@@ -1,0 +1,213 @@
+"""What has come on connections of messages that are not whole yet: gRPC keeps it, and does not say how much it is.
+
+gRPC collects a message that was asked for until it is whole, and every stream that waits has asked for its next one. So
+many streams, each with a part of a large message, could hold many times the largest message. The kernel counts the
+bytes of each connection. What has come, less the messages that were handed over, is what gRPC holds. RPCs that wait for
+a message on the connections with the most of it end when a principal's are beyond a limit.
+
+Sizes are looked at when the process has grown, and every other second. Only Linux has the counters; elsewhere nothing
+ends here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import struct
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import unquote
+
+from attnd.errors import Exhausted
+
+log = logging.getLogger(__name__)
+
+# Who has shown no token, and bytes of messages of all of these.
+NOBODY, NOBODYS_BYTES = "", 4 << 20
+# Beyond the largest message, for those that come beside it.
+MORE_BYTES = 32 << 20
+# Seconds between two looks at the process' size, bytes of growth after which connections are looked at, and seconds
+# after which they are anyway.
+LOOK_S, GROWTH_BYTES, ANYWAY_S = 0.05, 16 << 20, 2.0
+# Of a message: HTTP/2's and TLS' frames around each 16 KiB take under 1/64, and headers and pings what else there is.
+_OVERHEAD, _OVERHEAD_BYTES = 64, 1 << 10
+_PAGE_BYTES = resource.getpagesize()
+# Where the kernel's `struct tcp_info` has `tcpi_bytes_received` (include/uapi/linux/tcp.h).
+_RECEIVED = struct.Struct("=128xQ")
+
+
+class Reader:
+    """An RPC that reads.
+
+    Attributes:
+        is_waiting: whether it waits for a message now.
+        was_ended: whether it ends because its principal's messages are too many.
+        num_bytes: of the messages that it was handed since the last look.
+        num_messages: how many these are.
+    """
+
+    def __init__(self, peer: str, principal: str) -> None:
+        """On the connection from `peer`; for the task that makes it."""
+        self.peer = peer
+        self.principal = principal
+        self.is_waiting = self.was_ended = False
+        self.num_bytes = self.num_messages = 0
+        self._task = asyncio.current_task()
+
+    async def read(self, context: Any) -> Any:
+        """The next message of an RPC, or gRPC's EOF."""
+        self.is_waiting = True
+        data = await context.read()
+        self.is_waiting = False
+        if isinstance(data, bytes):
+            self.num_bytes += len(data)
+            self.num_messages += 1
+        return data
+
+    def take_credit(self) -> int:
+        """Bytes that the messages which it was handed can have had on the wire; from then on it counts anew."""
+        credit = self.num_bytes + self.num_bytes // _OVERHEAD + self.num_messages * _OVERHEAD_BYTES
+        self.num_bytes = self.num_messages = 0
+        return credit
+
+    def end(self) -> None:
+        """Ends the RPC where it waits."""
+        if self.is_waiting and self._task is not None:
+            self.was_ended = True
+            self._task.cancel()
+
+
+class _Connection:
+    """A connection.
+
+    Attributes:
+        received: bytes that had come at the last look.
+        pending: of them, those that nobody was handed.
+        credit: bytes that the messages which were handed over since can have had on the wire.
+    """
+
+    def __init__(self) -> None:
+        self.received = self.pending = self.credit = 0
+
+
+class Arrivals:
+    """The RPCs that read, and what has come for them. For one event loop."""
+
+    def __init__(self, max_message_bytes: int) -> None:
+        """Nothing has come.
+
+        Args:
+            max_message_bytes: the largest message.
+        """
+        self._limit = max_message_bytes + MORE_BYTES
+        self._readers: set[Reader] = set()
+        self._connections: dict[str, _Connection] = {}
+
+    @contextmanager
+    def reading(self, context: Any, principal: str) -> Iterator[Reader]:
+        """An RPC that reads with what it is given, for as long as the context lasts, on its task.
+
+        Raises:
+            Exhausted: from where it waits for a message: too much has come, and is not whole.
+        """
+        reader = Reader(_key(context.peer()), principal)
+        self._readers.add(reader)
+        try:
+            yield reader
+        except asyncio.CancelledError:
+            if not reader.was_ended:
+                raise
+            limit = NOBODYS_BYTES if principal == NOBODY else self._limit
+            told = f"messages that have come in part hold more than {limit} bytes: send fewer at one time"
+            raise Exhausted(told, retry_after_s=1.0) from None
+        finally:
+            self._readers.discard(reader)
+            if connection := self._connections.get(reader.peer):
+                connection.credit += reader.take_credit()
+
+    async def watch_for_ever(self) -> None:
+        """Looks again and again, where there are counters."""
+        if sys.platform != "linux":
+            log.warning("messages that come in part are not bounded beyond the size of each: it needs Linux")
+            return
+        with open("/proc/self/statm", "rb") as sizes:  # once: there may be no free descriptor later
+            calm, looked_at = 0, 0.0
+            while True:
+                await asyncio.sleep(LOOK_S)
+                size, now = int(os.pread(sizes.fileno(), 128, 0).split()[1]) * _PAGE_BYTES, time.monotonic()
+                if size > calm + GROWTH_BYTES or now > looked_at + ANYWAY_S:
+                    with suppress(OSError):
+                        self.look(_received())
+                    calm, looked_at = size, now
+                calm = min(calm, size)
+
+    def look(self, received: dict[str, int]) -> None:
+        """Ends what is beyond the limit.
+
+        Args:
+            received: by connection, bytes that have come since it was made.
+        """
+        waiting: dict[str, list[Reader]] = defaultdict(list)
+        for reader in self._readers:
+            if connection := self._connections.get(reader.peer):
+                connection.credit += reader.take_credit()
+            if reader.is_waiting:
+                waiting[reader.peer].append(reader)
+        seen = {peer: self._connections.get(peer) or _Connection() for peer in received}
+        self._connections = seen
+        for peer, connection in seen.items():
+            came = received[peer] - connection.received - connection.credit
+            connection.pending = max(0, connection.pending + came) if peer in waiting else 0
+            connection.received, connection.credit = received[peer], 0
+        self._end_beyond(waiting)
+
+    def _end_beyond(self, waiting: dict[str, list[Reader]]) -> None:
+        """Ends those that wait on the connections with the most, until a principal's others are within the limit."""
+        peers: dict[str, set[str]] = defaultdict(set)
+        for peer, readers in waiting.items():
+            for reader in readers:
+                peers[reader.principal].add(peer)
+        for principal, its in peers.items():
+            pending = {peer: self._connections[peer].pending for peer in its if peer in self._connections}
+            over = sum(pending.values()) - (NOBODYS_BYTES if principal == NOBODY else self._limit)
+            for peer in sorted(pending, key=pending.__getitem__, reverse=True):
+                if over <= 0:
+                    break
+                over -= pending[peer]
+                log.warning("messages that came in part are given up", extra={"num_bytes": pending[peer]})
+                for reader in waiting[peer]:
+                    if reader.principal == principal:
+                        reader.end()
+
+
+def _received() -> dict[str, int]:
+    """By peer, bytes that have come on each TCP connection of this process."""
+    received = {}
+    for name in os.listdir("/proc/self/fd"):
+        # No descriptor of ours: `detach` leaves it open. It may be closed by now, or be something else.
+        try:
+            peeked = socket.socket(fileno=int(name))
+        except OSError:
+            continue  # no socket
+        try:
+            host, port, *_ = peeked.getpeername()
+            info = peeked.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.size)
+            received[f"{host.removeprefix('::ffff:')}:{port}"] = _RECEIVED.unpack(info)[0]
+        except (OSError, ValueError, AttributeError, struct.error):
+            continue  # no TCP connection
+        finally:
+            peeked.detach()
+    return received
+
+
+def _key(peer: str) -> str:
+    """The peer of gRPC's context, "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5", as `_received` names it."""
+    host, _, port = unquote(peer).partition(":")[2].rpartition(":")
+    return f"{host.strip('[]').removeprefix('::ffff:')}:{port}"
