@@ -162,3 +162,13 @@ def test_tls_sets_variables_that_the_server_and_its_probe_read():
     assert own <= read
     assert "--insecure" not in service["command"]
     assert all(port.startswith("${ATTND_PUBLIC_ADDRESS:?") for port in service["ports"])
+
+
+def test_the_composed_server_has_room_for_what_a_principal_can_make_it_hold_and_no_more():
+    service = load("compose.yaml")["services"]["attnd"]
+    (told,) = re.findall(r"\| \*\*the sum\*\* \| \| \*\*(\d+) MiB\*\* \|", (ROOT / "SECURITY.md").read_text())
+    rows = re.findall(r"\| (\d+) MiB \|\n", (ROOT / "SECURITY.md").read_text())
+    assert sum(map(int, rows)) == int(told)
+    limit_gib = int(re.fullmatch(r"(\d+)g", service["mem_limit"])[1])
+    assert 4 + 1 + int(told) / 1024 < limit_gib <= 16
+    assert 256 <= service["pids_limit"] <= 4096
