@@ -16,13 +16,14 @@ from typing import Any
 import pdoc
 from pdoc import doc, extract
 
-from attnd.v1 import attention_pb2, cache_pb2, capabilities_pb2, error_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd.v1 import attention_pb2, cache_pb2, capabilities_pb2, error_pb2, plane_pb2, status_pb2, step_pb2, tensor_pb2
 
 PACKAGES = ("attnd", "attnd_server")
 # What users import; `!` leaves the server's modules out, whose public names the package itself has.
 SPECS = (
     "attnd",
     "attnd.integrations",
+    "attnd.traces",
     "attnd_server",
     "!attnd_server.",
 )
@@ -35,7 +36,7 @@ EXAMPLE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 # Names of the wire, which docstrings speak of: its messages, enumerations and methods.
 WIRE = {
     name
-    for file in (attention_pb2, cache_pb2, capabilities_pb2, error_pb2, plane_pb2, step_pb2, tensor_pb2)
+    for file in (attention_pb2, cache_pb2, capabilities_pb2, error_pb2, plane_pb2, status_pb2, step_pb2, tensor_pb2)
     for names in (file.DESCRIPTOR.message_types_by_name, file.DESCRIPTOR.enum_types_by_name)
     for name in names
 } | {method.name for service in attention_pb2.DESCRIPTOR.services_by_name.values() for method in service.methods}

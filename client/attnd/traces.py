@@ -21,6 +21,9 @@ from attnd import extras
 from attnd._version import __version__
 from attnd.v1 import step_pb2
 
+# What users call; the rest is for sessions.
+__all__ = ["disable", "enable"]
+
 _SAMPLED = 1
 # What makes spans, and of whom; None: nothing does.
 tracer: Any = None

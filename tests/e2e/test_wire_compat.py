@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import attnd
-from attnd.v1 import attention_pb2, attention_pb2_grpc, cache_pb2, capabilities_pb2, step_pb2, tensor_pb2
+from attnd.v1 import attention_pb2, attention_pb2_grpc, cache_pb2, capabilities_pb2, status_pb2, step_pb2, tensor_pb2
 from tests.attention import dense_attention
 
 SERVICE = "attnd.v1.AttentionService"
@@ -174,6 +174,14 @@ def test_our_client_talks_to_a_generated_servicer() -> None:
                 assert cache.store_kv(0, [1], k, k) == 1
     finally:
         server.stop(0).wait()
+
+
+def test_generated_stub_asks_what_the_server_does(
+    stub: attention_pb2_grpc.AttentionServiceStub, cache: cache_pb2.CacheRef
+) -> None:
+    told = stub.GetStatus(status_pb2.GetStatusRequest())
+    assert told.epoch == cache.epoch
+    assert sum(row.num_caches for row in told.principals) >= 1
 
 
 def test_health_and_reflection_answer(server_address: str) -> None:
