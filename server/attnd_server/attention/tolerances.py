@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -33,11 +33,14 @@ def coarsest(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def score_error(score_size: float, key_dtype: torch.dtype | None = None) -> float:
+Size = TypeVar("Size", float, torch.Tensor)
+
+
+def score_error(score_size: Size, key_dtype: torch.dtype | None = None) -> Size:
     """By how much a score may be off that was computed in float32 from numbers whose sizes add up to `score_size`.
 
     Args:
-        score_size: as above.
+        score_size: as above; of one score, or of several.
         key_dtype: the type that keys may be rounded to once more: what FP8 stands for, times its scale, does not fit
             the type in which libraries multiply. None: they are multiplied as they are.
     """
@@ -46,7 +49,7 @@ def score_error(score_size: float, key_dtype: torch.dtype | None = None) -> floa
 
 
 def output_bounds(
-    expected: torch.Tensor, dtype: torch.dtype, output_dtype: torch.dtype, value_size: float, off: float
+    expected: torch.Tensor, dtype: torch.dtype, output_dtype: torch.dtype, value_size: float, off: float | torch.Tensor
 ) -> torch.Tensor:
     """How far each element of an output may be from the exact one, whatever the sizes of the inputs.
 
@@ -58,14 +61,14 @@ def output_bounds(
         dtype: the coarsest type that the computation rounds to.
         output_dtype: of the output itself, below whose least normal number everything may become zero.
         value_size: of the greatest value that is seen.
-        off: by how much scores may be off, see `score_error`.
+        off: by how much scores may be off, see `score_error`; in a shape that goes with `expected`.
     """
     absolute, relative = TOLERANCES[dtype]
     floor = torch.finfo(output_dtype).tiny
     return relative * expected.abs() + (absolute + 2 * off) * value_size + floor
 
 
-def lse_bounds(expected: torch.Tensor, off: float) -> torch.Tensor:
+def lse_bounds(expected: torch.Tensor, off: float | torch.Tensor) -> torch.Tensor:
     """How far each lse may be from the exact one, always float32; scores may be off by `off`."""
     absolute, relative = TOLERANCES[torch.float32]
     return relative * expected.abs() + absolute + off

@@ -34,6 +34,9 @@ Outcome = tuple[bytes | None, BaseException | None]
 class Observer(Protocol):
     """Sees the calls that ran. With the device."""
 
+    def begins(self, call: Call) -> Call:
+        """A call is about to run. Returns what runs instead: it may have its tensors in memory of their own."""
+
     def launched(self, num_calls: int) -> None:
         """A launch had so many calls; `served` is told of each."""
 
@@ -131,12 +134,16 @@ class Runner:
 
     def _reply(self, call: Call, queue_us: int) -> bytes:
         """Attends a call and encodes its reply."""
+        if self._observer is not None:
+            call = self._observer.begins(call)
         started = time.perf_counter()
         result = self.attend(call)
         return self._encoded(call, result, queue_us, time.perf_counter() - started)
 
     def _reply_in_pieces(self, call: Call, queue_us: int) -> Pieces:
         """As `_reply`, of a long call."""
+        if self._observer is not None:
+            call = self._observer.begins(call)
         ran_s, pieces = 0.0, attend_in_pieces(call, self.ops)
         while True:
             started = time.perf_counter()
@@ -171,6 +178,8 @@ class Runner:
 
     def _replies(self, calls: list[Call], queue_us: list[int]) -> list[bytes | Exception]:
         """Attends calls of one batch in one launch, and encodes the reply of each, or the error of its own."""
+        if self._observer is not None:
+            calls = [self._observer.begins(call) for call in calls]
         started = time.perf_counter()
         results = self.attend_together(calls)
         kernel_us = max(0, int((time.perf_counter() - started) * 1e6) - sum(results[0].copies))

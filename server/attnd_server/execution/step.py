@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of
 from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.execution.kept_plans import KeptPlans, Plans, most_bytes, tensor_bytes
+from attnd_server.execution.step_observers import StepCounts, StepTrace
 from attnd_server.kv.cache import Cache
 
 # Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
@@ -28,32 +29,6 @@ SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
 SMALL_STEP_PAGES = 1 << 17
 # Options that a step keeps something for: a model may have others in every layer.
 MAX_OPTIONS = 1_024
-
-
-class StepCounts(Protocol):
-    """Counts the calls of a step for whoever asks whose they were.
-
-    Attributes:
-        calls: that were served. To add one is all that most calls pay.
-    """
-
-    calls: int
-
-    def time(self, queue_us: int, copies: Copies, kernel_us: int) -> None:
-        """Takes the times of a call."""
-
-
-class StepTrace(Protocol):
-    """Notes how long the parts of a step take, whose client has asked for a trace."""
-
-    def planned(self, began_ns: int) -> None:
-        """A plan was made since then, `time.time_ns`."""
-
-    def call_served(self, layer: int, queue_us: int, kernel_us: int, copies: Copies, backend: str) -> None:
-        """A call was served."""
-
-    def step_served(self, queue_us: int, step_us: int, backend: str) -> None:
-        """The whole step was served, which came as one message."""
 
 
 class ShareKey(NamedTuple):
@@ -87,6 +62,7 @@ class Step:
         is_marked: whether the cache was told which pages it writes.
         counts: of whoever sent it; None: its calls are nobody's.
         trace: of the step; None: it has none.
+        held: what it holds for as long as it lives: room for its arrays.
     """
 
     id: int
@@ -103,6 +79,7 @@ class Step:
     is_marked: bool = False
     counts: StepCounts | None = None
     trace: StepTrace | None = None
+    held: object = None
 
     @cached_property
     def is_small(self) -> bool:
@@ -176,6 +153,7 @@ class Call(NamedTuple):
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
         encode: makes its reply; None: of a call that nobody answers.
         plane: over which it came.
+        is_sampled: whether verification looks at it; then nobody else writes to its tensors.
     """
 
     step: Step
@@ -186,6 +164,7 @@ class Call(NamedTuple):
     v: torch.Tensor | None
     encode: Encode | None = None
     plane: str = ""
+    is_sampled: bool = False
 
     @property
     def cache_id(self) -> bytes:

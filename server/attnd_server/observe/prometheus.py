@@ -101,15 +101,18 @@ class ServerCollector(Collector):
         mismatches = CounterMetricFamily("attnd_verify_mismatches", "Samples whose output was wrong.", labels=labels)
         text = "Numbers of verified outputs that are NaN or infinite, also where the caller's own make them."
         not_finite = CounterMetricFamily("attnd_verify_not_finite", text, labels=labels)
+        text = "Rows of heads that were not compared: a caller's numbers make sums that float32 does not hold."
+        beyond = CounterMetricFamily("attnd_verify_beyond_float32", text, labels=labels)
         text = "Samples that were not verified. queue_full: too many wait; too_big: one head's context is too long."
         dropped = CounterMetricFamily("attnd_verify_dropped", text, labels=[*labels, "reason"])
         for backend, tally in ({} if self._verifier is None else self._verifier.tallies).items():
             _add(ratios, [backend.value], tally.ratios)
             mismatches.add_metric([backend.value], tally.mismatches)
             not_finite.add_metric([backend.value], tally.not_finite)
+            beyond.add_metric([backend.value], tally.beyond)
             for reason, count in tally.dropped.items():
                 dropped.add_metric([backend.value, reason], count)
-        return ratios, mismatches, not_finite, dropped
+        return ratios, mismatches, not_finite, beyond, dropped
 
     def _memory(self) -> Iterable[Metric]:
         caches = self._caches.all()

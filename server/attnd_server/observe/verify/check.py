@@ -12,6 +12,7 @@ from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.masks import visible
 from attnd_server.attention.tolerances import coarsest, lse_bounds, output_bounds, score_error
+from attnd_server.observe.verify.representable import Sizes, fit, underflow
 from attnd_server.observe.verify.sample import Sample
 
 CPU = torch.device("cpu")
@@ -26,12 +27,14 @@ class Verdict:
             not, or that is not zero in a row that sees nothing.
         error: the greatest error itself.
         num_not_finite: numbers of the output that are NaN or infinite, also where the caller's own numbers make them.
+        num_beyond: rows of heads that were not compared, because float32 does not hold what they are computed with.
         worst: index of the request in its step, row of its new tokens and query head with the greatest ratio.
     """
 
     ratio: float = 0.0
     error: float = 0.0
     num_not_finite: int = 0
+    num_beyond: int = 0
     worst: tuple[int, int, int] | None = None
 
     @property
@@ -40,11 +43,18 @@ class Verdict:
         return self.ratio > 1
 
 
+class NotWanted(Exception):
+    """Nobody wants the verdict any more."""
+
+
 def verify(sample: Sample) -> Verdict:
     """Computes a sample, which is on the host, in float64 and head by head, and compares.
 
-    Operands are rounded as the cache's precision asks for. What the exact computation itself has no finite number for,
-    because the caller's numbers have none, is not compared.
+    Operands are rounded as the cache's precision asks for. What float32 does not hold, because the caller's numbers are
+    too large or none, is not compared.
+
+    Raises:
+        NotWanted: the sample's `is_wanted` says so, which is asked before each head.
     """
     verdict = Verdict()
     kernel = NaiveAttention(torch.float64)
@@ -59,6 +69,8 @@ def verify(sample: Sample) -> Verdict:
         seen = visible(sample.metadata, index, window, first_position, page_size, rows.first_row, end_row)
         part = _Part(sample, slice(done, done + rows.num_rows), seen, keys, values, first_position)
         for head in range(sample.options.num_heads):
+            if not sample.is_wanted():
+                raise NotWanted
             _compare_head(part, int(sample.metadata.context_lens[index]) + rows.first_row, head, index, verdict)
         done += rows.num_rows
     return verdict
@@ -107,22 +119,30 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
         torch.float64,
     )
     is_seen = part.seen.any(0)
-    dot = abs(options.scale) * _greatest(q.double().norm(dim=2)) * _greatest(keys[is_seen].double().norm(dim=2))
+    q_sizes = q.double().norm(dim=2, keepdim=True).nan_to_num(0.0, 0.0)  # [num_rows, 1, 1]
+    key_size = _greatest(keys[is_seen].double().norm(dim=2))
+    dots = abs(options.scale) * q_sizes * key_size
     span = position + len(q) - part.first_position
     bias = _greatest(slopes) * span + _greatest(sinks)
     dtype = coarsest(sample.q.dtype, precision)
-    off = score_error(dot + options.softcap + bias, precision if sample.config.is_quantised else None)
+    off = score_error(dots + options.softcap + bias, precision if sample.config.is_quantised else None)
+    off += underflow(options, q_sizes, key_size, sample.config.head_dim)
     actual, blind = sample.output[part.rows, head : head + 1], ~part.seen.any(1)
     bounds = output_bounds(expected, dtype, sample.q.dtype, _greatest(values[is_seen]), off)
     ratios, errors = _ratios(actual, expected, bounds.masked_fill(blind[:, None, None], 0), sample.q.dtype)
+    fits = fit(q, Sizes.of(keys[is_seen], values[is_seen]), options, bias, precision)
+    # What a row does not see may leave NaN all the same: a mask is added to its score.
+    fits &= fit(q, Sizes.of(keys, values), options, bias, precision) | actual.isfinite().all(dim=2).squeeze(1)
+    fits |= blind  # zeros, whatever the numbers are
     by_row = ratios.amax(dim=(1, 2))
     if sample.lse is not None:
         lse = sample.lse[part.rows, head : head + 1]
-        lse_ratios, _ = _ratios(lse, expected_lse, lse_bounds(expected_lse, off), torch.float32)
+        lse_ratios, _ = _ratios(lse, expected_lse, lse_bounds(expected_lse, off[..., 0]), torch.float32)
         by_row = torch.maximum(by_row, lse_ratios.amax(dim=1))
     verdict.num_not_finite += int((~actual.isfinite()).sum())
-    verdict.error = max(verdict.error, float(errors.max()))
-    ratio, row = (float(each) for each in by_row.max(0))
+    verdict.num_beyond += int((~fits).sum())
+    verdict.error = max(verdict.error, float(errors[fits].max()) if fits.any() else 0.0)
+    ratio, row = (float(each) for each in by_row.masked_fill(~fits, 0).max(0))
     if ratio > verdict.ratio:
         rows, group = sample.choice.rows[index], options.num_heads // sample.config.num_kv_heads
         verdict.ratio = ratio
@@ -134,14 +154,15 @@ def _ratios(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The error of each number as a multiple of its bound, and the error itself; infinite where it makes no sense.
 
-    An lse of -inf is right where it is expected. What else `dtype` has no finite number for is not compared.
+    An lse of -inf is right where it is expected. What else `dtype` has no finite number for, or that may be rounded to
+    none, is not compared.
     """
     actual = actual.double()
     is_minus = expected == -math.inf
     errors = torch.where(is_minus & (actual == expected), 0.0, (actual - expected).abs())
     errors = errors.nan_to_num(math.inf, math.inf)
     ratios = torch.where(errors == 0, 0.0, errors / bounds).nan_to_num(math.inf, math.inf)
-    is_compared = expected.to(dtype).isfinite() | is_minus
+    is_compared = (expected.abs() + bounds <= torch.finfo(dtype).max) | is_minus
     return torch.where(is_compared, ratios, 0.0), torch.where(is_compared, errors, 0.0)
 
 

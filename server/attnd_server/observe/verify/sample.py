@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ class Sample:
         lse: likewise, if the call has it.
         pages: of the layer, as all of them were before the call where it read them.
         copied: on a GPU: when the pages are there.
+        is_wanted: whether anybody wants the verdict yet.
     """
 
     backend: AttentionBackend
@@ -50,6 +52,7 @@ class Sample:
     lse: torch.Tensor | None
     pages: LayerPages
     copied: torch.cuda.Event | None
+    is_wanted: Callable[[], bool] = lambda: True
 
 
 def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:

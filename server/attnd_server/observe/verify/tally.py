@@ -16,6 +16,7 @@ class VerifyTally:
         ratios: of each sample, its greatest error as a multiple of what is tolerated.
         mismatches: samples beyond that.
         not_finite: numbers of outputs that were NaN or infinite.
+        beyond: rows of heads that were not compared, because float32 does not hold what they are computed with.
         dropped: samples that were not verified, by reason.
     """
 
@@ -24,4 +25,5 @@ class VerifyTally:
         self.ratios = Histogram(RATIO_BOUNDS)
         self.mismatches = 0
         self.not_finite = 0
+        self.beyond = 0
         self.dropped = dict.fromkeys(DROP_REASONS, 0)

@@ -10,6 +10,7 @@ import random
 import secrets
 import sys
 import threading
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from attnd.errors import ServerFault
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.execution.step import Call, Result
-from attnd_server.observe.verify.check import Verdict, verify
+from attnd_server.observe.verify.check import NotWanted, Verdict, verify
 from attnd_server.observe.verify.choice import Choice, choose
 from attnd_server.observe.verify.description import described
 from attnd_server.observe.verify.sample import Sample, on_host, sample_of
@@ -70,6 +71,8 @@ class Verifier:
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._num_bytes = self._num_samples = 0  # of what waits or is being verified
         self._counting = threading.Lock()
+        self._is_closed = False
+        self._has_told = False  # of outputs that cannot be compared
         self._thread: threading.Thread | None = None
         if not refuses:
             self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
@@ -82,6 +85,13 @@ class Verifier:
             return False
         self._calls_left = self._gap()
         return True
+
+    def sampled(self, call: Call) -> Call:
+        """A call that will be taken, before it runs: a client may change its tensors in shared memory meanwhile."""
+        if call.plane != "shm":
+            return call._replace(is_sampled=True)
+        q, k, v = (None if tensor is None else tensor.clone() for tensor in (call.q, call.k, call.v))
+        return call._replace(q=q, k=k, v=v, is_sampled=True)
 
     def take(self, call: Call, result: Result) -> None:
         """Takes a call that has just run; nothing of it is needed afterwards. By the thread that has the device.
@@ -108,10 +118,12 @@ class Verifier:
                 self._failed(tally, error)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread, after what waits."""
+        """Ends the thread, after what waits; but what takes longer is not verified any more."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout_s)
+            self._is_closed = True
+            self._thread.join(timeout_s)  # it ends with the head that it looks at
 
     @property
     def num_bytes(self) -> int:
@@ -164,7 +176,12 @@ class Verifier:
         while (waiting := self._queue.get()) is not None:
             try:
                 sample = waiting.sample
-                self._count(sample, verify(on_host(sample, self._stream)))
+                if self._is_closed:
+                    break
+                sample = replace(on_host(sample, self._stream), is_wanted=lambda: not self._is_closed)
+                self._count(sample, verify(sample))
+            except NotWanted:
+                pass
             except Exception as error:
                 self._failed(self.tallies[waiting.sample.backend], error)
             finally:
@@ -175,6 +192,10 @@ class Verifier:
         """Counts a sample. Returns the id under which it was logged, "" if it is right."""
         tally = self.tallies[sample.backend]
         tally.not_finite += verdict.num_not_finite
+        tally.beyond += verdict.num_beyond
+        if verdict.num_beyond and not self._has_told:
+            self._has_told = True
+            log.info("some outputs are not compared: a caller's numbers are beyond float32; metrics count them")
         tally.mismatches += verdict.is_mismatch
         tally.ratios.observe(min(verdict.ratio, _MOST_RATIO))  # the last: it counts the sample
         if not verdict.is_mismatch:
