@@ -32,12 +32,14 @@ class PrincipalLimits:
         caches: caches at one time.
         sessions: streams and planes at one time.
         queue_depth: calls that may wait for the executor.
+        step_bytes: bytes of its open steps.
     """
 
     kv_bytes: int
     caches: int
     sessions: int
     queue_depth: int
+    step_bytes: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class ServerConfig:
         low=1,
     )
     max_caches: int = setting(256, Kind.COUNT, LIMITS, "Caches at one time.", unit="caches", low=1)
+    max_step_bytes: int = setting(
+        512 << 20, Kind.BYTES, LIMITS, "Page tables, slots and lengths of all steps that are open.", low=1 << 20
+    )
     max_message_bytes: int = setting(
         MAX_MESSAGE_BYTES,
         Kind.BYTES,
@@ -127,6 +132,9 @@ class ServerConfig:
         "Calls of one principal that may wait for the device.",
         unit="calls",
         default_text=_HALF,
+    )
+    principal_step_bytes: int = setting(
+        0, Kind.BYTES, PRINCIPALS, "Likewise of the open steps of one principal.", default_text=_HALF
     )
 
     default_ttl_s: float = setting(60.0, Kind.SECONDS, LEASES, "Lease of a cache that asks for none.", low=1)
@@ -280,4 +288,5 @@ class ServerConfig:
             caches=quota(self.principal_caches, self.max_caches),
             sessions=quota(self.principal_sessions, self.max_sessions),
             queue_depth=quota(self.principal_queue_depth, self.max_queue_depth),
+            step_bytes=quota(self.principal_step_bytes, self.max_step_bytes),
         )

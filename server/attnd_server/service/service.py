@@ -33,6 +33,7 @@ from attnd_server.observe.traces import Traces
 from attnd_server.observe.verify import Verifier
 from attnd_server.service import validation
 from attnd_server.service.capabilities import capabilities
+from attnd_server.service.kept_steps import HeldBytes, StepRoom, step_bytes
 from attnd_server.service.kv_requests import KvRequests
 from attnd_server.service.plane_offer import PlaneOffer
 from attnd_server.service.refusals import refusal_of
@@ -85,6 +86,7 @@ class AttentionService:
         self._is_draining = False
         self.verifier = verifier
         self._traces = traces
+        self.step_room = StepRoom(config.max_step_bytes, caches.share.step_bytes)
         remedy = "close one, or wait until one is closed"
         self.callers = Callers()
         self.sessions = Quota("sessions", "are open", config.max_sessions, caches.share.sessions, remedy)
@@ -212,15 +214,18 @@ class AttentionService:
         principal: str,
         open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS,
         plane: str = "inline",
+        take: Callable[[int], HeldBytes] | None = None,
     ) -> Step:
-        """Checks a step of a stream with `open_steps`, or of a unary request; its cache's lease starts again."""
+        """Checks a step that may build on `open_steps` and gets its room by `take`; its cache's lease starts again."""
         began_ns = time.time_ns()
         self.refuse_if_draining()
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
+        num_bytes = step_bytes(message, self.config)
+        held = take(num_bytes) if take is not None else self.step_room.take(principal, num_bytes)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
-        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs, self.executor.kept_plans)
+        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs, self.executor.kept_plans, held=held)
         if self._traces is not None:
             step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)
         return step

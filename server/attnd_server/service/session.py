@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from attnd_server.execution.work import Work
 from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_until_revoked
 from attnd_server.observe.callers import Callers
 from attnd_server.service import validation
+from attnd_server.service.kept_steps import HeldBytes, KeptSteps, StepRoom, base_of
 from attnd_server.service.replies import Replies
 
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
@@ -36,6 +37,8 @@ BIG_STEP_ELEMENTS = 1 << 17
 BIG_HEADER_BYTES = 256 << 10
 # Bytes of the message of a call that is kept, so that the next one may say "again": its tensors lie in a region.
 MAX_KEPT_CALL_BYTES = 256 << 10
+# Seconds without a message after which nobody goes on with a step that is open: no layer of a model takes so long.
+SILENT_S = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +59,13 @@ class Checks(Protocol):
         callers: among whom it is counted.
         config: the limits.
         executor: that runs its calls.
+        step_room: for its steps.
     """
 
     callers: Callers
     config: ServerConfig
     executor: Executor
+    step_room: StepRoom
 
     def step(
         self,
@@ -68,6 +73,7 @@ class Checks(Protocol):
         principal: str,
         open_steps: Mapping[int, AttentionMetadata] = ...,
         plane: str = ...,
+        take: Callable[[int], HeldBytes] | None = None,
     ) -> Step:
         """Checks a step. Raises AttndError: it is refused."""
 
@@ -99,9 +105,16 @@ class AttendSession:
         # Of a stream with a region, by lane, the last call: what came, and what was made of it unless it was refused.
         self._last_calls: dict[int, frames.Framed] = {}
         self._last_checked: dict[int, Call] = {}
-        self._steps: OrderedDict[int, Step] = OrderedDict()
+        self._steps = KeptSteps(service.step_room, principal, MAX_OPEN_STEPS)
+        # Of the open steps, those whose last layer was not called yet; and when a message came last.
+        self._unfinished: set[int] = set()
+        self._heard_at = 0.0
         self._last_id = -1
         self._last_options: AttentionOptions | None = None
+
+    def is_under_way(self) -> bool:
+        """Whether a step is: its last layer was not called yet, and the stream is not silent. From any thread."""
+        return bool(self._unfinished) and time.monotonic() - self._heard_at < SILENT_S
 
     def request(self, data: bytes, lane: int = 0) -> bytes | Work:
         """Answers a message of the stream: a step at once, a call of `lane` by work for the executor."""
@@ -142,6 +155,7 @@ class AttendSession:
         if last is not None and last.step is self._steps.get(step_id):
             # What was checked lies in this process and is the same; only the layer is new.
             last.step.cache.renew()
+            self._called(last.step, layer)
             return last._replace(layer=validation.layer(layer, last.step.cache.config))
         message, tensors = last_call
         message.layer, message.step_id = layer, step_id
@@ -155,6 +169,7 @@ class AttendSession:
         call = self._service.call(self._step(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
         self._last_options = call.options
+        self._called(call.step, call.layer)
         if lane in self._last_calls:
             self._last_checked[lane] = call
         return call
@@ -167,30 +182,51 @@ class AttendSession:
             raise InvalidRequest(f"message has {len(stripped.header)} bytes beside the tensors of a call, but {rule}")
         return self._open(message.step)
 
+    def _called(self, step: Step, layer: int) -> None:
+        """A layer of a step was called."""
+        self._heard_at = time.monotonic()
+        if layer == step.cache.config.num_layers - 1:
+            self._unfinished.discard(step.id)
+
     def _open(self, message: step_pb2.Step) -> bytes:
         if message.id <= self._last_id:
             raise InvalidRequest(
                 f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
             )
-        open_steps = {step_id: step.metadata for step_id, step in self._steps.items()}
-        plane = self._replies.plane
-        step = self._steps[message.id] = self._service.step(message, self._principal, open_steps, plane)
+        take = partial(self._steps.take, base_of(message))
+        step = self._service.step(message, self._principal, self._steps.metadata(), self._replies.plane, take)
+        self._forget(self._steps.add(step))
         step.counts = self._counts.served
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = message.id
+        self._unfinished.add(message.id)
+        self._heard_at = time.monotonic()
         if self._last_options is not None:  # most likely those of its first call, too
             plan_ahead(self._service.executor, step, self._last_options)
-        if len(self._steps) > MAX_OPEN_STEPS:
-            self._steps.popitem(last=False)
         reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)
         return attention_pb2.AttendResponse(step=reply).SerializeToString()
+
+    def _forget(self, step_ids: list[int]) -> None:
+        """Steps that are not kept any more."""
+        for step_id in step_ids:
+            self._unfinished.discard(step_id)
+        if step_ids:
+            for lane, call in list(self._last_checked.items()):
+                if self._steps.get(call.step.id) is None:
+                    del self._last_checked[lane]
+
+    def close(self) -> None:
+        """Keeps nothing any more."""
+        self._steps.clear()
+        self._unfinished.clear()
+        self._last_calls.clear()
+        self._last_checked.clear()
 
     def _step(self, step_id: int) -> Step:
         step = self._steps.get(step_id)
         if step is None:
-            known = ", ".join(map(str, self._steps)) or "none"
             raise InvalidRequest(
-                f"call.step_id is {step_id}, but the stream's open steps are: {known}", field="call.step_id"
+                f"call.step_id is {step_id}, but the stream's open steps are: {self._steps}", field="call.step_id"
             )
         return step
 

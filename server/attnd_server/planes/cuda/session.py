@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections import OrderedDict
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
@@ -17,14 +16,15 @@ from typing import NamedTuple
 from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest
 from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
-from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.execution.cost import too_costly
+from attnd_server.execution.step import Step
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
 from attnd_server.planes.cuda.step_graphs import StepGraphs
+from attnd_server.service.kept_steps import KeptSteps, base_of
 from attnd_server.service.service import AttentionService
 
 # As `MAX_OPEN_STEPS` of a stream: steps whose page tables later ones may be told by.
@@ -59,7 +59,7 @@ class CudaSession:
         self._channel = channel
         self._connection = connection
         self._graphs = StepGraphs(channel, service.caches, service.executor.ops, BACKENDS)
-        self._kept: OrderedDict[int, AttentionMetadata] = OrderedDict()
+        self._kept = KeptSteps(service.step_room, principal, MAX_KEPT_STEPS)
         self._last_id = -1
         self._over_at = 0.0  # when the last step was over, `time.perf_counter`
         self._counts = service.callers.open(principal, "cuda")
@@ -143,6 +143,7 @@ class CudaSession:
         for _, held in self._begun_in_part:
             held.close()
         self._begun_in_part.clear()
+        self._kept.clear()
         self._graphs.close()
 
     def told(self, error: Exception) -> AttndError:
@@ -170,12 +171,12 @@ class CudaSession:
                 field="step.id",
             )
         service = self._service
-        step = service.step(request.step, self._principal, self._kept, "cuda")
+        take = partial(self._kept.take, base_of(request.step))
+        step = service.step(request.step, self._principal, self._kept.metadata(), "cuda", take)
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = request.step.id
-        self._kept[step.id] = step.metadata
-        if len(self._kept) > MAX_KEPT_STEPS:
-            self._kept.popitem(last=False)
+        # Without what its layers share on the device, for which nobody asks again.
+        self._kept.add(Step(step.id, step.cache, step.metadata, held=step.held))
         config, heads = step.cache.config, request.num_heads
         if not step.metadata.store_only and (heads == 0 or heads % config.num_kv_heads):
             rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"

@@ -22,7 +22,7 @@ def page_tables(
     limits: ServerConfig,
     open_steps: Mapping[int, AttentionMetadata],
 ) -> Int32s:
-    """The page tables of a step, in memory of their own; the same rules hold however they were sent.
+    """The page tables of a step, or those of another that it has in common; the same rules hold however they were sent.
 
     Args:
         message: the step.
@@ -89,6 +89,8 @@ def _changed(
         rule = f"must be greater than {indices[before]}, the element before it"
         refuse_first(np.append(False, falls), indices, "page_table_delta.indices", rule)
     pages = _part(delta, "pages", len(indices))
+    if not len(indices) and base.shape == (num_reqs, delta.max_pages) and (rows == np.arange(num_reqs)).all():
+        return base  # most steps change nothing, and nobody writes to it
 
     tables = np.empty((num_reqs, delta.max_pages), np.int32)
     num_kept = min(delta.max_pages, base.shape[1])
