@@ -29,10 +29,16 @@ class ServerProcess:
         self.log_path = log_path
         self.banner = ""
         command = [sys.executable, "-m", self.module, "serve", "--port", str(port), *options]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with log_path.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=self.environment(), text=True
+            )
         self.address = self._read_address(timeout_s=120)
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        """In which it runs."""
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     @property
     def port(self) -> int:
@@ -58,7 +64,11 @@ class ServerProcess:
 
     def terminate(self) -> None:
         """SIGTERM: the server drains."""
-        self._process.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it."""
+        self._process.send_signal(number)
 
     def wait(self, timeout_s: float = 30) -> int:
         return self._process.wait(timeout_s)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
 import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 import torch
@@ -24,9 +24,10 @@ from attnd.v1 import plane_pb2
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import end_process
+from attnd_server.ending import EXIT_CACHES_LOST, StopSignals, leave, save_caches
 from attnd_server.identity import Principals, ServerCertificates, TokenFile, WatchedFiles
 from attnd_server.kv.cache import Cache
-from attnd_server.kv.snapshots import SnapshotStore
+from attnd_server.kv.snapshots import RestoreStopped, SnapshotStore
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.rpc_counts import RpcCounter
 from attnd_server.observe.standard_output import say
@@ -76,10 +77,8 @@ def grpc_options(config: ServerConfig) -> list[tuple[str, int]]:
     ]
 
 
-# Exit code of a server that should have left snapshots of its caches and could not write them all.
-EXIT_CACHES_LOST = 3
-# Seconds that a call may still run after the drain, before caches are given up that it may be writing to.
-QUIET_S = 30.0
+# Seconds for answers that were given to leave the process, once nothing is under way any more.
+LAST_ANSWERS_S = 0.5
 # Seconds after which changed tokens and certificates count at the latest.
 RELOAD_S = 1.0
 
@@ -99,16 +98,18 @@ class Server:
     ```
     """
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Nothing runs yet."""
+    def __init__(self, config: ServerConfig, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Nothing runs yet. `is_stopped` says whether it is to end before it serves."""
         self.config = config
+        self._is_stopped = is_stopped
         self.address = self.metrics_address = ""
+        self._saves_caches = False  # whether caches are lost that are not written
         self.lost: list[Cache] = []
         self._endpoint: MetricsEndpoint | None = None
         self._watched: list[WatchedFiles] = []
 
     async def __aenter__(self) -> Server:
-        """Starts to listen."""
+        """Starts to listen. Raises RestoreStopped: it is to end, and has restored nothing."""
         metrics = Metrics() if self.config.metrics else None
         planes = Planes()
         self.service = build_service(self.config, metrics, planes)
@@ -126,14 +127,16 @@ class Server:
             self._open_endpoint(metrics)
         self._snapshots = SnapshotStore(self.config.snapshot_dir) if self.config.snapshot_dir else None
         if self._snapshots is not None and self.config.restore:
-            self._snapshots.restore(self.service.caches, self.config.max_ttl_s)
+            self._snapshots.restore(self.service.caches, self.config.max_ttl_s, self._refuse_if_stopped)
         elif self._snapshots is not None and (found := self._snapshots.found()):
             log.warning("snapshots are left alone: restore is not set", extra={"num_snapshots": len(found)})
         self._plane_server = _plane_server(
             self.service, planes
         )  # now that nothing else can fail: it has a name in a folder
         if self._snapshots is not None:
+            self._refuse_if_stopped()
             self._snapshots.consume()
+            self._saves_caches = True
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
         self._watching = asyncio.ensure_future(self._servicer.arrivals.watch_for_ever())
@@ -149,43 +152,46 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drains: no new steps; what runs has `drain_s` to finish."""
-        log.info("draining", extra={"drain_s": self.config.drain_s})
+        """Drains: no new steps; what is under way has `drain_s` to finish, and what is idle ends at once."""
+        drain_s = self.config.drain_s
+        log.info("draining; a second signal ends the process at once", extra={"drain_s": drain_s})
         self._reloading.cancel()
         self._watching.cancel()
         if self._snapshots is not None:
             self.service.caches.keep_all()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, is_last=True)
         self._servicer.drain()
-        if self._plane_server is not None:
-            await asyncio.to_thread(self._plane_server.drain)
-            planes = asyncio.to_thread(self._plane_server.stop, self.config.drain_s)
-            await asyncio.gather(self._server.stop(self.config.drain_s), planes)
-        else:
-            await self._server.stop(self.config.drain_s)
+        stopping = asyncio.ensure_future(self._server.stop(drain_s))  # takes no new RPCs
+        await asyncio.gather(self._servicer.wait_until_idle(drain_s), asyncio.to_thread(self._drain_planes))
+        # What is left is idle, half sent, or not read: probes that watch, for example.
+        await self._server.stop(LAST_ANSWERS_S)
+        await stopping
+        self.service.executor.end_running("the server's drain has ended")
         await asyncio.to_thread(self.service.close)
         if self._snapshots is not None:
-            self.lost = await asyncio.to_thread(self._write_snapshots, self._snapshots)
+            caches = self.service.caches.all()
+            self.lost = await asyncio.to_thread(save_caches, caches, self.service.executor, self._snapshots)
             self._snapshots.close()
         if self._endpoint is not None:  # the last to go, so that one can watch the server drain
             self._endpoint.close()
         log.info("stopped")
 
-    def _write_snapshots(self, snapshots: SnapshotStore) -> list[Cache]:
-        """Returns the caches that could not be written."""
-        caches, executor = self.service.caches.all(), self.service.executor
-        try:
-            is_quiet = executor.is_quiet(QUIET_S)
-        except RuntimeError as error:
-            is_quiet = not executor.faults.look_at(error)
-        if executor.faults.reason:
-            why = "the device has failed"
-        elif not is_quiet:
-            why = "a call still runs, and no snapshot would be whole"
-        else:
-            return snapshots.write(caches)
-        log.error("caches lost: %s", why, extra={"num_caches": len(caches)})
-        return caches
+    @property
+    def exit_code(self) -> int:
+        """That of a process which ends now, whatever its threads do. From any thread."""
+        if not self._saves_caches or self._snapshots is None:
+            return 0
+        written = self._snapshots.written
+        return EXIT_CACHES_LOST if any(cache.id not in written for cache in self.service.caches.all()) else 0
+
+    def _refuse_if_stopped(self) -> None:
+        if self._is_stopped():
+            raise RestoreStopped("asked to end")
+
+    def _drain_planes(self) -> None:
+        if self._plane_server is not None:
+            self._plane_server.drain()
+            self._plane_server.stop(self.config.drain_s)
 
     def _principals(self) -> Principals:
         tokens = TokenFile(self.config.tokens) if self.config.tokens else None
@@ -240,27 +246,32 @@ def _plane_server(service: AttentionService, planes: Planes) -> PlaneServer | No
         raise RuntimeError(f"socket_dir is {service.config.socket_dir}, but there can be no socket: {error}") from None
 
 
-def run_server(config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT, then drains. Returns the exit code."""
+def run_server(config: ServerConfig) -> NoReturn:
+    """Serves until SIGTERM or SIGINT, then drains; ends the process, at a second signal at once."""
     tune_process()
     log.info("starting", extra={"version": __version__, "torch": torch.__version__})
+    signals = StopSignals()
 
     async def main() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        async with Server(config) as server:
+        server = Server(config, signals.asked.is_set)
+        async with server:
             gc.freeze()  # what is there by now stays: to look at it again and again would hold up calls
             server.service.executor.faults.listen(end_process)
             metrics = f", metrics on http://{server.metrics_address}/metrics" if server.metrics_address else ""
             device = server.service.executor.device
             say(f"attnd {__version__} serves {server.address} on {device}{metrics}")
+            signals.listen(lambda: loop.call_soon_threadsafe(stop.set), lambda: server.exit_code)
             await stop.wait()
         return EXIT_CACHES_LOST if server.lost else 0
 
     try:
-        return asyncio.run(main())
+        code = asyncio.run(main())
+    except RestoreStopped:
+        log.info("stopped while it started: the snapshots are as they were")
+        code = 0
     except (AttndError, OSError, RuntimeError) as error:
         log.error("cannot serve: %s", error)
-        return 1
+        code = 1
+    leave(code)

@@ -5,7 +5,9 @@ The client finds `connect` through the entry point group `attnd.transports`, so 
 
 from __future__ import annotations
 
+import atexit
 import queue
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,13 +23,19 @@ from attnd.protocol import requests
 from attnd.v1 import attention_pb2
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
+from attnd_server.observe.verify import Verifier
 from attnd_server.service.service import AttentionService, error_response
 
 PRINCIPAL = "inproc"
 # Steps a second that are traced at the most, unless the configuration says how many.
 TRACES_PER_S = 100
+# Seconds that the process' end waits for what runs, which was told to end.
+END_S = 60.0
+# Whose threads the end of the process must find outside torch: it aborts otherwise.
+_AT_WORK: weakref.WeakSet[Executor | Verifier] = weakref.WeakSet()
 
 
 def connect(config: ServerConfig | None = None) -> InprocTransport:
@@ -37,7 +45,21 @@ def connect(config: ServerConfig | None = None) -> InprocTransport:
         from attnd_server.observe.traces.spans import SpanWriter  # with a library that only this needs
 
         config, spans = replace(config, traces=config.traces or TRACES_PER_S), SpanWriter(traces.provider)
-    return InprocTransport(build_service(config, spans=spans))
+    service = build_service(config, spans=spans)
+    _AT_WORK.add(service.executor)
+    if service.verifier is not None:
+        _AT_WORK.add(service.verifier)
+    return InprocTransport(service)
+
+
+@atexit.register
+def _end_all() -> None:
+    at_work = list(_AT_WORK)
+    for each in at_work:
+        if isinstance(each, Executor):
+            each.end_running("the process ends")
+    for each in at_work:
+        each.close(END_S)
 
 
 class InprocTransport:

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 
 from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
-from attnd_server import app, build
+from attnd_server import build, ending
 from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
+from attnd_server.execution.work import on_cache
 from attnd_server.kv.cache import MAX_EPOCHS, Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.snapshots import (
@@ -387,28 +388,37 @@ def test_a_failure_at_the_end_leaves_nothing_half(tmp_path: Path, monkeypatch, c
 
 
 @pytest.mark.parametrize("fault", ["", "CUDA error: an illegal memory access was encountered"])
-def test_nothing_is_written_while_a_call_runs_or_after_a_fault(
+def test_a_call_that_runs_costs_its_own_cache_alone_and_a_fault_all(
     tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    monkeypatch.setattr(app, "QUIET_S", 0.01)
-    server = app.Server(ServerConfig(device="cpu"))
-    server.service = build.build_service(server.config)
-    executor, go_on = server.service.executor, threading.Event()
-    cache = filled(server.service.caches)
-    executor.submit(lambda: str(go_on.wait(20)).encode(), lambda result, error: None)
+    monkeypatch.setattr(ending, "QUIET_S", 0.01)
+    service = build.build_service(ServerConfig(device="cpu"))
+    executor, go_on, runs = service.executor, threading.Event(), threading.Event()
+    cache, other = filled(service.caches), filled(service.caches)
+
+    def work() -> bytes:
+        runs.set()
+        return str(go_on.wait(20)).encode()
+
+    executor.submit(on_cache(cache, work), lambda result, error: None)
+    assert runs.wait(20)
+    executor.end_running("it ends")
     executor.close(timeout_s=0.01)
     with opened(tmp_path) as store:
-        assert server._write_snapshots(store) == [cache]
-        assert "caches lost: a call still runs, and no snapshot would be whole" in caplog.text
-        go_on.set()
-        executor.close()
         if fault:
             executor.faults.fail(fault)
-            assert server._write_snapshots(store) == [cache]
-            assert "caches lost: the device has failed" in caplog.text
+            assert ending.save_caches([cache, other], executor, store) == [cache, other]
+            assert "cache lost: the device has failed" in caplog.text
+            assert store.found() == []
         else:
-            assert server._write_snapshots(store) == []
-        assert len(store.found()) == (0 if fault else 1)
+            assert ending.save_caches([cache, other], executor, store) == [cache]  # a call runs on this one alone
+            assert "cache lost: a call of it still runs" in caplog.text
+            assert [path.name[:32] for path in store.found()] == [other.id.hex()]
+        go_on.set()
+        executor.close()
+        if not fault:
+            assert ending.save_caches([cache], executor, store) == []
+            assert len(store.found()) == 2
     assert executor.run_now(lambda: b"late") is None
 
 

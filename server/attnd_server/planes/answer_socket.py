@@ -11,19 +11,30 @@ from attnd_server.planes.socket_ends import end
 
 
 class AnswerSocket:
-    """What is sent on one socket, by several threads, a whole message at a time."""
+    """What is sent on one socket, by several threads, a whole message at a time.
+
+    Attributes:
+        num_due: answers that are to be sent yet.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         """Sends on `connection`, which blocks, and has a limit on how long sending may take."""
         self._socket = connection
         self._sending = threading.Lock()
         self._rest = b""  # of what was begun: it must go before anything else
+        self.num_due = 0
+
+    def expect(self) -> None:
+        """A request came, and its answer will be sent."""
+        with self._sending:
+            self.num_due += 1
 
     def send(self, answer: bytes) -> None:
         """Sends an answer, and before it the rest of others. Raises OSError: the client takes too long, or has gone."""
         with self._sending:
             rest, self._rest = self._rest, b""
             self._socket.sendall(rest + answer if rest else answer)
+            self.num_due -= 1
 
     def send_now(self, answer: bytes) -> bool:
         """Sends an answer without waiting for the client.
@@ -36,7 +47,10 @@ class AnswerSocket:
         """
         with self._sending:
             self._rest = self._rest + answer if self._rest else self._unsent(answer)
-            return not self._rest
+            if self._rest:
+                return False
+            self.num_due -= 1
+            return True
 
     def going_away(self) -> None:
         """Says that the server drains, unless the client reads nothing."""

@@ -18,6 +18,7 @@ from attnd_server.planes.shm.pinning import Pinning
 from attnd_server.planes.shm.serve import serve_shm
 from attnd_server.planes.shm.shared_loop import SharedLoop
 from attnd_server.service.service import AttentionService
+from attnd_server.service.session import AttendSession
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class PlaneConnection(threading.Thread):
         self._answers = AnswerSocket(accepted)
         self._connections = connections
         self._is_open = False  # whether it has its region
+        self._session: AttendSession | None = None  # of a shm plane; a step of a cuda plane is one request
 
     def run(self) -> None:
         """The thread."""
@@ -64,6 +66,12 @@ class PlaneConnection(threading.Thread):
             self._planes.forget(self._plane)
             self._connections.pop(self, None)
             self._socket.close()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a step is, or an answer is to be sent: whether a drain waits for it. From any thread."""
+        session = self._session
+        return self._answers.num_due > 0 or (session is not None and session.is_under_way())
 
     def tell_going_away(self) -> None:
         """Says that the server drains. From another thread."""
@@ -84,12 +92,23 @@ class PlaneConnection(threading.Thread):
     def _serve(self, plane: Plane) -> None:
         if plane.worker_gpu:
             assert not isinstance(self._cuda, str)  # or no ticket would be for one
-            serve_cuda(self._service, self._cuda, plane, self._socket, self._let_in, self._answers.send)
+            serve_cuda(self._service, self._cuda, plane, self._socket, self._let_in, self._answers)
         else:
             num_bytes = self._planes.num_bytes
             serve_shm(
-                self._service, plane, num_bytes, self._socket, self._let_in, self._answers, self._pinning, self._loop
+                self._service,
+                plane,
+                num_bytes,
+                self._socket,
+                self._let_in,
+                self._answers,
+                self._serves,
+                self._pinning,
+                self._loop,
             )
+
+    def _serves(self, session: AttendSession) -> None:
+        self._session = session
 
     def _let_in(self, descriptors: list[int]) -> None:
         """Sends the descriptors of the plane's memory, and closes them."""

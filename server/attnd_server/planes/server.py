@@ -27,6 +27,8 @@ from attnd_server.service.service import AttentionService
 
 # Seconds that a client has to take the memory of its plane.
 HANDSHAKE_S = 5.0
+# How often a drain looks for planes with nothing under way, in seconds.
+PERIOD_S = 0.02
 
 
 class PlaneServer:
@@ -68,10 +70,13 @@ class PlaneServer:
             connection.tell_going_away()
 
     def stop(self, timeout_s: float) -> None:
-        """Waits until all planes are closed, but not for longer; then ends those that are left."""
+        """Ends planes as soon as nothing is under way on them, and all that are left after so many seconds."""
         deadline = time.monotonic() + timeout_s
-        for connection in list(self._connections):
-            connection.join(max(0.0, deadline - time.monotonic()))
+        while (left := list(self._connections)) and time.monotonic() < deadline:
+            for connection in left:
+                if not connection.is_under_way:
+                    connection.end()
+            left[0].join(PERIOD_S)
         for connection in list(self._connections):
             connection.end()
         self._loop.close()

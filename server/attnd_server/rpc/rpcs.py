@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 from google.protobuf import any_pb2
 
-from attnd.errors import STATUS_DETAILS_KEY, AttndError, InvalidRequest, to_message
-from attnd.v1 import error_pb2
+from attnd.errors import STATUS_DETAILS_KEY, AttndError, Disconnected, InvalidRequest, to_message
+from attnd.v1 import attention_pb2, error_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, wanted_until_revoked
 from attnd_server.rpc.arrivals import Arrivals
+from attnd_server.rpc.open_rpcs import OpenRpc, OpenRpcs
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
 from attnd_server.rpc.until_revoked import until_revoked
@@ -40,10 +41,20 @@ class Rpcs:
         """Serves `service` to those whom `principals` lets in; None: to everybody."""
         self._service = service
         self._principals = principals or Principals()
+        self._open = OpenRpcs()
         self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
         num_checks = max(1, MAX_CHECKS // 2) if service.config.asks_who_calls else MAX_CHECKS
         self.arrivals = Arrivals(service.config.max_message_bytes)
         self._shares = Shares(service.config, num_checks)
+
+    def drain(self) -> None:
+        """Refuses new steps and tells every stream."""
+        self._service.drain()
+        self._open.drain()
+
+    async def wait_until_idle(self, timeout_s: float) -> None:
+        """Waits until nothing is under way any more, but not for longer; streams with nothing under way have ended."""
+        await self._open.wait_until_idle(timeout_s)
 
     async def _only_request(self, context: Context) -> bytes:
         """The request of a method that has one. What comes behind it is never read."""
@@ -92,6 +103,23 @@ class Rpcs:
             return answer
         timeout_s = soonest(context, answer)
         return await start_on(self._service.executor, answer, timeout_s, wanted_until_revoked(principal))
+
+    async def _going_away(self, rpc: OpenRpc, writing: asyncio.Lock, context: Context) -> None:
+        """Tells a stream that the server drains, and ends it as soon as it has nothing under way."""
+        await self._open.drained()
+        reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
+        async with writing:
+            await context.write(reply.SerializeToString())
+        await self._end_when_idle(rpc, writing, context)
+
+    async def _end_when_idle(self, rpc: OpenRpc, writing: asyncio.Lock, context: Context) -> None:
+        await self._open.drained()
+        await rpc.idle()
+        async with writing:
+            try:
+                await self._abort(context, Disconnected("the server is draining: reconnect elsewhere or later"))
+            except grpc.aio.AbortError:
+                pass  # so does whoever reads from the stream or writes to it, which ends it
 
     def _known(self, context: Context) -> str:
         """The principal of an RPC; "": it proves nobody."""

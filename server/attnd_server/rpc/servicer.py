@@ -74,7 +74,6 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         super().__init__(service, principals)
         # Of a method with messages either way: gRPC does not read the first one, however large, before it asks for it.
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
-        self._drain = asyncio.Event()
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
             name: LateReading(self._unary(method), self._large_request if name in LARGE else self._only_request)
@@ -99,17 +98,13 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         refusal = self._principals.refusal(details.invocation_metadata or ())
         return self._handlers[method] if refusal is None else self._refusing
 
-    def drain(self) -> None:
-        """Refuses new steps and tells every stream."""
-        self._service.drain()
-        self._drain.set()
-
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
         async def handler(data: bytes, context: Context) -> bytes:
             try:
                 principal = self._principals.of(context)
                 is_small = len(data) <= SMALL_BYTES
-                with NOTHING if is_small else self._shares.of(principal).holding(len(data)):
+                holding = NOTHING if is_small else self._shares.of(principal).holding(len(data))
+                with self._open.busy(), holding:
                     work = await self._checked(method, data, principal)
                     return await self._answered(work, context, principal)
             except Exception as error:
@@ -157,9 +152,10 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             async with writing:
                 await context.write(answer)
 
-        going_away = asyncio.ensure_future(self._going_away(write))
         share = self._shares.of(principal)
         answers = ReplyOrder(write, partial(self._told, session), share)
+        rpc = self._open.add(lambda: bool(answers.waiting) or session.is_under_way())
+        going_away = asyncio.ensure_future(self._going_away(rpc, writing, context))
         try:
             async for data in requests:
                 # A lone worker waits for this answer, and nobody waits for the event loop.
@@ -172,7 +168,8 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                         answer = await self._opened(session, answer, principal)
                     elif isinstance(answer, Call):
                         num_bytes = answer_bytes(answer)
-                        await answers.room(num_bytes)
+                        with rpc.busy():
+                            await answers.room(num_bytes)
                         answer = self._started(session, answer, context)
                 finally:
                     if num_held:
@@ -190,8 +187,10 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         finally:
             self._service.sessions.give_back(principal)
             self._num_streams -= 1
+            self._open.remove(rpc)
             going_away.cancel()
             answers.close()
+            session.close()
 
     def _begin(
         self, session: AttendSession, data: bytes, is_alone: bool, context: Context
@@ -239,11 +238,6 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
     def _told(self, session: AttendSession, error: Exception) -> bytes:
         return error_response(attention_pb2.AttendResponse, session.told(error))
 
-    async def _going_away(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        await self._drain.wait()
-        reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
-        await write(reply.SerializeToString())
-
     async def store_kv(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """StoreKv: each chunk gets one answer, in order."""
         try:
@@ -251,17 +245,21 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             self._service.sessions.take(principal)
         except AttndError as error:
             await self._abort(context, error)
-        share = self._shares.of(principal)
+        share, writing, rpc = self._shares.of(principal), asyncio.Lock(), self._open.add()
+        ending = asyncio.ensure_future(self._end_when_idle(rpc, writing, context))
         try:
             async for data in requests:
-                with share.holding(len(data)):
+                with rpc.busy(), share.holding(len(data)):
                     answer = await self._stored(data, principal, context)
                     del data
-                await context.write(answer)
+                async with writing:
+                    await context.write(answer)
                 while not share.reads_on():
                     await share.wait()
         finally:
             self._service.sessions.give_back(principal)
+            self._open.remove(rpc)
+            ending.cancel()
 
     async def _stored(self, data: bytes, principal: str, context: Context) -> bytes:
         """The answer to a chunk of StoreKv."""
@@ -277,9 +275,12 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         try:
             principal = self._principals.of(context)
             share = self._shares.of(principal)
-            with self._service.sessions.held(principal):
+            with self._service.sessions.held(principal), self._open.opened() as rpc:
                 for work in await self._checked(self._service.kv.read_kv, data, principal):
+                    rpc.goes_on()
                     async with share.answering(READ_CHUNK_BYTES):
-                        await context.write(await self._finish(work, context, principal))
+                        answer = await self._finish(work, context, principal)
+                        rpc.goes_on()
+                        await context.write(answer)
         except Exception as error:
             await self._abort(context, error)

@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attnd_server.kv.snapshots.folder import MANIFEST, TENSORS, SnapshotRefused, read_manifest, write_folder
+from attnd_server.kv.snapshots.folder import (
+    MANIFEST,
+    TENSORS,
+    RestoreStopped,
+    SnapshotRefused,
+    read_manifest,
+    write_folder,
+)
 from attnd_server.kv.snapshots.manifest import Manifest
 from attnd_server.kv.snapshots.progress import Progress
 from attnd_server.kv.snapshots.tensor_layout import TensorLayout
@@ -24,6 +31,7 @@ __all__ = [
     "TENSORS",
     "Manifest",
     "Progress",
+    "RestoreStopped",
     "SnapshotRefused",
     "SnapshotStore",
     "TensorLayout",

@@ -23,6 +23,10 @@ class SnapshotRefused(RuntimeError):
     """A snapshot cannot be used; the message names the file, what is wrong, and what to do."""
 
 
+class RestoreStopped(Exception):
+    """The server is to end before it serves. The snapshots are as they were."""
+
+
 def write_folder(target: Path, write: Callable[[BinaryIO], Manifest]) -> Manifest:
     """Makes the folder `target`, which is there whole or not at all, whatever happens.
 

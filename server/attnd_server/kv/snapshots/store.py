@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,7 +42,12 @@ _NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{16})")
 
 
 class SnapshotStore:
-    """One folder of snapshots, for one server at a time."""
+    """One folder of snapshots, for one server at a time.
+
+    Attributes:
+        folder: where they are.
+        written: ids of the caches of which one is there, whole.
+    """
 
     def __init__(self, folder: str) -> None:
         """Takes the folder, or makes it, and tries whether it can be written to.
@@ -51,6 +56,7 @@ class SnapshotStore:
             SnapshotRefused: it cannot, or another server has it.
         """
         self.folder = Path(folder)
+        self.written: set[bytes] = set()
         self._restored: list[Path] = []
         try:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -80,11 +86,19 @@ class SnapshotStore:
                 log.warning("no snapshot, left alone", extra={"path": str(path)})
         return snapshots
 
-    def restore(self, caches: CacheTable, max_ttl_s: float) -> None:
+    def restore(
+        self, caches: CacheTable, max_ttl_s: float, refuse_if_stopped: Callable[[], None] = lambda: None
+    ) -> None:
         """Loads every snapshot into a cache of its own.
+
+        Args:
+            caches: get them.
+            max_ttl_s: longest lease, in seconds.
+            refuse_if_stopped: called every few megabytes. Raises RestoreStopped.
 
         Raises:
             SnapshotRefused: one cannot be used, or not all fit. Caches that were loaded before it are in the table.
+            RestoreStopped: `refuse_if_stopped` says so.
         """
         snapshots = {path: self._checked(path) for path in self.found()}
         by_id: dict[str, Path] = {}
@@ -93,7 +107,7 @@ class SnapshotStore:
             if other is not path:
                 raise refused(path, f"{other.name} is of the same cache in another epoch, and one of them is stale")
         for path, (manifest, layout) in snapshots.items():
-            self._load(path, manifest, layout, caches, max_ttl_s)
+            self._load(path, manifest, layout, caches, max_ttl_s, refuse_if_stopped)
             self._restored.append(path)
 
     def consume(self) -> None:
@@ -115,6 +129,7 @@ class SnapshotStore:
         for cache in caches:
             try:
                 self._write(cache)
+                self.written.add(cache.id)
             except Exception as error:
                 lost.append(cache)
                 told = {**_fields(cache), "num_pages": cache.num_pages_written, "num_bytes": cache.config.num_bytes}
@@ -149,7 +164,16 @@ class SnapshotStore:
             raise refused(path, f"its manifest is of cache {manifest.id} and epoch {manifest.epochs[-1]}")
         return manifest, layout
 
-    def _load(self, path: Path, manifest: Manifest, layout: TensorLayout, caches: CacheTable, max_ttl_s: float) -> None:
+    def _load(
+        self,
+        path: Path,
+        manifest: Manifest,
+        layout: TensorLayout,
+        caches: CacheTable,
+        max_ttl_s: float,
+        refuse_if_stopped: Callable[[], None],
+    ) -> None:
+        refuse_if_stopped()
         if manifest.principal is None:
             raise refused(path, "principal is absent, as in a client's export: see attnd cache import")
         assert isinstance(manifest.config, AttentionConfig)
@@ -166,6 +190,7 @@ class SnapshotStore:
         progress = Progress("restoring a snapshot", layout.num_bytes, **_fields(cache))
 
         def store(part: Part, ids: torch.Tensor, data: torch.Tensor) -> None:
+            refuse_if_stopped()
             _layer_bytes(cache, part).index_copy_(0, ids.to(cache.device), data.to(cache.device))
             cache.mark_pages_written(ids)
 
@@ -186,7 +211,7 @@ class SnapshotStore:
 
 
 def _fields(cache: Cache) -> dict[str, object]:
-    return {"cache": cache.id.hex(), "label": cache.name}
+    return {"cache": cache.id.hex(), "label": cache.name, "principal": str(cache.principal)}
 
 
 def _read_pages(cache: Cache, part: Part, pages: torch.Tensor) -> torch.Tensor:

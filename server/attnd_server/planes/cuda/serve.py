@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
+from attnd_server.planes.answer_socket import AnswerSocket
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.cuda.session import CudaSession, StepUnderWay
 from attnd_server.planes.open_planes import Plane
@@ -30,7 +31,7 @@ def serve_cuda(
     plane: Plane,
     connection: socket.socket,
     let_in: Callable[[list[int]], None],
-    send: Callable[[bytes], None],
+    answers: AnswerSocket,
 ) -> None:
     """Serves a cuda plane until its socket ends or a step fails.
 
@@ -40,23 +41,23 @@ def serve_cuda(
         plane: that was claimed.
         connection: its socket.
         let_in: sends the descriptors of its memory, and closes them.
-        send: sends a message.
+        answers: the sending side of the socket.
     """
     service.executor.prepare_thread()
     channel = planes.open(plane.worker_gpu)
     try:
         let_in(channel.descriptors())
         session = CudaSession(service, plane.principal, channel, connection)
-        _serve(service, session, connection, send)
+        _serve(service, session, connection, answers)
     finally:
         planes.close(channel)
 
 
 def _serve(
-    service: AttentionService, session: CudaSession, connection: socket.socket, send: Callable[[bytes], None]
+    service: AttentionService, session: CudaSession, connection: socket.socket, socket_answers: AnswerSocket
 ) -> None:
     """Begins steps as they come, while a thread waits for those that were begun and answers them."""
-    answers = _Answers(service, session, connection, send)
+    answers = _Answers(service, session, connection, socket_answers)
     try:
         requests = framing.Requests(connection, service.config.max_header_bytes)
         while (request := requests.receive()) is not None and answers.begin(request.message):
@@ -74,10 +75,10 @@ class _Answers:
         service: AttentionService,
         session: CudaSession,
         connection: socket.socket,
-        send: Callable[[bytes], None],
+        answers: AnswerSocket,
     ) -> None:
         """Starts the thread."""
-        self._service, self._session, self._connection, self._send = service, session, connection, send
+        self._service, self._session, self._connection, self._answers = service, session, connection, answers
         self._under_way: queue.SimpleQueue[StepUnderWay | Exception | None] = queue.SimpleQueue()
         self._places = threading.Semaphore(MAX_STEPS_UNDER_WAY)
         self._thread = threading.Thread(target=self._run, name="cuda-plane-answers", daemon=True)
@@ -85,6 +86,7 @@ class _Answers:
 
     def begin(self, data: bytes) -> bool:
         """Begins the step of a message, once not too many are under way. False: there was an error, the last answer."""
+        self._answers.expect()
         self._places.acquire()
         try:
             self._under_way.put(self._session.begin(data))
@@ -115,13 +117,15 @@ class _Answers:
         error = under_way if isinstance(under_way, Exception) else None
         try:
             if not isinstance(under_way, Exception):
-                self._send(framing.reply_bytes(self._session.finish(under_way)))
+                self._answers.send(framing.reply_bytes(self._session.finish(under_way)))
                 return True
         except Exception as failure:
             error = failure
         assert error is not None
         try:
-            self._send(framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._session.told(error))))
+            self._answers.send(
+                framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._session.told(error)))
+            )
         except OSError:
             pass  # the worker has gone
         end(self._connection)

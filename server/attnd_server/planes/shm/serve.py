@@ -17,6 +17,7 @@ from attnd_server.planes.shm.pinning import Pinning
 from attnd_server.planes.shm.shared_loop import SharedLoop
 from attnd_server.service.replies import RegionReplies
 from attnd_server.service.service import AttentionService
+from attnd_server.service.session import AttendSession
 
 
 def serve_shm(
@@ -26,6 +27,7 @@ def serve_shm(
     connection: socket.socket,
     let_in: Callable[[list[int]], None],
     answers: AnswerSocket,
+    serves: Callable[[AttendSession], None],
     pinning: Pinning,
     loop: SharedLoop,
 ) -> None:
@@ -38,6 +40,7 @@ def serve_shm(
         connection: its socket.
         let_in: sends the descriptors of its memory, and closes them.
         answers: the sending side of the socket.
+        serves: told whose steps these are.
         pinning: pins the region.
         loop: answers short requests of this client and others, once there are several.
     """
@@ -45,7 +48,11 @@ def serve_shm(
     with pinning.pinned(memory):
         service.executor.prepare_thread()
         session = service.open_session(plane.principal, RegionReplies(Region(plane.id, memory)))
-        _serve(ShmConnection(service, session, connection), answers, connection.fileno(), loop)
+        serves(session)
+        try:
+            _serve(ShmConnection(service, session, connection), answers, connection.fileno(), loop)
+        finally:
+            session.close()
 
 
 def _serve(connection: ShmConnection, answers: AnswerSocket, descriptor: int, loop: SharedLoop) -> None:
@@ -54,6 +61,7 @@ def _serve(connection: ShmConnection, answers: AnswerSocket, descriptor: int, lo
     loop.clients.enter()
     try:
         while (request := connection.read()) is not None:
+            answers.expect()
             begun: Begun | None = connection.begin(request)
             while begun is not None:
                 answers.send(connection.finish(begun))

@@ -79,6 +79,7 @@ class SharedLoop:
         if request is None:
             self.clients.give_back(client, None)
             return None
+        client.answers.expect()
         begun = client.connection.begin(request)
         if isinstance(begun, Call) and begun.is_small:
             return begun
