@@ -36,6 +36,8 @@ class Cache(Sessions):
         self.default_plane = client.plane
         self._client = client
         self._renew = renew
+        super().__init__()
+        client.caches[id(self)] = self
         if renew:
             client.renewal.add(self)
 
@@ -86,8 +88,9 @@ class Cache(Sessions):
         return info
 
     def delete(self) -> None:
-        """Frees the cache. Raises CacheLost if it has gone already."""
+        """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
+        self.close_sessions()
         self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:

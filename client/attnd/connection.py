@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from attnd.planes.choice import PlaneOptions, check_plane, plane_refusals
 from attnd.planes.retries import until_answered
@@ -26,6 +27,7 @@ class Connection:
         timeout_s: deadline of each request, in seconds.
         plane: how the tensors of a session's calls travel, unless the session says otherwise.
         renewal: what renews the leases of the caches.
+        caches: those that somebody has, by their `id`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Connection:
         self.timeout_s = timeout_s
         self.plane = PlaneOptions(check_plane(plane), socket_dir)
         self.renewal = Renewal()
+        self.caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._connect_timeout_s = connect_timeout_s
         self._epoch = 0
         self._refusals: Mapping[str, str] | None = None
@@ -91,8 +94,17 @@ class Connection:
         )
 
     def close(self) -> None:
-        """Ends the connection. Caches stay until their lease ends; delete them first to free them now."""
+        """Ends the connection and its sessions. Caches stay until their lease ends; delete them first to free them now.
+
+        In a process that was forked from the one that connected it does nothing: the connection is the parent's.
+        """
+        if not self.transport.may_close():
+            return
         self.renewal.close()
+        for reference in self.caches.valuerefs():
+            cache = reference()
+            if cache is not None:
+                cache.close_sessions()
         self.transport.close()
 
     def __enter__(self: Self) -> Self:

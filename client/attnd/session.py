@@ -10,17 +10,17 @@ from types import TracebackType
 from typing import Any
 
 from attnd import traces
-from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, from_message
+from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, Unauthenticated, from_message
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.leases import Lease
 from attnd.planes.retry_deadline import RetryDeadline
 from attnd.planes.sent_steps import SentSteps
 from attnd.planes.transport import Stream
+from attnd.planes.turns import Turn
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY, AttendReply
 from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
-from attnd.turns import Turn
 
 Sent = Step | PendingCall | weakref.ref[PendingCall]
 """What was sent. A reference, of a call for which somebody else is to wait: if nobody has it any more, nobody does."""
@@ -205,6 +205,8 @@ class Session:
                 self._end()
             raise
         if call.error is not None:
+            if isinstance(call.error, Unauthenticated) and self._stream is call.step.stream:
+                self._end()  # the next step opens a stream with the token of then
             raise call.error
         assert call.reply is not None
         if not call.is_counted:

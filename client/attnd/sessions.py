@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Literal, overload
 
 from attnd.planes.choice import check_plane
@@ -12,6 +13,17 @@ from attnd.session import Session
 
 class Sessions:
     """The part of a cache that opens sessions."""
+
+    def __init__(self) -> None:
+        """Has no session."""
+        self._sessions: weakref.WeakValueDictionary[int, Session | CudaSession] = weakref.WeakValueDictionary()
+
+    def close_sessions(self) -> None:
+        """Ends the streams of all its sessions that somebody has."""
+        for reference in self._sessions.valuerefs():
+            session = reference()
+            if session is not None:
+                session.close()
 
     @overload
     def session(self: Lease, *, plane: Literal["cuda"]) -> CudaSession: ...  # type: ignore[overload-overlap]  # a str, too
@@ -32,4 +44,6 @@ class Sessions:
         if plane:
             wanted = wanted._replace(name=check_plane(plane))
         kind = CudaSession if wanted.name == "cuda" else Session
-        return kind(self, self.timeout_s, wanted)
+        session = kind(self, self.timeout_s, wanted)
+        self._sessions[id(session)] = session  # type: ignore[attr-defined]
+        return session

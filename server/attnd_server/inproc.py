@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from google.protobuf.message import Message
 
-from attnd import traces
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected
+from attnd import forks, traces
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended
 from attnd.planes.retries import retried
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
+from attnd.threads import start_thread
 from attnd.v1 import attention_pb2
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
@@ -68,29 +69,46 @@ class InprocTransport:
     def __init__(self, service: AttentionService) -> None:
         """Owns `service`."""
         self._service = service
+        self._made = forks.generation
+        self._end = weakref.finalize(self, _close, service, self._made)
+        self._end.atexit = False
 
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method."""
+        self._refuse_if_ended()
         method_of_service = self._service.unary[method]
         return retried(lambda left_s: self._finish(method_of_service(request, PRINCIPAL), left_s), timeout_s)
 
     def attend(self) -> InprocStream:
         """Opens an Attend stream."""
+        self._refuse_if_ended()
         return InprocStream(self, self._service.open_session(PRINCIPAL).request)
 
     def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> Iterator[bytes]:
         """Calls StoreKv."""
+        self._refuse_if_ended()
         for request in requests:
             yield self._answer(self._service.kv.store_kv(request, PRINCIPAL), attention_pb2.StoreKvResponse, timeout_s)
 
     def read_kv(self, request: bytes, timeout_s: float) -> Iterator[bytes]:
         """Calls ReadKv."""
+        self._refuse_if_ended()
         for work in self._service.kv.read_kv(request, PRINCIPAL):
             yield self._finish(work, timeout_s)
 
+    def may_close(self) -> bool:
+        """Whether it is this process that has the server's threads."""
+        return self._made == forks.generation
+
     def close(self) -> None:
         """Ends the server."""
-        self._service.close()
+        if self._end.detach() is not None:
+            self._service.close()
+
+    def _refuse_if_ended(self) -> None:
+        forks.refuse("client", self._made)
+        if not self._end.alive:
+            raise Ended("the client was closed, and its server with it; connect again")
 
     def _finish(self, answer: bytes | Work, timeout_s: float) -> bytes:
         if isinstance(answer, bytes):
@@ -119,6 +137,14 @@ class InprocTransport:
             return error_response(reply, error)
 
 
+def _close(service: AttentionService, made: int) -> None:
+    """Ends the server of a client that nobody has any more: on a thread, for it waits for those of the server."""
+    if made == forks.generation:
+        start_thread(service.close, "attnd-inproc-end")
+    else:
+        forks.keep(service)
+
+
 class InprocStream(Stream):
     """Implements `attnd.planes.transport.Stream`: a request runs when its answer is asked for."""
 
@@ -137,6 +163,7 @@ class InprocStream(Stream):
         """The answer to the oldest message without one."""
         if self._closed:
             raise Disconnected("the session is closed")
+        self._transport._refuse_if_ended()
         return requests.attend_reply(self._receive(timeout_s))
 
     def _receive(self, timeout_s: float) -> bytes:

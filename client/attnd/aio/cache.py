@@ -34,6 +34,8 @@ class AsyncCache(AsyncSessions):
         self.default_plane = client.plane
         self._client = client
         self._renew = renew
+        super().__init__()
+        client.caches[id(self)] = self
         if renew:
             client.renewal.add(self)
 
@@ -84,8 +86,9 @@ class AsyncCache(AsyncSessions):
         return info
 
     async def delete(self) -> None:
-        """Frees the cache. Raises CacheLost if it has gone already."""
+        """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
+        await self.close_sessions()
         await self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
 
     async def copy_pages(self, sources: list[int], targets: list[int]) -> None:

@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import Any
 
 from attnd import traces
+from attnd.aio.homes import Home
 from attnd.aio.leases import AsyncLease
 from attnd.aio.streams import AsyncStream
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, Unauthenticated, from_message
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.retry_deadline import RetryDeadline
 from attnd.planes.sent_steps import SentSteps
@@ -43,12 +44,14 @@ class AsyncSession:
         self._stream: AsyncStream | None = None
         self._opening = asyncio.Lock()  # one task opens the stream; nobody closes it meanwhile
         self._steps = SentSteps()
+        self._home = Home("session")
 
     async def step(self, metadata: Any) -> AsyncStep:
         """Opens a step. Sends its metadata once, of page tables what changed; a refusal comes with its first call.
 
         Arguments and errors as `attnd.Session.step`.
         """
+        self._home.check()
         timeout_s = self.timeout_s
         stream = await self._opened_stream()
         if stream.going_away:
@@ -83,6 +86,9 @@ class AsyncSession:
 
     async def close(self) -> None:
         """Ends the stream. The cache stays. The next step opens another stream."""
+        if not self._home.is_here:
+            return  # it is the parent's
+        self._home.check()
         async with self._opening:
             stream, self._stream = self._stream, None
         if stream is not None:
@@ -137,6 +143,8 @@ class AsyncStep:
             error = self._error(answer)
             pause_s = deadline.pause_s(error)
             if pause_s is None:
+                if isinstance(error, Unauthenticated):
+                    await self.stream.close()  # the next step opens a stream with the token of then
                 raise error
             await asyncio.sleep(pause_s)
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from attnd.aio.choice import check_plane
 from attnd.aio.leases import AsyncLease
 from attnd.aio.session import AsyncSession
@@ -9,6 +11,17 @@ from attnd.aio.session import AsyncSession
 
 class AsyncSessions:
     """The part of a cache that opens sessions."""
+
+    def __init__(self) -> None:
+        """Has no session."""
+        self._sessions: weakref.WeakValueDictionary[int, AsyncSession] = weakref.WeakValueDictionary()
+
+    async def close_sessions(self) -> None:
+        """Ends the streams of all its sessions that somebody has."""
+        for reference in self._sessions.valuerefs():
+            session = reference()
+            if session is not None:
+                await session.close()
 
     def session(self: AsyncLease, *, plane: str = "") -> AsyncSession:
         """A session: the way to run steps.
@@ -23,4 +36,6 @@ class AsyncSessions:
         wanted = self.default_plane
         if plane:
             wanted = wanted._replace(name=check_plane(plane))
-        return AsyncSession(self, self.timeout_s, wanted)
+        session = AsyncSession(self, self.timeout_s, wanted)
+        self._sessions[id(session)] = session  # type: ignore[attr-defined]
+        return session

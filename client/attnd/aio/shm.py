@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import weakref
 
+from attnd.aio.homes import Home
 from attnd.aio.streams import AsyncStream
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected
 from attnd.planes.shm.messages import ShmMessages
@@ -51,9 +54,10 @@ class AsyncShmStream(ShmMessages, AsyncStream):
         self._replies = framing.Replies(self._connection)
         self._writable: asyncio.Future[None] | None = None  # of a message that went out in part
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._connection, self._read)
+        self._loop.add_reader(self._connection, _read, weakref.ref(self))
+        weakref.finalize(self, _let_go, self._connection, self._loop, self._home).atexit = False
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """Takes what has come."""
         try:
             while self.is_open:
@@ -102,7 +106,7 @@ class AsyncShmStream(ShmMessages, AsyncStream):
                 self._loop.remove_writer(self._connection)
 
     def _end(self, error: AttndError) -> None:
-        if self.is_open:
+        if self.is_open and self._home.is_here:  # else the loop's selector is the parent's too
             self._loop.remove_reader(self._connection)
             self._loop.remove_writer(self._connection)
             self._connection.close()
@@ -110,6 +114,27 @@ class AsyncShmStream(ShmMessages, AsyncStream):
         if self._writable is not None:
             _done(self._writable)
         super()._end(error)
+
+
+def _read(reference: weakref.ref[AsyncShmStream]) -> None:
+    """What came for a stream, if somebody has it."""
+    stream = reference()
+    if stream is not None:
+        stream.read()
+
+
+def _let_go(connection: socket.socket, loop: asyncio.AbstractEventLoop, home: Home) -> None:
+    """Ends the plane of a stream that nobody has any more, from any thread."""
+    if not home.is_here or loop.is_closed():
+        connection.close()
+    elif connection.fileno() >= 0:
+        loop.call_soon_threadsafe(_close, connection, loop)
+
+
+def _close(connection: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    loop.remove_reader(connection)
+    loop.remove_writer(connection)
+    connection.close()
 
 
 def _done(future: asyncio.Future[None]) -> None:

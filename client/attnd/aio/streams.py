@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from attnd import forks
+from attnd.aio.homes import Home
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted, ServerFault
 from attnd.planes.grpc_errors import translate
 from attnd.protocol import frames, requests
@@ -36,6 +39,7 @@ class AsyncStream:
         self._waiting: deque[asyncio.Future[AttendReply]] = deque()  # what was sent and not answered, in order
         self._writing = asyncio.Lock()
         self._progress: asyncio.Future[None] | None = None  # of who cannot send before something is answered
+        self._home = Home("session")
 
     def step_request(self, step: step_pb2.Step) -> bytes:
         """What opens a step, for `ask`."""
@@ -58,7 +62,9 @@ class AsyncStream:
         Raises:
             Disconnected: the stream has ended.
             DeadlineExceeded: there was no room in time. The stream is over then.
+            InvalidRequest: the stream belongs to another event loop.
         """
+        self._home.check()
         async with self._writing:
             data = await self._made(request, timeout_s)
             answer: asyncio.Future[AttendReply] = asyncio.get_running_loop().create_future()
@@ -140,8 +146,9 @@ class AsyncGrpcStream(AsyncStream):
         """Reads from `call`, in a task, until it ends."""
         super().__init__()
         self._call = call
-        self._address = address
-        self._reader = asyncio.ensure_future(self._read())
+        self._reader = asyncio.ensure_future(_read(weakref.ref(self), call, address))
+        loop = asyncio.get_running_loop()
+        weakref.finalize(self, _cancel, call, loop, self._home).atexit = False
 
     async def _send(self, data: bytes) -> None:
         try:
@@ -155,13 +162,29 @@ class AsyncGrpcStream(AsyncStream):
         self._call.cancel()
         await asyncio.wait([self._reader])
 
-    async def _read(self) -> None:
-        told: AttndError = Disconnected("the server ended the stream")
-        try:
-            while (data := await self._call.read()) is not grpc.aio.EOF:
-                self._answered(requests.attend_reply(data))
-        except grpc.RpcError as error:
-            told = translate(error, self._address)
-        except (AttndError, asyncio.CancelledError) as error:
-            told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
-        self._end(told)
+
+async def _read(reference: weakref.ref[AsyncGrpcStream], call: Any, address: str) -> None:
+    """Gives answers to a stream for as long as somebody has it."""
+    told: AttndError = Disconnected("the server ended the stream")
+    try:
+        while (data := await call.read()) is not grpc.aio.EOF:
+            stream = reference()
+            if stream is None:
+                return
+            stream._answered(requests.attend_reply(data))
+            del stream
+    except grpc.RpcError as error:
+        told = translate(error, address)
+    except (AttndError, asyncio.CancelledError) as error:
+        told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
+    stream = reference()
+    if stream is not None:
+        stream._end(told)
+
+
+def _cancel(call: Any, loop: asyncio.AbstractEventLoop, home: Home) -> None:
+    """Ends a call whose stream nobody has any more, from any thread."""
+    if home.is_here and not loop.is_closed():
+        loop.call_soon_threadsafe(call.cancel)
+    else:
+        forks.keep(call)

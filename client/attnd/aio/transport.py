@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from attnd import forks
+from attnd.aio.homes import Home
 from attnd.aio.retries import retried
 from attnd.aio.streams import AsyncGrpcStream, AsyncStream
 from attnd.credentials import NO_CREDENTIALS, Credentials
-from attnd.errors import AttndError, Disconnected
+from attnd.errors import AttndError, Disconnected, Ended, Unauthenticated
 from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc import SERVICE
 from attnd.planes.grpc_errors import explained, translate
@@ -27,6 +30,8 @@ class AsyncTransport:
         self, address: str, credentials: Credentials = NO_CREDENTIALS, keepalive_s: float = KEEPALIVE_S
     ) -> None:
         """Connects lazily."""
+        self._home = Home("client")
+        self._is_closed = False
         self._target = parse_target(address)
         self._address = self._target.shown
         self._credentials = credentials
@@ -35,18 +40,47 @@ class AsyncTransport:
 
     async def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method."""
-        call: Any = self._channel.unary_unary(SERVICE + method)
 
         async def send(left_s: float) -> bytes:
+            metadata = self._metadata()
+            ask = partial(self._ask, method, request, left_s, wait, timeout_s if wait else 0)
             try:
-                return await call(  # type: ignore[no-any-return]
-                    request, timeout=left_s, metadata=self._metadata(), wait_for_ready=wait
-                )
-            except grpc.RpcError as error:
-                told = translate(error, self._address, timeout_s if wait else 0)
-            raise await self._explained(told) if wait else told
+                return await ask(metadata)
+            except Unauthenticated:
+                renewed = self._renewed(metadata)
+                if renewed is None:
+                    raise
+            return await ask(renewed)
 
         return await retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
+
+    def _renewed(self, refused: Any) -> Any:
+        """Metadata with another token than `refused` has; None: there is none."""
+        try:
+            metadata = self._metadata()
+        except Exception:  # what gives the token has no more; that it was refused tells more
+            return None
+        return None if metadata == refused else metadata
+
+    async def _ask(
+        self, method: str, request: bytes, timeout_s: float, wait: bool, waited_s: float, metadata: Any
+    ) -> bytes:
+        """One attempt."""
+        self._refuse_if_ended()
+        call: Any = self._channel.unary_unary(SERVICE + method)
+        try:
+            return await call(request, timeout=timeout_s, metadata=metadata, wait_for_ready=wait)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            told = translate(error, self._address, waited_s)
+        except asyncio.CancelledError:
+            self._refuse_if_ended()  # cancelled by `close`
+            raise
+        raise await self._explained(told) if wait else told
+
+    def _refuse_if_ended(self) -> None:
+        self._home.check()
+        if self._is_closed:
+            raise Ended("the client was closed; connect again")
 
     async def _explained(self, told: AttndError) -> AttndError:
         """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""
@@ -60,11 +94,13 @@ class AsyncTransport:
 
     def attend(self) -> AsyncStream:
         """Opens an Attend stream."""
+        self._refuse_if_ended()
         call: Any = self._channel.stream_stream(SERVICE + "Attend")
         return AsyncGrpcStream(call(metadata=self._metadata()), self._address)
 
     async def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> AsyncIterator[bytes]:
         """Calls StoreKv."""
+        self._refuse_if_ended()
         method: Any = self._channel.stream_stream(SERVICE + "StoreKv")
         call = method(timeout=timeout_s, metadata=self._metadata())
         try:
@@ -79,6 +115,7 @@ class AsyncTransport:
 
     async def read_kv(self, request: bytes, timeout_s: float) -> AsyncIterator[bytes]:
         """Calls ReadKv."""
+        self._refuse_if_ended()
         method: Any = self._channel.unary_stream(SERVICE + "ReadKv")
         try:
             async for response in method(request, timeout=timeout_s, metadata=self._metadata()):
@@ -86,6 +123,15 @@ class AsyncTransport:
         except grpc.RpcError as error:
             raise translate(error, self._address) from None
 
+    def may_close(self) -> bool:
+        """Whether it is this process that has connected. Raises InvalidRequest in another event loop."""
+        if self._home.is_here:
+            self._home.check()
+            return True
+        forks.keep(self._channel)
+        return False
+
     async def close(self) -> None:
         """Closes the channel; calls under way end."""
+        self._is_closed = True
         await self._channel.close()

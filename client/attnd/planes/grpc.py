@@ -13,7 +13,7 @@ import grpc
 
 from attnd import forks
 from attnd.credentials import NO_CREDENTIALS, Credentials
-from attnd.errors import AttndError, Disconnected, Ended
+from attnd.errors import AttndError, Disconnected, Ended, Unauthenticated
 from attnd.planes import call_threads
 from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc_errors import explained, translate
@@ -53,12 +53,27 @@ class GrpcTransport:
 
         def send(left_s: float) -> bytes:
             self._refuse_if_ended()
-            ask = partial(self._ask, method, request, left_s, self._metadata(), wait, timeout_s if wait else 0)
-            return call_threads.run(ask, left_s + WHY_S)
+            metadata = self._metadata()
+            ask = partial(self._ask, method, request, left_s, wait, timeout_s if wait else 0)
+            try:
+                return call_threads.run(partial(ask, metadata), left_s + WHY_S)
+            except Unauthenticated:
+                renewed = self._renewed(metadata)
+                if renewed is None:
+                    raise
+            return call_threads.run(partial(ask, renewed), left_s + WHY_S)
 
         return retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
 
-    def _ask(self, method: str, request: bytes, timeout_s: float, metadata: Any, wait: bool, waited_s: float) -> bytes:
+    def _renewed(self, refused: Any) -> Any:
+        """Metadata with another token than `refused` has; None: there is none."""
+        try:
+            metadata = self._metadata()
+        except Exception:  # what gives the token has no more; that it was refused tells more
+            return None
+        return None if metadata == refused else metadata
+
+    def _ask(self, method: str, request: bytes, timeout_s: float, wait: bool, waited_s: float, metadata: Any) -> bytes:
         """One attempt, on a thread of its own."""
         try:
             call = self._unary.get(method)
@@ -125,6 +140,10 @@ class GrpcTransport:
         forks.refuse("client", self._made)
         if not self._end.alive:
             raise Ended("the client was closed; connect again")
+
+    def may_close(self) -> bool:
+        """Whether it is this process that has connected."""
+        return self._made == forks.generation
 
     def close(self) -> None:
         """Closes the channel; calls under way end."""

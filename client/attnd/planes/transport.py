@@ -42,7 +42,13 @@ class Stream(Protocol):
 
 
 class Transport(Protocol):
-    """A connection to one server. Any thread may call it."""
+    """A connection to one server. Any thread may call it.
+
+    Whatever is called after `close`, or in a process that was forked from the one that connected, raises Disconnected.
+    """
+
+    def may_close(self) -> bool:
+        """Whether it is this process that has connected, and may end what it has."""
 
     def unary(self, method: str, request: bytes, timeout_s: float, wait: bool = False) -> bytes:
         """Calls a unary method; with `wait`, an unreachable server is waited for until the timeout.

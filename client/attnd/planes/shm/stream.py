@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import weakref
 from typing import NamedTuple
 
 from attnd import forks
@@ -89,6 +90,7 @@ class ShmStream(ShmMessages, Stream):
         self._connection = connection
         self._path = path
         self._made = forks.generation
+        weakref.finalize(self, connection.close)
         self._replies = framing.Replies(connection)
         self._set_timeout(timeout_s)
 
