@@ -126,7 +126,7 @@ class Executor:
             Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
             Disconnected: the executor was closed, or the device has failed.
         """
-        if self._closed or self.runner.ended:
+        if self._closed:
             raise Disconnected(self.runner.ended or "the server is shutting down")
         self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
@@ -190,9 +190,7 @@ class Executor:
     def _take_idle_device(self) -> bool:
         """Takes the device for the calling thread, unless somebody has it or waits for it."""
         # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or self.runner.ended or self._queue.depth or self._queue.is_taken:
-            return False
-        if not self._device_lock.acquire(blocking=False):
+        if self._closed or self._queue.depth or self._queue.is_taken or not self._device_lock.acquire(blocking=False):
             return False
         self._began = time.monotonic()
         return True
@@ -215,6 +213,7 @@ class Executor:
         see `is_quiet`.
         """
         self.runner.ended = reason
+        self._closed = True
         self._queue.wake()
 
     def close(self, timeout_s: float = 5.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ from typing import NamedTuple
 import torch
 
 from attnd_server.attention.config import AttentionBackend
-from attnd_server.attention.kernels.pages import StoredTokens, kept_slot, stored_tokens
+from attnd_server.attention.kernels.pages import StoredTokens, replace_slot, stored_tokens
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.execution.captured_graphs import CapturedGraphs
-from attnd_server.execution.cost import Cost, cost_of
+from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.execution.kept_plans import KeptPlans, Plans, most_bytes, tensor_bytes
 from attnd_server.execution.step_observers import StepCounts, StepTrace
@@ -54,6 +55,7 @@ class Step:
         call_timeout_s: seconds within which a call must have started; None is forever.
         captured: the graphs of the device; None: there are none.
         kept: decides which of its plans are kept; None: all.
+        most_work: that a call may ask for.
         costs: of its calls, by the options of a layer.
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
@@ -71,6 +73,7 @@ class Step:
     call_timeout_s: float | None = None
     captured: CapturedGraphs | None = None
     kept: KeptPlans | None = None
+    most_work: float = math.inf
     costs: dict[AttentionOptions, Cost] = field(default_factory=dict)
     graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
     plans: Plans = field(default_factory=Plans)
@@ -91,13 +94,22 @@ class Step:
         is_short = metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
         return is_short and metadata.page_tables.numel() <= SMALL_STEP_PAGES
 
+    @cached_property
+    def only_slot(self) -> int:
+        """Of its only token, which has one."""
+        assert self.metadata.slot_mapping is not None
+        return int(self.metadata.slot_mapping[0])
+
     def cost(self, options: AttentionOptions) -> Cost:
-        """The cost of a call with these options. On any thread."""
+        """The cost of a call with these options. On any thread. Raises Exhausted: it is above `most_work`."""
         cost = self.costs.get(options)
         if cost is None:
+            cost = cost_of(self.cache.config, self.metadata, options, self.cache.device)
+            if cost.work > self.most_work:
+                raise too_costly(cost.work, self.most_work)
             if len(self.costs) >= MAX_OPTIONS:
                 self.costs.clear()
-            cost = self.costs[options] = cost_of(self.cache.config, self.metadata, options, self.cache.device)
+            self.costs[options] = cost = cost._replace(is_small=cost.is_small and self.is_small)
         return cost
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
@@ -179,7 +191,7 @@ class Call(NamedTuple):
     @property
     def is_small(self) -> bool:
         """Whether it takes no longer than a few switches of thread, so that it may run where others wait for it."""
-        return self.step.is_small and self.step.cost(self.options).is_small
+        return self.step.cost(self.options).is_small
 
     @property
     def is_long(self) -> bool:
@@ -236,10 +248,11 @@ def _attend_on_processor(call: Call, plan: Plan | None, ops: TritonAttentionOps)
     if not plan.reads_stored:
         output, lse = plan.run(q, k, v, step.cache.layers[layer])
         return Result(output, lse, plan.kernel.backend, NO_COPIES, partial(store, call, k, v, ops))
-    assert step.metadata.slot_mapping is not None
-    put_back = kept_slot(step.cache.layers[layer], int(step.metadata.slot_mapping[0]))
+    assert k is not None
+    assert v is not None
+    step.mark_written()
+    put_back = replace_slot(step.cache.layers[layer], k, v, step.only_slot)
     try:
-        store(call, k, v, ops)
         output, lse = plan.run(q, k, v, step.cache.layers[layer])
     except BaseException:
         put_back()

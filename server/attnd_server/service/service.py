@@ -20,7 +20,6 @@ from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
-from attnd_server.execution.cost import too_costly
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import CacheWork, SideWork, Work, new_cache
@@ -225,7 +224,9 @@ class AttentionService:
         held = take(num_bytes) if take is not None else self.step_room.take(principal, num_bytes)
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
-        step = Step(message.id, cache, metadata, timeout_s, self.executor.graphs, self.executor.kept_plans, held=held)
+        executor = self.executor
+        kept, most_work = executor.kept_plans, executor.most_work
+        step = Step(message.id, cache, metadata, timeout_s, executor.graphs, kept, most_work, held=held)
         if self._traces is not None:
             step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)
         return step
@@ -236,8 +237,7 @@ class AttentionService:
         config = step.cache.config
         checked = validation.call(message, tensors, config, step.metadata)
         options = self.checked_options(message.options, config, checked.num_heads)
-        if (work := step.cost(options).work) > self.executor.most_work:
-            raise too_costly(work, self.executor.most_work)
+        step.cost(options)  # or it is refused
         return Call(step, message.layer, options, checked.q, checked.k, checked.v)
 
     def checked_options(

@@ -103,7 +103,8 @@ def split(
     if slots is not None:
         new = slice(0, 1)
         products = len(slots) * options.num_heads * (config.head_dim + config.head_dim_v)
-        in_place = device.type == "cpu" and products <= MAX_PRODUCTS_IN_PLACE
+        most = MAX_PRODUCTS_IN_PLACE if config.precision.dtype(config.dtype) is config.dtype else MASK_ELEMENTS
+        in_place = device.type == "cpu" and products <= most  # in another type they would be copied
         run = _side_by_side(config, metadata, slots) if in_place else None
         return [Part(1, new, new, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
     in_turn = PartsInTurn(config, metadata, options, device)

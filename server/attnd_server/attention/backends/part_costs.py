@@ -11,6 +11,8 @@ from attnd_server.attention.tiles import SCRATCH_BYTES, Heads, head_blocks
 
 # Products of numbers in one call of torch, which nothing can end: a tenth of a second on two cores.
 MAX_PRODUCTS = 1 << 32
+# Keys of which any head fits: 2048 x 1024 elements x 32 bytes at most.
+FEW_KEYS = 2048
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class PartCosts:
         )
 
     def blocks(self, part: Part) -> list[Heads]:
-        """The heads of a part that are computed together: all of a small one."""
+        """The heads of a part that are computed together: all of a small one, and of one that is read in place."""
+        if part.side_by_side is not None:
+            return list(head_blocks(self.num_heads, self.num_kv_heads, self.num_heads))
         num_reqs, num_rows, num_keys = part.num_reqs, part.num_rows, part.num_keys
         of_kv_head, of_head = self.bytes_of_heads(num_reqs, num_rows, num_keys)
         group = self.num_heads // self.num_kv_heads

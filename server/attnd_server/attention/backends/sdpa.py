@@ -17,7 +17,7 @@ from attnd.protocol.alignment import aligned
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.dense_prefill import dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
-from attnd_server.attention.backends.part_costs import PartCosts, longest, part_costs
+from attnd_server.attention.backends.part_costs import FEW_KEYS, PartCosts, longest, part_costs
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
 from attnd_server.attention.kernels.pages import of_kv_heads, read_kv
 from attnd_server.attention.layer_pages import LayerPages
@@ -68,6 +68,8 @@ class SdpaAttention:
         if elements > MAX_MASK_ELEMENTS:
             return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
         num_keys = longest(metadata, options)
+        if num_keys <= FEW_KEYS:
+            return None
         num_bytes = sum(part_costs(config, options, enable_gqa=False).bytes_of_heads(1, 1, num_keys))
         if num_bytes > SCRATCH_BYTES:
             return f"a head of {num_keys} keys takes {num_bytes} bytes, but sdpa takes at most {SCRATCH_BYTES} at once"
@@ -212,9 +214,9 @@ def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPag
 def _heads_of_slots(pages: torch.Tensor, slots: slice) -> torch.Tensor:
     """A view of slots that follow each other in unified pages: `[1, num_kv_heads, num_slots, head_dim]`."""
     _, _, num_kv_heads, head_dim = pages.shape
-    _, of_slot, of_head, _ = pages.stride()
+    slot = num_kv_heads * head_dim
     shape = (1, num_kv_heads, slots.stop - slots.start, head_dim)
-    return pages.as_strided(shape, (0, of_head, of_slot, 1), pages.storage_offset() + slots.start * of_slot)
+    return pages.as_strided(shape, (0, head_dim, slot, 1), pages.storage_offset() + slots.start * slot)
 
 
 def _by_request(tokens: torch.Tensor, part: Part) -> torch.Tensor:

@@ -125,19 +125,29 @@ def store_kv(
     v_pages[page, :, :, offset] = v
 
 
-def kept_slot(pages: LayerPages, slot: int) -> Callable[[], None]:
-    """What lies in a slot of unified pages on the host; call it to put that back."""
-    places = []
-    for each in pages[:2]:
-        num_bytes = each.stride(1) * each.itemsize
-        address = each.data_ptr() + slot * num_bytes
-        places.append((address, ctypes.string_at(address, num_bytes), num_bytes))
+def replace_slot(pages: LayerPages, k: torch.Tensor, v: torch.Tensor, slot: int) -> Callable[[], None]:
+    """Writes one token's K and V into a slot of unified pages on the host, which have its type.
+
+    Returns:
+        What puts back what was there.
+    """
+    old_k, old_v = _replace_row(pages.k, k, slot), _replace_row(pages.v, v, slot)
 
     def put_back() -> None:
-        for place in places:
-            ctypes.memmove(*place)
+        ctypes.memmove(*old_k)
+        ctypes.memmove(*old_v)
 
     return put_back
+
+
+def _replace_row(pages: torch.Tensor, token: torch.Tensor, slot: int) -> tuple[int, bytes, int]:
+    """Copies a token by its address, and returns that of its slot, what was there and how many bytes that is."""
+    token = token.contiguous()
+    num_bytes = token.nbytes
+    address = pages.data_ptr() + slot * num_bytes
+    old = ctypes.string_at(address, num_bytes)
+    ctypes.memmove(address, token.data_ptr(), num_bytes)
+    return address, old, num_bytes
 
 
 def _copy_rows(pages: torch.Tensor, tokens: torch.Tensor, first_slot: int) -> None:
