@@ -191,12 +191,12 @@ def _tiles(
 
 
 def _plain_causal(
-    config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, most_rows: int = PLAIN_ROWS
+    config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions, most_rows: int = 0
 ) -> torch.Tensor:
     """Requests without context, of few enough rows, whose mask is causal and nothing else: bool `[num_reqs]`."""
     rows = torch.diff(metadata.cu_seqlens_q)
     plain = (metadata.context_lens == 0) & (metadata.block_sizes == 1) & (metadata.padded_prefix_lens == 0)
-    plain &= rows <= most_rows
+    plain &= rows <= (most_rows or PLAIN_ROWS)
     if metadata.cache_only:
         return torch.zeros_like(plain)
     if options.window:
