@@ -17,9 +17,9 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.config import ServerConfig
 
 # Work of a small call: some milliseconds of two cores, and half a millisecond of a GPU.
-SMALL_WORK, SMALL_GPU_WORK = 1 << 27, 1 << 33
+SMALL_WORK, SMALL_GPU_WORK = 1 << 27, 1 << 34
 # Bytes that a small call brings and gets.
-SMALL_BYTES = 1 << 20
+SMALL_BYTES = 8 << 20
 # Work from which a call on a processor runs in pieces, and others have turns between: a tenth of a second of two cores.
 LONG_WORK = 1 << 31
 # Of a number of K or V that is gathered, a number of q, k, v or output, and a request that is looked at alone.

@@ -120,8 +120,10 @@ class WorkQueue:
 
     def put_back(self, job: Job) -> None:
         """Puts back the rest of a job that was taken: first of its cache, whose turn comes after the other caches'."""
+        cache_id = job.cache_id
         with self._lock:
-            self._queues.setdefault(job.cache_id, deque()).appendleft(job)
+            self._queues.setdefault(cache_id, deque()).appendleft(job)
+            self._queues.move_to_end(cache_id)
             self.depth += 1
         self._tokens.put(None)
 

@@ -123,6 +123,7 @@ class Runner:
             return None, error
         started = time.perf_counter()
         try:
+            next(job.rest)
             while time.perf_counter() - started < TURN_S:
                 next(job.rest)
         except StopIteration as end:
