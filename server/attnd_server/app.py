@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 MIN_PING_INTERVAL_MS = 300
 # Bytes of a stream that come in before its handler asks for them: gRPC's own estimate of what a connection carries
 # grows to 16 MiB a stream, of up to a thousand. Frames may be larger than the 16 KiB that it begins with instead.
-WINDOW_BYTES, MAX_FRAME_BYTES = 256 << 10, 4 << 20
+WINDOW_BYTES, MAX_FRAME_BYTES = 512 << 10, 4 << 20
 # Milliseconds after which a connection without an RPC is closed; its client opens another when it needs one.
 MAX_IDLE_MS = 300_000
 
@@ -139,7 +139,7 @@ class Server:
             self._saves_caches = True
         await self._server.start()
         self._reloading = asyncio.ensure_future(self._reload_for_ever())
-        self._watching = asyncio.ensure_future(self._servicer.arrivals.watch_for_ever())
+        self._servicer.arrivals.start()
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
         self._loop = asyncio.get_running_loop()
         self.service.executor.faults.listen(self._device_failed)
@@ -156,7 +156,6 @@ class Server:
         drain_s = self.config.drain_s
         log.info("draining; a second signal ends the process at once", extra={"drain_s": drain_s})
         self._reloading.cancel()
-        self._watching.cancel()
         if self._snapshots is not None:
             self.service.caches.keep_all()
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING, is_last=True)
@@ -167,6 +166,7 @@ class Server:
         await self._server.stop(LAST_ANSWERS_S)
         await stopping
         self.service.executor.end_running("the server's drain has ended")
+        self._servicer.arrivals.stop()
         await asyncio.to_thread(self.service.close)
         if self._snapshots is not None:
             caches = self.service.caches.all()

@@ -26,7 +26,7 @@ from tests.servers import ServerProcess
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 SERVING = health_pb2.HealthCheckResponse.SERVING
-# Of each RPC that is open and not read, a window of 256 KiB; and what malloc keeps.
+# Of each RPC that is open and not read, a window of 512 KiB; and what malloc keeps.
 MOST_BYTES = 150 << 20
 # The largest message, 256 MiB, what comes beside it, and what comes until the server looks again.
 MOST_OF_A_PRINCIPAL = 600 << 20

@@ -18,14 +18,16 @@ import resource
 import socket
 import struct
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
 from attnd.errors import Exhausted
+from attnd_server.identity import TokenPrincipal, refuse_if_revoked
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +55,34 @@ class Reader:
         num_messages: how many these are.
     """
 
-    def __init__(self, peer: str, principal: str) -> None:
-        """On the connection from `peer`; for the task that makes it."""
+    def __init__(self, arrivals: Arrivals, peer: str, principal: str, once: bool) -> None:
+        """On the connection from `peer`; for the task that makes it. See `Arrivals.reading`."""
+        self._arrivals = arrivals
         self.peer = peer
         self.principal = principal
+        self._once = once
         self.is_waiting = self.was_ended = False
         self.num_bytes = self.num_messages = 0
         self._task = asyncio.current_task()
+
+    def __enter__(self) -> Reader:
+        """It is counted from now on."""
+        self._arrivals.begin(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """It is counted no more.
+
+        Raises:
+            Exhausted: it was ended, because too much has come and is not whole.
+            Unauthenticated: likewise, because the principal's token has gone.
+        """
+        self._arrivals.finish(self)
+        if self.was_ended and isinstance(error, asyncio.CancelledError):
+            refuse_if_revoked(self.principal)
+            raise self._arrivals.refusal(self.principal) from None
 
     async def read(self, context: Any) -> Any:
         """The next message of an RPC, or gRPC's EOF."""
@@ -76,6 +99,11 @@ class Reader:
         credit = self.num_bytes + self.num_bytes // _OVERHEAD + self.num_messages * _OVERHEAD_BYTES
         self.num_bytes = self.num_messages = 0
         return credit
+
+    def end_if_revoked(self) -> None:
+        """Ends an RPC that waits for its only message, if its principal's token has gone."""
+        if self._once and isinstance(self.principal, TokenPrincipal) and self.principal.is_revoked:
+            self.end()
 
     def end(self) -> None:
         """Ends the RPC where it waits."""
@@ -98,7 +126,7 @@ class _Connection:
 
 
 class Arrivals:
-    """The RPCs that read, and what has come for them. For one event loop."""
+    """The RPCs that read, and what has come for them. For one event loop, which is not left behind before `stop`."""
 
     def __init__(self, max_message_bytes: int) -> None:
         """Nothing has come.
@@ -109,42 +137,58 @@ class Arrivals:
         self._limit = max_message_bytes + MORE_BYTES
         self._readers: set[Reader] = set()
         self._connections: dict[str, _Connection] = {}
+        self._stopped = threading.Event()
+        self._watching: threading.Thread | None = None
 
-    @contextmanager
-    def reading(self, context: Any, principal: str) -> Iterator[Reader]:
-        """An RPC that reads with what it is given, for as long as the context lasts, on its task.
+    def reading(self, context: Any, principal: str, once: bool = False) -> Reader:
+        """An RPC that reads, for as long as what is returned is a context, on the task that asks for it.
 
-        Raises:
-            Exhausted: from where it waits for a message: too much has come, and is not whole.
+        Args:
+            context: gRPC's.
+            principal: whose messages they are.
+            once: whether it reads one message, and waits no longer for it once the principal's token has gone.
         """
-        reader = Reader(_key(context.peer()), principal)
-        self._readers.add(reader)
-        try:
-            yield reader
-        except asyncio.CancelledError:
-            if not reader.was_ended:
-                raise
-            limit = NOBODYS_BYTES if principal == NOBODY else self._limit
-            told = f"messages that have come in part hold more than {limit} bytes: send fewer at one time"
-            raise Exhausted(told, retry_after_s=1.0) from None
-        finally:
-            self._readers.discard(reader)
-            if connection := self._connections.get(reader.peer):
-                connection.credit += reader.take_credit()
+        return Reader(self, _key(context.peer()), principal, once)
 
-    async def watch_for_ever(self) -> None:
-        """Looks again and again, where there are counters."""
+    def begin(self, reader: Reader) -> None:
+        """It reads from now on."""
+        self._readers.add(reader)
+
+    def finish(self, reader: Reader) -> None:
+        """It reads no more."""
+        self._readers.discard(reader)
+        if connection := self._connections.get(reader.peer):
+            connection.credit += reader.take_credit()
+
+    def refusal(self, principal: str) -> Exhausted:
+        """Why what reads for a principal ends."""
+        limit = NOBODYS_BYTES if principal == NOBODY else self._limit
+        told = f"messages that have come in part hold more than {limit} bytes: send fewer at one time"
+        return Exhausted(told, retry_after_s=1.0)
+
+    def start(self) -> None:
+        """Looks again and again, where there are counters, on a thread of its own: the event loop is for calls."""
         if sys.platform != "linux":
             log.warning("messages that come in part are not bounded beyond the size of each: it needs Linux")
             return
+        loop = asyncio.get_running_loop()
+        self._watching = threading.Thread(target=self._watch, args=(loop,), name="arrivals", daemon=True)
+        self._watching.start()
+
+    def stop(self) -> None:
+        """Looks no more."""
+        self._stopped.set()
+        if self._watching is not None:
+            self._watching.join()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         with open("/proc/self/statm", "rb") as sizes:  # once: there may be no free descriptor later
             calm, looked_at = 0, 0.0
-            while True:
-                await asyncio.sleep(LOOK_S)
+            while not self._stopped.wait(LOOK_S):
                 size, now = int(os.pread(sizes.fileno(), 128, 0).split()[1]) * _PAGE_BYTES, time.monotonic()
                 if size > calm + GROWTH_BYTES or now > looked_at + ANYWAY_S:
                     with suppress(OSError):
-                        self.look(_received())
+                        loop.call_soon_threadsafe(self.look, _received())
                     calm, looked_at = size, now
                 calm = min(calm, size)
 
@@ -158,6 +202,7 @@ class Arrivals:
         for reader in self._readers:
             if connection := self._connections.get(reader.peer):
                 connection.credit += reader.take_credit()
+            reader.end_if_revoked()
             if reader.is_waiting:
                 waiting[reader.peer].append(reader)
         seen = {peer: self._connections.get(peer) or _Connection() for peer in received}

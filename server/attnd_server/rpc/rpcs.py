@@ -19,7 +19,6 @@ from attnd_server.rpc.arrivals import Arrivals
 from attnd_server.rpc.open_rpcs import OpenRpc, OpenRpcs
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
-from attnd_server.rpc.until_revoked import until_revoked
 from attnd_server.service.service import AttentionService
 
 # Checks of big messages at one time: few, so that whoever sends them does not take the cores from everybody.
@@ -60,7 +59,7 @@ class Rpcs:
         """The request of a method that has one. What comes behind it is never read."""
         try:
             principal = self._principals.of(context)
-            with until_revoked(self._service.opened, principal), self.arrivals.reading(context, principal) as reader:
+            with self.arrivals.reading(context, principal, once=True) as reader:
                 data: Any = await reader.read(context)
         except AttndError as error:
             await self._abort(context, error)
