@@ -35,8 +35,9 @@ TWINS = {
 # Sentences that are true of the asyncio client alone, and what the sync client says there.
 SENTENCES = {
     "One event loop may use it.": "Any thread may use it.",
-    'address: "host:port".': (
-        'address: "host:port", or "inproc://" for a server in this process (needs `attnd[server]`).'
+    'address: "host:port"; without a port it is 7411.': (
+        'address: "host:port", the port 7411 if absent, or "inproc://" for a server in this process (needs\n'
+        "            `attnd[server]`)."
     ),
     '"auto" in the better of the two.': (
         '"cuda" in memory of the server\'s GPU, from a GPU of the same host (see `CudaSession`);\n'

@@ -35,7 +35,8 @@ def connect(
     """Connects to a server.
 
     Args:
-        address: "host:port", or "inproc://" for a server in this process (needs `attnd[server]`).
+        address: "host:port", the port 7411 if absent, or "inproc://" for a server in this process (needs
+            `attnd[server]`).
         timeout_s: deadline of each request, in seconds.
         connect_timeout_s: how long to wait for a server that is not there yet.
         plane: how the tensors of a session's calls travel: "inline" in messages; "shm" in memory that server and client

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from attnd.planes.choice import PlaneOptions, check_plane, plane_refusals
+from attnd.planes.grpc_options import checked_seconds
 from attnd.planes.retries import until_answered
 from attnd.planes.transport import Transport
 from attnd.protocol import frames
@@ -41,11 +42,11 @@ class Connection:
     ) -> None:
         """Owns `transport`; asks the server nothing yet. Other arguments as those of `connect`."""
         self.transport = transport
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_seconds(timeout_s, "timeout_s")
         self.plane = PlaneOptions(check_plane(plane), socket_dir)
         self.renewal = Renewal()
         self.caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._connect_timeout_s = connect_timeout_s
+        self._connect_timeout_s = checked_seconds(connect_timeout_s, "connect_timeout_s")
         self._epoch = 0
         self._refusals: Mapping[str, str] | None = None
 

@@ -12,9 +12,9 @@ import os
 import sys
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attnd.credentials import NO_CREDENTIALS, Credentials
+from attnd.extras import missing
 from attnd.planes.channels import open_channel, telling
 from attnd.planes.targets import DEFAULT_ADDRESS, parse_target
 from attnd.protocol.printable import printable
@@ -26,6 +26,8 @@ TIMEOUT_S = 3.0
 
 def failure(address: str, timeout_s: float = TIMEOUT_S, shown: Credentials | None = None) -> str | None:
     """None if the server at `address`, which is shown `shown`, serves; else why not, for people."""
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # of the extra `server`
+
     target = parse_target(address)
     try:
         with open_channel(grpc, target, shown or NO_CREDENTIALS) as channel:
@@ -55,7 +57,11 @@ def _probe() -> int:
     try:
         reason = failure(address, shown=credentials(arguments))
     except ValueError as error:  # InvalidRequest: the options
-        reason = f"{address} was not asked: {error}"
+        reason = f"{printable(address)} was not asked: {error}"
+    except ModuleNotFoundError as error:
+        reason = missing(error)
+        if reason is None:
+            raise
     if reason is not None:
         print(reason, file=sys.stderr)
     return int(reason is not None)

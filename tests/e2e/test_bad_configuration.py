@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -89,8 +90,19 @@ def test_other_numbers() -> None:
     assert "numbers of users up to 4294967294" in refusal("--socket-uids", "1,4294967295")
     for value in ("nan", "1e400", "-0.1", "1.1"):
         assert "--verify" in refusal("--verify", value)
-    with pytest.raises(InvalidRequest, match="keepalive_s is 1e\\+12, but must be at least 1 seconds, and at most"):
-        attnd.connect("localhost:1", keepalive_s=1e12)
+    with pytest.raises(InvalidRequest, match="keepalive_s is 90000, but must be at least 1 seconds, and at most 86400"):
+        attnd.connect("localhost:1", keepalive_s=90_000)
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "connect_timeout_s", "keepalive_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 1e10, 1e300, 10**400, "5", None, True], ids=ascii)
+def test_timeouts_of_clients(name: str, value: object) -> None:
+    async def main() -> None:
+        await attnd.aio.connect("localhost:1", **{name: value})
+
+    for connect in (lambda: attnd.connect("localhost:1", **{name: value}), lambda: asyncio.run(main())):
+        with pytest.raises(InvalidRequest, match=f"^{name} is .*, but must be"):
+            connect()
 
 
 @pytest.mark.parametrize("fraction", [5e-324, 1e-300, 1e-17])
@@ -112,7 +124,7 @@ def test_choices_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch, level: s
     assert levels == [level.lower()]
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("info",), ("cache",), ("cache", "export")])
+@pytest.mark.parametrize("command", [(), ("serve",), ("info",), ("top",), ("cache",), ("cache", "export")])
 def test_flags_do_not_look_as_if_they_took_a_value(command: tuple[str, ...]) -> None:
     result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "160"})
     assert result.exit_code == 0

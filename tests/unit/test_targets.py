@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import attnd
 from attnd.planes import channels
@@ -120,6 +123,20 @@ def test_what_stays_on_this_machine(address: str) -> None:
 )
 def test_what_may_leave_it(address: str) -> None:
     assert not parse_target(address).is_local
+
+
+@given(st.text() | st.text(alphabet="[]:%./,-0179afhx \n").map(str) | st.binary().map(os.fsdecode))
+def test_any_text_is_an_address_or_refused(text: str) -> None:
+    for address in (text, f"h:{text}", f"[{text}]:1", f"unix:{text}", f"dns:///{text}", f"ipv4:{text}"):
+        try:
+            target = parse_target(address)
+        except attnd.InvalidRequest:
+            continue
+        assert target.name.isprintable()
+        assert target.name.isascii() or target.name.startswith("unix")
+        if target.host:
+            assert target.name == f"{target.host}:{target.port}"
+            assert 1 <= target.port <= MAX_PORT
 
 
 def test_what_is_shown_is_an_address_again() -> None:

@@ -33,7 +33,7 @@ async def connect(
     """Connects to a server.
 
     Args:
-        address: "host:port".
+        address: "host:port"; without a port it is 7411.
         timeout_s: deadline of each request, in seconds.
         connect_timeout_s: how long to wait for a server that is not there yet.
         plane: how the tensors of a session's calls travel: "inline" in messages; "shm" in memory that server and client

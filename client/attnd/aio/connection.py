@@ -12,6 +12,7 @@ from attnd.aio.renewal import AsyncRenewal
 from attnd.aio.retries import until_answered
 from attnd.aio.transport import AsyncTransport
 from attnd.planes.choice import PlaneOptions, plane_refusals
+from attnd.planes.grpc_options import checked_seconds
 from attnd.protocol import frames
 from attnd.v1 import capabilities_pb2, status_pb2
 
@@ -40,11 +41,11 @@ class AsyncConnection:
     ) -> None:
         """Owns `transport`; asks the server nothing yet. Other arguments as those of `connect`."""
         self.transport = transport
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_seconds(timeout_s, "timeout_s")
         self.plane = PlaneOptions(check_plane(plane), socket_dir)
         self.renewal = AsyncRenewal()
         self.caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._connect_timeout_s = connect_timeout_s
+        self._connect_timeout_s = checked_seconds(connect_timeout_s, "connect_timeout_s")
         self._epoch = 0
         self._refusals: Mapping[str, str] | None = None
 

@@ -11,6 +11,21 @@ KEEPALIVE_S = 10.0
 MIN_KEEPALIVE_S = 1.0
 # A day; gRPC counts milliseconds in 32 bits.
 MAX_KEEPALIVE_S = 86_400.0
+# Three years: a later deadline gRPC takes for one that has passed.
+MAX_TIMEOUT_S = 1e8
+
+
+def checked_seconds(value: float, name: str) -> float:
+    """A timeout that gRPC can count.
+
+    Raises:
+        InvalidRequest: it is no number, or out of its range.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= MAX_TIMEOUT_S):
+        rule = f"must be a number of seconds in 0..{MAX_TIMEOUT_S:.0f}"
+        raise InvalidRequest(f"{name} is {value!r}, but {rule}", field=name)
+    return value
 
 
 def grpc_options(keepalive_s: float = KEEPALIVE_S) -> list[tuple[str, int]]:
@@ -19,6 +34,7 @@ def grpc_options(keepalive_s: float = KEEPALIVE_S) -> list[tuple[str, int]]:
     Raises:
         InvalidRequest: keepalive_s is too short or too long.
     """
+    checked_seconds(keepalive_s, "keepalive_s")
     if not MIN_KEEPALIVE_S <= keepalive_s <= MAX_KEEPALIVE_S:
         rule = f"must be at least {MIN_KEEPALIVE_S:g} seconds, and at most {MAX_KEEPALIVE_S:g}"
         raise InvalidRequest(f"keepalive_s is {keepalive_s:g}, but {rule}", field="keepalive_s")
