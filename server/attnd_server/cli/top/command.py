@@ -123,18 +123,18 @@ def run_top(
             tell(errors, "top", "the server is of an older version and has no GetStatus" if is_old else first.error)
             return 1
         answers.add(first.at, first.told)
-        shown_at = _Shown(address, answers, console, as_json)
+        view = _View(address, answers, console, as_json)
         if once:
             second = asker.next()
             if second.told is not None:
                 answers.add(second.at, second.told)
-            shown_at.write()
+            view.write()
         elif as_json or not console.is_terminal or console.is_dumb_terminal:
-            _go_on(asker, answers, shown_at.write)
+            _go_on(asker, answers, view.write)
         else:
             # On a screen of its own, as other programs of this kind have it: what was there before comes back.
-            with Live(shown_at.drawn(), console=console, screen=True, auto_refresh=False) as live:
-                _go_on(asker, answers, lambda trouble: live.update(shown_at.drawn(trouble), refresh=True))
+            with Live(view.drawn(), console=console, screen=True, auto_refresh=False) as live:
+                _go_on(asker, answers, lambda trouble: live.update(view.drawn(trouble), refresh=True))
     except KeyboardInterrupt:
         pass
     finally:
@@ -144,7 +144,7 @@ def run_top(
     return 0
 
 
-class _Shown:
+class _View:
     """Shows answers."""
 
     def __init__(self, address: str, answers: Answers, console: Console, as_json: bool) -> None:
