@@ -26,6 +26,7 @@ from attnd.errors import CacheLost, EpochMismatch
 from attnd.v1 import cache_pb2
 from attnd_server import build, ending
 from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.execution.work import on_cache
@@ -174,6 +175,52 @@ def test_adoption_knows_the_epoch_and_the_principal(tmp_path: Path) -> None:
         caches.adopt(cache_pb2.CacheRef(id=known.id, epoch=7), "alice")
 
 
+def store_at(cache: Cache, page: int) -> None:
+    """As a call does it: marks, then stores."""
+    slot = torch.tensor([page * cache.config.page_size])
+    cache.mark_written(slot)
+    ones = [torch.ones(1, cache.config.num_kv_heads, dim) for dim in (cache.config.head_dim, cache.config.head_dim_v)]
+    cache.store(0, *(each.to(cache.config.dtype) for each in ones), StoredTokens(slot))
+
+
+@pytest.mark.parametrize("how", ["store", "copy"])
+def test_an_epoch_is_used_up_once_a_page_of_it_was_changed(tmp_path: Path, how: str) -> None:
+    """Two workers know the cache; the second comes when the first has gone on."""
+    before = filled(table())
+    known = before.info().cache
+    had = before.written_pages.tolist()
+    free = next(page for page in range(before.config.num_pages) if page not in had)
+    written(tmp_path, before)
+    caches = table()
+    (cache,) = restored(tmp_path, caches)
+    now = caches.adopt(known, "alice").info().cache
+    store_at(caches.get(now, "alice"), free)
+    assert caches.adopt(known, "alice").info().cache == now  # the second's pages are all there; or an answer was lost
+    if how == "store":
+        store_at(caches.get(now, "alice"), had[-1])
+    else:
+        caches.get(now, "alice").copy_pages(torch.tensor([free]), torch.tensor(had[:1]))
+    for _ in range(2):
+        with pytest.raises(EpochMismatch, match="somebody has adopted it and stored into pages that it had"):
+            caches.adopt(known, "alice")
+    with pytest.raises(EpochMismatch, match="and the KV is gone"):
+        caches.get(known, "alice")
+    assert caches.adopt(now, "alice") is cache  # whoever went on has the new epoch, and may ask again
+    with pytest.raises(CacheLost, match="no such cache exists"):
+        caches.adopt(now, "bob")
+
+
+def test_a_snapshot_without_pages_has_none_that_could_be_changed(tmp_path: Path) -> None:
+    before = table().create(CONFIG, principal="alice", ttl_s=60, name="")
+    written(tmp_path, before)
+    caches = table()
+    restored(tmp_path, caches)
+    known = before.info().cache
+    now = caches.adopt(known, "alice").info().cache
+    store_at(caches.get(now, "alice"), 0)
+    assert caches.adopt(known, "alice").info().cache == now
+
+
 def test_nobody_used_it_between_two_restarts(tmp_path: Path) -> None:
     """Nor can it have changed: whoever knows it from either life goes on."""
     caches = table()
@@ -217,6 +264,84 @@ def refusal(folder: Path) -> str:
     assert sorted(folder.rglob("*")) == before
     assert "move it away" in str(refused.value)
     return str(refused.value)
+
+
+def link_of(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        target = folder / name if name else folder
+        elsewhere = folder.parent.parent / "elsewhere"
+        target.rename(elsewhere)
+        target.symlink_to(elsewhere)
+
+    return change
+
+
+def hard_link(folder: Path) -> None:
+    os.link(folder / TENSORS, folder.parent.parent / "another-name")
+
+
+def pipe(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    os.mkfifo(folder / MANIFEST, 0o600)
+
+
+def mode_of(name: str, mode: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name if name else folder).chmod(mode)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (link_of(""), "it cannot be opened as a folder that is no link"),
+        (link_of(TENSORS), "it is a symbolic link"),
+        (link_of(MANIFEST), "it is a symbolic link"),
+        (pipe, "it is no regular file"),
+        (hard_link, "it has another name elsewhere"),
+        (mode_of("", 0o770), "it has mode 0770, but must let nobody else write: chmod go-w"),
+        (mode_of("", 0o707), "it has mode 0707"),
+        (mode_of(TENSORS, 0o660), "it has mode 0660"),
+        (mode_of(MANIFEST, 0o602), "it has mode 0602"),
+    ],
+)
+def test_what_others_have_a_hand_in_is_refused(tmp_path: Path, change: Callable[[Path], None], why: str) -> None:
+    (folder,) = written(tmp_path / "snapshots", filled(table()))
+    change(folder)
+    assert why in refusal(tmp_path / "snapshots")
+
+
+def test_what_is_another_users_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder,) = written(tmp_path, filled(table()))
+    if os.geteuid() == 0:
+        os.chown(folder / TENSORS, 12345, -1)
+    else:
+        fstat = os.stat
+        stranger = os.stat_result((0o100600, 0, 0, 1, 12345, 0, *[0] * 4))
+        monkeypatch.setattr(os, "stat", lambda name, **how: stranger if how else fstat(name))
+    assert "it is user 12345's, but must be this process' user" in refusal(tmp_path)
+
+
+def test_a_folder_of_snapshots_must_not_be_a_link_and_lies_behind_one_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(SnapshotRefused, match=r"is a symbolic link to .*real, but must be the folder itself"):
+        SnapshotStore(str(tmp_path / "link"))
+    with opened(tmp_path / "link" / "below") as store:
+        assert store.folder == tmp_path / "real" / "below"
+        (tmp_path / "link").unlink()
+        (tmp_path / "theirs" / "below").mkdir(0o700, parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "theirs")
+        assert store.write([filled(table())]) == []
+        assert len(store.found()) == 1
+    assert list((tmp_path / "theirs" / "below").iterdir()) == []
+
+
+def test_a_folder_that_was_replaced_meanwhile_gets_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path / "snapshots") as store:
+        (tmp_path / "snapshots").rename(tmp_path / "moved")
+        (tmp_path / "snapshots").symlink_to(tmp_path / "moved")
+        cache = filled(table())
+        assert store.write([cache]) == [cache]
+        assert "moved or replaced since the server was started" in caplog.text
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -24,23 +24,12 @@ from attnd_server.attention.kernels.pages import StoredTokens, page_copies, read
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.indexed import with_index
 from attnd_server.kv.page_spaces import CachePages, PageSpaces
+from attnd_server.kv.restored import Restored
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
 # Of a cache that was restored again and again and never used, how many epochs are kept.
 MAX_EPOCHS = 16
-
-
-class Restored(NamedTuple):
-    """What a restored cache was in earlier lives of the server.
-
-    Attributes:
-        id: its id.
-        epochs: those under which it was as it is; the last is that of the life that wrote the snapshot.
-    """
-
-    id: bytes
-    epochs: tuple[int, ...]
 
 
 class Cache:
@@ -134,6 +123,16 @@ class Cache:
         """The epochs under which the cache was as it is now, this life's last."""
         earlier = () if self.is_used or self.restored is None else self.restored.epochs[1 - MAX_EPOCHS :]
         return (*earlier, self.epoch)
+
+    @property
+    def adoptable_epochs(self) -> tuple[int, ...]:
+        """The epochs of earlier lives under which it may be adopted: none once a page that it had then was changed."""
+        return () if self.restored is None else self.restored.adoptable_epochs
+
+    def filled(self) -> None:
+        """All that a snapshot has of it lies in its pages now."""
+        if self.restored is not None:
+            self.restored.filled(self._page_was_written)
 
     def renew(self) -> None:
         """Starts the lease again."""
@@ -233,6 +232,8 @@ class Cache:
 
     def _mark(self, pages: npt.NDArray[np.int64]) -> None:
         """With the device."""
+        if self.restored is not None:
+            self.restored.changed(pages)
         fresh = pages[~self._page_was_written[pages]]
         if fresh.size:  # rarely: a page takes several tokens
             self._page_was_written[fresh] = True

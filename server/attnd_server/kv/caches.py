@@ -13,9 +13,10 @@ from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.config import ServerConfig
-from attnd_server.kv.cache import Cache, Restored
+from attnd_server.kv.cache import Cache
 from attnd_server.kv.limits import CacheLimits, Holding
 from attnd_server.kv.page_spaces import PageSpaces
+from attnd_server.kv.restored import Restored
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class CacheTable:
         cache = self._owned(ref.id, principal)
         if ref.epoch != self.epoch:
             fate = "and the KV is gone"
-            if cache is not None and cache.restored is not None and ref.epoch in cache.restored.epochs:
+            if cache is not None and ref.epoch in cache.adoptable_epochs:
                 fate = "and has restored this cache: adopt it to go on (cache.adopt() in the clients, AdoptCache)"
             raise EpochMismatch(
                 f"cache.epoch is {ref.epoch}, but the server's epoch is {self.epoch}: it was restarted since, {fate}",
@@ -165,14 +166,21 @@ class CacheTable:
         """The cache that was restored from what `ref` names, or that it names as it is; its lease starts again.
 
         Raises:
-            EpochMismatch: it was restored from a snapshot of another epoch.
+            EpochMismatch: it was restored from a snapshot of another epoch, or somebody else has adopted it and stored
+                into pages that it had then: what is known of these under the earlier epoch is not there any more.
             CacheLost: it was not restored, was deleted since, has expired or is another principal's.
         """
         cache = self._owned(ref.id, principal)
         if cache is None:
             raise _no_such_cache(ref.id)
         restored = cache.restored.epochs if cache.restored is not None else ()
-        if ref.epoch not in (*restored, self.epoch):
+        if ref.epoch not in (*cache.adoptable_epochs, self.epoch):
+            if ref.epoch in restored:
+                raise EpochMismatch(
+                    f"cache.epoch is {ref.epoch}, but since it was restored from that epoch somebody has adopted it "
+                    "and stored into pages that it had: create another cache and store again",
+                    field="cache.epoch",
+                )
             snapshot = restored[-1] if restored else self.epoch
             raise EpochMismatch(
                 f"cache.epoch is {ref.epoch}, but the cache was restored from a snapshot of epoch {snapshot}, which "

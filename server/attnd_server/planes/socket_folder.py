@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from attnd_server.identity.own_folder import own_folder
+
 _PREFIX, _SUFFIX = "attnd-", ".sock"
 # Connections that wait to be accepted.
 _BACKLOG = 128
@@ -22,10 +24,10 @@ class SocketFolder:
         """Makes the folder, for this process' user alone, if there is none.
 
         Raises:
-            OSError: it cannot be made or is no folder.
+            OSError: it cannot be made, is no folder, or others decide what lies there: see `own_folder`.
         """
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        self.path = os.path.abspath(path)
+        self.path, descriptor = own_folder(path, may_be_shared=True)
+        os.close(descriptor)
 
     def listen(self, for_others: bool) -> socket.socket:
         """A socket that listens under a new name, its `getsockname()`. Removes those that nobody listens to any more.
@@ -52,7 +54,7 @@ class SocketFolder:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """So that no server takes for dead what another has bound and does not listen to yet."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

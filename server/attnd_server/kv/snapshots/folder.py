@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from attnd_server.attention.geometry import Geometry
+from attnd_server.identity.own_folder import refuse_if_not_own
 from attnd_server.kv.snapshots.manifest import MAX_BYTES, Manifest, ManifestRefused
 from attnd_server.kv.snapshots.tensor_layout import TensorLayout
 
@@ -87,6 +88,34 @@ def read_manifest(folder: Path, config_type: type[Geometry] = Geometry) -> tuple
         rule = f"the manifest's num_bytes, {manifest.num_bytes}, and {layout.num_bytes} by its geometry"
         raise refused(folder / TENSORS, f"it has {num_bytes} bytes, but must have {rule}")
     return manifest, layout
+
+
+def refuse_if_others_have_a_hand_in_it(folder: Path) -> None:
+    """What a server restores must be a folder of files that it, or root, has written.
+
+    Raises:
+        SnapshotRefused: it is a link or has one, is another user's, others may write there, or a file has another name.
+    """
+    path = folder
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise refused(folder, f"it cannot be opened as a folder that is no link: {error.strerror}") from None
+    try:
+        refuse_if_not_own(os.fstat(descriptor), "it")
+        for name in os.listdir(descriptor):
+            path, found = folder / name, os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISLNK(found.st_mode):
+                raise PermissionError("it cannot be opened: it is a symbolic link")
+            if not stat.S_ISREG(found.st_mode):
+                raise PermissionError("it is no regular file")
+            if found.st_nlink > 1:
+                raise PermissionError("it has another name elsewhere (a hard link), but must have one: copy it")
+            refuse_if_not_own(found, "it")
+    except OSError as error:
+        raise refused(path, str(error)) from None
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -15,14 +15,17 @@ import torch
 
 from attnd.errors import Exhausted
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.kv.cache import Cache, Restored
+from attnd_server.identity.own_folder import is_still, own_folder
+from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.restored import Restored
 from attnd_server.kv.snapshots.folder import (
     TENSORS,
     UNFINISHED,
     SnapshotRefused,
     open_regular,
     read_manifest,
+    refuse_if_others_have_a_hand_in_it,
     refused,
     sync_folder,
     write_folder,
@@ -53,14 +56,13 @@ class SnapshotStore:
         """Takes the folder, or makes it, and tries whether it can be written to.
 
         Raises:
-            SnapshotRefused: it cannot, or another server has it.
+            SnapshotRefused: it cannot, another server has it, or other users decide what lies there.
         """
-        self.folder = Path(folder)
         self.written: set[bytes] = set()
         self._restored: list[Path] = []
         try:
-            self.folder.mkdir(0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            path, self._lock = own_folder(folder)
+            self.folder = Path(path)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             (self.folder / f"{UNFINISHED}trial").mkdir(0o700, exist_ok=True)
             self._remove_rests()
@@ -113,6 +115,7 @@ class SnapshotStore:
     def consume(self) -> None:
         """Removes what was restored: from now on the caches change, and it is stale. Raises SnapshotRefused."""
         try:
+            self._refuse_if_moved()
             for path in self._restored:
                 path.rename(path.with_name(_CONSUMED + path.name))
             sync_folder(self.folder)
@@ -136,7 +139,12 @@ class SnapshotStore:
                 log.error("cache lost: its snapshot cannot be written: %s", error, extra=told)
         return lost
 
+    def _refuse_if_moved(self) -> None:
+        if not is_still(str(self.folder), self._lock):
+            raise OSError("the folder was moved or replaced since the server was started")
+
     def _write(self, cache: Cache) -> None:
+        self._refuse_if_moved()
         pages = cache.written_pages
         layout = TensorLayout(cache.config, len(pages))
         progress = Progress("writing a snapshot", layout.num_bytes, **_fields(cache))
@@ -159,6 +167,7 @@ class SnapshotStore:
         log.info("snapshot written", extra={**_fields(cache), "num_pages": len(pages), "num_bytes": layout.num_bytes})
 
     def _checked(self, path: Path) -> tuple[Manifest, TensorLayout]:
+        refuse_if_others_have_a_hand_in_it(path)
         manifest, layout = read_manifest(path, AttentionConfig)
         if path.name != f"{manifest.id}-{manifest.epochs[-1]:016x}":
             raise refused(path, f"its manifest is of cache {manifest.id} and epoch {manifest.epochs[-1]}")
@@ -201,6 +210,7 @@ class SnapshotStore:
                 raise refused(path / TENSORS, str(error)) from None
             if sha256 != manifest.sha256 or file.read(1):
                 raise refused(path / TENSORS, f"its sha256 is {sha256}, but must be the manifest's {manifest.sha256}")
+        cache.filled()
         cache.renew()
         log.info("cache restored", extra={**_fields(cache), "num_pages": layout.num_pages})
 

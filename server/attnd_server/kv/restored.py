@@ -1,0 +1,35 @@
+"""What a cache that was restored has from earlier lives of the server, and whether it is still so."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Restored:
+    """What a restored cache was in earlier lives of the server.
+
+    Attributes:
+        id: its id.
+        epochs: those under which it was as it is; the last is that of the life that wrote the snapshot.
+    """
+
+    def __init__(self, cache_id: bytes, epochs: tuple[int, ...]) -> None:
+        """It is to be filled."""
+        self.id = cache_id
+        self.epochs = epochs
+        self._pages: npt.NDArray[np.bool_] | None = None  # that it had then, while none of them has changed
+
+    @property
+    def adoptable_epochs(self) -> tuple[int, ...]:
+        """Under which it may be adopted: none once a page that it had then was stored into."""
+        return () if self._pages is None else self.epochs
+
+    def filled(self, pages: npt.NDArray[np.bool_]) -> None:
+        """All that its snapshot has lies in the pages whose elements are true."""
+        self._pages = pages.copy()
+
+    def changed(self, pages: npt.NDArray[np.int64]) -> None:
+        """Something is stored into these pages."""
+        if self._pages is not None and self._pages[pages].any():
+            self._pages = None
