@@ -441,3 +441,53 @@ def test_a_step_left_alone_is_let_go_when_its_session_closes(client: attnd.Clien
             session.close()
         with cache.session() as session:
             one_step(session, gpu)
+
+
+LIES = """
+import mmap, sys
+word = memoryview(mmap.mmap(int(sys.argv[1]), 4096)).cast("I")
+print("lies", flush=True)
+while True:
+    for _ in range(1000):
+        word[0] = 0
+"""
+
+
+def test_a_worker_that_writes_its_word_over_holds_no_stream_of_the_server() -> None:
+    """On one GPU both sides have the word: two processes write zeros there, while a hundred layers are let go."""
+    from attnd.protocol.cuda.driver import Stream, device
+    from attnd.protocol.cuda.host_flags import HostFlags, HostWords
+    from attnd.protocol.shm import sockets
+
+    gpu = device(0)
+    memory = sockets.sealed_memory(4096)
+    with gpu.current():
+        words = HostWords(sockets.map_memory(os.dup(memory), 4096))
+        stream, flags = Stream(gpu), HostFlags(words, signal=64, flag=0)
+        command = [sys.executable, "-c", LIES, str(memory)]
+        liars = [subprocess.Popen(command, pass_fds=[memory], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        try:
+            for liar in liars:
+                assert liar.stdout is not None
+                assert liar.stdout.readline() == "lies\n"
+            for layer in range(100):
+                flags.wait(stream.handle, layer, is_last=layer == 99)
+                flags.signal(stream.handle, layer, is_last=layer == 99)
+            assert not stream.is_idle()
+            deadline = time.monotonic() + 60
+            while not stream.is_idle() and time.monotonic() < deadline:
+                flags.stop()
+                time.sleep(0.001)
+            is_idle = stream.is_idle()
+        finally:
+            for liar in liars:
+                liar.kill()
+                liar.wait()
+                assert liar.stdout is not None
+                liar.stdout.close()
+        while not stream.is_idle():  # or closing would wait for ever
+            flags.stop()
+        flags.close()
+        stream.close()
+        os.close(memory)
+    assert is_idle

@@ -203,6 +203,35 @@ def test_a_side_that_is_stopped_lets_everything_pass(driver: FakeDriver) -> None
     assert memory[0:4] == bytes(4)
 
 
+class OverwrittenWords(cuda_words.HostWords):
+    """Of which the other side writes one over, so many times."""
+
+    num_overwritten, num_writes, num_reads = 0, 0, 0
+
+    def write(self, index: int, value: int) -> None:
+        self.num_writes += 1
+        super().write(index, value)
+
+    def read(self, index: int) -> int:
+        self.num_reads += 1
+        if self.num_overwritten:
+            self.num_overwritten -= 1
+            super().write(index, 0)
+        return super().read(index)
+
+
+def test_a_word_that_the_other_side_writes_over_is_written_again_and_again(driver: FakeDriver) -> None:
+    words = OverwrittenWords(mmap.mmap(-1, 4096))
+    flags = cuda_words.HostFlags(words, signal=0, flag=64)
+    flags.stop()
+    assert words.num_writes == 1  # nobody has: no more than that
+    words.num_overwritten = 1
+    flags.stop()
+    assert words.num_writes > 100
+    assert words.read(64) == cuda_words._RELEASED
+    flags.close()
+
+
 def test_a_failed_call_of_the_driver_says_which(driver: FakeDriver) -> None:
     flags = cuda_words.HostFlags(cuda_words.HostWords(mmap.mmap(-1, 4096)), signal=0, flag=64)
     driver.result = SimpleNamespace(name="CUDA_ERROR_NOT_SUPPORTED")

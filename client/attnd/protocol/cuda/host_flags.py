@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from attnd.protocol.cuda.driver import CudaError, call, driver
 _WORD_BYTES = 4
 # Greater than any value that a layer is handed over with, and than them all by less than 2^31, as waits compare.
 _RELEASED = 1 << 30
+# Looks at a word that was released, to see whether somebody writes it over, and seconds for which it is written again
+# and again then. A stream looks at it every few microseconds, and sees it released before long: see `HostFlags.stop`.
+_LOOKS, _INSISTING_S = 64, 200e-6
 
 
 class HostWords:
@@ -119,10 +123,20 @@ class HostFlags:
     def stop(self) -> None:
         """Lets everything that waits on this side go on. From any thread.
 
-        To be called again until the streams are idle: operations that are queued may write the word meanwhile.
+        To be called again until the streams are idle: operations that are queued may write the word meanwhile. So may
+        the other side, whose word it is. An operation of a stream waits for one word alone, not for this or one that
+        nobody else has, as a gate does. So it is a race, which cannot be lost for long: where the word is written over,
+        it is written again for some time, and each look of the stream has its chance.
         """
         self.is_stopped = True
-        self._words.write(self._flag, _RELEASED)
+        words, flag = self._words, self._flag
+        words.write(flag, _RELEASED)
+        if all(words.read(flag) == _RELEASED for _ in range(_LOOKS)):
+            return
+        until = time.perf_counter() + _INSISTING_S
+        while time.perf_counter() < until:
+            for _ in range(_LOOKS):
+                words.write(flag, _RELEASED)
 
     def close(self) -> None:
         """Gives the words up; nothing that uses them may be queued."""
