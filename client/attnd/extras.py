@@ -18,6 +18,8 @@ EXTRAS = {
     "transformers": "transformers",
     "typer": "cli",
 }
+# Extras that no other brings along.
+_APART = ("cuda", "otel")
 
 
 def missing(error: ModuleNotFoundError, extra: str = "") -> str | None:
@@ -30,7 +32,8 @@ def missing(error: ModuleNotFoundError, extra: str = "") -> str | None:
     module = (error.name or "").partition(".")[0]
     if module not in EXTRAS:
         return None
-    return f"{module} is not installed, {where(extra or EXTRAS[module])}"
+    own = EXTRAS[module]
+    return f"{module} is not installed, {where(own if own in _APART else extra or own)}"
 
 
 def where(extra: str) -> str:

@@ -232,7 +232,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.address
 
 
-@pytest.mark.parametrize("command", [*QUICK, "info ADDRESS", "info ADDRESS --json", "doctor ADDRESS"])
+@pytest.mark.parametrize(
+    "command", [*QUICK, "info ADDRESS", "info ADDRESS --json", "doctor ADDRESS", "top ADDRESS --once"]
+)
 def test_closed_and_full_streams(address: str, command: str) -> None:
     command = f"attnd {command.replace('ADDRESS', address)}"
     right = shell(command)

@@ -64,7 +64,10 @@ def test_asks_for_grpc_and_protobuf_only(wheel):
     metadata = email.message_from_string(text)
     requirements = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"[\w-]+", line)[0] for line in requirements) == ["grpcio", "protobuf"]
-    assert set(metadata.get_all("Provides-Extra")) == {"torch", "cuda", "cli", "server", "transformers", "demo", "dev"}
+    extras = {"torch", "cuda", "cli", "server", "transformers", "otel", "demo", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{extra}`" in readme for extra in extras)
     assert metadata["License-Expression"] == "Apache-2.0"
 
 

@@ -14,6 +14,7 @@ import torch
 import typer
 
 import attnd
+from attnd.extras import missing
 from attnd.protocol.tensors import Array
 from attnd.v1 import tensor_pb2
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
@@ -199,6 +200,22 @@ def test_the_client_says_so_too(statement: str, extra: str) -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 1
     assert f"comes with attnd[{extra}]; in a checkout: pip install '.[{extra}]'" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted", "extra"),
+    [
+        ("typer", "", "cli"),
+        ("torch", "server", "server"),
+        ("cuda.bindings", "server", "cuda"),
+        ("opentelemetry.sdk", "server", "otel"),
+    ],
+)
+def test_a_module_is_of_the_extra_that_brings_it(module: str, wanted: str, extra: str) -> None:
+    told = missing(ModuleNotFoundError(name=module), wanted)
+    assert told is not None
+    assert f"attnd[{extra}]" in told
+    assert missing(ModuleNotFoundError(name="json"), wanted) is None
 
 
 def test_geometries_of_both_kinds_are_written_alike() -> None:
