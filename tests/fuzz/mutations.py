@@ -50,13 +50,17 @@ def mutate(message: Any, random_: random.Random, refs: Sequence[cache_pb2.CacheR
 
 
 def mutate_bytes(data: bytes, random_: random.Random) -> bytes:
-    """Spoils a serialized message: bytes changed, cut off, put in, or taken twice."""
+    """Spoils a serialized message: bytes changed, cut off, put in, or taken twice; or fields put in by the thousand."""
     spoiled = bytearray(data)
     for _ in range(random_.randint(1, 3)):
         start = random_.randrange(len(spoiled) + 1)
         size = random_.choice((1, 1, 1, 2, 4, 8, 40))
         kind = random_.randrange(5)
-        if kind == 0:
+        if random_.random() < 0.02:
+            # Unknown ones, as numbers and as empty bytes, and empty ones of any number that may be a message's.
+            field = random_.choice((b"\x78\x01", b"\x7a\x00", bytes([random_.randrange(1, 16) << 3 | 2, 0])))
+            spoiled[start:start] = field * random_.choice((100, 5_000, 50_000))
+        elif kind == 0:
             spoiled[start : start + 1] = bytes([random_.randrange(256)])
         elif kind == 1:
             del spoiled[start:]

@@ -44,7 +44,7 @@ class Rpcs:
         self._checks = ThreadPoolExecutor(MAX_CHECKS, "checks")
         num_checks = max(1, MAX_CHECKS // 2) if service.config.asks_who_calls else MAX_CHECKS
         self.arrivals = Arrivals(service.config.max_message_bytes)
-        self._shares = Shares(service.config, num_checks)
+        self._shares = Shares(service.config, num_checks, 2 * service.caches.share.queue_depth)
 
     def drain(self) -> None:
         """Refuses new steps and tells every stream."""
@@ -59,6 +59,10 @@ class Rpcs:
         """The request of a method that has one. What comes behind it is never read."""
         try:
             principal = self._principals.of(context)
+            share = self._shares.of(principal)
+            share.begin_unary()
+            finished: Any = context.add_done_callback
+            finished(share.finish_unary)
             with self.arrivals.reading(context, principal, once=True) as reader:
                 data: Any = await reader.read(context)
         except AttndError as error:

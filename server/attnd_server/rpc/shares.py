@@ -15,6 +15,8 @@ SMALL_BYTES = 64 << 10
 # Bytes of answers that the streams of a principal may have before one is written, and those up to which a stream that
 # has none yet may begin one: a stream whose client does not read holds up itself first. One larger answer may be alone.
 ANSWER_BYTES, MOST_ANSWER_BYTES = 64 << 20, 128 << 20
+# Bytes of an answer that a stream which has none may begin in any case: its principal's others do not hold it up.
+FREE_ANSWER_BYTES = 512 << 10
 # Least bytes of messages that are read before more are; half of the largest message, if that is more.
 MIN_MESSAGE_BYTES = 64 << 20
 # RPCs of a principal that may wait for one of these; each holds a window of what was sent.
@@ -31,13 +33,15 @@ class Share:
         checks: threads that it may have at one time for what takes long to check.
     """
 
-    def __init__(self, config: ServerConfig, num_checks: int) -> None:
+    def __init__(self, config: ServerConfig, num_checks: int, max_unary: int) -> None:
         """It holds nothing.
 
         Args:
             config: the limits.
             num_checks: threads for checks.
+            max_unary: RPCs with one request and one answer that may be under way.
         """
+        self._num_unary, self._max_unary = 0, max_unary
         self.message_bytes = self.answer_bytes = 0
         self.checks = asyncio.Semaphore(num_checks)
         self.most_message_bytes = max(MIN_MESSAGE_BYTES, config.max_message_bytes // 2)
@@ -47,9 +51,11 @@ class Share:
         """Whether more of its messages may be read."""
         return self.message_bytes < self.most_message_bytes
 
-    def has_room(self, num_bytes: int, of_stream: int = 0) -> bool:
-        """Whether an answer of so many bytes may be begun on a stream that has answers of `of_stream` bytes."""
+    def has_room(self, num_bytes: int, of_stream: int | None = None) -> bool:
+        """Whether an answer of so many bytes may be begun, on a stream that has `of_stream` of them; None: on none."""
         total = self.answer_bytes + num_bytes
+        if of_stream == 0 and num_bytes <= FREE_ANSWER_BYTES:
+            return True
         if of_stream:
             return total <= ANSWER_BYTES
         return total <= MOST_ANSWER_BYTES or not self.answer_bytes
@@ -93,6 +99,21 @@ class Share:
         else:
             self.give_back_message(num_bytes)
 
+    def begin_unary(self) -> None:
+        """One more RPC with one request and one answer.
+
+        Raises:
+            Exhausted: as many are under way as may be, their answers not taken.
+        """
+        if self._num_unary >= self._max_unary:
+            use = f"{self._num_unary} RPCs of this principal are under way or were not read"
+            raise Exhausted(f"{use}, but there may be at most {self._max_unary}: come again", retry_after_s=0.1)
+        self._num_unary += 1
+
+    def finish_unary(self, _: object) -> None:
+        """One has ended."""
+        self._num_unary -= 1
+
     async def wait(self) -> None:
         """Waits until something is given back. For streams, of which there are only so many."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -132,14 +153,14 @@ class Share:
 class Shares:
     """The shares of those who have RPCs under way."""
 
-    def __init__(self, config: ServerConfig, num_checks: int) -> None:
+    def __init__(self, config: ServerConfig, num_checks: int, max_unary: int) -> None:
         """Nobody has any. The arguments are those of a share."""
-        self._config, self._num_checks = config, num_checks
+        self._arguments = config, num_checks, max_unary
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
 
     def of(self, principal: str) -> Share:
         """A principal's, which lasts as long as somebody has it."""
         share = self._shares.get(principal)
         if share is None:
-            share = self._shares[principal] = Share(self._config, self._num_checks)
+            share = self._shares[principal] = Share(*self._arguments)
         return share
