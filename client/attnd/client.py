@@ -73,7 +73,7 @@ class Client(Connection):
 
     @takes_fields_of(CacheSpec)
     def create_cache(self, spec: CacheSpec) -> Cache:
-        """Leases KV memory. The lease is renewed in the background until the cache is deleted or the process ends.
+        """Leases KV memory. The lease is renewed in the background until the cache is deleted, or the client closed.
 
         Raises:
             InvalidRequest: a value is out of its range.

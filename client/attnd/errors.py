@@ -7,7 +7,7 @@
     ├── Exhausted           free something or wait: the message names limit, use and what is free
     ├── PermissionDenied    use other credentials; Unauthenticated: the server asks who you are
     ├── DeadlineExceeded    retry with more time
-    ├── Disconnected        reconnect: the server is away, starting or draining
+    ├── Disconnected        reconnect: the server is away, or the client closed or made in another process
     └── ServerFault         report it: a bug, with the id under which the server logged it
 
 The server raises the same classes, so an `inproc://` client sees what a remote one sees.

@@ -69,7 +69,7 @@ class AsyncClient(AsyncConnection):
 
     @takes_fields_of(CacheSpec)
     async def create_cache(self, spec: CacheSpec) -> AsyncCache:
-        """Leases KV memory. The lease is renewed in the background until the cache is deleted or the process ends.
+        """Leases KV memory. The lease is renewed in the background until the cache is deleted, or the client closed.
 
         Raises:
             InvalidRequest: a value is out of its range.

@@ -6,16 +6,19 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
+import os
+import queue
 import select
 import socket
 import sys
-import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, from_message
+from attnd import forks
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended, ServerFault, from_message
 from attnd.planes.cuda.tensors import check_capture, copy_in
 from attnd.protocol import requests
 from attnd.protocol.cuda.copies import Copier, Copy, CopyAndWrite, HandOver
@@ -25,6 +28,7 @@ from attnd.protocol.cuda.host_flags import HostFlags
 from attnd.protocol.cuda.layout import Place
 from attnd.protocol.cuda.memory import DeviceMemory
 from attnd.protocol.shm import framing
+from attnd.threads import start_thread
 from attnd.v1 import attention_pb2
 
 
@@ -79,11 +83,13 @@ class CudaPlane:
         # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
         self._deadlines: dict[int, float] = {}
         self._answers: dict[int, Answer] = {}
-        self._failure: AttndError | None = None
-        self._news = threading.Condition()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="attnd-cuda-plane", daemon=True)
-        self._thread.start()
+        # Queues and flags, not conditions, which an interrupt of the caller leaves locked for the thread.
+        self._failures: list[AttndError] = []
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # of answers and failures, for who waits
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_closed = False
+        _planes.add(self)
+        start_thread(self._read, "attnd-cuda-plane")
 
     def send(self, step: attention_pb2.CudaStep, timeout_s: float) -> None:
         """Sends a step, which the server must have answered after `timeout_s`. Does not wait.
@@ -91,31 +97,37 @@ class CudaPlane:
         Raises:
             AttndError: the plane failed before.
         """
-        with self._news:
-            if self._failure is not None:
-                raise self._failure
-            self._deadlines[step.step.id] = time.monotonic() + timeout_s
+        if self.failure is not None:
+            raise self.failure
+        self._deadlines[step.step.id] = time.monotonic() + timeout_s
         message = attention_pb2.AttendRequest(cuda_step=step).SerializeToString()
         try:
             self._connection.sendall(framing.request_bytes(message))
         except OSError as error:
-            with self._news:  # the thread may yet read why the server hung up
-                self._news.wait_for(lambda: self._failure is not None, timeout=self.LAST_WORDS_S)
+            self._await_last_words()
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
-            assert self._failure is not None
-            raise self._failure from None
+            assert self.failure is not None
+            raise self.failure from None
+
+    def _await_last_words(self) -> None:
+        """Waits a moment: the thread may yet read why the server hung up."""
+        deadline = time.monotonic() + self.LAST_WORDS_S
+        while self.failure is None and (left_s := deadline - time.monotonic()) > 0:
+            try:
+                self._news.get(timeout=left_s)
+            except queue.Empty:
+                return
 
     def answer(self, step_id: int, wait: bool) -> Answer | None:
         """What the server said of a step that was sent, once; None if nothing yet, and it is not to be waited for.
 
         A failure of the plane is that of all its steps.
         """
-        with self._news:
-            while step_id not in self._answers and self._failure is None:
-                if not wait:
-                    return None
-                self._news.wait()
-            return self._answers.pop(step_id, Answer(None, self._failure))
+        while step_id not in self._answers and self.failure is None:
+            if not wait:
+                return None
+            self._news.get()
+        return self._answers.pop(step_id, Answer(None, self.failure))
 
     def hand_over(
         self, stream: int, layer: int, is_last: bool, inputs: list[tuple[Place, Any]], outputs: list[tuple[Place, Any]]
@@ -184,19 +196,25 @@ class CudaPlane:
     @property
     def failure(self) -> AttndError | None:
         """Why the plane is of no use any more; None: it is."""
-        return self._failure
+        return self._failures[0] if self._failures else None
+
+    def disown(self) -> None:
+        """For a child that was forked: the plane is the parent's. Nothing of CUDA's may be touched, not even let go."""
+        forks.keep(self)
+        self._is_closed = True
+        self._failures.insert(0, Ended("the session was made in another process; connect again after the fork"))
 
     def close(self) -> None:
         """Ends the plane. Waits until the worker's GPU is idle; what waits for the server there is let go first."""
-        if self._closed.is_set():
+        if self._is_closed:
             return
         self._fail(Disconnected("the session was closed"))
         try:
             self._gpu.synchronize()
         finally:
-            self._closed.set()
+            self._is_closed = True
             _end(self._connection)
-            self._thread.join()
+            self._ended.get()
             self._connection.close()
             with self._gpu.current():
                 self._flags.close()
@@ -207,11 +225,9 @@ class CudaPlane:
 
     def _fail(self, failure: AttndError) -> None:
         """From any thread: the first failure is the plane's; its thread lets go of what waits."""
-        with self._news:
-            if self._failure is None:
-                self._failure = failure
-            self._flags.stop()
-            self._news.notify_all()
+        self._failures.append(failure)
+        self._flags.stop()
+        self._news.put(None)
 
     def _read(self) -> None:
         """The thread: answers, until the plane fails; then lets go of whatever waits, until it is closed."""
@@ -223,13 +239,15 @@ class CudaPlane:
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
         except Exception as error:
             self._fail(ServerFault(f"the server's answer cannot be read: {error}"))
-        while not self._closed.wait(self.STOP_PERIOD_S):
+        while not self._is_closed:
+            time.sleep(self.STOP_PERIOD_S)
             self._flags.stop()
+        self._ended.put(None)
 
     def _read_answers(self) -> None:
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
-        while self._failure is None:
+        while self.failure is None:
             if poll.poll(self.PERIOD_S * 1e3):
                 reply = self._replies.receive()
                 if reply is None:
@@ -245,12 +263,23 @@ class CudaPlane:
         elif reply.kind == "error":
             raise from_message(reply.message)
         elif reply.kind == "cuda_step":
-            with self._news:
-                self._deadlines.pop(reply.message.step_id, None)
-                self._answers[reply.message.step_id] = Answer(reply.message, None)
-                self._news.notify_all()
+            self._deadlines.pop(reply.message.step_id, None)
+            self._answers[reply.message.step_id] = Answer(reply.message, None)
+            self._news.put(None)
         else:
             raise ServerFault(f"the server answered a step on a cuda plane with {reply.kind}")
+
+
+# For a child that was forked, where none is of use.
+_planes: weakref.WeakSet[CudaPlane] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for plane in list(_planes):
+        plane.disown()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _end(connection: socket.socket) -> None:

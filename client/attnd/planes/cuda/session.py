@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from attnd import traces
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
 from attnd.foreign_metadata import as_step_metadata
+from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.cuda.step import CudaStep
 from attnd.planes.leases import Lease
+from attnd.planes.turns import Turn
 from attnd.protocol import frames
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cuda.layout import Geometry, step_layout
@@ -72,6 +75,8 @@ class CudaSession:
         self._tables = SentPageTables()
         self._last_step_id = 0
         self._unanswered: deque[CudaStep] = deque()
+        self._turn = Turn("session")
+        self._end_plane: Any = None  # closes the plane of a session that nobody has any more
         self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
 
     def step(self, metadata: Any, *, num_heads: int | None = None, options: Options | None = None) -> CudaStep:
@@ -89,6 +94,13 @@ class CudaSession:
             Disconnected: the server is draining.
             Unsupported: there is no cuda plane; the message says why.
         """
+        self._turn.begin()
+        try:
+            return self._opened_step(metadata, num_heads, options)
+        finally:
+            self._turn.end()
+
+    def _opened_step(self, metadata: Any, num_heads: int | None, options: Options | None) -> CudaStep:
         self._settle()
         if self._plane is None:
             self._open()
@@ -130,10 +142,19 @@ class CudaSession:
 
     def finish(self, step: CudaStep) -> None:
         """Waits for the answer of a step and those before it. For `CudaStep`."""
-        while step in self._unanswered:
-            self._take(wait=True)
+        self._turn.begin()
+        try:
+            while step in self._unanswered:
+                self._take(wait=True)
+        finally:
+            self._turn.end()
         if step.error is not None:
             raise step.error
+
+    def interrupted(self, step: CudaStep) -> None:
+        """Ends the plane, because a layer of a step may be handed over in part. For `CudaStep`."""
+        step.error = Disconnected("a layer of the step was interrupted; open the step again")
+        self._fail(step.error)
 
     @property
     def takes_turns(self) -> bool:
@@ -153,7 +174,11 @@ class CudaSession:
 
         What waits for the server is let go, and means nothing: `finish` steps first.
         """
+        if self._turn.is_anothers:
+            return  # another process has it; or another thread is inside, and its step's deadline ends it
         plane, self._plane = self._plane, None
+        if self._end_plane is not None:
+            self._end_plane.detach()
         self._unanswered.clear()
         self._tables.forget()
         if plane is not None:
@@ -229,5 +254,7 @@ class CudaSession:
         data = self.cache.transport.unary("OpenPlane", request.SerializeToString(), self.timeout_s)
         plane = frames.parse(plane_pb2.OpenPlaneResponse, data)
         self._plane = opening.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
+        self._end_plane = weakref.finalize(self, call_threads.start_last, self._plane.close)
+        self._end_plane.atexit = False
         self.plane = "cuda"
         self._last_step_id = 0

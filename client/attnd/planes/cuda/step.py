@@ -29,6 +29,9 @@ class CudaSteps(Protocol):
     def announce(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...]) -> None:
         """Sends a step that was not sent yet."""
 
+    def interrupted(self, step: CudaStep) -> None:
+        """Ends the plane, because a layer of a step may be handed over in part."""
+
     def finish(self, step: CudaStep) -> None:
         """Waits for the answer of a step and those before it."""
 
@@ -135,7 +138,11 @@ class CudaStep:
                 outputs.append((layout.output, q.new_empty(layout.output.shape)))
                 if return_lse:
                     outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=torch.float32)))
-            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
+            try:
+                plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
+            except BaseException:  # Ctrl-C too
+                self._session.interrupted(self)
+                raise
         if q is None:
             return None
         return (outputs[0][1], outputs[1][1]) if return_lse else outputs[0][1]
