@@ -109,14 +109,16 @@ class DeadlineExceeded(AttndError, TimeoutError):
 
 
 class Disconnected(AttndError, ConnectionError):
-    """The server cannot be reached, or is starting or draining. Reconnect."""
+    """The server cannot be reached, or is starting or draining. Reconnect.
+
+    Attributes:
+        is_final: whether nothing more can come of this connection: it was closed, or is another process'.
+    """
+
+    is_final = False
 
     reason = error_pb2.ERROR_REASON_UNAVAILABLE
     code = grpc.StatusCode.UNAVAILABLE
-
-
-class Ended(Disconnected):
-    """What was used has been closed, or belongs to another process: no attempt of its own will succeed any more."""
 
 
 class ServerFault(AttndError):
@@ -153,6 +155,13 @@ _BY_CODE: dict[grpc.StatusCode, type[AttndError]] = {
     grpc.StatusCode.INTERNAL: Disconnected,
     grpc.StatusCode.FAILED_PRECONDITION: Disconnected,
 }
+
+
+def ended(message: str) -> Disconnected:
+    """The error for what was closed, or belongs to another process: no attempt will succeed any more."""
+    error = Disconnected(message)
+    error.is_final = True
+    return error
 
 
 def to_message(error: AttndError) -> error_pb2.Error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from attnd.errors import Ended
+from attnd.errors import ended
 
 # Process ids from the process that imported this down to this one, each forked from the one before.
 _pids = [os.getpid()]
@@ -35,4 +35,4 @@ def refuse(what: str, made: int) -> None:
         Disconnected: it was.
     """
     if made != generation:
-        raise Ended(f"the {what} was made in another process, {_pids[made]}; connect again after the fork")
+        raise ended(f"the {what} was made in another process, {_pids[made]}; connect again after the fork")

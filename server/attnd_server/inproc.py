@@ -16,7 +16,7 @@ import torch
 from google.protobuf.message import Message
 
 from attnd import forks, traces
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ended
 from attnd.planes.retries import retried
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
@@ -108,7 +108,7 @@ class InprocTransport:
     def _refuse_if_ended(self) -> None:
         forks.refuse("client", self._made)
         if not self._end.alive:
-            raise Ended("the client was closed, and its server with it; connect again")
+            raise ended("the client was closed, and its server with it; connect again")
 
     def _finish(self, answer: bytes | Work, timeout_s: float) -> bytes:
         if isinstance(answer, bytes):

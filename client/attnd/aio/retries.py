@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from attnd.errors import AttndError, Disconnected, Ended
+from attnd.errors import AttndError, Disconnected
 from attnd.planes.retry_deadline import RECONNECT_PAUSE_S, RetryDeadline
 
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ async def until_answered(send: Callable[[float], Awaitable[Result]], timeout_s: 
         try:
             return await send(left_s)
         except Disconnected as error:
-            if isinstance(error, Ended) or deadline.left_s <= RECONNECT_PAUSE_S:
+            if error.is_final or deadline.left_s <= RECONNECT_PAUSE_S:
                 raise
         await asyncio.sleep(RECONNECT_PAUSE_S)
         left_s = deadline.left_s

@@ -15,7 +15,7 @@ from attnd.aio.homes import Home
 from attnd.aio.retries import retried
 from attnd.aio.streams import AsyncGrpcStream, AsyncStream
 from attnd.credentials import NO_CREDENTIALS, Credentials
-from attnd.errors import AttndError, Disconnected, Ended, Unauthenticated
+from attnd.errors import AttndError, Disconnected, Unauthenticated, ended
 from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc import SERVICE
 from attnd.planes.grpc_errors import explained, translate
@@ -80,7 +80,7 @@ class AsyncTransport:
     def _refuse_if_ended(self) -> None:
         self._home.check()
         if self._is_closed:
-            raise Ended("the client was closed; connect again")
+            raise ended("the client was closed; connect again")
 
     async def _explained(self, told: AttndError) -> AttndError:
         """Adds why there is no connection: a call that waits for one hears nothing of handshakes that fail."""

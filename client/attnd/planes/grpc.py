@@ -13,7 +13,7 @@ import grpc
 
 from attnd import forks
 from attnd.credentials import NO_CREDENTIALS, Credentials
-from attnd.errors import AttndError, Disconnected, Ended, Unauthenticated
+from attnd.errors import AttndError, Disconnected, Unauthenticated, ended
 from attnd.planes import call_threads
 from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc_errors import explained, translate
@@ -139,7 +139,7 @@ class GrpcTransport:
     def _refuse_if_ended(self) -> None:
         forks.refuse("client", self._made)
         if not self._end.alive:
-            raise Ended("the client was closed; connect again")
+            raise ended("the client was closed; connect again")
 
     def may_close(self) -> bool:
         """Whether it is this process that has connected."""

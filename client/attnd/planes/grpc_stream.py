@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from attnd import forks
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ended
 from attnd.planes import call_threads
 from attnd.planes.grpc_errors import translate
 from attnd.planes.transport import Stream
@@ -93,7 +93,7 @@ class StreamingCall:
         except grpc.RpcError as error:
             told = translate(error, self._address)
         except ValueError:  # gRPC's word for a channel that was closed
-            told = Ended("the client was closed")
+            told = ended("the client was closed")
         self._call = None
         if self._sending is not None:
             self._sending.put(None)  # gRPC's thread that reads it may go

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from attnd.errors import AttndError, Disconnected, Ended
+from attnd.errors import AttndError, Disconnected
 from attnd.planes.retry_deadline import RECONNECT_PAUSE_S, RetryDeadline
 
 Result = TypeVar("Result")
@@ -52,7 +52,7 @@ def until_answered(send: Callable[[float], Result], timeout_s: float) -> Result:
         try:
             return send(left_s)
         except Disconnected as error:
-            if isinstance(error, Ended) or deadline.left_s <= RECONNECT_PAUSE_S:
+            if error.is_final or deadline.left_s <= RECONNECT_PAUSE_S:
                 raise
         time.sleep(RECONNECT_PAUSE_S)
         left_s = deadline.left_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 
-from attnd.errors import AttndError, CacheLost, Disconnected, Ended
+from attnd.errors import AttndError, CacheLost, Disconnected
 
 # How much longer than told a client may wait, so that those who were refused together do not come back together.
 _SPREAD = 0.5
@@ -34,7 +34,7 @@ class RetryDeadline:
     def pause_s(self, error: AttndError) -> float | None:
         """Seconds to wait before the request is sent again; None: it must not be, or the time is up before."""
         now = time.monotonic()
-        if isinstance(error, Ended):
+        if isinstance(error, Disconnected) and error.is_final:
             return None
         if isinstance(error, Disconnected):
             self._lost_at = now if self._lost_at is None else self._lost_at

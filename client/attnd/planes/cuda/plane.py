@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from attnd import forks
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Ended, ServerFault, from_message
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, ended, from_message
 from attnd.planes.cuda.tensors import check_capture, copy_in
 from attnd.protocol import requests
 from attnd.protocol.cuda.copies import Copier, Copy, CopyAndWrite, HandOver
@@ -202,7 +202,7 @@ class CudaPlane:
         """For a child that was forked: the plane is the parent's. Nothing of CUDA's may be touched, not even let go."""
         forks.keep(self)
         self._is_closed = True
-        self._failures.insert(0, Ended("the session was made in another process; connect again after the fork"))
+        self._failures.insert(0, ended("the session was made in another process; connect again after the fork"))
 
     def close(self) -> None:
         """Ends the plane. Waits until the worker's GPU is idle; what waits for the server there is let go first."""
