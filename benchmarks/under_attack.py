@@ -61,12 +61,14 @@ MiB: most resident memory of the victim's server beyond that at rest. limit: 2 x
 more) and one launch."""
 
 
+ALL_CORES = os.sched_getaffinity(0)
+
+
 @contextmanager
 def on_cores(cores: Sequence[int] | None) -> Iterator[None]:
-    """What starts in this block stays on these cores; None: on any."""
+    """What starts in this block stays on these cores; None: on any that this process had."""
     before = os.sched_getaffinity(0)
-    if cores:
-        os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, cores or ALL_CORES)
     try:
         yield
     finally:
@@ -188,13 +190,14 @@ def benchmark(console: Console, options: argparse.Namespace) -> None:
         common = ["--device", options.device, "--threads", str(options.threads), "--kv-bytes", options.kv_bytes]
         own = Server(stack, folder / OWN, common, options.server_cores)
         other = Server(stack, folder / OTHER, common, options.attacker_cores) if options.control else None
-        with on_cores(options.victim_cores):
-            os.sched_setaffinity(0, options.victim_cores or os.sched_getaffinity(0))
-            victim = Victim(stack, own, step, options.planes, device)
+        stack.enter_context(on_cores(options.victim_cores))
+        victim = Victim(stack, own, step, options.planes, device)
         victim.check()
         at_rest = own.resident_bytes
         for name, attacks in (*((attack, [attack]) for attack in options.attacks), ("all", list(options.attacks))):
-            rows += attack_rows(console, name, attacks, victim, own, other, at_rest, options)
+            new = attack_rows(console, name, attacks, victim, own, other, at_rest, options)
+            console.print(*new)  # what was measured is not lost if the run is ended
+            rows += new
             victim.check()
     console.print(report.table("Calls of one tenant while another attacks", CAPTION, rows, COLUMNS))
     report.write_json(options.out / "under_attack.json", "under_attack", {"context": options.context}, rows)
