@@ -16,6 +16,8 @@ from attnd.planes.targets import Target, join_host_port
 
 # Seconds for asking why there is no connection.
 WHY_S = 0.5
+# Seconds for that and for asking each address of a name apart, with its resolution.
+ALL_WHY_S = 3 * WHY_S
 # What an RPC without a connection is told of an address where nobody listens.
 _REFUSED = "Failed to connect to remote host"
 _HINTS = (

@@ -15,7 +15,7 @@ from attnd import forks
 from attnd.credentials import NO_CREDENTIALS, Credentials
 from attnd.errors import AttndError, Disconnected, Unauthenticated, ended
 from attnd.planes import call_threads
-from attnd.planes.channels import WHY_S, open_channel
+from attnd.planes.channels import ALL_WHY_S, WHY_S, open_channel
 from attnd.planes.grpc_errors import explained, translate
 from attnd.planes.grpc_options import KEEPALIVE_S, grpc_options
 from attnd.planes.grpc_stream import GrpcStream, StreamingCall
@@ -56,12 +56,12 @@ class GrpcTransport:
             metadata = self._metadata()
             ask = partial(self._ask, method, request, left_s, wait, timeout_s if wait else 0)
             try:
-                return call_threads.run(partial(ask, metadata), left_s + WHY_S)
+                return call_threads.run(partial(ask, metadata), left_s + ALL_WHY_S)
             except Unauthenticated:
                 renewed = self._renewed(metadata)
                 if renewed is None:
                     raise
-            return call_threads.run(partial(ask, renewed), left_s + WHY_S)
+            return call_threads.run(partial(ask, renewed), left_s + ALL_WHY_S)
 
         return retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
 

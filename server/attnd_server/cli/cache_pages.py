@@ -63,25 +63,28 @@ def _moved(data: bytes, is_k: bool, config: Geometry, *, to_pages: bool) -> byte
     """From token order to the layout of pages, or back; the two are alike in the unified one."""
     if config.layout is Layout.UNIFIED or not data:
         return data
-    item = ITEM_SIZES[config.kv_dtype]
+    item, size = ITEM_SIZES[config.kv_dtype], config.page_size
     # In a page the two orders of units are [page_size, num_units] and [num_units, page_size]: of K a unit is the lanes
     # of a group, of V an element.
     unit = DISTINCT_LANES * item if is_k else item
     num_units = config.num_kv_heads * (config.head_dim // DISTINCT_LANES if is_k else config.head_dim_v)
     word = min(unit, 8)
-    parts, size = unit // word, config.page_size
-    source = array(_WORDS[word], data)
-    target = array(_WORDS[word], bytes(len(data)))
-    stride = num_units * parts
-    for first in range(0, len(source), size * stride):
-        page = source[first : first + size * stride]
-        for index in range(stride):  # a word of a unit, of each slot
-            where, part = divmod(index, parts)
-            lies = slice(first + where * size * parts + part, first + (where + 1) * size * parts, parts)
-            if to_pages:
-                target[lies] = page[index::stride]
-            else:
-                target[first + index : first + size * stride : stride] = source[lies]
+    parts = unit // word  # words of a unit
+    row = num_units * parts  # words of a token
+    source, target = array(_WORDS[word], data), array(_WORDS[word], bytes(len(data)))
+    for slot in range(size):  # of every page: its units lie in steps that go on from page to page
+        rows = range(slot * row, len(source), size * row)
+        steps = [slice(slot * parts + part, None, size * parts) for part in range(parts)]
+        if to_pages:
+            tokens = array(_WORDS[word], b"".join(source[first : first + row].tobytes() for first in rows))
+            for part, step in enumerate(steps):
+                target[step] = tokens[part::parts]
+            continue
+        tokens = array(_WORDS[word], bytes(len(rows) * row * word))
+        for part, step in enumerate(steps):
+            tokens[part::parts] = source[step]
+        for index, first in enumerate(rows):
+            target[first : first + row] = tokens[index * row : (index + 1) * row]
     return target.tobytes()
 
 
