@@ -24,7 +24,7 @@ from attnd_server.attention.ops import Plan
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.memory import is_memory_error
-from attnd_server.execution import batch, cost, kept_plans, runner, step
+from attnd_server.execution import batch, cost, kept_plans, step, turns
 from attnd_server.execution.cost import cost_of, most_work
 from attnd_server.execution.kept_plans import KeptPlans, Plans, tensor_bytes
 from attnd_server.execution.queue import Job
@@ -217,7 +217,7 @@ def test_a_reply_that_finds_no_memory_has_stored_nothing(server: Waiting) -> Non
 def long_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call is long, and each turn one piece; a piece is one head of one request."""
     monkeypatch.setattr(cost, "LONG_WORK", 0)
-    monkeypatch.setattr(runner, "TURN_S", 0.0)
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
     monkeypatch.setattr(part_costs, "MAX_PRODUCTS", 1)
 
 
@@ -351,6 +351,29 @@ def test_a_call_ends_between_its_pieces_and_has_stored_nothing(
         assert slots.are_as_before
 
 
+@pytest.mark.usefixtures("long_calls")
+@pytest.mark.parametrize("first", ["is over", "is cancelled"])
+def test_a_principal_has_one_long_call_begun_so_that_what_it_holds_is_bounded(
+    server: Waiting, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    gate = Gate(monkeypatch)
+    *works, last = [long_caller(server, seed)[2] for seed in range(4)]
+    outcomes = [Outcome(server.service, work) for work in works]
+    gate.wait()
+    for _ in range(3):  # turns of the first: the others' come between and are not begun
+        gate.opened.release()
+        gate.wait()
+    assert [outcome.job.rest is not None for outcome in outcomes] == [True, False, False]
+    late = Outcome(server.service, last, timeout_s=0.0)
+    if first == "is cancelled":
+        server.service.executor.cancel(outcomes[0].job)
+    gate.open()
+    assert isinstance(late.wait(), DeadlineExceeded)  # it waited, however often its turn came
+    expected = Cancelled if first == "is cancelled" else type(None)
+    assert [type(outcome.wait()) for outcome in outcomes] == [expected, type(None), type(None)]
+    assert all(outcome.job.rest is None for outcome in outcomes)
+
+
 def slots_of(cache: Cache, caller: Caller) -> list[Any]:
     slots = torch.tensor([slot for slot in caller.metadata().slot_mapping if slot >= 0])
     return [each.tolist() for each in cache.read(0, slots)]
@@ -362,7 +385,7 @@ def slots_before(slots: Slots) -> list[Any]:
 
 def test_work_in_pieces_goes_on_to_its_end_once_it_was_begun(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the pages that are to be copied would be worse than none."""
-    monkeypatch.setattr(runner, "TURN_S", 0.0)
+    monkeypatch.setattr(turns, "TURN_S", 0.0)
     reached, opened = threading.Event(), threading.Event()
 
     def work() -> Pieces:

@@ -143,7 +143,8 @@ class Executor:
         A call in pieces that is running ends before the next of them. SideWork and what else was started go on.
         """
         job.is_cancelled = True
-        self._queue.remove(job)
+        if self._queue.remove(job):
+            job.rest = None  # and what it holds
 
     def run_now(self, work: Work) -> bytes | None:
         """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
@@ -275,7 +276,7 @@ class Executor:
             self._began, self.running_cache_id = time.monotonic(), job.cache_id
             started = time.perf_counter()
             jobs = [job]
-            if self.runner.begin_in_pieces(job):
+            if self.runner.runs_in_turns(job):
                 outcomes = [self.runner.turn(job)]
             else:
                 if self._queue.depth:

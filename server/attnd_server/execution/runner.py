@@ -18,17 +18,13 @@ from attnd_server.execution.batch import SharedLaunches, batch_of
 from attnd_server.execution.pieces import attend_in_pieces
 from attnd_server.execution.queue import IsWorthIt, Job, Joins
 from attnd_server.execution.step import Call, Result, attend
+from attnd_server.execution.turns import Outcome, Turns
 from attnd_server.execution.work import Cancelled, Pieces, Work, WorkInPieces
 
 log = logging.getLogger(__name__)
 
 # One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
 TIMED_EVERY = 16
-# Seconds of a turn of a long call. It ends after the piece that is running then.
-TURN_S = 0.02
-
-Outcome = tuple[bytes | None, BaseException | None]
-"""What is given to `Done`."""
 
 
 class Observer(Protocol):
@@ -79,6 +75,7 @@ class Runner:
         self._faults = faults
         self._observer = observer
         self.ended = ""
+        self._turns = Turns(self._reason_against, self._begin, self.told)
 
     def forget(self) -> None:
         """Keeps no plans of steps that are over."""
@@ -105,33 +102,17 @@ class Runner:
         """What comes of some work, which waited for so long. With the device, unless it is SideWork."""
         return self._reply(work, queue_us) if isinstance(work, Call) else work()
 
-    def begin_in_pieces(self, job: Job) -> bool:
-        """Whether a job is so long that it runs in turns. With the device."""
+    def runs_in_turns(self, job: Job) -> bool:
+        """Whether a job runs in pieces, with turns of others between. With the device."""
         work = job.work
-        if job.rest is None and isinstance(work, Call) and work.is_long:
-            job.rest = self._reply_in_pieces(work, _waited_us(job, time.perf_counter()))
-        elif job.rest is None and isinstance(work, WorkInPieces):
-            job.rest = work.work()
-        return job.rest is not None
+        return job.rest is not None or isinstance(work, WorkInPieces) or (isinstance(work, Call) and work.is_long)
 
     def turn(self, job: Job) -> Outcome | None:
-        """Goes on with a job that runs in pieces; None: something is left of it. With the device."""
-        assert job.rest is not None
-        error = self._reason_against(job)
-        if error is not None:
-            job.rest.close()
-            return None, error
-        started = time.perf_counter()
-        try:
-            next(job.rest)
-            while time.perf_counter() - started < TURN_S:
-                next(job.rest)
-        except StopIteration as end:
-            return end.value, None
-        except Exception as fault:
-            return None, self.told(fault)
-        job.ran_s += time.perf_counter() - started
-        return None
+        """Goes on with a job that runs in turns; None: something is left of it. With the device."""
+        return self._turns.turn(job)
+
+    def _begin(self, job: Job) -> Pieces:
+        return job.work.work() if isinstance(job.work, WorkInPieces) else self._reply_in_pieces(job)
 
     def _reply(self, call: Call, queue_us: int) -> bytes:
         """Attends a call and encodes its reply."""
@@ -141,8 +122,10 @@ class Runner:
         result = self.attend(call)
         return self._encoded(call, result, queue_us, time.perf_counter() - started)
 
-    def _reply_in_pieces(self, call: Call, queue_us: int) -> Pieces:
+    def _reply_in_pieces(self, job: Job) -> Pieces:
         """As `_reply`, of a long call."""
+        assert isinstance(job.work, Call)
+        call, queue_us = job.work, _waited_us(job, time.perf_counter())
         if self._observer is not None:
             call = self._observer.begins(call)
         ran_s, pieces = 0.0, attend_in_pieces(call, self.ops)
