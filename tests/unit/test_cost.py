@@ -15,6 +15,7 @@ import torch
 import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd.protocol import requests
+from attnd.v1 import cache_pb2
 from attnd_server.attention.backends import part_costs
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.sdpa import SdpaAttention
@@ -32,6 +33,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Cancelled, Pieces, Work, WorkInPieces
 from attnd_server.inproc import PRINCIPAL, InprocTransport
 from attnd_server.kv.cache import Cache
+from attnd_server.service import kv_requests
 from attnd_server.service.service import AttentionService
 from tests.shared_calls import HEADS, PAGE, Caller, Waiting, waiting
 
@@ -489,3 +491,26 @@ def test_pages_that_were_written_are_counted_as_they_come(server: Waiting) -> No
     assert cache.written_pages.tolist() == [0, 1, 3, 5]
     assert cache.num_pages_written == 4
     assert caller.cache.info().num_pages_written == 4
+
+
+def test_written_pages_of_a_cache_with_very_many_are_looked_for_beside_the_event_loop(
+    server: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = Caller(server, [5], seed=1)
+    request = cache_pb2.RenewCacheRequest(cache=caller.cache.ref, with_written_pages=True).SerializeToString()
+    renew = server.service.unary["RenewCache"]
+    at_once = renew(request, PRINCIPAL)
+    assert isinstance(at_once, bytes)
+    monkeypatch.setattr(kv_requests, "MANY_PAGES", caller.num_pages - 1)
+    work = renew(request, PRINCIPAL)
+    assert not isinstance(work, bytes)
+    (answer,) = server.together([work])
+    assert isinstance(answer, bytes)
+    told = [cache_pb2.RenewCacheResponse.FromString(each) for each in (at_once, answer)]
+    assert told[0].written_pages == told[1].written_pages
+    assert told[1].cache.num_pages_written == caller.num_pages
+    monkeypatch.setattr(kv_requests, "MAX_TOLD_PAGES", caller.num_pages - 1)
+    with pytest.raises(Exhausted, match=f"{caller.num_pages} pages of the cache were written, but an answer tells at"):
+        renew(request, PRINCIPAL)
+    without = cache_pb2.RenewCacheRequest(cache=caller.cache.ref).SerializeToString()
+    assert isinstance(renew(without, PRINCIPAL), bytes)

@@ -163,6 +163,16 @@ def test_a_long_call_of_one_is_its_own_threads_business(served: Served, monkeypa
         assert served.threads[-1] == LOOP
 
 
+def test_a_call_of_one_token_and_many_heads_is_its_own_threads_business(served: Served) -> None:
+    heads, step = torch.ones(1, 4096, 16), attnd.StepMetadata([1], [1200], [[0] * 300], [4], kind="decode")
+    with served.client.create_cache(**GEOMETRY) as cache, cache.session() as session, raw_client(served):
+        for _ in range(2):
+            attend(session)
+        assert served.threads[-1] == LOOP
+        session.step(step).attend(0, heads, K, V)
+        assert served.threads[-1] == EXECUTOR
+
+
 class FullEpoll:
     """Watches those who are there, and nobody else."""
 

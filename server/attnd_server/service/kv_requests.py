@@ -1,4 +1,4 @@
-"""Requests that read and write KV without attention: StoreKv, ReadKv, CopyPages."""
+"""Requests about what a cache holds, without attention: StoreKv, ReadKv, CopyPages, RenewCache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from functools import partial
 
 import torch
 
+from attnd.errors import Exhausted
 from attnd.protocol import frames
+from attnd.protocol.packing import tensor
 from attnd.protocol.tensors import to_array
 from attnd.v1 import attention_pb2, cache_pb2
 from attnd_server.attention.kernels.pages import StoredTokens
@@ -19,6 +21,8 @@ from attnd_server.service import validation
 
 # Bytes of K and V in one chunk of ReadKv.
 READ_CHUNK_BYTES = 4 << 20
+# Pages of a cache from which it takes milliseconds to look at all, and that are told in one answer.
+MANY_PAGES, MAX_TOLD_PAGES = 1 << 20, 1 << 22
 
 
 class KvRequests:
@@ -75,3 +79,22 @@ class KvRequests:
             return cache_pb2.CopyPagesResponse(num_pages=len(sources)).SerializeToString()
 
         return WorkInPieces(cache.id, principal, work)
+
+    def renew_cache(self, data: bytes, principal: str) -> bytes | Work:
+        """RenewCache."""
+        request = frames.parse(cache_pb2.RenewCacheRequest, data)
+        cache = self._caches.get(request.cache, principal)
+        if not request.with_written_pages:
+            return cache_pb2.RenewCacheResponse(cache=cache.info()).SerializeToString()
+        if cache.num_pages_written > MAX_TOLD_PAGES:
+            use = f"{cache.num_pages_written} pages of the cache were written"
+            raise Exhausted(f"{use}, but an answer tells at most {MAX_TOLD_PAGES}", field="with_written_pages")
+
+        def work() -> bytes:
+            response = cache_pb2.RenewCacheResponse(cache=cache.info())
+            pages = to_array(cache.written_pages.to(torch.int32), "written_pages")
+            response.written_pages.CopyFrom(tensor(pages))
+            response.cache.num_pages_written = pages.shape[0]  # of the same moment
+            return response.SerializeToString()
+
+        return on_cache(cache, work) if cache.config.num_pages > MANY_PAGES else work()

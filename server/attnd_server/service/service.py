@@ -9,13 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-import torch
 from google.protobuf.message import Message
 
 from attnd.errors import AttndError, Disconnected, InvalidRequest, to_message
 from attnd.protocol import frames
-from attnd.protocol.packing import tensor
-from attnd.protocol.tensors import Array, to_array
+from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -96,7 +94,7 @@ class AttentionService:
         self.unary: dict[str, Callable[[bytes, str], bytes | Work]] = {
             "GetCapabilities": self.get_capabilities,
             "CreateCache": self.create_cache,
-            "RenewCache": self.renew_cache,
+            "RenewCache": self.kv.renew_cache,
             "AdoptCache": self.adopt_cache,
             "DeleteCache": self.delete_cache,
             "ListCaches": self.list_caches,
@@ -141,17 +139,6 @@ class AttentionService:
             return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
 
         return new_cache(principal, work)
-
-    def renew_cache(self, data: bytes, principal: str) -> bytes:
-        """RenewCache."""
-        request = frames.parse(cache_pb2.RenewCacheRequest, data)
-        cache = self.caches.get(request.cache, principal)
-        response = cache_pb2.RenewCacheResponse(cache=cache.info())
-        if request.with_written_pages:
-            pages = to_array(cache.written_pages.to(torch.int32), "written_pages")
-            response.written_pages.CopyFrom(tensor(pages))
-            response.cache.num_pages_written = pages.shape[0]  # of the same moment
-        return response.SerializeToString()
 
     def adopt_cache(self, data: bytes, principal: str) -> bytes:
         """AdoptCache."""
