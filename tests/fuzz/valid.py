@@ -152,7 +152,7 @@ def call(random_: random.Random, info: cache_pb2.CacheInfo, of: step_pb2.Step) -
     config = info.config
     num_tokens = array("i", of.cu_seqlens_q.data)[-1]
     message = step_pb2.Call(step_id=of.id, layer=random_.randrange(config.num_layers))
-    num_heads = config.num_kv_heads * random_.choice((1, 2))
+    num_heads = config.num_kv_heads * random_.choice((1, 1, 2, 2, 100))
     if random_.random() < 0.5:
         message.options.CopyFrom(options(random_, num_heads))
     if not of.store_only:
