@@ -33,7 +33,6 @@ _REASONS = (
     errors.Unauthenticated,
     errors.DeadlineExceeded,
     errors.Disconnected,
-    errors.Ended,  # of clients alone; so all classes are there
     errors.ServerFault,
 )
 
