@@ -78,7 +78,7 @@ class ServerConfig:
     )
     max_caches: int = setting(256, Kind.COUNT, LIMITS, "Caches at one time.", unit="caches", low=1)
     max_step_bytes: int = setting(
-        512 << 20, Kind.BYTES, LIMITS, "Page tables, slots and lengths of all steps that are open.", low=1 << 20
+        256 << 20, Kind.BYTES, LIMITS, "Page tables, slots and lengths of all steps that are open.", low=1 << 20
     )
     max_message_bytes: int = setting(
         MAX_MESSAGE_BYTES,

@@ -41,7 +41,7 @@ TABLE_BYTES = 4 * MOST_ELEMENTS
 # Steps of as many streams: eight times 8 MiB of each where all are kept.
 NUM_STREAMS, NUM_STEPS = 40, 9
 # Half of the server's, where there are several principals.
-PRINCIPAL_BYTES = 256 << 20
+PRINCIPAL_BYTES = 128 << 20
 
 
 @contextmanager

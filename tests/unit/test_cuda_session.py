@@ -455,6 +455,27 @@ def test_a_draining_server_ends_the_session_at_the_next_step(tmp_path: Path, mon
                 session.step(metadata(1, 1))
 
 
+def test_a_draining_server_waits_for_a_step_and_not_for_an_idle_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with host_channels.serving(tmp_path, monkeypatch) as (client, planes, server):
+        with client.create_cache(**GEOMETRY) as cache, cache.session() as idle, cache.session() as busy:
+            one_step(idle)
+            step = busy.step(metadata(1, 1), num_heads=HEADS)
+            step.attend(0, *new_tokens(1))
+            server.drain()
+            stopping = threading.Thread(target=server.stop, args=(600,))
+            stopping.start()
+            assert wait_until(lambda: planes.channels[0].is_closed)
+            assert not planes.channels[1].is_closed
+            for layer in (1, 2):
+                step.attend(layer, *new_tokens(1))
+            step.finish()
+            stopping.join(60)
+            assert not stopping.is_alive()
+            assert wait_until(lambda: planes.channels[1].is_closed)
+
+
 def test_cuda_planes_have_a_limit_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with host_channels.serving(tmp_path, monkeypatch, max_cuda_planes=1, max_planes=1) as (client, _, _):
         with client.create_cache(**GEOMETRY) as cache, cache.session() as one, cache.session(plane="shm") as shm:

@@ -11,8 +11,8 @@ from attnd.errors import Exhausted
 from attnd_server.config import PrincipalLimits, ServerConfig
 from attnd_server.identity.quota import Quota
 
-WHOLE = PrincipalLimits(kv_bytes=1001, caches=256, sessions=256, queue_depth=1024, step_bytes=512 << 20)
-HALF = PrincipalLimits(kv_bytes=501, caches=128, sessions=128, queue_depth=512, step_bytes=256 << 20)
+WHOLE = PrincipalLimits(kv_bytes=1001, caches=256, sessions=256, queue_depth=1024, step_bytes=256 << 20)
+HALF = PrincipalLimits(kv_bytes=501, caches=128, sessions=128, queue_depth=512, step_bytes=128 << 20)
 
 
 def shares(limit: int, share: int) -> Quota:

@@ -31,7 +31,7 @@ KNOWN = {
         "--max-context-len": ("ATTND_MAX_CONTEXT_LEN", 1048576),
         "--max-call-s": ("ATTND_MAX_CALL_S", 120.0),
         "--max-caches": ("ATTND_MAX_CACHES", 256),
-        "--max-step-bytes": ("ATTND_MAX_STEP_BYTES", 536870912),
+        "--max-step-bytes": ("ATTND_MAX_STEP_BYTES", 268435456),
         "--max-message-bytes": ("ATTND_MAX_MESSAGE_BYTES", 268435456),
         "--max-sessions": ("ATTND_MAX_SESSIONS", 256),
         "--max-connection-rpcs": ("ATTND_MAX_CONNECTION_RPCS", 1024),

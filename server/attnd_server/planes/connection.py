@@ -65,6 +65,7 @@ class PlaneConnection(threading.Thread):
         finally:
             self._planes.forget(self._plane)
             self._connections.pop(self, None)
+            self._session = None  # its region lies in memory that is to go now
             self._socket.close()
 
     @property

@@ -15,7 +15,9 @@ from attnd_server.execution.step import Step
 # Steps that a stream keeps however large they are: as many calls of a session may be under way, each of another step,
 # and the client builds upon the last ones.
 LEAST_OPEN_STEPS = 4
-# Bytes up to which it keeps more than those.
+# Of these it lets older ones go for a new one where there is no more room: those that build upon each other stay.
+LAST_STEPS = 3
+# Bytes up to which it keeps more.
 MANY_STEPS_BYTES = 4 << 20
 # Bytes that a step takes beside its arrays; bytes of the arrays for each of its requests, in `AttentionMetadata` and
 # for checking them: seven int64 and seven int32, lengths as Python's numbers, and bounds.
@@ -136,7 +138,7 @@ class KeptSteps(OrderedDict[int, Step]):
             try:
                 return self._room.take(self._principal, num_bytes)
             except Exhausted:
-                if len(self) < LEAST_OPEN_STEPS or next(iter(self)) == base_id:
+                if len(self) < LAST_STEPS or next(iter(self)) == base_id:
                     raise
             self._drop()
 
