@@ -90,7 +90,7 @@ class Cache(Sessions):
     def delete(self) -> None:
         """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
-        self.close_sessions()
+        self.close_sessions(CacheLost(f"cache {self.ref.id.hex()} was deleted"))
         self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:

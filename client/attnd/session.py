@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from attnd import traces
-from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault, Unauthenticated, from_message
+from attnd.errors import AttndError, CacheLost, Disconnected, Exhausted, ServerFault, Unauthenticated, from_message
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.leases import Lease
 from attnd.planes.retry_deadline import RetryDeadline
@@ -55,6 +55,7 @@ class Session:
         self._going_away = ""
         self._is_midway = False  # whether a message may have gone or come that `_unanswered` does not know of
         self._turn = Turn("session")
+        self.lost: CacheLost | None = None  # that the cache was deleted
 
     def step(self, metadata: Any) -> Step:
         """Opens a step. Sends its metadata once and does not wait: a refusal comes with the step's first call.
@@ -171,7 +172,7 @@ class Session:
     ) -> PendingCall:
         stream = self._stream
         if stream is None or stream is not step.stream:
-            raise Disconnected("the step's stream has ended; open the step again")
+            raise self.lost or Disconnected("the step's stream has ended; open the step again")
         if step.error is not None:
             raise step.error
         if len(self._unanswered) >= MAX_CALLS_UNDER_WAY:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Literal, overload
 
+from attnd.errors import CacheLost
 from attnd.planes.choice import check_plane
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.leases import Lease
@@ -18,12 +19,13 @@ class Sessions:
         """Has no session."""
         self._sessions: weakref.WeakValueDictionary[int, Session | CudaSession] = weakref.WeakValueDictionary()
 
-    def close_sessions(self) -> None:
-        """Ends the streams of all its sessions that somebody has."""
+    def close_sessions(self, lost: CacheLost | None = None) -> None:
+        """Ends the streams of all its sessions that somebody has. Their steps raise `lost`, if the cache has gone."""
         for reference in self._sessions.valuerefs():
             session = reference()
             if session is not None:
                 session.close()
+                session.lost = lost
 
     @overload
     def session(self: Lease, *, plane: Literal["cuda"]) -> CudaSession: ...  # type: ignore[overload-overlap]  # a str, too

@@ -88,7 +88,7 @@ class AsyncCache(AsyncSessions):
     async def delete(self) -> None:
         """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
-        await self.close_sessions()
+        await self.close_sessions(CacheLost(f"cache {self.ref.id.hex()} was deleted"))
         await self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
 
     async def copy_pages(self, sources: list[int], targets: list[int]) -> None:

@@ -12,7 +12,15 @@ from attnd import traces
 from attnd.aio.homes import Home
 from attnd.aio.leases import AsyncLease
 from attnd.aio.streams import AsyncStream
-from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, Unauthenticated, from_message
+from attnd.errors import (
+    AttndError,
+    CacheLost,
+    DeadlineExceeded,
+    Disconnected,
+    ServerFault,
+    Unauthenticated,
+    from_message,
+)
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.retry_deadline import RetryDeadline
 from attnd.planes.sent_steps import SentSteps
@@ -84,14 +92,19 @@ class AsyncSession:
         kind, message, *_ = answer.result()
         self._steps.answered(step_id, kind, message)
 
-    async def close(self) -> None:
-        """Ends the stream. The cache stays. The next step opens another stream."""
+    async def close(self, lost: CacheLost | None = None) -> None:
+        """Ends the stream. The cache stays. The next step opens another stream.
+
+        Args:
+            lost: what steps of the stream raise from now on; None: Disconnected.
+        """
         if not self._home.is_here:
             return  # it is the parent's
         self._home.check()
         async with self._opening:
             stream, self._stream = self._stream, None
         if stream is not None:
+            stream.lost = lost
             await stream.close()
 
     async def __aenter__(self) -> AsyncSession:

@@ -7,6 +7,7 @@ import weakref
 from attnd.aio.choice import check_plane
 from attnd.aio.leases import AsyncLease
 from attnd.aio.session import AsyncSession
+from attnd.errors import CacheLost
 
 
 class AsyncSessions:
@@ -16,12 +17,12 @@ class AsyncSessions:
         """Has no session."""
         self._sessions: weakref.WeakValueDictionary[int, AsyncSession] = weakref.WeakValueDictionary()
 
-    async def close_sessions(self) -> None:
-        """Ends the streams of all its sessions that somebody has."""
+    async def close_sessions(self, lost: CacheLost | None = None) -> None:
+        """Ends the streams of all its sessions that somebody has. Their steps raise `lost`, if the cache has gone."""
         for reference in self._sessions.valuerefs():
             session = reference()
             if session is not None:
-                await session.close()
+                await session.close(lost)
 
     def session(self: AsyncLease, *, plane: str = "") -> AsyncSession:
         """A session: the way to run steps.

@@ -28,6 +28,7 @@ class AsyncStream:
         plane: how the tensors of calls travel.
         is_open: until it is closed or breaks.
         going_away: why the server wants no more steps; "": it does.
+        lost: what is raised of the cache, once it was deleted.
     """
 
     plane = "inline"
@@ -40,6 +41,7 @@ class AsyncStream:
         self._writing = asyncio.Lock()
         self._progress: asyncio.Future[None] | None = None  # of who cannot send before something is answered
         self._home = Home("session")
+        self.lost: AttndError | None = None
 
     def step_request(self, step: step_pb2.Step) -> bytes:
         """What opens a step, for `ask`."""
@@ -75,7 +77,7 @@ class AsyncStream:
     async def _made(self, request: Callable[[], bytes], timeout_s: float) -> bytes:
         while True:
             if not self.is_open:
-                raise Disconnected("the step's stream has ended; open the step again")
+                raise self.lost or Disconnected("the step's stream has ended; open the step again")
             try:
                 return request()
             except Exhausted:

@@ -115,8 +115,8 @@ class GrpcTransport:
             for chunk in islice(chain(chunks, [None]), CHUNKS_AHEAD):
                 sending.put(chunk)  # None says that there are no more
             while (data := call.receive(timeout_s + call_threads.GRACE_S)) is not None:
+                yield data  # first: who makes the chunks may want to know of answers
                 sending.put(next(chunks, None))
-                yield data
         finally:
             call.cancel()
 

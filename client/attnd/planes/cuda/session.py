@@ -76,6 +76,7 @@ class CudaSession:
         self._last_step_id = 0
         self._unanswered: deque[CudaStep] = deque()
         self._turn = Turn("session")
+        self.lost: AttndError | None = None  # that the cache was deleted
         self._end_plane: Any = None  # closes the plane of a session that nobody has any more
         self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
 
