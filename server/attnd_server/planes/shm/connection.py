@@ -82,9 +82,12 @@ class ShmConnection:
         results: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
         executor.submit(work, lambda *settled: results.put(settled), timeout_s, is_wanted=self._is_wanted)
         result, error = results.get()
-        if error is not None:
-            raise error
-        return result or b""
+        try:
+            if error is not None:
+                raise error
+            return result or b""
+        finally:
+            del error  # its traceback has this frame, and so the call with its region, until garbage is collected
 
     def _is_wanted(self) -> bool:
         """Whether the client's end of the socket is open, whatever it has sent. From any thread.
