@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import suppress
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
@@ -252,6 +253,7 @@ def _received() -> dict[str, int]:
     return received
 
 
+@lru_cache(4_096)
 def _key(peer: str) -> str:
     """The peer of gRPC's context, "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5", as `_received` names it."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")

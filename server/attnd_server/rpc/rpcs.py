@@ -55,11 +55,18 @@ class Rpcs:
         """Waits until nothing is under way any more, but not for longer; streams with nothing under way have ended."""
         await self._open.wait_until_idle(timeout_s)
 
-    async def _only_request(self, context: Context) -> bytes:
-        """The request of a method that has one. What comes behind it is never read."""
+    async def _only_request(self, context: Context, waits: bool = False) -> bytes:
+        """The request of a method that has one. What comes behind it is never read.
+
+        Args:
+            context: of its RPC.
+            waits: whether it is read only once the principal's other messages leave room for it.
+        """
         try:
             principal = self._principals.of(context)
             share = self._shares.of(principal)
+            if waits and not share.reads_on():
+                await share.until_it_reads_on()
             share.begin_unary()
             finished: Any = context.add_done_callback
             finished(share.finish_unary)
@@ -70,14 +77,6 @@ class Rpcs:
         if data is grpc.aio.EOF:
             await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
         return data  # type: ignore[no-any-return]
-
-    async def _large_request(self, context: Context) -> bytes:
-        """Likewise, once the principal's other messages leave room for it."""
-        try:
-            await self._shares.of(self._principals.of(context)).until_it_reads_on()
-        except AttndError as error:
-            await self._abort(context, error)
-        return await self._only_request(context)
 
     async def _answered(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
         """As `_finish`, once there is room for the answer. It counts until the RPC has ended, and was taken."""

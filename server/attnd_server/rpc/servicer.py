@@ -76,7 +76,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
-            name: LateReading(self._unary(method), self._large_request if name in LARGE else self._only_request)
+            name: LateReading(self._unary(method), partial(self._only_request, waits=name in LARGE))
             for name, method in service.unary.items()
         }
         self._handlers = {

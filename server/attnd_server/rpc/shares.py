@@ -157,10 +157,11 @@ class Shares:
         """Nobody has any. The arguments are those of a share."""
         self._arguments = config, num_checks, max_unary
         self._shares: WeakValueDictionary[str, Share] = WeakValueDictionary()
+        self._last: Share | None = None  # so that whoever calls again and again gets the same one
 
     def of(self, principal: str) -> Share:
         """A principal's, which lasts as long as somebody has it."""
         share = self._shares.get(principal)
         if share is None:
-            share = self._shares[principal] = Share(*self._arguments)
+            share = self._last = self._shares[principal] = Share(*self._arguments)
         return share
