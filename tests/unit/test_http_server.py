@@ -174,7 +174,7 @@ def test_idle_connections_take_no_threads_few_descriptors_and_nobodys_place(endp
             if index % 50 == 0:
                 assert ask(endpoint)[0] == 200
         assert ask(endpoint)[0] == 200
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
         assert len(os.listdir("/proc/self/fd")) <= descriptors + 300 + MAX_CONNECTIONS
 
 
