@@ -51,6 +51,7 @@ STRICTER = (
     "but the plane's region ends at byte 256",
     "but must be one of",  # a dtype that has no size
     "but must have at most 8 extents",
+    "starts a field beyond the",  # more fields than a message of ours has
 )
 
 _memory = mmap.mmap(-1, 256)
@@ -83,9 +84,9 @@ def check(name: str, data: bytes, region: Region | None = None) -> str:
     else:
         told = ""
     if told:
-        assert any(rule in told for rule in STRICTER), f"{name} {data!r}: {told}"
+        assert any(rule in told for rule in STRICTER), f"{name} {data[:999]!r}: {told}"
         return "stricter"
-    assert plain is not None, f"{name} {data!r}: protobuf refuses what was accepted"
+    assert plain is not None, f"{name} {data[:999]!r}: protobuf refuses what was accepted"
     expected = {}
     held = getattr(plain, holder) if holder else plain
     for field in fields:
@@ -95,8 +96,8 @@ def check(name: str, data: bytes, region: Region | None = None) -> str:
             expected[field] = (tensor.dtype, tuple(tensor.shape), _elements(tensor, found.data.nbytes))
             held.ClearField(field)
     found_all = {field: (array.dtype, array.shape, bytes(array.data)) for field, array in tensors.items()}
-    assert found_all == expected, f"{name} {data!r}: {found_all} instead of {expected}"
-    assert message == plain, f"{name} {data!r}: {message} instead of {plain}"
+    assert found_all == expected, f"{name} {data[:999]!r}: {found_all} instead of {expected}"
+    assert message == plain, f"{name} {data[:999]!r}: {message} instead of {plain}"
     return "accepted"
 
 
