@@ -104,6 +104,8 @@ class Attack:
         else:
             self._count(method, "done", doing)
             self._done(method, data, context.answers)
+        finally:
+            context.end()
         if f"{method}Request" in FRAMES:
             check_decoder(f"{method}Request", data)
         self.world.check(doing)
@@ -114,6 +116,7 @@ class Attack:
         ]
         context, doing = Context(), f"StoreKv {[data.hex() for data in sent]}"
         await self.world.servicer.store_kv(_stream(sent), context)  # type: ignore[arg-type]
+        context.end()
         for data, answer in zip(sent, context.answers, strict=True):
             reply = attention_pb2.StoreKvResponse.FromString(answer)
             self._count("StoreKv", _reason(reply), doing)
@@ -150,6 +153,7 @@ class Attack:
         ]
         context, doing = Context(), f"Attend {[data.hex() for data in sent]}"
         await self.world.servicer.attend(_stream(sent), context)  # type: ignore[arg-type]
+        context.end()
         model = StreamModel(self.world)
         for data, answer in zip(sent, context.answers, strict=True):
             reply = attention_pb2.AttendResponse.FromString(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ class Context:
         self.principal = CALLER
         self.answers: list[bytes] = []
         self.code: grpc.StatusCode | None = None
+        self._at_the_end: list[Callable[[Any], None]] = []
 
     def invocation_metadata(self) -> tuple[()]:
         """None."""
@@ -28,6 +30,16 @@ class Context:
 
     def time_remaining(self) -> None:
         """For ever."""
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """To be called once the RPC has ended."""
+        self._at_the_end.append(callback)
+
+    def end(self) -> None:
+        """The RPC has ended, and its answers were taken."""
+        callbacks, self._at_the_end = self._at_the_end, []
+        for callback in callbacks:
+            callback(self)
 
     async def write(self, answer: bytes) -> None:
         """Keeps an answer."""
