@@ -90,6 +90,16 @@ def test_the_cost_is_that_of_what_is_seen() -> None:
     assert whole == 2 * work(1 << 16)
 
 
+def test_the_specification_has_a_gpu_for_a_moment_only() -> None:
+    """377 KB that ask for 12 G scores."""
+    step, config = decode_step(1, 256, 1 << 18, 16), AttentionConfig(1, 1, 8, 1)
+    naive = AttentionOptions(46, 1.0, backend=AttentionBackend.NAIVE)
+    with pytest.raises(Exhausted, match="q asks for .* products"):
+        cost_of(config, step, naive, CUDA)
+    cost_of(config, step, naive, CPU)
+    cost_of(config, step, AttentionOptions(46, 1.0), CUDA)
+
+
 def test_what_a_call_may_ask_for_follows_the_time_that_it_has() -> None:
     def most(device: torch.device, num_threads: int = 1, *, has_kernels: bool = True, **settings: float) -> float:
         return most_work(ServerConfig(**settings), device, num_threads, has_kernels=has_kernels)  # type: ignore[arg-type]

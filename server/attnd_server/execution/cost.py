@@ -28,6 +28,9 @@ GATHERED_WORK, COPIED_WORK, REQUEST_WORK = 8, 16, 1 << 21
 FEW_PAIRS = 4_096
 # The least head dim that kernels of a GPU compute with, and how much longer torch takes there than kernels of ours.
 MIN_GPU_DIM, PLAIN_GPU_FACTOR = 16, 8
+# Most work of a call of the specification there: half a second of an H200. It is thousands of short launches from
+# Python, which wait for the interpreter where other threads are busy: 1.6 s alone were 28 s on a server under attack.
+NAIVE_GPU_WORK = 1 << 38
 # Work of a second: more than a core does, so that nothing is refused that could end in time, and less than a GPU does.
 CORE_WORK_S, GPU_WORK_S = 1 << 37, 1 << 40
 
@@ -57,6 +60,9 @@ def cost_of(
         metadata: of the step.
         options: of the layer.
         device: where it runs.
+
+    Raises:
+        Exhausted: the specification was asked for on a GPU, and would have it for too long.
     """
     on_processor, num_tokens = device.type == "cpu", metadata.num_tokens
     dims = config.head_dim + config.head_dim_v
@@ -71,6 +77,8 @@ def cost_of(
         work *= PLAIN_GPU_FACTOR
     if backend is AttentionBackend.NAIVE or (on_processor and _needs_naive(options)):
         work += REQUEST_WORK * metadata.num_reqs
+    if not on_processor and backend is AttentionBackend.NAIVE and work > NAIVE_GPU_WORK:
+        raise too_costly(work, NAIVE_GPU_WORK)
     is_small = work <= (SMALL_WORK if on_processor else SMALL_GPU_WORK)
     is_small = is_small and copied * config.dtype.itemsize <= SMALL_BYTES
     return Cost(work, is_small, on_processor and work > LONG_WORK)
@@ -114,6 +122,6 @@ def too_costly(work: int, most: float) -> Exhausted:
     """What a caller is told whose call asks for more than the `most` work."""
     return Exhausted(
         f"q asks for {work} products (new tokens x keys x heads x dims, roughly), but a call may ask for {most:.0f}, "
-        "which no device of this server computes in the time that a call has; send fewer tokens at once",
+        "which its backend does not compute here in the time that a call has; send fewer tokens at once",
         field="q",
     )
