@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import attnd
+from attnd.v1 import cache_pb2
 from tests.servers import ServerProcess
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
@@ -308,7 +309,9 @@ def test_a_cache_that_is_deleted_in_the_middle_of_a_step(client: attnd.Client, g
         calls = calls_of(1, gpu)
         step.attend(0, *calls[0])
         torch.cuda.synchronize(gpu)  # the step is under way, and not only its message
-        cache.delete()
+        # As by another worker: this cache's own `delete` ends the session.
+        request = cache_pb2.DeleteCacheRequest(cache=cache.ref).SerializeToString()
+        client.transport.unary("DeleteCache", request, 30.0)
         with client.create_cache(**GEOMETRY) as next_cache:  # its pages are zeros, whatever the step stores
             for layer in range(1, LAYERS):
                 step.attend(layer, *calls[layer])

@@ -94,7 +94,7 @@ def test_the_specification_has_a_gpu_for_a_moment_only() -> None:
     """377 KB that ask for 12 G scores."""
     step, config = decode_step(1, 256, 1 << 18, 16), AttentionConfig(1, 1, 8, 1)
     naive = AttentionOptions(46, 1.0, backend=AttentionBackend.NAIVE)
-    with pytest.raises(Exhausted, match="q asks for .* products"):
+    with pytest.raises(Exhausted, match="q asks for"):
         cost_of(config, step, naive, CUDA)
     cost_of(config, step, naive, CPU)
     cost_of(config, step, AttentionOptions(46, 1.0), CUDA)

@@ -95,6 +95,18 @@ def test_a_deleted_cache_ends_its_sessions(opened: Opened) -> None:
         attends(session)
 
 
+def test_a_step_of_a_deleted_cache_says_that_it_is_lost(opened: Opened) -> None:
+    client, _ = opened
+    cache = client.create_cache(**GEOMETRY)
+    step = cache.session(plane="cuda").step(metadata(0, 1), num_heads=HEADS)
+    step.attend(0, *new_tokens(1))
+    cache.delete()
+    with pytest.raises(attnd.CacheLost, match="deleted"):
+        step.attend(1, *new_tokens(1))
+    with pytest.raises(attnd.CacheLost, match="deleted"):
+        step.finish()
+
+
 def test_two_threads_in_a_session_are_noticed(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:

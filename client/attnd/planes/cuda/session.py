@@ -149,6 +149,8 @@ class CudaSession:
                 self._take(wait=True)
         finally:
             self._turn.end()
+        if isinstance(step.error, Disconnected) and self.lost is not None:
+            raise self.lost
         if step.error is not None:
             raise step.error
 
@@ -180,6 +182,8 @@ class CudaSession:
         plane, self._plane = self._plane, None
         if self._end_plane is not None:
             self._end_plane.detach()
+        for step in self._unanswered:
+            step.error = step.error or Disconnected("the session was closed before the step was answered")
         self._unanswered.clear()
         self._tables.forget()
         if plane is not None:

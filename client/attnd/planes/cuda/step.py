@@ -25,6 +25,7 @@ class CudaSteps(Protocol):
     """What a step needs of its session."""
 
     cache: Lease
+    lost: AttndError | None  # why the cache has gone, if it has
 
     def announce(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...]) -> None:
         """Sends a step that was not sent yet."""
@@ -94,7 +95,7 @@ class CudaStep:
         assert self._layout is not None
         assert self._plane is not None
         if self._plane.failure is not None:
-            raise self._plane.failure
+            raise self._session.lost or self._plane.failure
         told = self._options[layer if len(self._options) > 1 else 0]
         if options is not None and options is not told and options.encoded != told.encoded:
             rule = "must be those that it was opened with; give session.step(..., options=[...]) those of each layer"
