@@ -194,7 +194,8 @@ def benchmark(console: Console, options: argparse.Namespace) -> None:
         victim = Victim(stack, own, step, options.planes, device)
         victim.check()
         at_rest = own.resident_bytes
-        for name, attacks in (*((attack, [attack]) for attack in options.attacks), ("all", list(options.attacks))):
+        single = [] if options.together else [(attack, [attack]) for attack in options.attacks]
+        for name, attacks in (*single, ("all", list(options.attacks))):
             new = attack_rows(console, name, attacks, victim, own, other, at_rest, options)
             console.print(*new)  # what was measured is not lost if the run is ended
             rows += new
@@ -290,6 +291,7 @@ def main() -> int:
     parser.add_argument(
         "--launch-us", type=float, default=0.0, help="longest launch that the server takes from anybody"
     )
+    parser.add_argument("--together", action="store_true", help="all attacks at once, and none by itself")
     parser.add_argument("--no-control", dest="control", action="store_false", help="no second server beside it")
     for who in ("server", "victim", "attacker"):
         parser.add_argument(f"--{who}-cores", type=cores, help="as taskset has them; default: any")
