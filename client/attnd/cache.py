@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from attnd.connection import Connection
-from attnd.errors import CacheLost
+from attnd.errors import CacheLost, Disconnected
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.open_stream import OpenedStream, open_stream
 from attnd.planes.transport import Transport
@@ -91,7 +91,11 @@ class Cache(Sessions):
         """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
         self.close_sessions(CacheLost(f"cache {self.ref.id.hex()} was deleted"))
-        self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+        try:
+            self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+        except Disconnected:
+            self.close_sessions()  # nobody knows that it is lost
+            raise
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""

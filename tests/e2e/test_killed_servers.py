@@ -35,8 +35,8 @@ def submit(session: attnd.Session, num_tokens: int) -> tuple[attnd.PendingCall, 
     """A call that is under way, of a step that the server has taken, and the call's q, k and v."""
     tensors = torch.randn(3, num_tokens, HEADS, DIM)
     step = session.step(attnd.StepMetadata([num_tokens], [0], [list(range(188))], list(range(num_tokens))))
-    step.attend(1, *tensors)
-    return step.submit(0, *tensors), tensors
+    step.attend(0, *tensors)
+    return step.submit(1, *tensors), tensors  # a step is under way until its last layer was answered
 
 
 @pytest.mark.parametrize("plane", PLANES)

@@ -17,7 +17,7 @@ import torch
 
 import attnd
 from attnd.protocol.alignment import ALIGNMENT
-from attnd.protocol.frames import Frame, Framed
+from attnd.protocol.frames import Frame, Stripped
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
 from attnd_server.build import build_service
@@ -66,7 +66,7 @@ class Trace:
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     """Looks over the shoulder of whoever makes and reads messages."""
     traced = Trace()
-    encode, decode = Frame.encode, Frame.decode
+    encode, stripped = Frame.encode, Frame.stripped
 
     def traced_encode(self: Frame, holder: Any, tensors: Mapping[str, Array], outer: bytes = b"") -> bytes:
         data = encode(self, holder, tensors, outer)
@@ -74,13 +74,13 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
         traced.messages.append(place(data))
         return data
 
-    def traced_decode(self: Frame, data: bytes, region: Region | None = None, *limits: int) -> Framed:
-        framed = decode(self, data, region, *limits)
-        traced.read |= {name: place(array.data) for name, array in framed.tensors.items()}
-        return framed
+    def traced_stripped(self: Frame, data: bytes, region: Region | None = None, *limits: int) -> Stripped:
+        taken_apart = stripped(self, data, region, *limits)
+        traced.read |= {name: place(array.data) for name, array in taken_apart.tensors.items()}
+        return taken_apart
 
     monkeypatch.setattr(Frame, "encode", traced_encode)
-    monkeypatch.setattr(Frame, "decode", traced_decode)
+    monkeypatch.setattr(Frame, "stripped", traced_stripped)
     return traced
 
 

@@ -9,7 +9,7 @@ from attnd.aio.connection import AsyncConnection
 from attnd.aio.open_stream import AsyncOpenedStream, open_stream
 from attnd.aio.sessions import AsyncSessions
 from attnd.aio.transport import AsyncTransport
-from attnd.errors import CacheLost
+from attnd.errors import CacheLost, Disconnected
 from attnd.planes.choice import PlaneOptions
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
@@ -89,7 +89,11 @@ class AsyncCache(AsyncSessions):
         """Frees the cache, and ends its sessions. Raises CacheLost if it has gone already."""
         self._client.renewal.remove(self)
         await self.close_sessions(CacheLost(f"cache {self.ref.id.hex()} was deleted"))
-        await self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+        try:
+            await self._unary("DeleteCache", cache_pb2.DeleteCacheRequest(cache=self.ref).SerializeToString())
+        except Disconnected:
+            await self.close_sessions()  # nobody knows that it is lost
+            raise
 
     async def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
