@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,23 @@ def test_sessions_that_nobody_closes_leave_no_thread_and_no_memory(both: ServerP
         client.close()
     settles(before)
     wait_for(lambda: mapped(os.getpid()) == memory, "shared memory is kept")
+
+
+def test_a_call_of_grpcs_goes_at_its_end_and_on_a_thread_of_its_own(both: ServerProcess) -> None:
+    """Collected as garbage, it would take a lock of gRPC's in the caller's thread, even at the interpreter's end."""
+    gone_on: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with attnd.connect(both.address, plane="inline") as client, client.create_cache(**GEOMETRY) as cache:
+        session = cache.session()
+        step: Any = session.step(ONE_TOKEN)
+        attends(step)
+        watched = weakref.ref(step.stream._call._call, lambda _: gone_on.put(threading.get_ident()))
+        gc.disable()
+        try:
+            session.close()
+            assert gone_on.get(timeout=30) != threading.get_ident()
+        finally:
+            gc.enable()
+        assert watched() is None
 
 
 def test_an_inproc_server_goes_with_its_client() -> None:

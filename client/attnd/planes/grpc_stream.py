@@ -92,6 +92,9 @@ class StreamingCall:
                 pass
         except grpc.RpcError as error:
             told = translate(error, self._address)
+            # The error is the call itself. By its traceback it would hold itself, until whichever thread collects
+            # garbage takes the lock of gRPC's that the end of a call takes.
+            error.with_traceback(None)
         except ValueError:  # gRPC's word for a channel that was closed
             told = ended("the client was closed")
         self._call = None
