@@ -73,6 +73,20 @@ def test_an_interrupt_of_a_wait_leaves_nothing_locked(opened: Opened) -> None:
         step.finish()
 
 
+def test_answers_that_nobody_waits_for_leave_nothing_behind(opened: Opened) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
+        attends(session)
+        plane = session._plane
+        assert plane is not None
+        for _ in range(5):
+            step = session.step(metadata(0, 1), num_heads=HEADS)
+            for layer in range(3):
+                step.attend(layer, *new_tokens(1))
+            assert wait_until(lambda step=step: step.id in plane._answers)  # the next step takes it without a wait
+        assert plane._news.qsize() <= 1
+
+
 def test_a_session_that_nobody_has_any_more_gives_its_plane_back(opened: Opened) -> None:
     client, planes = opened
     with client.create_cache(**GEOMETRY) as cache:

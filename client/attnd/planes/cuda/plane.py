@@ -227,7 +227,12 @@ class CudaPlane:
         """From any thread: the first failure is the plane's; its thread lets go of what waits."""
         self._failures.append(failure)
         self._flags.stop()
-        self._news.put(None)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wakes who waits, after what is looked at then has changed. Once is enough, however often it did."""
+        if self._news.empty():
+            self._news.put(None)
 
     def _read(self) -> None:
         """The thread: answers, until the plane fails; then lets go of whatever waits, until it is closed."""
@@ -265,7 +270,7 @@ class CudaPlane:
         elif reply.kind == "cuda_step":
             self._deadlines.pop(reply.message.step_id, None)
             self._answers[reply.message.step_id] = Answer(reply.message, None)
-            self._news.put(None)
+            self._tell()
         else:
             raise ServerFault(f"the server answered a step on a cuda plane with {reply.kind}")
 
