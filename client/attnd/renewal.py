@@ -39,9 +39,9 @@ class Renewal:
         # `time.monotonic` of the next renewal. No lock guards it: an interrupt could leave that locked for the thread.
         self._due: dict[Renewable, float] = {}
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._closed = False
-        self._runner: object | None = None  # of the thread that renews; of two that were started, the later goes on
+        # Where the thread that renews says that it has ended; of two that were started, the later goes on.
+        self._runner: queue.SimpleQueue[None] | None = None
         weakref.finalize(self, self._wake.put, None).atexit = False
 
     def add(self, lease: Renewable) -> None:
@@ -61,18 +61,19 @@ class Renewal:
         self._closed = True
         self._due.clear()
         self._wake.put(None)
-        if self._runner is not None:
+        if (runner := self._runner) is not None:
             try:
-                self._ended.get(timeout=CLOSING_S)
+                runner.get(timeout=CLOSING_S)
             except queue.Empty:
                 pass  # it waits for an answer, and ends then
 
-    def begin(self) -> object:
+    def begin(self) -> queue.SimpleQueue[None]:
         """For the thread: what `pause_s` is to be asked with. From now on another thread ends."""
-        self._runner = runner = object()
+        runner: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._runner = runner
         return runner
 
-    def pause_s(self, runner: object) -> float | None:
+    def pause_s(self, runner: queue.SimpleQueue[None]) -> float | None:
         """For the thread: renews what is due, and says in how many seconds the next is; None: it is to end."""
         for lease, due in list(self._due.items()):
             if due <= time.monotonic() and not self._closed:
@@ -82,7 +83,7 @@ class Renewal:
             if self._due:  # added just now, by whom no other thread was started
                 self._runner = runner
         if self._runner is not runner:
-            self._ended.put(None)
+            runner.put(None)
             return None
         return max(0.0, min(list(self._due.values()), default=0.0) - time.monotonic())
 
@@ -106,7 +107,9 @@ class Renewal:
 def _run(reference: weakref.ref[Renewal], wake: queue.SimpleQueue[None]) -> None:
     """The thread."""
     renewal = reference()
-    runner = renewal.begin() if renewal is not None else None
+    if renewal is None:
+        return
+    runner = renewal.begin()
     while renewal is not None:
         pause_s = renewal.pause_s(runner)
         del renewal

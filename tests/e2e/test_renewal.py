@@ -11,6 +11,7 @@ import pytest
 import attnd
 from attnd.errors import AttndError, CacheLost, Disconnected
 from attnd.renewal import Renewal
+from tests.servers import wait_for
 
 
 class Leased:
@@ -79,6 +80,29 @@ def test_removed_and_closed_it_renews_nothing(renewal: Renewal) -> None:
     count = kept.renewals
     time.sleep(0.1)
     assert kept.renewals == count
+
+
+def test_closing_waits_for_a_renewal_that_is_under_way_whatever_has_ended_before(renewal: Renewal) -> None:
+    class Slow(Leased):
+        """Its renewal takes until it may go on."""
+
+        go_on, is_done = threading.Event(), False
+
+        def renew(self) -> None:
+            super().renew()
+            assert self.go_on.wait(30)
+            self.is_done = True
+
+    first, slow = Leased(3600.0), Slow(0.03)
+    renewal.add(first)  # type: ignore[arg-type]
+    wait_for(lambda: renewal._runner is not None, "no thread begins")
+    renewal.remove(first)  # type: ignore[arg-type]
+    wait_for(lambda: renewal._runner is None, "a thread without a lease does not end")
+    renewal.add(slow)  # type: ignore[arg-type]
+    slow.wait_for(1)
+    threading.Timer(0.2, slow.go_on.set).start()
+    renewal.close()
+    assert slow.is_done
 
 
 GEOMETRY = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "num_pages": 1, "dtype": "float32", "ttl_s": 1.5}
