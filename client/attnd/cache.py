@@ -10,6 +10,7 @@ from typing import Any
 from attnd.connection import Connection
 from attnd.errors import CacheLost, Disconnected
 from attnd.planes.choice import PlaneOptions
+from attnd.planes.grpc_options import checked_seconds
 from attnd.planes.open_stream import OpenedStream, open_stream
 from attnd.planes.transport import Transport
 from attnd.protocol import frames, requests
@@ -139,6 +140,7 @@ class Cache(Sessions):
             max_context_len=max_context_len,
             options=options,
         )
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
         return requests.warmed_up(self.transport.unary("WarmUp", request, timeout_s))
 
     def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:

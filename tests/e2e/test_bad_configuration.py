@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from attnd_server.cli import main as cli
 from attnd_server.config import ServerConfig
 from attnd_server.observe.verify import Verifier
 from tests.certificates import Authority, needs_openssl
+from tests.dying import GEOMETRY
 from tests.servers import ServerProcess
 
 PYTHON = sys.executable
@@ -94,8 +96,11 @@ def test_other_numbers() -> None:
         attnd.connect("localhost:1", keepalive_s=90_000)
 
 
+NO_SECONDS = [float("nan"), float("inf"), -1, 1e10, 1e300, 10**400, "5", None, True]
+
+
 @pytest.mark.parametrize("name", ["timeout_s", "connect_timeout_s", "keepalive_s"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 1e10, 1e300, 10**400, "5", None, True], ids=ascii)
+@pytest.mark.parametrize("value", NO_SECONDS, ids=ascii)
 def test_timeouts_of_clients(name: str, value: object) -> None:
     async def main() -> None:
         await attnd.aio.connect("localhost:1", **{name: value})
@@ -103,6 +108,22 @@ def test_timeouts_of_clients(name: str, value: object) -> None:
     for connect in (lambda: attnd.connect("localhost:1", **{name: value}), lambda: asyncio.run(main())):
         with pytest.raises(InvalidRequest, match=f"^{name} is .*, but must be"):
             connect()
+
+
+@pytest.mark.parametrize("value", NO_SECONDS, ids=ascii)
+def test_timeouts_of_warm_ups(client: attnd.Client, server_address: str, value: Any) -> None:
+    async def main() -> None:
+        async with await attnd.aio.connect(server_address) as other:
+            async with await other.create_cache(**GEOMETRY) as cache:
+                await cache.warm_up(num_heads=2, max_reqs=1, timeout_s=value)
+
+    with client.create_cache(**GEOMETRY) as cache:
+        for warm_up in (
+            lambda: cache.warm_up(num_heads=2, max_reqs=1, timeout_s=value),
+            lambda: asyncio.run(main()),
+        ):
+            with pytest.raises(InvalidRequest, match=r"^timeout_s is .*, but must be"):
+                warm_up()
 
 
 @pytest.mark.parametrize("fraction", [5e-324, 1e-300, 1e-17])

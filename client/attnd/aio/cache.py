@@ -11,6 +11,7 @@ from attnd.aio.sessions import AsyncSessions
 from attnd.aio.transport import AsyncTransport
 from attnd.errors import CacheLost, Disconnected
 from attnd.planes.choice import PlaneOptions
+from attnd.planes.grpc_options import checked_seconds
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
@@ -137,6 +138,7 @@ class AsyncCache(AsyncSessions):
             max_context_len=max_context_len,
             options=options,
         )
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
         return requests.warmed_up(await self.transport.unary("WarmUp", request, timeout_s))
 
     async def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
