@@ -9,6 +9,9 @@ import grpc
 
 from attnd.errors import InvalidRequest
 
+Metadata = tuple[tuple[str, str], ...] | None
+"""gRPC's metadata of an RPC; None: none."""
+
 
 @dataclass(frozen=True)
 class Credentials:
@@ -45,7 +48,7 @@ class Credentials:
         if isinstance(self.token, str):
             self.metadata()
 
-    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+    def metadata(self) -> Metadata:
         """GRPC's metadata of an RPC that begins now.
 
         Raises:
@@ -101,6 +104,15 @@ class Credentials:
                 return file.read()
         except OSError as error:
             raise InvalidRequest(f"{name} is {path}, which cannot be read: {error.strerror}", field=name) from None
+
+
+def metadata_after(refused: Metadata, metadata: Callable[[], Metadata]) -> Metadata:
+    """What `metadata` gives after the server has refused what it gave before; None: nothing else."""
+    try:
+        renewed = metadata()
+    except Exception:  # what gives the token has no more; that it was refused tells more
+        return None
+    return None if renewed == refused else renewed
 
 
 # A connection without any: neither encrypted nor anybody's.

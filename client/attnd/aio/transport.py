@@ -14,7 +14,7 @@ from attnd import forks
 from attnd.aio.homes import Home
 from attnd.aio.retries import retried
 from attnd.aio.streams import AsyncGrpcStream, AsyncStream
-from attnd.credentials import NO_CREDENTIALS, Credentials
+from attnd.credentials import NO_CREDENTIALS, Credentials, metadata_after
 from attnd.errors import AttndError, Disconnected, Unauthenticated, ended
 from attnd.planes.channels import WHY_S, open_channel
 from attnd.planes.grpc import SERVICE
@@ -47,20 +47,12 @@ class AsyncTransport:
             try:
                 return await ask(metadata)
             except Unauthenticated:
-                renewed = self._renewed(metadata)
+                renewed = metadata_after(metadata, self._metadata)
                 if renewed is None:
                     raise
             return await ask(renewed)
 
         return await retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
-
-    def _renewed(self, refused: Any) -> Any:
-        """Metadata with another token than `refused` has; None: there is none."""
-        try:
-            metadata = self._metadata()
-        except Exception:  # what gives the token has no more; that it was refused tells more
-            return None
-        return None if metadata == refused else metadata
 
     async def _ask(
         self, method: str, request: bytes, timeout_s: float, wait: bool, waited_s: float, metadata: Any

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from attnd import forks
-from attnd.credentials import NO_CREDENTIALS, Credentials
+from attnd.credentials import NO_CREDENTIALS, Credentials, metadata_after
 from attnd.errors import AttndError, Disconnected, Unauthenticated, ended
 from attnd.planes import call_threads
 from attnd.planes.channels import ALL_WHY_S, WHY_S, open_channel
@@ -58,20 +58,12 @@ class GrpcTransport:
             try:
                 return call_threads.run(partial(ask, metadata), left_s + ALL_WHY_S)
             except Unauthenticated:
-                renewed = self._renewed(metadata)
+                renewed = metadata_after(metadata, self._metadata)
                 if renewed is None:
                     raise
             return call_threads.run(partial(ask, renewed), left_s + ALL_WHY_S)
 
         return retried(send, timeout_s, gone=b"" if method == "DeleteCache" else None)
-
-    def _renewed(self, refused: Any) -> Any:
-        """Metadata with another token than `refused` has; None: there is none."""
-        try:
-            metadata = self._metadata()
-        except Exception:  # what gives the token has no more; that it was refused tells more
-            return None
-        return None if metadata == refused else metadata
 
     def _ask(self, method: str, request: bytes, timeout_s: float, wait: bool, waited_s: float, metadata: Any) -> bytes:
         """One attempt, on a thread of its own."""
