@@ -197,9 +197,8 @@ class Session:
                 if self._stream is not call.step.stream:
                     raise Disconnected("the session's stream ended before the call was answered")
                 self._receive()
-        except (
-            BaseException
-        ) as error:  # Ctrl-C too: the answer may still come, and must not be taken for a later call's
+        except BaseException as error:
+            # Ctrl-C too: the answer may still come, and must not be taken for a later call's.
             if call.step.span is not None:
                 call.step.span.failed(error)
             if self._stream is call.step.stream:
