@@ -78,10 +78,10 @@ class Executor:
         self.graphs = CapturedGraphs()
         self.runner = Runner(device, config, self.faults, observer)
         self.ops = self.runner.ops
-        self.thread_settings = ThreadSettings(config.threads or default_threads(device))
+        num_threads = config.threads or default_threads(device)
+        self.thread_settings = ThreadSettings(num_threads)
         self.prepare_thread = self.thread_settings.prepare
         self.kept_plans, self.running_cache_id = KeptPlans(), NO_CACHE
-        num_threads = config.threads or default_threads(device)
         self.most_work = most_work(config, device, num_threads, has_kernels=self.ops.has_kernels)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self.waiting = self._queue.waiting
