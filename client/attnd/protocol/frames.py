@@ -118,7 +118,7 @@ class Frame:
             else:
                 header = self._strip_holder(view, tensors, region, max_header_bytes)
         except (DecodeError, IndexError) as error:
-            raise self._refusal(len(data), error) from None
+            raise _not_whole(self.message_type, len(data), error) from None
         return Stripped(header, tensors, len(data))
 
     def parsed(self, stripped: Stripped) -> Framed:
@@ -128,14 +128,10 @@ class Frame:
             refuse_many(header, self.message_type.DESCRIPTOR)
             message: Any = self.message_type.FromString(header)
         except (DecodeError, IndexError) as error:
-            raise self._refusal(num_bytes, error) from None
+            raise _not_whole(self.message_type, num_bytes, error) from None
         if tensors and self._holder and not message.HasField(self._holder_name):
             tensors = {}  # another field of the oneof came behind it
         return Framed(message, tensors)
-
-    def _refusal(self, num_bytes: int, error: Exception) -> InvalidRequest:
-        name = self.message_type.DESCRIPTOR.name
-        return InvalidRequest(f"message of {num_bytes} bytes is not a whole {name}: {error}")
 
     def _strip(self, view: memoryview, tensors: dict[str, Array], region: Region | None, most: int) -> bytes:
         """The message without its tensors' fields, which go to `tensors`; at most `most` bytes."""
@@ -202,8 +198,11 @@ def parse(message_type: type[Message], data: bytes, max_fields: int = MAX_FIELDS
         refuse_many(data, message_type.DESCRIPTOR, max_fields)
         return message_type.FromString(data)
     except (DecodeError, IndexError) as error:
-        name = message_type.DESCRIPTOR.name
-        raise InvalidRequest(f"message of {len(data)} bytes is not a whole {name}: {error}") from None
+        raise _not_whole(message_type, len(data), error) from None
+
+
+def _not_whole(message_type: type[Message], num_bytes: int, error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"message of {num_bytes} bytes is not a whole {message_type.DESCRIPTOR.name}: {error}")
 
 
 def step_request(step: step_pb2.Step) -> bytes:
