@@ -14,19 +14,20 @@ import pytest
 import attnd
 from attnd.planes.cuda.plane import CudaPlane
 from tests import host_channels
-from tests.unit.test_cuda_session import GEOMETRY, HEADS, _interpreted, metadata, new_tokens, opened, wait_until
+from tests.unit.test_cuda_session import (
+    GEOMETRY,
+    HEADS,
+    _interpreted,
+    metadata,
+    new_tokens,
+    one_step,
+    opened,
+    wait_until,
+)
 
 __all__ = ["_interpreted", "opened"]  # fixtures
 
 Opened = tuple[attnd.Client, host_channels.HostPlanes]
-
-
-def attends(session: attnd.CudaSession) -> None:
-    """A whole step."""
-    step = session.step(metadata(0, 1), num_heads=HEADS)
-    for layer in range(3):
-        step.attend(layer, *new_tokens(1))
-    step.finish()
 
 
 def test_an_interrupt_in_a_hand_over_ends_the_plane_and_the_next_step_opens_another(
@@ -34,7 +35,7 @@ def test_an_interrupt_in_a_hand_over_ends_the_plane_and_the_next_step_opens_anot
 ) -> None:
     client, planes = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
-        attends(session)
+        one_step(session)
         step = session.step(metadata(0, 1), num_heads=HEADS)
         step.attend(0, *new_tokens(1))
         with monkeypatch.context() as patch:
@@ -47,7 +48,7 @@ def test_an_interrupt_in_a_hand_over_ends_the_plane_and_the_next_step_opens_anot
                 step.attend(1, *new_tokens(1))
         with pytest.raises(attnd.Disconnected, match="a layer of the step was interrupted; open the step again"):
             step.finish()
-        attends(session)
+        one_step(session)
         assert len(planes.channels) == 2
 
 
@@ -91,7 +92,7 @@ def test_a_session_that_nobody_has_any_more_gives_its_plane_back(opened: Opened)
     client, planes = opened
     with client.create_cache(**GEOMETRY) as cache:
         session = cache.session(plane="cuda")
-        attends(session)
+        one_step(session)
         del session
         gc.collect()
         assert wait_until(lambda: all(channel.is_closed for channel in planes.channels))
@@ -102,11 +103,11 @@ def test_a_deleted_cache_ends_its_sessions(opened: Opened) -> None:
     client, planes = opened
     cache = client.create_cache(**GEOMETRY)
     session = cache.session(plane="cuda")
-    attends(session)
+    one_step(session)
     cache.delete()
     assert wait_until(lambda: all(channel.is_closed for channel in planes.channels))
     with pytest.raises(attnd.AttndError):
-        attends(session)
+        one_step(session)
 
 
 def test_a_step_of_a_deleted_cache_says_that_it_is_lost(opened: Opened) -> None:
@@ -124,7 +125,7 @@ def test_a_step_of_a_deleted_cache_says_that_it_is_lost(opened: Opened) -> None:
 def test_two_threads_in_a_session_are_noticed(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
-        attends(session)
+        one_step(session)
         inside, go_on = threading.Event(), threading.Event()
         send = CudaPlane.send
 
@@ -135,20 +136,20 @@ def test_two_threads_in_a_session_are_noticed(opened: Opened, monkeypatch: pytes
 
         with monkeypatch.context() as patch:
             patch.setattr(CudaPlane, "send", slow)
-            thread = threading.Thread(target=attends, args=(session,))
+            thread = threading.Thread(target=one_step, args=(session,))
             thread.start()
             assert inside.wait(30)
             with pytest.raises(attnd.InvalidRequest, match="the session is in use by another thread"):
                 session.step(metadata(0, 1), num_heads=HEADS)
             go_on.set()
             thread.join(30)
-        attends(session)
+        one_step(session)
 
 
 def test_a_forked_child_touches_nothing_of_the_gpu(opened: Opened) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
-        attends(session)
+        one_step(session)
         step = session.step(metadata(0, 1), num_heads=HEADS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
