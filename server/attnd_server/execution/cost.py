@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from attnd.errors import Exhausted
+from attnd_server.attention.backends.sdpa import missing_option
 from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -75,18 +76,13 @@ def cost_of(
     work = dims * (pairs * heads + GATHERED_WORK * keys * kv_heads) + COPIED_WORK * copied
     if not on_processor and backend in (AttentionBackend.NAIVE, AttentionBackend.SDPA):
         work *= PLAIN_GPU_FACTOR
-    if backend is AttentionBackend.NAIVE or (on_processor and _needs_naive(options)):
+    if backend is AttentionBackend.NAIVE or (on_processor and missing_option(options)):  # which naive serves then
         work += REQUEST_WORK * metadata.num_reqs
     if not on_processor and backend is AttentionBackend.NAIVE and work > NAIVE_GPU_WORK:
         raise too_costly(work, NAIVE_GPU_WORK)
     is_small = work <= (SMALL_WORK if on_processor else SMALL_GPU_WORK)
     is_small = is_small and copied * config.dtype.itemsize <= SMALL_BYTES
     return Cost(work, is_small, on_processor and work > LONG_WORK)
-
-
-def _needs_naive(options: AttentionOptions) -> bool:
-    """Whether the processor's other backend has not what is asked for."""
-    return bool(options.softcap or options.return_lse) or options.alibi_slopes is not None or options.sinks is not None
 
 
 def _pairs_and_keys(metadata: AttentionMetadata, options: AttentionOptions) -> tuple[int, int]:

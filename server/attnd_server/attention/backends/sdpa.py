@@ -56,14 +56,9 @@ class SdpaAttention:
 
     def supports(self, config: AttentionConfig, metadata: AttentionMetadata, options: AttentionOptions) -> str | None:
         """None, or the option that torch's function does not have."""
-        for name, asked in (
-            ("softcap", options.softcap != 0),
-            ("alibi_slopes", options.alibi_slopes is not None),
-            ("sinks", options.sinks is not None),
-            ("return_lse", options.return_lse),
-        ):
-            if asked:
-                return f"torch's scaled_dot_product_attention has no {name}"
+        missing = missing_option(options)
+        if missing:
+            return f"torch's scaled_dot_product_attention has no {missing}"
         elements = mask_elements(config, metadata, options)
         if elements > MAX_MASK_ELEMENTS:
             return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
@@ -165,6 +160,17 @@ class SdpaAttention:
                 some = _run_part(plan, part, q[:, heads.query], some_k, some_v, some_pages)
                 output[part.rows, heads.query] = some
                 yield
+
+
+def missing_option(options: AttentionOptions) -> str:
+    """The name of an option that is asked for and that torch's function does not have; "": it has all."""
+    if options.softcap:
+        return "softcap"
+    if options.alibi_slopes is not None:
+        return "alibi_slopes"
+    if options.sinks is not None:
+        return "sinks"
+    return "return_lse" if options.return_lse else ""
 
 
 def _run_part(
