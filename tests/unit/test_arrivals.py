@@ -41,7 +41,7 @@ async def started(counted: Arrivals, rpc: Rpc, principal: str) -> asyncio.Task[N
     async def reads() -> None:
         with counted.reading(rpc, principal) as reader:
             while True:
-                await reader.read(rpc)
+                await anext(reader)
 
     task = asyncio.ensure_future(reads())
     await asyncio.sleep(0)

@@ -61,14 +61,13 @@ class ReflectionServicer(grpc.GenericRpcHandler):
         """The next message, or None at the end."""
         await asyncio.wait_for(self._reads.acquire(), WAIT_S)
         try:
-            data: Any = await asyncio.wait_for(self._message(context), READ_S)
+            return await asyncio.wait_for(self._message(context), READ_S)
         finally:
             self._reads.release()
-        return None if data is grpc.aio.EOF else data
 
-    async def _message(self, context: Any) -> Any:
+    async def _message(self, context: Any) -> bytes | None:
         with self._arrivals.reading(context, NOBODY) as reader:
-            return await reader.read(context)
+            return await anext(reader, None)
 
 
 async def _one(request: reflection_pb2.ServerReflectionRequest) -> AsyncIterator[Any]:

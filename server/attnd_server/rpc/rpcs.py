@@ -71,12 +71,12 @@ class Rpcs:
             finished: Any = context.add_done_callback
             finished(share.finish_unary)
             with self.arrivals.reading(context, principal, once=True) as reader:
-                data: Any = await reader.read(context)
+                data = await anext(reader, None)
         except AttndError as error:
             await self._abort(context, error)
-        if data is grpc.aio.EOF:
+        if data is None:
             await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
-        return data  # type: ignore[no-any-return]
+        return data
 
     async def _answered(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
         """As `_finish`, once there is room for the answer. It counts until the RPC has ended, and was taken."""
