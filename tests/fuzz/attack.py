@@ -91,13 +91,13 @@ class Attack:
 
     async def _unary(self, method: str) -> None:
         data = self._spoiled(valid.unary(self._random, method, self._pool().info))
-        context, doing = Context(), f"{method} {data.hex()}"
+        context, doing = Context(data), f"{method} {data.hex()}"
         handler: Any = self.world.servicer._handlers[method]
         try:
             if method == "ReadKv":
-                await handler.unary_stream(data, context)
+                await handler.stream_stream(None, context)
             else:
-                context.answers.append(await handler.unary_unary(data, context))
+                context.answers.append(await handler.stream_unary(None, context))
         except Ended:
             assert context.code is not None
             self._count(method, context.code.name, doing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ class Ended(Exception):
 class Context:
     """What a handler sees of gRPC."""
 
-    def __init__(self) -> None:
-        """Of the caller."""
+    def __init__(self, *messages: bytes) -> None:
+        """Of the caller, who sends these."""
         self.principal = CALLER
+        self._messages = deque(messages)
         self.answers: list[bytes] = []
         self.code: grpc.StatusCode | None = None
         self._at_the_end: list[Callable[[Any], None]] = []
@@ -30,6 +32,14 @@ class Context:
 
     def time_remaining(self) -> None:
         """For ever."""
+
+    def peer(self) -> str:
+        """Where the caller is."""
+        return "ipv4:127.0.0.1:1"
+
+    async def read(self) -> Any:
+        """The next message."""
+        return self._messages.popleft() if self._messages else grpc.aio.EOF
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """To be called once the RPC has ended."""

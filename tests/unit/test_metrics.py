@@ -181,8 +181,12 @@ def test_memory_and_queue_are_what_they_are_when_asked():
 class Context:
     """As much of gRPC's context as a handler here uses."""
 
-    def __init__(self):
+    def __init__(self, *messages):
+        self._messages = list(messages)
         self.written = []
+
+    async def read(self):
+        return self._messages.pop(0) if self._messages else grpc.aio.EOF
 
     async def abort(self, code, details):
         raise RuntimeError(f"{code.name}: {details}")
@@ -194,12 +198,7 @@ class Context:
         self.written.append(message)
 
 
-async def arriving(*messages):
-    for message in messages:
-        yield message
-
-
-def run_counted(handler, *arguments, method="/attnd.Service/Method", metrics=None):
+def run_counted(handler, context, method="/attnd.Service/Method", metrics=None):
     """Runs a handler as a server with metrics would; returns what it gives."""
 
     async def continuation(details):
@@ -208,8 +207,8 @@ def run_counted(handler, *arguments, method="/attnd.Service/Method", metrics=Non
     async def main():
         counter = RpcCounter(metrics, "attnd.Service")
         counted = await counter.intercept_service(continuation, types.SimpleNamespace(method=method))
-        behaviour = counted.unary_unary or counted.unary_stream or counted.stream_stream
-        return await behaviour(*arguments)
+        behaviour = counted.stream_unary or counted.stream_stream
+        return await behaviour(None, context)
 
     return asyncio.run(main())
 
@@ -222,21 +221,22 @@ def rpcs(metrics):
 
 
 def test_bytes_of_each_kind_of_rpc():
-    async def unary(request, context):
-        return request + b"!!"
+    async def unary(_, context):
+        return await context.read() + b"!!"
 
-    async def download(request, context):
+    async def download(_, context):
+        request = await context.read()
         await context.write(request)
         await context.write(request)
 
-    async def both(requests, context):
-        async for request in requests:
+    async def both(_, context):
+        while (request := await context.read()) is not grpc.aio.EOF:
             await context.write(request[1:])
 
-    metrics, context = Metrics(), Context()
-    assert run_counted(grpc.unary_unary_rpc_method_handler(unary), b"123", context, metrics=metrics) == b"123!!"
-    run_counted(grpc.unary_stream_rpc_method_handler(download), b"1234", context, metrics=metrics)
-    run_counted(grpc.stream_stream_rpc_method_handler(both), arriving(b"12", b"345"), context, metrics=metrics)
+    metrics, context = Metrics(), Context(b"123", b"1234", b"12", b"345")
+    assert run_counted(grpc.stream_unary_rpc_method_handler(unary), context, metrics=metrics) == b"123!!"
+    run_counted(grpc.stream_stream_rpc_method_handler(download), context, metrics=metrics)
+    run_counted(grpc.stream_stream_rpc_method_handler(both), context, metrics=metrics)
     assert context.written == [b"1234", b"1234", b"2", b"45"]
     assert metrics.rpcs_started == {"attnd.Service/Method": 3}
     assert rpcs(metrics) == {("attnd.Service/Method", "OK"): (3, 3 + 4 + 5, 5 + 8 + 3)}
@@ -246,34 +246,36 @@ def test_bytes_of_each_kind_of_rpc():
     ("error", "status"), [(ValueError("a bug"), "UNKNOWN"), (asyncio.CancelledError(), "CANCELLED")]
 )
 def test_status_of_an_rpc_that_fails(error, status):
-    async def failing(request, context):
+    async def failing(_, context):
+        await context.read()
         raise error
 
     metrics = Metrics()
     with pytest.raises(type(error)):
-        run_counted(grpc.unary_unary_rpc_method_handler(failing), b"123", Context(), metrics=metrics)
+        run_counted(grpc.stream_unary_rpc_method_handler(failing), Context(b"123"), metrics=metrics)
     assert rpcs(metrics) == {("attnd.Service/Method", status): (1, 3, 0)}
 
 
-@pytest.mark.parametrize("make", [grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler])
+@pytest.mark.parametrize("make", [grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler])
 def test_status_of_an_rpc_that_is_aborted(make):
-    async def aborting(request, context):
+    async def aborting(_, context):
+        await context.read()
         assert context.time_remaining() == 3.0
         await context.abort(grpc.StatusCode.NOT_FOUND, "no such cache")
 
     metrics = Metrics()
     with pytest.raises(RuntimeError, match="NOT_FOUND: no such cache"):
-        run_counted(make(aborting), b"123", Context(), metrics=metrics)
+        run_counted(make(aborting), Context(b"123"), metrics=metrics)
     assert rpcs(metrics) == {("attnd.Service/Method", "NOT_FOUND"): (1, 3, 0)}
 
 
 def test_other_services_are_left_alone():
-    async def unary(request, context):
-        return request
+    async def unary(_, context):
+        return await context.read()
 
     metrics = Metrics()
-    handler = grpc.unary_unary_rpc_method_handler(unary)
-    assert run_counted(handler, b"1", Context(), method="/grpc.health.v1.Health/Check", metrics=metrics) == b"1"
+    handler = grpc.stream_unary_rpc_method_handler(unary)
+    assert run_counted(handler, Context(b"1"), method="/grpc.health.v1.Health/Check", metrics=metrics) == b"1"
     assert (metrics.rpcs_started, metrics.rpcs) == ({}, {})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,24 +60,23 @@ def test_requests_of_every_kind_are_done_and_refused(world: World) -> None:
 def test_any_bytes_are_answered(world: World, data: bytes, method: int) -> None:
     name = [*sorted(world.service.unary), "ReadKv", "StoreKv", "Attend"][method]
     handler: Any = world.servicer._handlers[name]
-    context = Context()
-
-    async def once() -> AsyncIterator[bytes]:
-        yield data
+    context = Context(data)
 
     async def call() -> None:
         if name in ("StoreKv", "Attend"):
-            await handler.stream_stream(once(), context)
+            await handler.stream_stream(None, context)
             assert len(context.answers) == 1
         elif name == "ReadKv":
-            await handler.unary_stream(data, context)
+            await handler.stream_stream(None, context)
         else:
-            await handler.unary_unary(data, context)
+            await handler.stream_unary(None, context)
 
     try:
         asyncio.run(call())
     except Ended:
         assert context.code is not None
+    finally:
+        context.end()
     world.check(f"{name} {data.hex()}")
 
 

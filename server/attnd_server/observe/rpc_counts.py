@@ -19,8 +19,10 @@ Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 
 class RpcCounter(grpc.aio.ServerInterceptor):
-    """Counts the RPCs of one service whose messages pass as bytes, and those that nobody serves.
+    """Counts the RPCs of one service, and those that nobody serves.
 
+    Its messages pass as bytes, and its handlers read them from gRPC's context: `reads_late` makes those of methods with
+    one request.
     Health checks and reflection are left alone: they are others' and say nothing about attention.
     """
 
@@ -50,34 +52,12 @@ class RpcCounter(grpc.aio.ServerInterceptor):
     def _count(self, method: str, handler: Any) -> Any:
         if handler.stream_unary is not None:
             return grpc.stream_unary_rpc_method_handler(self._stream_unary(method, handler.stream_unary))
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(self._stream_stream(method, handler.stream_stream))
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._unary_unary(method, handler.unary_unary))
-        return grpc.unary_stream_rpc_method_handler(self._unary_stream(method, handler.unary_stream))
-
-    def _unary_unary(self, method: str, behaviour: Behaviour) -> Any:
-        async def handler(request: bytes, context: Any) -> bytes:
-            with _Rpc(self._metrics, method, context) as rpc:
-                rpc.received_bytes = len(request)
-                response: bytes = await behaviour(request, rpc)
-                rpc.sent_bytes = len(response)
-                return response
-
-        return handler
-
-    def _unary_stream(self, method: str, behaviour: Behaviour) -> Any:
-        async def handler(request: bytes, context: Any) -> None:
-            with _Rpc(self._metrics, method, context) as rpc:
-                rpc.received_bytes = len(request)
-                await behaviour(request, rpc)
-
-        return handler
+        return grpc.stream_stream_rpc_method_handler(self._stream_stream(method, handler.stream_stream))
 
     def _stream_unary(self, method: str, behaviour: Behaviour) -> Any:
         async def handler(requests: AsyncIterator[bytes], context: Any) -> bytes:
             with _Rpc(self._metrics, method, context) as rpc:
-                response: bytes = await behaviour(_Requests(rpc, requests), rpc)
+                response: bytes = await behaviour(requests, rpc)
                 rpc.sent_bytes = len(response)
                 return response
 
@@ -86,7 +66,7 @@ class RpcCounter(grpc.aio.ServerInterceptor):
     def _stream_stream(self, method: str, behaviour: Behaviour) -> Any:
         async def handler(requests: AsyncIterator[bytes], context: Any) -> None:
             with _Rpc(self._metrics, method, context) as rpc:
-                await behaviour(_Requests(rpc, requests), rpc)
+                await behaviour(requests, rpc)
 
         return handler
 
@@ -142,22 +122,3 @@ class _Rpc:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
-
-
-class _Requests:
-    """The messages that a stream brings, counted."""
-
-    def __init__(self, rpc: _Rpc, requests: AsyncIterator[bytes]) -> None:
-        self._rpc = rpc
-        self._requests = requests
-        self._iterator: AsyncIterator[bytes] | None = None  # gRPC's complains if it is made and never asked
-
-    def __aiter__(self) -> _Requests:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._iterator is None:
-            self._iterator = self._requests.__aiter__()
-        message = await self._iterator.__anext__()
-        self._rpc.received_bytes += len(message)
-        return message

@@ -15,7 +15,7 @@ from attnd.v1 import attention_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
-from attnd_server.rpc.handlers import LateReading
+from attnd_server.rpc.handlers import reads_late
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
 from attnd_server.rpc.running import soonest, start_on
@@ -50,14 +50,14 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
         self._num_streams = 0  # Attend streams that are open
         unary: dict[str, Any] = {
-            name: LateReading(self._unary(method), partial(self._only_request, waits=name in LARGE))
+            name: reads_late(self._unary(method), partial(self._only_request, waits=name in LARGE))
             for name, method in service.unary.items()
         }
         self._handlers = {
             **unary,
             "Attend": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.attend)),
             "StoreKv": grpc.stream_stream_rpc_method_handler(self._until_revoked(self.store_kv)),
-            "ReadKv": LateReading(self._until_revoked(self.read_kv), self._only_request, streams=True),
+            "ReadKv": reads_late(self._until_revoked(self.read_kv), self._only_request, streams=True),
         }
 
     def service_name(self) -> str:
@@ -93,7 +93,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             try:
                 principal = self._principals.of(context)
                 with until_revoked(self._service.opened, principal):
-                    if isinstance(request, bytes) or not hasattr(context, "peer"):
+                    if isinstance(request, bytes):
                         await method(request, context)
                     else:
                         with self.arrivals.reading(context, principal) as reader:
