@@ -77,7 +77,7 @@ def test_an_interrupt_of_a_wait_leaves_nothing_locked(opened: Opened) -> None:
 def test_answers_that_nobody_waits_for_leave_nothing_behind(opened: Opened) -> None:
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
-        attends(session)
+        one_step(session)
         plane = session._plane
         assert plane is not None
         for _ in range(5):
