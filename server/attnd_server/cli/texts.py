@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
@@ -38,4 +39,5 @@ def enum_name(enum: Any, value: int) -> str:
     if value not in enum.values():
         return str(value)
     name: str = enum.Name(value)
-    return name.removeprefix(enum.DESCRIPTOR.name.upper() + "_").lower()
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper()
+    return name.removeprefix(f"{prefix}_").lower()

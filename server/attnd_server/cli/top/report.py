@@ -12,7 +12,7 @@ _PRINCIPAL = ("num_sessions", "queue_depth", "num_caches", "num_kv_bytes", "num_
 
 
 def to_json(address: str, now: Now, trouble: str = "") -> dict[str, Any]:
-    """As docs/operating.md has it. Times are in microseconds, rates a second."""
+    """One object of it. Times are in microseconds, rates a second."""
     told = now.told
     devices = ("name", "description", "uuid", "num_bytes_used", "num_bytes_limit")
     return {
@@ -67,10 +67,4 @@ def _served(row: Row) -> dict[str, Any]:
 
 
 def _refusals(counts: Any) -> dict[str, int]:
-    names = error_pb2.ErrorReason
-    return {
-        (names.Name(each.reason) if each.reason in names.values() else str(each.reason))
-        .removeprefix("ERROR_REASON_")
-        .lower(): each.count
-        for each in counts
-    }
+    return {enum_name(error_pb2.ErrorReason, each.reason): each.count for each in counts}

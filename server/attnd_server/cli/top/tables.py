@@ -108,10 +108,7 @@ def _head(address: str, now: Now | None, width: int) -> list[RenderableType]:
 
 def _reason(reason: int) -> str:
     """`ERROR_REASON_CACHE_NOT_FOUND` is "cache not found"."""
-    if reason not in error_pb2.ErrorReason.values():
-        return str(reason)
-    name = error_pb2.ErrorReason.Name(error_pb2.ErrorReason.ValueType(reason))
-    return name.removeprefix("ERROR_REASON_").replace("_", " ").lower()
+    return enum_name(error_pb2.ErrorReason, reason).replace("_", " ")
 
 
 def _table(name: str, columns: Sequence[Column], rows: Sequence[Row], width: int) -> Table:
