@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 Server = Annotated[
-    str, option("ATTND_ADDRESS", "The server.", flag="--address", metavar="HOST:PORT", show_default="localhost:7411")
+    str, option("ATTND_ADDRESS", "The server.", flag="--address", metavar="HOST:PORT", show_default=DEFAULT_ADDRESS)
 ]
 Timeout = Annotated[float, timeout("How long to wait for each answer.")]
 

@@ -11,7 +11,8 @@ from attnd_server.cli.derived_options import option_of
 from attnd_server.cli.parsers import number
 from attnd_server.config import ServerConfig
 
-DEFAULT_ADDRESS = "localhost:7411"
+# That of attnd.planes.targets, with which gRPC comes, which help need not wait for.
+DEFAULT_ADDRESS = f"localhost:{ServerConfig.port}"
 
 
 class Command(TyperCommand):
