@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
+
+from attnd_server.observe.standard_output import to_nowhere
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,10 +93,4 @@ def _forget_unwritten() -> None:
         try:
             stream.flush()
         except OSError:
-            _to_nowhere(stream)
-
-
-def _to_nowhere(stream: TextIO) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+            to_nowhere(stream)

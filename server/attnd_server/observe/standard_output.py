@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +16,11 @@ def say(line: str) -> None:
         print(line, flush=True)
     except OSError as error:
         log.warning("standard output cannot be written to: %s", error.strerror)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer goes there too
-        os.close(nowhere)
+        to_nowhere(sys.stdout)
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Lets a stream take what is written to it, and what is left in its buffer, and keep nothing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
