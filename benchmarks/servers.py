@@ -42,7 +42,7 @@ def running(module: str, *arguments: str, defaults: Mapping[str, str] = MappingP
         RuntimeError: it ended, or said nothing in time; the message has its last words.
     """
     with started(module, *arguments, defaults=defaults) as child:
-        yield child.read(rb"serves (\S+:\d+) on", START_TIMEOUT_S)[1].decode()
+        yield child.address()
 
 
 @contextmanager
@@ -121,3 +121,7 @@ class Child:
         self._log.seek(0)
         words = self._log.read()[-4000:].decode()
         raise RuntimeError(f"{shlex.join(self._command)} did not say {pattern.decode()}:\n{words}")
+
+    def address(self) -> str:
+        """Where it serves, once it has said so. Raises as `read` does."""
+        return self.read(rb"serves (\S+:\d+) on", START_TIMEOUT_S)[1].decode()

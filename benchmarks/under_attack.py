@@ -4,8 +4,8 @@ The victim runs decode steps on one server. Attackers, processes of another prin
 can: to the victim's server ("own"), or to a second one beside it ("other"), which shows what they cost by the cores
 alone. Rounds of these kinds and of quiet take turns.
 
-`python -m benchmarks.under_attack --help`. The outputs of the victim are compared with float64 before, meanwhile and
-after; the first wrong one ends the benchmark.
+`python -m benchmarks.under_attack --help`. The outputs of the victim are compared with float64 before and after each
+attack; the first wrong one ends the benchmark.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ import attnd
 from attnd_server.identity.tokens import add_token
 from benchmarks import report
 from benchmarks.attackers import ATTACKS
-from benchmarks.servers import Child, started
+from benchmarks.servers import START_TIMEOUT_S, Child, started
 from benchmarks.way import Way
 from benchmarks.way_timing import Samples
 from benchmarks.ways import plane_way, warm_up
 from benchmarks.workload import LLAMA_8B, DecodeStep
 
 QUIET, OWN, OTHER = "quiet", "own", "other"
-START_TIMEOUT_S = 120.0
 # Time that attackers have to reach full force before the victim's calls count.
 RAMP_S = 2.0
 COLUMNS = {
@@ -59,8 +58,6 @@ COLUMNS = {
 CAPTION = """Times in us. quiet: nobody attacks; other: a second server is attacked; own: the victim's server is.
 MiB: most resident memory of the victim's server beyond that at rest. limit: 2 x p99 of quiet (or of other, where it is
 more) and one launch."""
-
-
 ALL_CORES = os.sched_getaffinity(0)
 
 
@@ -85,8 +82,8 @@ class Server:
         self.tokens = {name: add_token(tokens, name) for name in ("victim", "attacker")}
         command = ["serve", "--port", "0", "--tokens", tokens, "--socket-dir", str(folder / "sockets"), *options]
         with on_cores(cores):
-            child: Child = stack.enter_context(started("attnd_server", *command))
-        self.address = child.read(rb"serves (\S+:\d+) on", START_TIMEOUT_S)[1].decode()
+            child = stack.enter_context(started("attnd_server", *command))
+        self.address = child.address()
         self.process = psutil.Process(child.pid)
 
     @property
@@ -227,14 +224,12 @@ def attack_rows(
     calls: dict[tuple[str, str], list[float]] = defaultdict(list)
     told: dict[str, Any] = {}
     most_bytes = 0
-    kinds = [QUIET, OWN] if other is None else [QUIET, OTHER, OWN]
-    for _, kind in itertools.product(range(options.rounds), kinds):
-        target = own if kind == OWN else other
-        quiet = kind == QUIET or target is None
+    targets = {QUIET: None, **({OTHER: other} if other is not None else {}), OWN: own}
+    for _, (kind, target) in itertools.product(range(options.rounds), targets.items()):
         with ExitStack() as stack:
             watch = stack.enter_context(MemoryWatch(own))
-            if not quiet:
-                stack.enter_context(attacked(target, attacks, options.attacker_cores, told if kind == OWN else {}))  # type: ignore[arg-type]
+            if target is not None:
+                stack.enter_context(attacked(target, attacks, options.attacker_cores, told if kind == OWN else {}))
             for plane in options.planes:
                 calls[kind, plane] += victim.run(plane, options.seconds)
         if kind == OWN:
