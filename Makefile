@@ -111,7 +111,7 @@ check-protos: $(PROTO_VENV)/.installed ## fails if client/attnd/v1 is not what p
 lock: $(LOCK_VENV)/.installed ## writes the locks: constraints.txt's versions with the hashes of their files on PyPI
 	@rm -f build/lock && mkdir -p build locks
 	$(call lock,requirements.lock,--extra dev pyproject.toml,$(filter-out triton,$(CUDA_PACKAGES)))
-	echo $(MODEL) | $(UV) --no-deps --no-header - >> requirements.lock
+	echo $(MODEL) | $(UV) --no-deps --no-header --constraint constraints.txt - >> requirements.lock
 	$(call lock,locks/server.lock,--extra server --extra otel pyproject.toml,$(CUDA_PACKAGES))
 	sed -n 's/^\(torch==.*\)/\1+cpu$(TORCH_CPU_HASHES:%= --hash=sha256:%)/p' constraints.txt > locks/torch-cpu.lock
 	printf '%s\n' $(CUDA_PACKAGES) | $(call lock,locks/cuda.lock,--no-deps -)
