@@ -97,7 +97,9 @@ def top(
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Ask twice, show the difference, and end.")] = False,
     timeout_s: Annotated[float, timeout("How long to wait for each answer.")] = 5.0,
-    as_json: AsJson = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON object on a line each time, and nothing else.")
+    ] = False,
     credentials: Any = None,
 ) -> None:
     """Watch what a server does: who calls, how fast, how long calls take, memory, the queue, refusals. Ctrl-C ends it.
