@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from typing import Any
 
 import pytest
+import torch
 
+import attnd
 from attnd.errors import Exhausted
-from attnd.v1 import step_pb2, tensor_pb2
+from attnd.protocol import frames, requests
+from attnd.protocol.regions import Region
+from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
+from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
+from attnd_server.service import session as session_module
 from attnd_server.service.kept_steps import LEAST_OPEN_STEPS, MANY_STEPS_BYTES, KeptSteps, StepRoom, step_bytes
+from attnd_server.service.replies import RegionReplies
 
 MOST = 8
 SMALL, BIG = 1_000, MANY_STEPS_BYTES
@@ -76,6 +84,26 @@ def test_the_base_of_a_step_does_not_go_for_it() -> None:
     assert kept.get(0) is not None
     assert opened(kept, 7, BIG, base_id=1) == []
     assert kept.get(0) is None
+
+
+def test_the_last_call_of_a_lane_does_not_hold_the_room_of_a_step_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "plan_ahead", lambda *_: None)  # which holds a step for a moment, too
+    service = build_service(ServerConfig(device="cpu", max_step_bytes=1 << 20))
+    try:
+        config = cache_pb2.CacheConfig(
+            num_layers=1, num_kv_heads=2, head_dim=8, page_size=16, num_pages=4, dtype=tensor_pb2.DTYPE_FLOAT32
+        )
+        create: Any = service.create_cache(cache_pb2.CreateCacheRequest(config=config).SerializeToString(), "alice")
+        ref = cache_pb2.CreateCacheResponse.FromString(create()).cache.cache
+        session = service.open_session("alice", RegionReplies(Region(1, mmap.mmap(-1, 1 << 12))))
+        metadata = attnd.StepMetadata([1], [0], [[0] + [-1] * 50_000])  # five of them fit
+        q, kv, options = torch.zeros(1, 4, 8), torch.zeros(1, 2, 8), attnd.AttentionOptions()
+        for step_id in range(1, 12):
+            session.request(frames.step_request(metadata.to_message(step_id, ref)))
+            session.request(requests.attend_call(step_id, 0, q, kv, kv, options), lane=min(step_id, 4) - 1)
+        assert service.step_room.num_bytes <= 1 << 20
+    finally:
+        service.close()
 
 
 def test_room_is_held_by_whoever_holds_the_step() -> None:

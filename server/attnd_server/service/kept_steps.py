@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from attnd.errors import Exhausted
 from attnd.v1 import step_pb2
@@ -128,8 +128,15 @@ class KeptSteps(OrderedDict[int, Step]):
         """Of each by its id."""
         return {step_id: step.metadata for step_id, step in self.items()}
 
-    def take(self, base_id: int | None, num_bytes: int) -> HeldBytes:
-        """Room for one more, for which older ones go if need be; not the one with `base_id`, on which it builds.
+    def take(
+        self, base_id: int | None, num_bytes: int, forget: Callable[[list[int]], None] = lambda step_ids: None
+    ) -> HeldBytes:
+        """Room for one more, for which older ones go if need be.
+
+        Args:
+            base_id: of the step on which it builds, which does not go.
+            num_bytes: that it takes.
+            forget: told the ids of those that go: whatever else holds a step holds its room.
 
         Raises:
             Exhausted: see `StepRoom.take`.
@@ -140,7 +147,7 @@ class KeptSteps(OrderedDict[int, Step]):
             except Exhausted:
                 if len(self) < LAST_STEPS or next(iter(self)) == base_id:
                     raise
-            self._drop()
+            forget([self._drop()])
 
     def add(self, step: Step) -> list[int]:
         """Keeps one more, which holds its room. Returns the ids of those that are not kept any more."""

@@ -193,7 +193,7 @@ class AttendSession:
             raise InvalidRequest(
                 f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
             )
-        take = partial(self._steps.take, base_of(message))
+        take = partial(self._steps.take, base_of(message), forget=self._forget)
         step = self._service.step(message, self._principal, self._steps.metadata(), self._replies.plane, take)
         self._forget(self._steps.add(step))
         step.counts = self._counts.served
