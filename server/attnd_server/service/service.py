@@ -80,7 +80,6 @@ class AttentionService:
         self.caches = caches
         self.metrics = metrics
         self._planes = planes
-        self._is_draining = False
         self.verifier = verifier
         self._traces = traces
         self.step_room = StepRoom(config.max_step_bytes, caches.share.step_bytes)
@@ -270,12 +269,12 @@ class AttentionService:
 
     def drain(self) -> None:
         """Refuses new caches, steps and planes from now on; what runs goes on."""
-        self._is_draining = self.status.is_draining = True
+        self.status.is_draining = True
 
     def refuse_if_draining(self) -> None:
         """Raises Disconnected once the server drains, or its device has failed."""
         self.executor.faults.refuse()
-        if self._is_draining:
+        if self.status.is_draining:
             raise Disconnected("the server is draining: it takes no new steps; reconnect elsewhere or later")
 
 
