@@ -98,6 +98,11 @@ def test_no_proc_at_all(tmp_path: Path) -> None:
     assert machine.memory_bytes(tmp_path) > 0
 
 
+def test_what_the_process_takes(tmp_path: Path) -> None:
+    assert 1 << 20 < machine.process_bytes() < machine.memory_bytes()
+    assert machine.process_bytes(tmp_path) == 0
+
+
 def test_the_server_takes_its_defaults_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "memory_bytes", lambda: 8 * GIB)
     monkeypatch.setattr(threads, "num_cores", lambda: 6)

@@ -1,4 +1,4 @@
-"""How many cores and how much memory this process may use: what its control groups leave it of the machine.
+"""How many cores and how much memory this process may use, which is what its control groups leave it, and does use.
 
 A container sees the whole machine in /proc, and is killed for taking more than its share.
 """
@@ -6,6 +6,7 @@ A container sees the whole machine in /proc, and is killed for taking more than 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,16 @@ def memory_bytes(root: Path = Path("/")) -> int:
     limits = [_number(folder / names[version]) for folder, version in _groups(root, "memory")]
     found = [limit for limit in [_total(root), *limits] if limit is not None and 0 < limit < _NO_LIMIT]
     return min(found, default=1 << 30)
+
+
+def process_bytes(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process takes; 0: the system does not say, or has no descriptor for one more file.
+
+    Args:
+        root: of the file system, for tests.
+    """
+    pages = _text(root / "proc/self/statm").split()
+    return int(pages[1]) * resource.getpagesize() if pages else 0
 
 
 def _total(root: Path) -> int | None:

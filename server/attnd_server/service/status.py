@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 from attnd._version import __version__
 from attnd.v1 import error_pb2, plane_pb2, status_pb2
 from attnd_server.config import ServerConfig
+from attnd_server.device.machine import process_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.identity.quota import Quota
 from attnd_server.kv.cache import Cache
@@ -69,7 +69,7 @@ class Status:
         if message.shows_everybody:
             principals += sorted({*known, *(cache.principal for cache in caches)} - {principal})
             message.refusals.extend(_refusals(self._callers.all_refusals()))
-            message.num_process_bytes = _process_bytes()
+            message.num_process_bytes = process_bytes()
         else:
             sessions = [session for session in sessions if session.principal == principal]
         sessions.sort(key=lambda session: session.used_at, reverse=True)
@@ -146,9 +146,3 @@ def _served(served: ServedCounts) -> status_pb2.ServedCounts:
 
 def _refusals(counts: Mapping[error_pb2.ErrorReason.ValueType, int]) -> list[status_pb2.RefusalCount]:
     return [status_pb2.RefusalCount(reason=reason, count=count) for reason, count in sorted(counts.items()) if count]
-
-
-def _process_bytes() -> int:
-    """Bytes of this process that are in memory."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
