@@ -119,8 +119,11 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
         torch.float64,
     )
     is_seen = part.seen.any(0)
+    seen_keys, seen_values = keys[is_seen], values[is_seen]
+    seen_sizes = Sizes.of(seen_keys, seen_values)
+    sizes = seen_sizes if is_seen.all() else Sizes.of(keys, values)
     q_sizes = q.double().norm(dim=2, keepdim=True).nan_to_num(0.0, 0.0)  # [num_rows, 1, 1]
-    key_size = _greatest(keys[is_seen].double().norm(dim=2))
+    key_size = _greatest(seen_keys.double().norm(dim=2))
     dots = abs(options.scale) * q_sizes * key_size
     span = position + len(q) - part.first_position
     bias = _greatest(slopes) * span + _greatest(sinks)
@@ -128,11 +131,11 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
     off = score_error(dots + options.softcap + bias, precision if sample.config.is_quantised else None)
     off += underflow(options, q_sizes, key_size, sample.config.head_dim)
     actual, blind = sample.output[part.rows, head : head + 1], ~part.seen.any(1)
-    bounds = output_bounds(expected, dtype, sample.q.dtype, _greatest(values[is_seen]), off)
+    bounds = output_bounds(expected, dtype, sample.q.dtype, _greatest(seen_values), off)
     ratios, errors = _ratios(actual, expected, bounds.masked_fill(blind[:, None, None], 0), sample.q.dtype)
-    fits = fit(q, Sizes.of(keys[is_seen], values[is_seen]), options, bias, precision)
+    fits = fit(q, seen_sizes, options, bias, precision)
     # What a row does not see may leave NaN all the same: a mask is added to its score.
-    fits &= fit(q, Sizes.of(keys, values), options, bias, precision) | actual.isfinite().all(dim=2).squeeze(1)
+    fits &= fit(q, sizes, options, bias, precision) | actual.isfinite().all(dim=2).squeeze(1)
     fits |= blind  # zeros, whatever the numbers are
     by_row = ratios.amax(dim=(1, 2))
     if sample.lse is not None:

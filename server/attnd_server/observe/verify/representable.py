@@ -83,4 +83,4 @@ def underflow(options: AttentionOptions, q_sizes: torch.Tensor, key_size: float,
 
 def _most(tensor: torch.Tensor) -> float:
     """The greatest size; NaN if there is one, 0 if there is no number."""
-    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
