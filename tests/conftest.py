@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -10,6 +11,12 @@ import torch
 
 import attnd
 from tests.servers import ServerProcess
+
+
+def pytest_configure() -> None:
+    """What is started in the background inherits that Ctrl-C is ignored, and so would all that the tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import queue
 import subprocess
 import sys
 import threading
@@ -66,9 +67,14 @@ class Served:
         ).cache.cache
 
     def run(self, work: Any) -> bytes:
-        result: bytes | None = None
-        while result is None:
-            result = self.service.executor.run_now(work)
+        """Runs work at once, or in its turn if the executor is busy."""
+        result = self.service.executor.run_now(work)
+        if result is not None:
+            return result
+        answers: queue.SimpleQueue[tuple[bytes | None, BaseException | None]] = queue.SimpleQueue()
+        self.service.executor.submit(work, lambda *answer: answers.put(answer))
+        result, error = answers.get(timeout=30)
+        assert result is not None, error
         return result
 
     def step(self, session: Any, cache: cache_pb2.CacheRef, traceparent: str, layers: int = 2) -> None:
