@@ -41,7 +41,7 @@ async def started(counted: Arrivals, rpc: Rpc, principal: str) -> asyncio.Task[N
     async def reads() -> None:
         with counted.reading(rpc, principal) as reader:
             while True:
-                await anext(reader)
+                await reader.read(rpc)
 
     task = asyncio.ensure_future(reads())
     await asyncio.sleep(0)

@@ -27,8 +27,6 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote
 
-import grpc
-
 from attnd.errors import Exhausted
 from attnd_server.identity import is_revoked, refuse_if_revoked
 
@@ -49,22 +47,19 @@ _RECEIVED = struct.Struct("=128xQ")
 
 
 class Reader:
-    """An RPC that reads, and its messages. gRPC's own iterator keeps each, however large, until the next one has come.
+    """An RPC that reads.
 
     Attributes:
-        peer: of its connection, as `_received` names it.
-        principal: whose messages they are.
         is_waiting: whether it waits for a message now.
         was_ended: whether it ends because its principal's messages are too many.
         num_bytes: of the messages that it was handed since the last look.
         num_messages: how many these are.
     """
 
-    def __init__(self, arrivals: Arrivals, context: Any, principal: str, once: bool) -> None:
-        """For the task that makes it. See `Arrivals.reading`."""
+    def __init__(self, arrivals: Arrivals, peer: str, principal: str, once: bool) -> None:
+        """On the connection from `peer`; for the task that makes it. See `Arrivals.reading`."""
         self._arrivals = arrivals
-        self._context = context
-        self.peer = _key(context.peer())
+        self.peer = peer
         self.principal = principal
         self._once = once
         self.is_waiting = self.was_ended = False
@@ -90,20 +85,15 @@ class Reader:
             refuse_if_revoked(self.principal)
             raise self._arrivals.refusal(self.principal) from None
 
-    def __aiter__(self) -> Reader:
-        """Itself."""
-        return self
-
-    async def __anext__(self) -> bytes:
-        """The next message."""
+    async def read(self, context: Any) -> Any:
+        """The next message of an RPC, or gRPC's EOF."""
         self.is_waiting = True
-        data: Any = await self._context.read()
+        data = await context.read()
         self.is_waiting = False
-        if data is grpc.aio.EOF:
-            raise StopAsyncIteration
-        self.num_bytes += len(data)
-        self.num_messages += 1
-        return data  # type: ignore[no-any-return]
+        if isinstance(data, bytes):
+            self.num_bytes += len(data)
+            self.num_messages += 1
+        return data
 
     def take_credit(self) -> int:
         """Bytes that the messages which it was handed can have had on the wire; from then on it counts anew."""
@@ -159,7 +149,7 @@ class Arrivals:
             principal: whose messages they are.
             once: whether it reads one message, and waits no longer for it once the principal's token has gone.
         """
-        return Reader(self, context, principal, once)
+        return Reader(self, _key(context.peer()), principal, once)
 
     def begin(self, reader: Reader) -> None:
         """It reads from now on."""

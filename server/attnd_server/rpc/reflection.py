@@ -61,13 +61,14 @@ class ReflectionServicer(grpc.GenericRpcHandler):
         """The next message, or None at the end."""
         await asyncio.wait_for(self._reads.acquire(), WAIT_S)
         try:
-            return await asyncio.wait_for(self._message(context), READ_S)
+            data: Any = await asyncio.wait_for(self._message(context), READ_S)
         finally:
             self._reads.release()
+        return None if data is grpc.aio.EOF else data
 
-    async def _message(self, context: Any) -> bytes | None:
+    async def _message(self, context: Any) -> Any:
         with self._arrivals.reading(context, NOBODY) as reader:
-            return await anext(reader, None)
+            return await reader.read(context)
 
 
 async def _one(request: reflection_pb2.ServerReflectionRequest) -> AsyncIterator[Any]:

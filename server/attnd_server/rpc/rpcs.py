@@ -71,12 +71,12 @@ class Rpcs:
             finished: Any = context.add_done_callback
             finished(share.finish_unary)
             with self.arrivals.reading(context, principal, once=True) as reader:
-                data = await anext(reader, None)
+                data: Any = await reader.read(context)
         except AttndError as error:
             await self._abort(context, error)
-        if data is None:
+        if data is grpc.aio.EOF:
             await self._abort(context, InvalidRequest("the RPC has no message, but must have one"))
-        return data
+        return data  # type: ignore[no-any-return]
 
     async def _answered(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
         """As `_finish`, once there is room for the answer. It counts until the RPC has ended, and was taken."""

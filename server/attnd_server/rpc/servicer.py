@@ -15,6 +15,7 @@ from attnd.v1 import attention_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
+from attnd_server.rpc.arrivals import Reader
 from attnd_server.rpc.handlers import reads_late
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
@@ -35,6 +36,34 @@ NOTHING = nullcontext()
 Result = TypeVar("Result")
 if TYPE_CHECKING:
     from attnd_server.rpc.rpcs import Context
+
+
+class Messages:
+    """The messages of a stream. gRPC's own iterator keeps each, however large, until the next one has come.
+
+    They are counted here, not by `Reader.read`: a call's way down enters no file more for it.
+    """
+
+    def __init__(self, context: Context, reader: Reader) -> None:
+        """Of the stream that `context` is of, which `reader` reads."""
+        self._context = context
+        self._reader = reader
+
+    def __aiter__(self) -> Messages:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next one."""
+        reader = self._reader
+        reader.is_waiting = True
+        data: Any = await self._context.read()
+        reader.is_waiting = False
+        if data is grpc.aio.EOF:
+            raise StopAsyncIteration
+        reader.num_bytes += len(data)
+        reader.num_messages += 1
+        return data  # type: ignore[no-any-return]
 
 
 class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
@@ -97,7 +126,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                         await method(request, context)
                     else:
                         with self.arrivals.reading(context, principal) as reader:
-                            await method(reader, context)
+                            await method(Messages(context, reader), context)
             except (Unauthenticated, Exhausted) as error:
                 await asyncio.wait_for(self._abort(context, error), TELL_S)
 
