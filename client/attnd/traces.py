@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from attnd import extras
@@ -28,6 +28,7 @@ _SAMPLED = 1
 # What makes spans, and of whom; None: nothing does.
 tracer: Any = None
 provider: Any = None
+_NOTHING = nullcontext()
 
 
 def enable(tracer_provider: Any = None) -> None:
@@ -143,13 +144,14 @@ def begin(message: step_pb2.Step, layers: Iterable[int], plane: str) -> StepSpan
     return began
 
 
-@contextmanager
-def of_request(message: step_pb2.Step, layer: int) -> Iterator[None]:
+def of_request(message: step_pb2.Step, layer: int) -> AbstractContextManager[None]:
     """Around a self-contained request, whose step is about to be sent."""
-    span = begin(message, [layer], "inline")
-    if span is None:
-        yield
-        return
+    span = None if tracer is None else begin(message, [layer], "inline")
+    return _NOTHING if span is None else _around(span, layer)
+
+
+@contextmanager
+def _around(span: StepSpan, layer: int) -> Iterator[None]:
     try:
         with span.of_layer(layer):
             yield

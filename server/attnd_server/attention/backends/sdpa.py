@@ -62,6 +62,9 @@ class SdpaAttention:
         elements = mask_elements(config, metadata, options)
         if elements > MAX_MASK_ELEMENTS:
             return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
+        # No request has more keys than this. Most steps are told by it, at less than `longest` costs.
+        if metadata.max_context_len + metadata.num_tokens <= FEW_KEYS:
+            return None
         num_keys = longest(metadata, options)
         if num_keys <= FEW_KEYS:
             return None
