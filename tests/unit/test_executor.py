@@ -23,7 +23,7 @@ from attnd_server.execution import runner
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.queue import Job
 from attnd_server.execution.step import Call, Result, Step
-from attnd_server.execution.work import Work
+from attnd_server.execution.work import CacheWork, Work
 from attnd_server.inproc import InprocTransport
 from attnd_server.kv.caches import CacheTable
 
@@ -71,6 +71,32 @@ def test_executor_refuses_beyond_its_depth_and_after_the_deadline(executor: Exec
     for _ in range(3):
         assert settled.acquire(timeout=5)
     assert [type(error) for error in errors] == [type(None), DeadlineExceeded, type(None)]
+
+
+def test_a_call_that_comes_during_a_flood_of_many_caches_waits_for_what_runs_alone(table: CacheTable) -> None:
+    running = Executor(CPU, table, ServerConfig())
+    begun, go_on, last = threading.Event(), threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def work(name: str) -> bytes:
+        ran.append(name)
+        begun.set()
+        go_on.wait(30)
+        return b""
+
+    def submit(principal: str, cache: int) -> None:
+        name = f"{principal} {cache}"
+        done = (lambda *_: last.set()) if name == "alice 4" else lambda *_: None
+        running.submit(CacheWork(name.encode(), principal, partial(work, name)), done)
+
+    for cache in range(5):
+        submit("alice", cache)
+    assert begun.wait(30)
+    submit("bob", 0)
+    go_on.set()
+    assert last.wait(30)
+    running.close()
+    assert ran == ["alice 0", "bob 0", *(f"alice {cache}" for cache in range(1, 5))]
 
 
 def test_idle_executor_lends_its_device_and_a_busy_one_does_not(executor: Executor) -> None:

@@ -44,8 +44,57 @@ def test_who_was_just_served_stands_behind_who_comes() -> None:
     queue.put(second)
     assert queue.take(0) is first
     queue.put(other)
-    assert taken(queue) == [second, other]  # the lane that waits already is before one that comes
+    queue.finished(0.01)
+    assert taken(queue) == [other, second]
     assert queue.depth == 0
+
+
+def test_who_was_served_some_time_ago_stands_before_who_comes() -> None:
+    queue = WorkQueue(100, 100)
+    first, second, other = job(b"a"), job(b"a"), job(b"b")
+    queue.put(first)
+    queue.put(second)
+    assert queue.take(0) is first
+    queue.finished(0.01)
+    queue.put(other)
+    assert taken(queue) == [second, other]
+
+
+def test_a_principal_with_many_caches_makes_another_wait_for_one_call_of_them() -> None:
+    queue = WorkQueue(100, 100)
+    flood = [owned("alice", bytes([cache])) for cache in range(5) for _ in range(2)]
+    bobs = [owned("bob", b"d"), owned("bob", b"d"), owned("bob", b"e")]
+    for each in flood:
+        queue.put(each)
+    assert queue.take(0) is flood[0]
+    for each in bobs:  # they come while it runs
+        queue.put(each)
+    queue.finished(0.01)
+    assert taken(queue) == [bobs[0], flood[2], bobs[2], flood[4], bobs[1], *flood[6::2], *flood[1::2]]
+
+
+def test_the_rest_of_long_work_comes_after_all_others_and_first_of_its_cache() -> None:
+    queue = WorkQueue(100, 100)
+    long, behind, another, bobs = owned("alice", b"a"), owned("alice", b"a"), owned("alice", b"b"), owned("bob", b"c")
+    for each in (long, behind, another, bobs):
+        queue.put(each)
+    assert queue.take(0) is long
+    queue.put_back(long)
+    queue.finished(0.01)
+    assert taken(queue) == [bobs, another, long, behind]
+
+
+def test_those_who_joined_have_had_their_turns() -> None:
+    queue = WorkQueue(100, 100)
+    alices, bobs, carols = ([owned(name, name.encode()) for _ in range(2)] for name in ("alice", "bob", "carol"))
+    for each in (*alices, *bobs, *carols):
+        queue.put(each)
+    assert queue.take(0) is alices[0]
+    assert queue.take_others(b"alice", lambda each: each is bobs[0], lambda: True) == [bobs[0]]
+    queue.finished(0.01)
+    assert taken(queue) == [carols[0], alices[1], bobs[1], carols[1]]
+    assert queue.depth == 0
+    assert not queue.waiting()
 
 
 @given(st.lists(st.one_of(st.sampled_from([b"a", b"b", b"c", b""]), st.none()), max_size=60))
@@ -69,6 +118,34 @@ def test_order_holds_within_a_cache_and_nobody_is_passed_by_twice(events: list[b
         for cache, others in passed.items():
             others.append(got.cache_id)
             if cache == got.cache_id or not waiting[cache]:
+                others.clear()
+            assert len(others) == len(set(others))
+
+
+@given(st.lists(st.one_of(st.tuples(st.sampled_from("ABC"), st.sampled_from([b"a", b"b"])), st.none()), max_size=60))
+def test_no_principal_is_passed_by_twice_whoever_comes_while_one_has_its_turn(
+    events: list[tuple[str, bytes] | None],
+) -> None:
+    queue = WorkQueue(100, 100)
+    waiting: dict[str, list[Job]] = {"A": [], "B": [], "C": []}
+    passed: dict[str, list[str]] = {"A": [], "B": [], "C": []}  # that had turns since one's first job came
+    for event in [*events, *[None] * len(events)]:
+        if event is not None:
+            new = owned(event[0], event[0].encode() + event[1])
+            queue.put(new)
+            waiting[event[0]].append(new)
+            continue
+        queue.finished(0.0)  # what was taken had its turn until now
+        got = queue.take(0)
+        if got is None:
+            assert not any(waiting.values())
+            continue
+        of_cache = [each for each in waiting[got.principal] if each.cache_id == got.cache_id]
+        assert of_cache[0] is got
+        waiting[got.principal].remove(got)
+        for principal, others in passed.items():
+            others.append(got.principal)
+            if principal == got.principal or not waiting[principal]:
                 others.clear()
             assert len(others) == len(set(others))
 
@@ -168,8 +245,8 @@ def test_one_principal_leaves_places_to_another() -> None:
         queue.put(each)
     with pytest.raises(Exhausted, match="6 calls wait, but the queue's limit is 6"):
         queue.put(owned("carol", b"e"))
-    # Each has its turn: caches, and those who make one.
-    assert taken(queue) == [*jobs, *bobs]
+    # Each has its turn: principals, and of each its caches, and what makes one.
+    assert taken(queue) == [each for pair in zip(jobs, bobs, strict=True) for each in pair]
 
 
 def test_a_principal_that_was_served_may_come_again() -> None:

@@ -1,7 +1,8 @@
-"""What waits for an executor: bounded, a queue for each cache, which take turns.
+"""What waits for an executor: bounded, a queue for each cache; principals take turns, and so do the caches of each.
 
-A cache's queue has its jobs in the order in which they came. Each turn takes one job of the next queue, so that a cache
-with a hundred calls makes another wait for one of them, not for all.
+A cache's queue has its jobs in the order in which they came. Each turn takes one job, of the next principal's next
+cache, so that a cache with a hundred calls makes another wait for one of them, and a principal with a hundred caches
+makes another wait for one call of them, not for all. Who has the turn stands behind everybody who comes meanwhile.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ IsWorthIt = Callable[[], bool]
 """Asks whether those that joined take less time together than each alone."""
 
 
+# By cache, of a principal of whom nothing waits.
+_NO_QUEUES: OrderedDict[bytes, deque[Job]] = OrderedDict()
+
+
 class WorkQueue:
     """Jobs that wait. Any thread may put, one takes.
 
@@ -87,7 +92,9 @@ class WorkQueue:
         self._max_depth = max_depth
         self._max_principal_depth = max_depth if max_principal_depth is None else max_principal_depth
         self._max_cache_depth = min(max_cache_depth, max_depth)
-        self._queues: OrderedDict[bytes, deque[Job]] = OrderedDict()  # none is empty; the next in turn is first
+        # By principal, and by cache. None is empty; the next in turn is first.
+        self._queues: OrderedDict[str, OrderedDict[bytes, deque[Job]]] = OrderedDict()
+        self._turn: Job | None = None  # whose it is
         self.depth = 0
         self.is_taken = False
         self._lock = threading.Lock()
@@ -107,23 +114,17 @@ class WorkQueue:
         Raises:
             Exhausted: it is full, or the queue of the job's cache is.
         """
-        cache_id = job.cache_id
         with self._lock:
-            jobs = self._queues.get(cache_id)
             if not always:
-                self._refuse_if_full(job, len(jobs or ()))
-            if jobs is None:
-                jobs = self._queues[cache_id] = deque()
-            jobs.append(job)
+                self._refuse_if_full(job)
+            self._jobs_beside(job).append(job)
             self.depth += 1
         self._tokens.put(None)
 
     def put_back(self, job: Job) -> None:
-        """Puts back the rest of a job that was taken: first of its cache, whose turn comes after the other caches'."""
-        cache_id = job.cache_id
+        """Puts back the rest of a job that was taken: first of its cache, whose turn comes after all others'."""
         with self._lock:
-            self._queues.setdefault(cache_id, deque()).appendleft(job)
-            self._queues.move_to_end(cache_id)
+            self._jobs_beside(job).appendleft(job)
             self.depth += 1
         self._tokens.put(None)
 
@@ -136,12 +137,11 @@ class WorkQueue:
         with self._lock:
             if not self._queues:
                 return None
-            cache_id, jobs = self._queues.popitem(last=False)
-            job = jobs.popleft()
-            self.depth -= 1
-            self.is_taken = True
-            if jobs:
-                self._queues[cache_id] = jobs  # behind all others
+            caches = next(iter(self._queues.values()))
+            job = next(iter(caches.values()))[0]
+            self._take_out(job)
+            self.is_taken, self._turn = True, job
+            self._move_to_end(job)
         return job
 
     def take_others(self, cache_id: bytes, joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
@@ -155,29 +155,21 @@ class WorkQueue:
             is_worth_it: asked afterwards: whether to take them all, or none.
         """
         with self._lock:
-            joined = [other for other, jobs in self._queues.items() if other != cache_id and joins(jobs[0])]
+            first = [jobs[0] for caches in self._queues.values() for other, jobs in caches.items() if other != cache_id]
+            joined = [job for job in first if joins(job)]
             if not is_worth_it():
                 return []
-            taken = []
-            for other in joined:
-                jobs = self._queues.pop(other)
-                taken.append(jobs.popleft())
-                self.depth -= 1
-                if jobs:
-                    self._queues[other] = jobs
-        return taken
+            for job in joined:
+                self._take_out(job)
+                self._move_to_end(job)
+        return joined
 
     def remove(self, job: Job) -> bool:
         """Takes a job out wherever it stands. Returns whether it was still there."""
-        cache_id = job.cache_id
         with self._lock:
-            jobs = self._queues.get(cache_id)
-            if jobs is None or job not in jobs:
+            if job not in self._queues.get(job.principal, _NO_QUEUES).get(job.cache_id, ()):
                 return False
-            jobs.remove(job)
-            self.depth -= 1
-            if not jobs:
-                del self._queues[cache_id]
+            self._take_out(job)
         return True
 
     def wake(self) -> None:
@@ -187,19 +179,46 @@ class WorkQueue:
     def finished(self, seconds: float) -> None:
         """The job that was taken is over, and took so long. By the thread that takes."""
         self._job_s += (seconds - self._job_s) * (_LAST_JOB_WEIGHT if self._job_s else 1.0)
-        self.is_taken = False
+        self.is_taken, self._turn = False, None
 
-    def _refuse_if_full(self, job: Job, cache_depth: int) -> None:
+    def _jobs_beside(self, job: Job) -> deque[Job]:
+        """The queue of a job's cache, made if there is none."""
+        caches = self._queues.setdefault(job.principal, OrderedDict())
+        jobs = caches.setdefault(job.cache_id, deque())
+        if not jobs and self._turn is not None:
+            self._move_to_end(self._turn)
+        return jobs
+
+    def _move_to_end(self, job: Job) -> None:
+        """Others have their turns before the principal of a job, and before its cache among that principal's."""
+        caches = self._queues.get(job.principal)
+        if caches is not None:
+            self._queues.move_to_end(job.principal)
+            if job.cache_id in caches:
+                caches.move_to_end(job.cache_id)
+
+    def _take_out(self, job: Job) -> None:
+        """Leaves nothing that is empty."""
+        caches = self._queues[job.principal]
+        jobs = caches[job.cache_id]
+        jobs.remove(job)
+        self.depth -= 1
+        if not jobs:
+            del caches[job.cache_id]
+        if not caches:
+            del self._queues[job.principal]
+
+    def _refuse_if_full(self, job: Job) -> None:
+        caches = self._queues.get(job.principal, _NO_QUEUES)
+        cache_depth = len(caches.get(job.cache_id, ()))
         if self.depth >= self._max_depth:
             waiting, use = self.depth, f"{self.depth} calls wait, but the queue's limit is {self._max_depth}"
         elif cache_depth >= self._max_cache_depth and job.cache_id != NO_CACHE:
-            # Others' jobs come between these: one of each cache for each of this one, if they have as many.
-            waiting = min(self.depth, cache_depth * len(self._queues))
+            # Others' jobs come between these: one of each of its principal's caches, and then one of each principal.
+            waiting = min(self.depth, cache_depth * len(caches) * len(self._queues))
             use = f"{cache_depth} calls of this cache wait, but the limit of one cache is {self._max_cache_depth}"
-        elif self.depth >= self._max_principal_depth and (depth := self._depth_of(job.principal)) >= (
-            self._max_principal_depth
-        ):
-            waiting = depth
+        elif self.depth >= self._max_principal_depth <= (depth := sum(map(len, caches.values()))) and job.principal:
+            waiting = min(self.depth, depth * len(self._queues))
             use = f"{depth} calls of this principal wait, but a principal's limit is {self._max_principal_depth}"
         else:
             return
@@ -210,13 +229,9 @@ class WorkQueue:
         """Jobs that wait, by principal."""
         waiting: Counter[str] = Counter()
         with self._lock:
-            for jobs in self._queues.values():
-                waiting[jobs[0].principal] += len(jobs)
+            for principal, caches in self._queues.items():
+                waiting[principal] += sum(map(len, caches.values()))
         return waiting
-
-    def _depth_of(self, principal: str) -> int:
-        """Jobs of a principal that wait. Looks at every queue, which takes some 10 us where there are a hundred."""
-        return sum(len(jobs) for jobs in self._queues.values() if principal and jobs[0].principal == principal)
 
 
 def others_among(jobs: Sequence[Job], joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
