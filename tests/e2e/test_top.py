@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.v1 import attention_pb2_grpc, capabilities_pb2
+from attnd.v1 import attention_pb2_grpc, capabilities_pb2, status_pb2
 from attnd_server.identity.tokens import add_token
 from tests.servers import ServerProcess, wait_for
 
@@ -234,3 +234,30 @@ def test_a_server_of_an_older_version_says_so() -> None:
         server.stop(0).wait()
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "attnd top: the server is of an older version and has no GetStatus\n"
+
+
+class Once(Old):
+    """Answers one GetStatus, and then knows nobody any more."""
+
+    def __init__(self) -> None:
+        self._answers = iter([status_pb2.GetStatusResponse()])
+
+    def GetStatus(self, request: object, context: grpc.ServicerContext) -> status_pb2.GetStatusResponse:
+        answer = next(self._answers, None)
+        if answer is None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not known here any more")
+        assert answer is not None
+        return answer
+
+
+def test_an_answer_that_does_not_come_a_second_time_is_told_and_fails() -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    attention_pb2_grpc.add_AttentionServiceServicer_to_server(Once(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        result = top(f"127.0.0.1:{port}", "--once", "--interval", "0.1")
+    finally:
+        server.stop(0).wait()
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "attnd top: the token is not known here any more\n"

@@ -111,7 +111,7 @@ def run_top(
         as_json: a JSON object on a line each time, and nothing else.
 
     Returns:
-        The exit code: 0, or 1 if nobody has answered at the start.
+        The exit code: 0, or 1 if nobody has answered at the start, or to `once` a second time.
     """
     asker, answers = Asker(address, interval_s, timeout_s, credentials), Answers()
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -126,8 +126,10 @@ def run_top(
         view = _View(address, answers, console, as_json)
         if once:
             second = asker.next()
-            if second.told is not None:
-                answers.add(second.at, second.told)
+            if second.told is None:
+                tell(errors, "top", second.error)
+                return 1
+            answers.add(second.at, second.told)
             view.write()
         elif as_json or not console.is_terminal or console.is_dumb_terminal:
             _go_on(asker, answers, view.write)
