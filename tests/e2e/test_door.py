@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import grpc
 import pytest
@@ -32,10 +30,6 @@ MOST_BYTES = 150 << 20
 MOST_OF_A_PRINCIPAL = 600 << 20
 
 
-def resident_bytes(server: ServerProcess) -> int:
-    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, attnd.Credentials]]:
     """A server that asks for tokens, and whom it lets in."""
@@ -52,7 +46,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerPr
 @contextmanager
 def flooding(server: ServerProcess, *floods: raw_http2.Flood) -> Iterator[Callable[[], int]]:
     """Sends until nothing goes any more; the most memory that the server has taken since."""
-    before = peak = resident_bytes(server)
+    before = peak = server.resident_bytes
     with ExitStack() as stack:
         for flood in floods:
             stack.callback(flood.close)
@@ -66,7 +60,7 @@ def flooding(server: ServerProcess, *floods: raw_http2.Flood) -> Iterator[Callab
                     idle_since = time.monotonic()
                 else:
                     time.sleep(0.005)
-                peak = max(peak, resident_bytes(server))
+                peak = max(peak, server.resident_bytes)
             return peak - before
 
         yield push
@@ -156,7 +150,7 @@ def test_a_compressed_message_is_not_unfolded(guarded: tuple[ServerProcess, attn
         method, (b"grpc-encoding", b"gzip"), *((key.encode(), value.encode()) for key, value in shown.metadata() or ())
     )
     message = b"\x01" + len(bomb).to_bytes(4, "big") + bomb
-    before = resident_bytes(server)
+    before = server.resident_bytes
     data = b"".join(raw_http2.frame(0, 0, 1, message[at : at + (1 << 14)]) for at in range(0, 60_000, 1 << 14))
     with raw_http2.connected(server.address, raw_http2.OPENING + stream + data):
         time.sleep(1.0)
@@ -165,7 +159,7 @@ def test_a_compressed_message_is_not_unfolded(guarded: tuple[ServerProcess, attn
         call = channel.stream_stream(name)(iter([bytes(64 << 20)]), metadata=shown.metadata(), timeout=20)
         with pytest.raises(grpc.RpcError, match="UNIMPLEMENTED"):
             list(call)
-    assert resident_bytes(server) - before < MOST_BYTES
+    assert server.resident_bytes - before < MOST_BYTES
 
 
 def test_a_unary_method_takes_one_message(guarded: tuple[ServerProcess, attnd.Credentials]) -> None:

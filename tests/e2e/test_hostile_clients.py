@@ -52,10 +52,6 @@ def num_descriptors(server: ServerProcess) -> int:
     return len(os.listdir(f"/proc/{server.pid}/fd"))
 
 
-def resident_bytes(server: ServerProcess) -> int:
-    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 @contextmanager
 def working(server: ServerProcess) -> Iterator[Callable[[], None]]:
     """A worker on an open stream; each call of what is given does a step and checks what comes of it."""
@@ -182,7 +178,7 @@ def test_a_client_that_does_not_read_costs_a_few_answers_of_memory(hardened: Ser
             with grpc.insecure_channel(server.address, [("grpc.max_receive_message_length", -1)]) as channel:
                 stream = channel.stream_stream(SERVICE + "Attend")(flood())
                 assert attention_pb2.AttendResponse.FromString(next(stream)).HasField("step")
-                before = resident_bytes(server)
+                before = server.resident_bytes
                 last = -1
                 while last != sent:  # until it can send no more
                     last = sent
@@ -190,7 +186,7 @@ def test_a_client_that_does_not_read_costs_a_few_answers_of_memory(hardened: Ser
                         work()
                         time.sleep(0.02)
                 assert 1 <= sent < num_calls
-                assert resident_bytes(server) - before < 100 << 20
+                assert server.resident_bytes - before < 100 << 20
                 stream.cancel()
         work()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,10 +51,6 @@ def serving(folder: Path, *options: str) -> Iterator[tuple[ServerProcess, attnd.
         yield server, names[0], names[1]
         log = server.log
     assert "internal error" not in log, log
-
-
-def resident_bytes(server: ServerProcess) -> int:
-    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def unfolding(cache: attnd.Cache, step_id: int, base_id: int, num_columns: int = MOST_ELEMENTS) -> bytes:
@@ -121,7 +116,7 @@ def test_a_few_bytes_hold_no_more_than_a_principals_share(plane: Any, tmp_path: 
             cache = stack.enter_context(client.create_cache(**GEOMETRY))
             with plane(server, client, cache, mallorys) as ask:  # what comes with the first of its kind is no table
                 assert ask(unfolding(cache, 2, 1)).HasField("step")
-            before = resident_bytes(server)
+            before = server.resident_bytes
             with ExitStack() as streams:
                 errors = []
                 for _ in range(NUM_STREAMS):
@@ -133,7 +128,7 @@ def test_a_few_bytes_hold_no_more_than_a_principals_share(plane: Any, tmp_path: 
                             base_id = step_id
                         else:
                             errors.append(answer.error)
-                taken = resident_bytes(server) - before
+                taken = server.resident_bytes - before
                 # One more may be in the making, and memory that was given back is not always the system's.
                 assert taken < PRINCIPAL_BYTES + 8 * TABLE_BYTES
                 assert errors

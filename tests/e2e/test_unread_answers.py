@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +36,6 @@ Q, K, V = torch.ones(1, 2, 16), torch.ones(1, 2, 16), torch.ones(1, 2, 16)
 CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 # What may wait of a principal is 128 MiB. gRPC has a copy of what it writes, and the calls under way have inputs.
 MOST_BYTES = 600 << 20
-
-
-def resident_bytes(server: ServerProcess) -> int:
-    return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.fixture
@@ -83,7 +78,7 @@ def settled(server: ServerProcess, before: int) -> int:
     peak, last, changed = 0, 0, time.monotonic()
     deadline = changed + 60
     while time.monotonic() < min(changed + 4, deadline):
-        now = resident_bytes(server) - before
+        now = server.resident_bytes - before
         peak = max(peak, now)
         if abs(now - last) > 1 << 20:
             last, changed = now, time.monotonic()
@@ -102,7 +97,7 @@ def test_streams_that_are_not_read_hold_a_bounded_amount_and_lose_nothing(
         cache.store_kv(0, [0], torch.ones(1, 2, HEAD_DIM), torch.ones(1, 2, HEAD_DIM_V))
         messages = wide_calls(cache, num_calls)
         assert works(server, shown["other"])
-        before = resident_bytes(server)
+        before = server.resident_bytes
         streams = []
         for _ in range(num_streams):
             channel = stack.enter_context(grpc.insecure_channel(server.address, CHANNEL))
@@ -130,7 +125,7 @@ def test_unary_answers_and_chunks_that_are_not_read_count_too(
         q = torch.ones(NUM_TOKENS, NUM_HEADS, HEAD_DIM)
         prefill = requests.unary_call("prefill", step, cache.ref, 0, q, None, None, requests.DEFAULT_OPTIONS)
         read = requests.read_kv(cache.ref, 0, list(range(4_096)))
-        before = resident_bytes(server)
+        before = server.resident_bytes
         waiting = []
         for _ in range(20):
             channel = stack.enter_context(grpc.insecure_channel(server.address, CHANNEL))
