@@ -19,6 +19,8 @@ from attnd.threads import bounded
 
 Opening = Callable[[Callable[[bytes], bytes]], Any]
 """Begins a call of gRPC's, whose responses it has read by the function that it is given."""
+# Seconds after which a message is asked for that no request is answered with: the server is going away.
+UNASKED_S = 0.01
 
 
 class StreamingCall:
@@ -28,16 +30,24 @@ class StreamingCall:
     woken at once. The call's thread behind it only asks gRPC for the next one.
     """
 
-    def __init__(self, opening: Opening, address: str, sending: queue.SimpleQueue[bytes | None] | None = None) -> None:
+    def __init__(
+        self,
+        opening: Opening,
+        address: str,
+        sending: queue.SimpleQueue[bytes | None] | None = None,
+        sent: queue.SimpleQueue[None] | None = None,
+    ) -> None:
         """Begins it.
 
         Args:
             opening: of the call.
             address: of the server, for errors.
             sending: from which gRPC reads requests, up to None; None: it reads them elsewhere.
+            sent: has an item for each request that has gone out and will be answered; None: messages come without.
         """
         self._address = address
         self._sending = sending
+        self._sent = sent
         self._received: queue.SimpleQueue[bytes | AttndError | None] = queue.SimpleQueue()
         self._call: Any = None
         self._is_cancelled = False
@@ -81,6 +91,24 @@ class StreamingCall:
         self._received.put(message)
         return message
 
+    def _ask(self, call: Any) -> None:
+        """Asks for one message after the other, until the end.
+
+        To ask takes the interpreter for some time, and makes whoever has the last answer wait for it. So an answer is
+        asked for once its request has gone out, while the server is at it.
+        """
+        sent = self._sent
+        if sent is None:
+            for _ in call:
+                pass
+            return
+        while True:
+            is_answer = _takes(sent, UNASKED_S)
+            if next(call, None) is None:
+                return
+            if not is_answer:
+                _takes(sent, 0)  # that of the request which it answers, if it answers one
+
     def _read(self, opening: Opening) -> None:
         """The thread: asks for messages until the end."""
         told: AttndError | None = None
@@ -88,8 +116,7 @@ class StreamingCall:
             self._call = call = opening(self._came)
             if self._is_cancelled:
                 call.cancel()
-            for _ in call:
-                pass
+            self._ask(call)
         except grpc.RpcError as error:
             told = translate(error, self._address)
             # The error is the call itself. By its traceback it would hold itself, until whichever thread collects
@@ -101,6 +128,38 @@ class StreamingCall:
         if self._sending is not None:
             self._sending.put(None)  # gRPC's thread that reads it may go
         self._received.put(told)
+
+
+def _takes(items: queue.SimpleQueue[None], timeout_s: float) -> bool:
+    """Whether an item came in time, and was taken."""
+    try:
+        items.get(timeout=timeout_s)
+    except queue.Empty:
+        return False
+    return True
+
+
+class _Requests:
+    """Requests as gRPC reads them, on a thread of its own: it asks for one when the one before has gone out."""
+
+    def __init__(self, sending: queue.SimpleQueue[bytes | None], sent: queue.SimpleQueue[None]) -> None:
+        """Those of `sending`, up to None; each is noted in `sent` when it has gone out."""
+        self._sending, self._sent = sending, sent
+        self._is_first = True
+
+    def __iter__(self) -> _Requests:
+        """Itself."""
+        return self
+
+    def __next__(self) -> bytes:
+        """The next one."""
+        if not self._is_first:
+            self._sent.put(None)
+        self._is_first = False
+        request = self._sending.get()
+        if request is None:
+            raise StopIteration
+        return request
 
 
 class GrpcStream(Stream):
@@ -115,8 +174,9 @@ class GrpcStream(Stream):
             metadata: of the call.
         """
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        sent = iter(self._requests.get, None)
-        self._call = StreamingCall(lambda came: method(came)(sent, metadata=metadata), address, self._requests)
+        sent: queue.SimpleQueue[None] = queue.SimpleQueue()
+        read = _Requests(self._requests, sent)
+        self._call = StreamingCall(lambda came: method(came)(read, metadata=metadata), address, self._requests, sent)
         self._end = weakref.finalize(self, self._call.cancel)
         self._end.atexit = False
 
