@@ -211,7 +211,8 @@ class AttentionService:
         metadata = validation.step(message, cache.config, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
         executor = self.executor
-        kept, most_work = executor.kept_plans, executor.most_work
+        # A request's own step has one call, and its plan goes with it.
+        kept, most_work = executor.kept_plans if take is not None else None, executor.most_work
         step = Step(message.id, cache, metadata, timeout_s, executor.graphs, kept, most_work, held=held)
         if self._traces is not None:
             step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)

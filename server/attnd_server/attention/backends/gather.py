@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from attnd_server.attention.backends.window import first_visible_positions
@@ -121,23 +122,25 @@ def _slots_of_one_token(
     """
     if metadata.num_tokens != 1 or metadata.num_reqs != 1 or options.window or metadata.cache_only:
         return None
-    context_len = int(metadata.context_lens[0])
-    pages = metadata.page_tables[0, : -(-context_len // config.page_size)].long()
-    in_hole = metadata.hole_starts[0] < metadata.hole_ends[0]
-    if not context_len or in_hole or not metadata.valid_lens[0] or (pages < 0).any():
+    # In numpy, whose operations on a few numbers take a third of torch's.
+    context_len = metadata.max_context_len
+    pages = metadata.page_tables.numpy()[0, : -(-context_len // config.page_size)]
+    in_hole = metadata.hole_starts.item() < metadata.hole_ends.item()
+    if not context_len or in_hole or not metadata.valid_lens.item() or pages.min() < 0:
         return None
-    slots = torch.zeros(context_len + 1, dtype=torch.int64)
-    of_pages = pages[:, None] * config.page_size + torch.arange(config.page_size)
-    slots[:context_len] = of_pages.view(-1)[:context_len]
-    return slots
+    slots = np.zeros(context_len + 1, np.int64)
+    of_pages = pages[:, None] * np.int64(config.page_size) + np.arange(config.page_size)
+    slots[:context_len] = of_pages.ravel()[:context_len]
+    return torch.from_numpy(slots)
 
 
 def _side_by_side(config: AttentionConfig, metadata: AttentionMetadata, slots: torch.Tensor) -> slice | None:
     """The slots of a step's only token and of its context, `slots[:-1]`, if they follow each other in unified pages."""
     if metadata.slot_mapping is None or config.layout is not Layout.UNIFIED or config.is_quantised:
         return None
-    first, last = int(slots[0]), int(metadata.slot_mapping[0])
-    follow = last - first == len(slots) - 1 and bool((torch.diff(slots[:-1]) == 1).all())
+    cached = slots.numpy()[:-1]
+    first, last = int(cached[0]), int(metadata.slot_mapping.item())
+    follow = last - first == len(cached) and bool((cached[1:] - cached[:-1] == 1).all())
     return slice(first, last + 1) if follow else None
 
 
