@@ -16,7 +16,7 @@ from attnd.protocol import frames
 from attnd.protocol.packing import int32_tensor
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.config import ServerConfig
-from attnd_server.rpc import servicer
+from attnd_server.rpc import rpcs
 from attnd_server.service import service, validation
 from attnd_server.service import session as attend_session
 from attnd_server.service.session import BigStep
@@ -98,7 +98,7 @@ def test_small_steps_are_checked_at_once(busy: Busy, seen: Seen) -> None:
 def test_big_messages_of_every_kind_are_checked_beside_the_event_loop(
     busy: Busy, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicer, "BIG_MESSAGE_BYTES", 0)
+    monkeypatch.setattr(rpcs, "BIG_MESSAGE_BYTES", 0)
     with attnd.connect(busy.server.address, plane="inline") as client, client.create_cache(**GEOMETRY) as cache:
         assert cache.store_kv(0, [3, 1], torch.cat([K, 2 * K]), torch.cat([V, 2 * V])) == 2
         assert torch.equal(cache.read_kv(0, [1], like=K)[0], 2 * K)

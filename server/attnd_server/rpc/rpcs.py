@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -21,6 +22,8 @@ from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
 from attnd_server.service.service import AttentionService
 
+# Bytes of a message from which its check is worth a thread of its own: up to then it takes some milliseconds at most.
+BIG_MESSAGE_BYTES = 1 << 20
 # Checks of big messages at one time: few, so that whoever sends them does not take the cores from everybody.
 MAX_CHECKS = 2
 Result = TypeVar("Result")
@@ -87,6 +90,12 @@ class Rpcs:
             done: Any = context.add_done_callback
             done(lambda _: share.give_back_answer(num_bytes))
         return await self._finish(answer, context, principal)
+
+    async def _checked(self, check: Callable[[bytes, str], Result], data: bytes, principal: str) -> Result:
+        """What `check` makes of a message; others do not wait for that of a big one."""
+        if len(data) > BIG_MESSAGE_BYTES:
+            return await self._beside(partial(check, data, principal), principal)
+        return check(data, principal)
 
     async def _beside(self, check: Callable[[], Result], principal: str) -> Result:
         """What `check` gives, on another thread: it takes long, and numpy lets the event loop go on meanwhile.

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -27,13 +27,10 @@ from attnd_server.service.service import AttentionService, error_response
 from attnd_server.service.session import AttendSession, BigStep
 
 SERVICE_NAME = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
-# Bytes of a message from which its check is worth a thread of its own: up to then it takes some milliseconds at most.
-BIG_MESSAGE_BYTES = 1 << 20
 # Unary methods whose requests have tensors: they wait while their principal's other messages hold enough. The others'
 # do not, because a lease may depend on them.
 LARGE = frozenset({"Prefill", "Decode", "CopyPages"})
 NOTHING = nullcontext()
-Result = TypeVar("Result")
 if TYPE_CHECKING:
     from attnd_server.rpc.rpcs import Context
 
@@ -77,7 +74,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         super().__init__(service, principals)
         # Of a method with messages either way: gRPC does not read the first one, however large, before it asks for it.
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
-        self._num_streams = 0  # Attend streams that are open
+        self._num_streams = self._num_unary = 0  # Attend streams that are open; RPCs with one request
         unary: dict[str, Any] = {
             name: reads_late(self._unary(method), partial(self._only_request, waits=name in LARGE))
             for name, method in service.unary.items()
@@ -103,17 +100,30 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
 
     def _unary(self, method: Callable[[bytes, str], bytes | Work]) -> Any:
         async def handler(data: bytes, context: Context) -> bytes:
+            self._num_unary += 1
             try:
                 principal = self._principals.of(context)
                 is_small = len(data) <= SMALL_BYTES
                 holding = NOTHING if is_small else self._shares.of(principal).holding(len(data))
                 with self._open.busy(), holding:
                     work = await self._checked(method, data, principal)
-                    return await self._answered(work, context, principal)
+                    answer = self._at_once(work)
+                    return await self._answered(work, context, principal) if answer is None else answer
             except Exception as error:
                 await self._abort(context, error)
+            finally:
+                self._num_unary -= 1
 
         return handler
+
+    def _at_once(self, work: bytes | Work) -> bytes | None:
+        """What a small call of a lone worker gives, without two switches of thread; None: it is none, or must wait.
+
+        The worker may have one stream as well: what waits for the event loop then would wait for the device too.
+        """
+        if self._num_unary == 1 and self._num_streams <= 1 and isinstance(work, Call) and work.is_small:
+            return self._service.executor.run_now(work)
+        return None
 
     def _until_revoked(self, method: Callable[[Any, Context], Awaitable[None]]) -> Any:
         """A method with a stream, which ends also where it waits for a client whose token has gone."""
@@ -231,12 +241,6 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             return await self._beside(step.answer, principal)
         except Exception as error:
             return self._told(session, error)
-
-    async def _checked(self, check: Callable[[bytes, str], Result], data: bytes, principal: str) -> Result:
-        """What `check` makes of a message; others do not wait for that of a big one."""
-        if len(data) > BIG_MESSAGE_BYTES:
-            return await self._beside(partial(check, data, principal), principal)
-        return check(data, principal)
 
     def _told(self, session: AttendSession, error: Exception) -> bytes:
         return error_response(attention_pb2.AttendResponse, session.told(error))
