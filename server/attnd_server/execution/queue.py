@@ -41,6 +41,8 @@ class Job:
         rest: what is left of it, if it runs in pieces and was begun.
         ran_s: seconds for which it has had the device, if it runs in pieces.
         is_cancelled: whether it is to end before its next piece.
+        cache_id: the cache in whose queue it waits.
+        principal: whose it is; "" of what is nobody's.
     """
 
     work: Work
@@ -51,16 +53,13 @@ class Job:
     rest: Pieces | None = None
     ran_s: float = 0.0
     is_cancelled: bool = False
+    cache_id: bytes = NO_CACHE
+    principal: str = ""
 
-    @property
-    def cache_id(self) -> bytes:
-        """The cache in whose queue it waits."""
-        return self.work.cache_id if isinstance(self.work, _OF_CACHES) else NO_CACHE
-
-    @property
-    def principal(self) -> str:
-        """Whose it is; "" of what is nobody's."""
-        return self.work.principal if isinstance(self.work, _OF_CACHES) else ""
+    def __post_init__(self) -> None:
+        """Asks its work, once."""
+        if isinstance(self.work, _OF_CACHES):
+            self.cache_id, self.principal = self.work.cache_id, self.work.principal
 
 
 Joins = Callable[[Job], bool]
@@ -92,6 +91,7 @@ class WorkQueue:
         self._max_depth = max_depth
         self._max_principal_depth = max_depth if max_principal_depth is None else max_principal_depth
         self._max_cache_depth = min(max_cache_depth, max_depth)
+        self._least_limit = min(self._max_cache_depth, self._max_principal_depth)
         # By principal, and by cache. None is empty; the next in turn is first.
         self._queues: OrderedDict[str, OrderedDict[bytes, deque[Job]]] = OrderedDict()
         self._turn: Job | None = None  # whose it is
@@ -115,7 +115,7 @@ class WorkQueue:
             Exhausted: it is full, or the queue of the job's cache is.
         """
         with self._lock:
-            if not always:
+            if self.depth >= self._least_limit and not always:
                 self._refuse_if_full(job)
             self._jobs_beside(job).append(job)
             self.depth += 1
@@ -137,11 +137,15 @@ class WorkQueue:
         with self._lock:
             if not self._queues:
                 return None
-            caches = next(iter(self._queues.values()))
-            job = next(iter(caches.values()))[0]
-            self._take_out(job)
+            principal, caches = self._queues.popitem(last=False)
+            cache_id, jobs = caches.popitem(last=False)
+            job = jobs.popleft()
+            self.depth -= 1
             self.is_taken, self._turn = True, job
-            self._move_to_end(job)
+            if jobs:
+                caches[cache_id] = jobs  # behind all others
+            if caches:
+                self._queues[principal] = caches  # likewise
         return job
 
     def take_others(self, cache_id: bytes, joins: Joins, is_worth_it: IsWorthIt) -> list[Job]:
