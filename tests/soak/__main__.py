@@ -1,7 +1,8 @@
 """`python -m tests.soak --minutes 10 --kills 200`: steady load, random kills, and everything checked.
 
 Several client processes, every other one on shared memory, call a server process without end. Clients and server are
-killed (SIGKILL, SIGTERM) and stopped (SIGSTOP) at random; who was killed is started again. Each client compares every
+killed (SIGKILL, SIGTERM) and stopped (SIGSTOP) at random; who was killed is started again. Now and then another
+principal attacks the server for a moment, in one of the ways of `benchmarks.attackers`. Each client compares every
 answer with attention in float64 and reads back, bit for bit, what the server said was stored. In the last two fifths of
 the time the server is not killed: what it then still holds when all its clients have gone is a leak.
 
@@ -73,7 +74,7 @@ def soak(folder: Path, seconds: float, num_kills: int, num_clients: int, seed: i
         task = progress.add_task("soak", total=max(1.0, seconds), told="")
 
         def told() -> None:
-            told = f"{result.num_kills} kills, {result.faults.total()} faults"
+            told = f"{result.num_kills} kills, {result.num_attacks} attacks, {result.faults.total()} faults"
             progress.update(task, completed=time.monotonic() - started, told=told)
 
         running.run(seconds * SERVER_DIES, int(num_kills * SERVER_DIES), True, told)
@@ -114,6 +115,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "faults": dict(result.faults),
         "kills": result.num_kills,
+        "attacks": result.num_attacks,
         "steps": result.totals["steps"],
         "answers": result.totals["answers"],
         "writes_read_back": result.totals["writes"],
@@ -142,12 +144,12 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 def row(summary: dict[str, Any]) -> str:
     """The row of the table in docs/security-runs.md."""
-    stops = sum(summary["faults"].values()) - summary["kills"]
+    stops = sum(summary["faults"].values()) - summary["kills"] - summary["attacks"]
     kills = ", ".join(f"{summary['faults'].get(name, 0)} {name}" for name in KILLS)
     recovery, reconnect = summary["recovery_s"]["all"], summary["reconnect_s"]
     cells = [
         f"{summary['seconds'] / 60:.1f} min",
-        f"{summary['kills']} kills ({kills}), {stops} stops",
+        f"{summary['kills']} kills ({kills}), {stops} stops, {summary['attacks']} attacks",
         f"{summary['answers']:,} answers, {summary['writes_read_back']:,} slots read back",
         summary["wrong_answers"],
         summary["lost_completed_writes"],

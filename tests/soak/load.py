@@ -22,9 +22,9 @@ TIMEOUT_S = 1.5
 TOLERANCE = 2e-5
 
 
-def run_client(address: str, plane: str, counts: Counts, shared: Shared, seed: int, log_path: str) -> None:
+def run_client(address: str, token: str, plane: str, counts: Counts, shared: Shared, seed: int, log_path: str) -> None:
     """Runs until it is told to stop, through every restart of the server."""
-    client = SoakClient(address, plane, counts, shared, seed)
+    client = SoakClient(address, token, plane, counts, shared, seed)
     while not shared.stop:
         try:
             client.live()
@@ -53,9 +53,10 @@ def num_left() -> int:
 class SoakClient:
     """What one process does, and what it knows of its cache."""
 
-    def __init__(self, address: str, plane: str, counts: Counts, shared: Shared, seed: int) -> None:
+    def __init__(self, address: str, token: str, plane: str, counts: Counts, shared: Shared, seed: int) -> None:
         """Connects to nothing yet."""
         self._address = address
+        self._credentials = attnd.Credentials(token, tls=False)
         self._plane = plane
         self._counts = counts
         self._shared = shared
@@ -69,7 +70,13 @@ class SoakClient:
         Raises:
             Disconnected: the server is away.
         """
-        with attnd.connect(self._address, plane=self._plane, timeout_s=TIMEOUT_S, connect_timeout_s=60) as client:
+        with attnd.connect(
+            self._address,
+            plane=self._plane,
+            timeout_s=TIMEOUT_S,
+            connect_timeout_s=60,
+            credentials=self._credentials,
+        ) as client:
             while not self._shared.stop:
                 life = self._shared.server_life
                 with client.create_cache(**GEOMETRY, ttl_s=TTL_S, name=f"soak {os.getpid()}") as cache:

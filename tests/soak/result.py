@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from benchmarks.attackers import ATTACKS
 from tests.soak.resources import Resources
 
-# What is done to whom, and how often; those of the server only while it may die.
+# What is done to whom, and how often; those of the server only while it may die. An attack is another principal's.
 FAULTS = {
     "client SIGKILL": 45,
     "client SIGTERM": 10,
@@ -15,8 +16,9 @@ FAULTS = {
     "server SIGSTOP": 8,
     "server SIGKILL": 13,
     "server SIGTERM": 12,
+    **{f"attack {name}": 1 for name in ATTACKS},
 }
-KILLS = tuple(name for name in FAULTS if "STOP" not in name)
+KILLS = tuple(name for name in FAULTS if name.endswith(("KILL", "TERM")))
 
 
 @dataclass
@@ -25,7 +27,8 @@ class Result:
 
     Attributes:
         faults: how often each was injected.
-        recovery_s: by fault, seconds from the kill or the end of the stop until every client had a right answer again.
+        recovery_s: by fault, seconds from the kill or the end of the stop or attack until every client had a right
+            answer again.
         reconnect_s: of a server's restart, seconds from its first "serves" until then.
         not_recovered: faults after which somebody did not, in time.
         exit_codes: of servers that were told to end.
@@ -55,3 +58,8 @@ class Result:
     def num_kills(self) -> int:
         """Processes that were killed or told to end."""
         return sum(self.faults[name] for name in KILLS)
+
+    @property
+    def num_attacks(self) -> int:
+        """Attacks of another principal."""
+        return sum(count for name, count in self.faults.items() if name.startswith("attack "))

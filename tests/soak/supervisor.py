@@ -6,13 +6,16 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import attnd
-from tests.servers import ServerProcess
+from attnd_server.identity.tokens import add_token
+from tests.servers import ROOT, ServerProcess
 from tests.soak.counts import Counts, new_counts, new_shared, now_ns
 from tests.soak.load import TIMEOUT_S, TTL_S, run_client
 from tests.soak.resources import Resources, resources, rss_mib
@@ -21,6 +24,8 @@ from tests.soak.result import FAULTS, Result
 DEADLY_TO_SERVER = ("server SIGKILL", "server SIGTERM")
 # Seconds after which somebody who has not recovered never will.
 RECOVERY_LIMIT_S = 60.0
+# Shortest and longest attack, in seconds.
+ATTACK_S = 0.5, 2.0
 # Longest stop, in seconds: longer than a request's deadline, shorter than a lease.
 LONGEST_STOP_S = 2 * TIMEOUT_S
 
@@ -50,6 +55,9 @@ class Soak:
         self._folder, self._sockets = folder, folder / "sockets"
         self._options = ("--device", "cpu", "--threads", "1", "--socket-dir", str(self._sockets), "--drain-s", "2")
         self._options += ("--region-bytes", str(4 << 20), "--kv-bytes", str(1 << 28))
+        tokens = str(folder / "tokens")
+        self._token, self._attackers_token = (add_token(tokens, name) for name in ("soak", "attacker"))
+        self._options += ("--tokens", tokens)
         if snapshots:
             self._options += ("--snapshot-dir", str(folder / "snapshots"), "--restore")
         self._random = random.Random(seed)
@@ -88,7 +96,8 @@ class Soak:
         self._num_started += 1
         plane = "shm" if index % 2 else "inline"
         log = str(self._folder / "clients.log")
-        arguments = (self._server.address, plane, self._counts[index], self._shared, self._num_started, log)
+        seed = self._num_started
+        arguments = (self._server.address, self._token, plane, self._counts[index], self._shared, seed, log)
         client = self._context.Process(target=run_client, args=arguments, daemon=True)
         client.start()
         return client
@@ -128,10 +137,12 @@ class Soak:
     def inject(self, name: str) -> None:
         """One fault, and waits until everybody has recovered from it."""
         target, _, what = name.partition(" ")
-        number = signal.Signals[what]
+        number = signal.Signals[what] if target != "attack" else None
         index = self._random.randrange(len(self._clients))
         started = time.monotonic()
-        if target == "client" and number != signal.SIGSTOP:
+        if number is None:
+            started = self._attack(what)
+        elif target == "client" and number != signal.SIGSTOP:
             client = self._clients[index]
             os.kill(client.pid or 0, number)
             client.join()
@@ -156,6 +167,25 @@ class Soak:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(self._random.uniform(0.1, self._longest_stop_s))
         os.kill(pid, signal.SIGCONT)
+        return time.monotonic()
+
+    def _attack(self, name: str) -> float:
+        """Lets another principal do its worst for a moment. Returns when it was over."""
+        command = [sys.executable, "-m", "benchmarks.attackers", self._server.address, name]
+        attacker = subprocess.Popen(
+            [*command, "--token", self._attackers_token],
+            cwd=ROOT,
+            env=ServerProcess.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with attacker:
+            assert attacker.stdout is not None
+            if attacker.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the attack {name} ended with {attacker.wait()} before it began")
+            time.sleep(self._random.uniform(*ATTACK_S))
+            attacker.terminate()
         return time.monotonic()
 
     def _restart_server(self, number: signal.Signals) -> None:
@@ -194,7 +224,7 @@ class Soak:
         self._sum_up()
 
     def _wait_for_leases(self) -> None:
-        with attnd.connect(self._server.address) as client:
+        with attnd.connect(self._server.address, credentials=attnd.Credentials(self._token, tls=False)) as client:
             deadline = time.monotonic() + TTL_S + 10
             while client.list_caches() and time.monotonic() < deadline:
                 time.sleep(0.2)
