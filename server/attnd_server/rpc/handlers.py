@@ -1,7 +1,8 @@
-"""Handlers that gRPC calls at an RPC's headers, before it collects anything of a message."""
+"""How handlers meet gRPC: they are called at an RPC's headers, before anything of a message is collected."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -28,3 +29,15 @@ def reads_late(
 
     make: Any = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
     return make(at_the_headers)
+
+
+async def write_to(context: Any, answer: bytes) -> None:
+    """Sends a message.
+
+    Raises:
+        asyncio.CancelledError: the client has gone, and gRPC has not said so yet. Other errors it would log as faults.
+    """
+    try:
+        await context.write(answer)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None

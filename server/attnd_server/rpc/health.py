@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
+from attnd_server.rpc.handlers import write_to
+
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # Watches at one time, of everybody: each is a stream that stays open.
 MAX_WATCHES = 64
@@ -57,7 +59,7 @@ class HealthServicer(grpc.GenericRpcHandler):
                 changed = self._changed
                 if self._answer != told:
                     told = self._answer
-                    await context.write(told)
+                    await write_to(context, told)
                 elif self._is_ending:
                     return
                 else:

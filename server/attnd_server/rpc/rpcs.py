@@ -17,6 +17,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, wanted_until_revoked
 from attnd_server.rpc.arrivals import Arrivals
+from attnd_server.rpc.handlers import write_to
 from attnd_server.rpc.open_rpcs import OpenRpc, OpenRpcs
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
@@ -120,7 +121,7 @@ class Rpcs:
         await self._open.drained()
         reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
         async with writing:
-            await context.write(reply.SerializeToString())
+            await write_to(context, reply.SerializeToString())
         await self._end_when_idle(rpc, writing, context)
 
     async def _end_when_idle(self, rpc: OpenRpc, writing: asyncio.Lock, context: Context) -> None:

@@ -16,7 +16,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.arrivals import Reader
-from attnd_server.rpc.handlers import reads_late
+from attnd_server.rpc.handlers import reads_late, write_to
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
 from attnd_server.rpc.running import soonest, start_on
@@ -163,7 +163,10 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
 
         async def write(answer: bytes) -> None:
             async with writing:
-                await context.write(answer)
+                try:
+                    await context.write(answer)
+                except grpc.aio.InternalError:  # see `write_to`, which would be one more file on a call's way
+                    raise asyncio.CancelledError from None
 
         share = self._shares.of(principal)
         answers = ReplyOrder(write, partial(self._told, session), share)
@@ -260,7 +263,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                     answer = await self._stored(data, principal, context)
                     del data
                 async with writing:
-                    await context.write(answer)
+                    await write_to(context, answer)
                 while not share.reads_on():
                     await share.wait()
         finally:
@@ -288,6 +291,6 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                     async with share.answering(READ_CHUNK_BYTES):
                         answer = await self._finish(work, context, principal)
                         rpc.goes_on()
-                        await context.write(answer)
+                        await write_to(context, answer)
         except Exception as error:
             await self._abort(context, error)
