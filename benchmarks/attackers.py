@@ -32,6 +32,8 @@ PAUSE_S = 0.01
 # Of a unary call, and of the answers of a stream.
 TIMEOUT_S = 20.0
 PAGE_SIZE = 16
+# Of a cache's lease: attackers are killed, and their caches are not what is looked at then.
+TTL_S = 5.0
 MAX_CONTEXT_LEN, MAX_TABLE_ELEMENTS = 1 << 20, 1 << 21
 NUM_HALF_MESSAGES, HALF_MESSAGE_BYTES = 40, 100 << 20
 
@@ -70,6 +72,7 @@ def cache_of(client: attnd.Client, num_pages: int, *, head_dim: int = 8, backend
         page_size=PAGE_SIZE,
         dtype="float32",
         backend=backend,
+        ttl_s=TTL_S,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import attnd
 from attnd_server.identity.tokens import add_token
+from benchmarks.attackers import ATTACKS
 from tests.servers import ROOT, ServerProcess
 from tests.soak.counts import Counts, new_counts, new_shared, now_ns
 from tests.soak.load import TIMEOUT_S, TTL_S, run_client
@@ -141,7 +142,7 @@ class Soak:
         index = self._random.randrange(len(self._clients))
         started = time.monotonic()
         if number is None:
-            started = self._attack(what)
+            started = self._attack(what, self._random.uniform(*ATTACK_S))
         elif target == "client" and number != signal.SIGSTOP:
             client = self._clients[index]
             os.kill(client.pid or 0, number)
@@ -169,8 +170,8 @@ class Soak:
         os.kill(pid, signal.SIGCONT)
         return time.monotonic()
 
-    def _attack(self, name: str) -> float:
-        """Lets another principal do its worst for a moment. Returns when it was over."""
+    def _attack(self, name: str, seconds: float) -> float:
+        """Lets another principal do its worst for so long. Returns when it was over."""
         command = [sys.executable, "-m", "benchmarks.attackers", self._server.address, name]
         attacker = subprocess.Popen(
             [*command, "--token", self._attackers_token],
@@ -184,8 +185,9 @@ class Soak:
             assert attacker.stdout is not None
             if attacker.stdout.readline() != "ready\n":
                 raise RuntimeError(f"the attack {name} ended with {attacker.wait()} before it began")
-            time.sleep(self._random.uniform(*ATTACK_S))
+            time.sleep(seconds)
             attacker.terminate()
+            attacker.communicate()  # it says what came of it
         return time.monotonic()
 
     def _restart_server(self, number: signal.Signals) -> None:
@@ -203,13 +205,15 @@ class Soak:
     # --- what stays behind -------------------------------------------------------------------------------------
 
     def renew_server(self) -> None:
-        """Restarts the server, has each client run for a moment, and notes what the server holds at rest."""
+        """Restarts the server, lets each client and each attack run for a moment, and notes what it holds at rest."""
         self.stop_clients()
         self._restart_server(signal.SIGTERM)
         for _ in range(2):  # gRPC's threads come with the load
             self.start_clients()
             time.sleep(2)
             self.stop_clients()
+        for name in ATTACKS:  # what a process has had from the system it keeps
+            self._attack(name, ATTACK_S[1])
         self.result.before = self._at_rest()
         self.start_clients()
 
