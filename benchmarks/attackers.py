@@ -233,7 +233,8 @@ def main() -> None:
     print("ready", flush=True)
     for _ in sys.stdin:
         pass
-    signal.pause()
+    while True:  # not `pause`: the system may give the signal to another thread, and this one would wait on
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

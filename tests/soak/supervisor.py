@@ -187,7 +187,7 @@ class Soak:
                 raise RuntimeError(f"the attack {name} ended with {attacker.wait()} before it began")
             time.sleep(seconds)
             attacker.terminate()
-            attacker.communicate()  # it says what came of it
+            attacker.communicate(timeout=60)  # it says what came of it
         return time.monotonic()
 
     def _restart_server(self, number: signal.Signals) -> None:
