@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 from attnd.v1 import capabilities_pb2, error_pb2, plane_pb2, status_pb2
+from attnd_server.cli.top import command
 from attnd_server.cli.top.rates import KEPT_ANSWERS, Answers, quantiles
 from attnd_server.cli.top.report import to_json
 from attnd_server.cli.top.tables import number_text, screen, seconds_text, us_text
@@ -185,3 +188,20 @@ def test_json_has_what_the_tables_have() -> None:
     (row,) = told["principals"]
     assert (row["principal"], row["calls"], row["times_us"]) == (HOSTILE, 320, {"kernel": {"p50": 2, "p99": 2}})
     assert told["sessions"][0]["plane"] == "shm"
+
+
+def test_an_interrupt_while_the_screen_is_made_brings_the_one_of_before_back() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+
+    class Interrupted:
+        def __rich_console__(self, *_: object) -> Iterator[str]:
+            raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        command._screen_of_before(console),
+        Live(Interrupted(), console=console, screen=True, auto_refresh=False),
+    ):
+        raise AssertionError("it has begun")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().endswith("\x1b[?1049l\x1b[?25h")

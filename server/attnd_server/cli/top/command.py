@@ -7,7 +7,8 @@ import queue
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -135,7 +136,10 @@ def run_top(
             _go_on(asker, answers, view.write)
         else:
             # On a screen of its own, as other programs of this kind have it: what was there before comes back.
-            with Live(view.drawn(), console=console, screen=True, auto_refresh=False) as live:
+            with (
+                _screen_of_before(console),
+                Live(view.drawn(), console=console, screen=True, auto_refresh=False) as live,
+            ):
                 _go_on(asker, answers, lambda trouble: live.update(view.drawn(trouble), refresh=True))
     except KeyboardInterrupt:
         pass
@@ -183,6 +187,17 @@ def _go_on(asker: Asker, answers: Answers, show: Any) -> None:
             away_since = away_since or asked.at
             reason = " ".join(str(asked.error).split())
             show(f"no answer for {asked.at - away_since:.0f} s: {reason}")
+
+
+@contextmanager
+def _screen_of_before(console: Console) -> Iterator[None]:
+    """Shows it again also where an interrupt comes while Live begins, of which nothing is undone then."""
+    try:
+        yield
+    finally:
+        if console.is_alt_screen:
+            console.set_alt_screen(False)
+            console.show_cursor(True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
