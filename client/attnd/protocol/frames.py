@@ -125,8 +125,7 @@ class Frame:
         """What `decode` returns. Raises as it does."""
         header, tensors, num_bytes = stripped
         try:
-            if len(header) > MAX_FIELDS:  # fewer bytes are not that many fields
-                refuse_many(header, self.message_type.DESCRIPTOR)
+            refuse_many(header, self.message_type.DESCRIPTOR)
             message: Any = self.message_type.FromString(header)
         except (DecodeError, IndexError) as error:
             raise _not_whole(self.message_type, num_bytes, error) from None
@@ -162,9 +161,7 @@ class Frame:
         return self._joined(kept, most)
 
     def _joined(self, kept: list[bytes | memoryview], most: int) -> bytes:
-        num_bytes = 0
-        for each in kept:
-            num_bytes += len(each)
+        num_bytes = sum(map(len, kept))
         if num_bytes > most:
             name = self.message_type.DESCRIPTOR.name
             rule = f"must have at most {most}: more than the largest step"
