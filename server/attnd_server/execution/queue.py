@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnd.errors import Exhausted
 from attnd_server.execution.step import Call
@@ -53,8 +53,8 @@ class Job:
     rest: Pieces | None = None
     ran_s: float = 0.0
     is_cancelled: bool = False
-    cache_id: bytes = NO_CACHE
-    principal: str = ""
+    cache_id: bytes = field(default=NO_CACHE, init=False)
+    principal: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         """Asks its work, once."""
@@ -115,7 +115,7 @@ class WorkQueue:
             Exhausted: it is full, or the queue of the job's cache is.
         """
         with self._lock:
-            if self.depth >= self._least_limit and not always:
+            if self.depth >= self._least_limit and not always:  # below it nobody's queue is full
                 self._refuse_if_full(job)
             self._jobs_beside(job).append(job)
             self.depth += 1
@@ -221,7 +221,7 @@ class WorkQueue:
             # Others' jobs come between these: one of each of its principal's caches, and then one of each principal.
             waiting = min(self.depth, cache_depth * len(caches) * len(self._queues))
             use = f"{cache_depth} calls of this cache wait, but the limit of one cache is {self._max_cache_depth}"
-        elif self.depth >= self._max_principal_depth <= (depth := sum(map(len, caches.values()))) and job.principal:
+        elif job.principal and (depth := sum(map(len, caches.values()))) >= self._max_principal_depth:
             waiting = min(self.depth, depth * len(self._queues))
             use = f"{depth} calls of this principal wait, but a principal's limit is {self._max_principal_depth}"
         else:
