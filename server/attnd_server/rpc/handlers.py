@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -31,13 +32,14 @@ def reads_late(
     return make(at_the_headers)
 
 
-async def write_to(context: Any, answer: bytes) -> None:
-    """Sends a message.
+@contextmanager
+def until_client_goes() -> Iterator[None]:
+    """Around what is done with gRPC's context.
 
     Raises:
         asyncio.CancelledError: the client has gone, and gRPC has not said so yet. Other errors it would log as faults.
     """
     try:
-        await context.write(answer)
+        yield
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None

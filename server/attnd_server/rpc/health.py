@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from attnd_server.rpc.handlers import write_to
+from attnd_server.rpc.handlers import until_client_goes
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 # Watches at one time, of everybody: each is a stream that stays open.
@@ -59,7 +59,8 @@ class HealthServicer(grpc.GenericRpcHandler):
                 changed = self._changed
                 if self._answer != told:
                     told = self._answer
-                    await write_to(context, told)
+                    with until_client_goes():
+                        await context.write(told)
                 elif self._is_ending:
                     return
                 else:

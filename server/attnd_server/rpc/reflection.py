@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from attnd.errors import Exhausted, InvalidRequest
 from attnd.protocol import frames
 from attnd_server.rpc.arrivals import NOBODY, Arrivals
-from attnd_server.rpc.handlers import write_to
+from attnd_server.rpc.handlers import until_client_goes
 
 SERVICE_NAME = reflection.SERVICE_NAME
 # Streams at one time, and of them those of which a message is being read: gRPC collects it whole.
@@ -50,7 +50,8 @@ class ReflectionServicer(grpc.GenericRpcHandler):
                     raise InvalidRequest(f"message has {len(data)} bytes, but must have at most {MAX_REQUEST_BYTES}")
                 request = frames.parse(reflection_pb2.ServerReflectionRequest, data)
                 async for answer in self._reflection.ServerReflectionInfo(_one(request), None):
-                    await write_to(context, answer.SerializeToString())
+                    with until_client_goes():
+                        await context.write(answer.SerializeToString())
         except (InvalidRequest, Exhausted) as error:
             await context.abort(error.code, str(error))
         except asyncio.TimeoutError:

@@ -17,7 +17,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, wanted_until_revoked
 from attnd_server.rpc.arrivals import Arrivals
-from attnd_server.rpc.handlers import write_to
+from attnd_server.rpc.handlers import until_client_goes
 from attnd_server.rpc.open_rpcs import OpenRpc, OpenRpcs
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES, Shares
@@ -121,7 +121,8 @@ class Rpcs:
         await self._open.drained()
         reply = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
         async with writing:
-            await write_to(context, reply.SerializeToString())
+            with until_client_goes():
+                await context.write(reply.SerializeToString())
         await self._end_when_idle(rpc, writing, context)
 
     async def _end_when_idle(self, rpc: OpenRpc, writing: asyncio.Lock, context: Context) -> None:
@@ -146,7 +147,8 @@ class Rpcs:
         detail = any_pb2.Any()
         detail.Pack(to_message(told))
         status = error_pb2.Status(code=told.code.value[0], message=str(told), details=[detail])
-        await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
+        with until_client_goes():
+            await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
 def answer_bytes(work: bytes | Work) -> int:

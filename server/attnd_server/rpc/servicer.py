@@ -16,7 +16,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.arrivals import Reader
-from attnd_server.rpc.handlers import reads_late, write_to
+from attnd_server.rpc.handlers import reads_late, until_client_goes
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
 from attnd_server.rpc.running import soonest, start_on
@@ -131,7 +131,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         async def handler(request: Any, context: Context) -> None:
             try:
                 principal = self._principals.of(context)
-                with until_revoked(self._service.opened, principal):
+                with until_revoked(self._service.opened, principal), until_client_goes():
                     if isinstance(request, bytes):
                         await method(request, context)
                     else:
@@ -163,10 +163,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
 
         async def write(answer: bytes) -> None:
             async with writing:
-                try:
-                    await context.write(answer)
-                except grpc.aio.InternalError:  # see `write_to`, which would be one more file on a call's way
-                    raise asyncio.CancelledError from None
+                await context.write(answer)
 
         share = self._shares.of(principal)
         answers = ReplyOrder(write, partial(self._told, session), share)
@@ -263,7 +260,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                     answer = await self._stored(data, principal, context)
                     del data
                 async with writing:
-                    await write_to(context, answer)
+                    await context.write(answer)
                 while not share.reads_on():
                     await share.wait()
         finally:
@@ -291,6 +288,8 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                     async with share.answering(READ_CHUNK_BYTES):
                         answer = await self._finish(work, context, principal)
                         rpc.goes_on()
-                        await write_to(context, answer)
+                        await context.write(answer)
+        except grpc.aio.InternalError:
+            raise  # see `until_client_goes`
         except Exception as error:
             await self._abort(context, error)
