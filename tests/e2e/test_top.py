@@ -223,15 +223,22 @@ def test_a_server_that_comes_back_is_shown_again(tmp_path: Path) -> None:
         process.stdout.close()
 
 
-def test_a_server_of_an_older_version_says_so() -> None:
+@contextmanager
+def answering(servicer: Old) -> Iterator[str]:
+    """The address of a server that is not ours."""
     server = grpc.server(futures.ThreadPoolExecutor(1))
-    attention_pb2_grpc.add_AttentionServiceServicer_to_server(Old(), server)
+    attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        result = top(f"127.0.0.1:{port}", "--once")
+        yield f"127.0.0.1:{port}"
     finally:
         server.stop(0).wait()
+
+
+def test_a_server_of_an_older_version_says_so() -> None:
+    with answering(Old()) as address:
+        result = top(address, "--once")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "attnd top: the server is of an older version and has no GetStatus\n"
 
@@ -251,13 +258,7 @@ class Once(Old):
 
 
 def test_an_answer_that_does_not_come_a_second_time_is_told_and_fails() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    attention_pb2_grpc.add_AttentionServiceServicer_to_server(Once(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        result = top(f"127.0.0.1:{port}", "--once", "--interval", "0.1")
-    finally:
-        server.stop(0).wait()
+    with answering(Once()) as address:
+        result = top(address, "--once", "--interval", "0.1")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "attnd top: the token is not known here any more\n"
