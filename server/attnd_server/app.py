@@ -34,6 +34,7 @@ from attnd_server.observe.standard_output import say
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
 from attnd_server.rpc import health, reflection
+from attnd_server.rpc.handlers import GRPC_LOGGER, is_worth_telling
 from attnd_server.rpc.listening import listen_address
 from attnd_server.rpc.servicer import SERVICE_NAME, AttentionServicer
 from attnd_server.service.service import AttentionService
@@ -119,6 +120,7 @@ class Server:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         contract = reflection.ReflectionServicer(names, self._servicer.arrivals)
         counters = [] if metrics is None else [RpcCounter(metrics, SERVICE_NAME)]
+        logging.getLogger(GRPC_LOGGER).addFilter(is_worth_telling)
         self._server = grpc.aio.server(interceptors=counters, options=grpc_options(self.config))
         self._server.add_generic_rpc_handlers((self._servicer, self._health, contract))
         port = self._add_port(listen_address(self.config.host, self.config.port))

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from attnd_server import build
 from attnd_server.cli import main as cli
 from attnd_server.config import ServerConfig
 from attnd_server.observe.verify import Verifier
+from tests.before_exec import after
 from tests.certificates import Authority, needs_openssl
 from tests.dying import GEOMETRY
 from tests.servers import ServerProcess
@@ -229,11 +229,13 @@ def test_files_that_cannot_grow(client: attnd.Client, server_address: str, tmp_p
         cache.store_kv(0, range(1024), ones, ones)
         command = [PYTHON, "-m", "attnd_server", "cache", "export", cache.ref.id.hex(), str(tmp_path / "new")]
         result = subprocess.run(
-            [*command, "--address", server_address],
+            after(
+                "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))",
+                [*command, "--address", server_address],
+            ),
             capture_output=True,
             text=True,
             env=ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1"},  # which would be cut off, and stay
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
         )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("attnd cache export: ")

@@ -19,6 +19,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 import attnd_server.cli.demo.generate  # needs transformers
 from attnd_server.cli.demo.demo import run_demo
+from tests.before_exec import after
 from tests.tiny_model import save_tiny_model
 
 ROWS = [
@@ -40,13 +41,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(*options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "attnd_server", "demo", *options]
+    # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    command = after(heard, [sys.executable, "-m", "attnd_server", "demo", *options])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "100"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
-    return subprocess.Popen(
-        command, text=True, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
-    )
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
 
 
 @pytest.fixture

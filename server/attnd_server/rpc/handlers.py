@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
+
+# Whoever logs what a handler raised, or gRPC could not send after it.
+GRPC_LOGGER = "grpc._cython.cygrpc"
 
 
 def reads_late(
@@ -43,3 +47,13 @@ def until_client_goes() -> Iterator[None]:
         yield
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
+
+
+def is_worth_telling(record: logging.LogRecord) -> bool:
+    """A filter of gRPC's log: all but that a client went before it got its RPC's status, which is no fault.
+
+    gRPC sends the status after the handler has returned, so that no handler can catch what comes of it.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    text = f"{record.getMessage()} {error}"
+    return not ("ExecuteBatchError" in f"{text} {type(error)}" and "SendStatusFromServerOperation" in text)
