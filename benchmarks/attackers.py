@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -230,10 +230,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     target = Target(options.address, options.token)
     threading.Thread(target=run, args=(ATTACKS[options.attack], target), daemon=True).start()
+    parent = os.getppid()
     print("ready", flush=True)
-    for _ in sys.stdin:
-        pass
-    while True:  # not `pause`: the system may give the signal to another thread, and this one would wait on
+    # Neither `pause` nor a read: the system may give the signal to another thread, and this one would wait on.
+    while os.getppid() == parent:
         time.sleep(0.1)
 
 

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.soak.resources import slope_per_minute
+from tests.soak.resources import lowest, slope_per_minute
 from tests.soak.result import KILLS, Result
 from tests.soak.supervisor import Soak
 
@@ -34,6 +34,9 @@ SERVER_DIES = 0.6
 MARGIN = 4
 # Growth of the resident memory that is none, in MiB a minute: what a fit through a few minutes cannot tell from noise.
 FLAT_MIB_PER_MINUTE = 1.0
+
+# Of a stretch of so many seconds the lowest sample counts: an attack holds memory for a moment.
+STRETCH_S = 20.0
 
 console = Console(stderr=True)
 
@@ -98,7 +101,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "caches": result.caches_left,
         "clients' regions": result.totals["leaks"],
     }
-    slope = slope_per_minute(result.rss[len(result.rss) // 3 :])
+    slope = slope_per_minute(lowest(result.rss[len(result.rss) // 3 :], STRETCH_S))
     is_long = len(result.rss) >= 60
     wrong = {
         "wrong answers": result.totals["wrong_answers"],
@@ -128,6 +131,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "before": asdict(before),
         "after": asdict(after),
         "rss_mib_per_minute": round(slope, 3),
+        "rss_mib": [(round(time_s - result.rss[0][0], 1), round(mib, 1)) for time_s, mib in result.rss],
         "recovery_s": {"all": _percentiles(everything)}
         | {name: _percentiles(seconds) for name, seconds in sorted(result.recovery_s.items())},
         "reconnect_s": _percentiles(result.reconnect_s),

@@ -49,6 +49,18 @@ def rss_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 
+def lowest(samples: list[tuple[float, float]], seconds: float) -> list[tuple[float, float]]:
+    """Of `(seconds, value)`, in order, the one with the lowest value in each stretch of so many seconds.
+
+    What an attack has taken for a moment is not in them, what is never given back is.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for sample in samples:
+        stretch = int((sample[0] - samples[0][0]) / seconds)
+        found[stretch] = min(found.get(stretch, sample), sample, key=lambda each: each[1])
+    return list(found.values())
+
+
 def slope_per_minute(samples: list[tuple[float, float]]) -> float:
     """Least squares through `(seconds, value)`: by how much the value grows in a minute; 0 of fewer than three."""
     if len(samples) < 3:
