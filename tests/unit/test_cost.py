@@ -16,7 +16,7 @@ import attnd
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd.protocol import requests
 from attnd.v1 import cache_pb2
-from attnd_server.attention.backends import part_costs
+from attnd_server.attention.backends import gather, part_costs
 from attnd_server.attention.backends.naive import NaiveAttention
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
@@ -70,6 +70,19 @@ def test_a_call_is_small_by_all_that_it_asks_for() -> None:
     assert not small(8, context_len=0, num_reqs=4_000)
     assert small(32, CUDA, num_reqs=64, context_len=4_096)
     assert not small(1 << 16, CUDA)
+
+
+def test_scores_of_few_dims_cost_more_than_their_products() -> None:
+    """One token of a million heads of 8 dims takes a processor 2.5 s, of which its products are a fifth."""
+    config, options = AttentionConfig(1, 1, 8, 64), AttentionOptions(1_000_000, 1.0)
+    metadata = decode_step(1, 1, 1024, 16)
+    costs = part_costs.part_costs(config, options, enable_gqa=True)
+    (part,) = gather.split(config, metadata, options, CPU)
+    blocks = costs.blocks(part)
+    assert len(blocks) >= 1_000_000 * 1025 * (16 + 64) // part_costs.MAX_PRODUCTS
+    wide = AttentionConfig(1, 1, 8, 1)
+    assert not cost_of(wide, decode_step(1, 1, 1 << 12, 16), AttentionOptions(1 << 10, 1.0), CPU).is_small
+    assert cost_of(wide, decode_step(1, 1, 1 << 12, 16), AttentionOptions(1 << 8, 1.0), CPU).is_small
 
 
 def test_what_is_looked_at_one_by_one_is_small_if_it_is_few() -> None:

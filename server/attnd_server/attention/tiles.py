@@ -13,6 +13,8 @@ import torch
 
 SCRATCH_BYTES = 128 << 20
 """Most bytes of gathered K and V, masks and scores that exist at one time, as they are counted before a call starts."""
+EXP_PRODUCTS = 64
+"""Products that take a processor as long as what a score takes whatever the dims are, most of it its exponential."""
 KEY_TILE = 2048
 """Keys of a tile, or fewer, so that it ends with a page."""
 

@@ -15,9 +15,11 @@ from attnd_server.attention.backends.sdpa import missing_option
 from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.tiles import EXP_PRODUCTS
 from attnd_server.config import ServerConfig
 
-# Work of a small call: some milliseconds of two cores, and half a millisecond of a GPU.
+# Work of a small call: some milliseconds of two cores, with what scores take there beside their products, and half a
+# millisecond of a GPU.
 SMALL_WORK, SMALL_GPU_WORK = 1 << 27, 1 << 34
 # Bytes that a small call brings and gets.
 SMALL_BYTES = 8 << 20
@@ -80,9 +82,11 @@ def cost_of(
         work += REQUEST_WORK * metadata.num_reqs
     if not on_processor and backend is AttentionBackend.NAIVE and work > NAIVE_GPU_WORK:
         raise too_costly(work, NAIVE_GPU_WORK)
-    is_small = work <= (SMALL_WORK if on_processor else SMALL_GPU_WORK)
+    # How long a processor takes: of few dims a score costs more than its products.
+    lasts = work + EXP_PRODUCTS * pairs * heads if on_processor else work
+    is_small = lasts <= (SMALL_WORK if on_processor else SMALL_GPU_WORK)
     is_small = is_small and copied * config.dtype.itemsize <= SMALL_BYTES
-    return Cost(work, is_small, on_processor and work > LONG_WORK)
+    return Cost(work, is_small, on_processor and lasts > LONG_WORK)
 
 
 def _pairs_and_keys(metadata: AttentionMetadata, options: AttentionOptions) -> tuple[int, int]:

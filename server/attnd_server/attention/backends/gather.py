@@ -16,6 +16,7 @@ from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionConfig, Layout
 from attnd_server.attention.masks import new_token_limits
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.tiles import EXP_PRODUCTS
 
 # Requests with more new tokens than this get parts of their own: batching no longer pays.
 BATCHED_ROWS = 64
@@ -102,12 +103,11 @@ def split(
     """The parts of a step. Together they have each row of each request once."""
     slots = _slots_of_one_token(config, metadata, options)
     if slots is not None:
-        new = slice(0, 1)
-        products = len(slots) * options.num_heads * (config.head_dim + config.head_dim_v)
+        products = len(slots) * options.num_heads * (config.head_dim + config.head_dim_v + EXP_PRODUCTS)
         most = MAX_PRODUCTS_IN_PLACE if config.precision.dtype(config.dtype) is config.dtype else MASK_ELEMENTS
         in_place = device.type == "cpu" and products <= most  # in another type they would be copied
-        run = _side_by_side(config, metadata, slots) if in_place else None
-        return [Part(1, new, new, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
+        run, only = _side_by_side(config, metadata, slots) if in_place else None, slice(0, 1)
+        return [Part(1, only, only, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
     in_turn = PartsInTurn(config, metadata, options, device)
     return in_turn if _kept_bytes(config, metadata, options) > KEPT_BYTES else list(in_turn)
 

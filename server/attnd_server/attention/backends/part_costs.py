@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from attnd_server.attention.backends.gather import Part
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
-from attnd_server.attention.tiles import SCRATCH_BYTES, Heads, head_blocks
+from attnd_server.attention.tiles import EXP_PRODUCTS, SCRATCH_BYTES, Heads, head_blocks
 
-# Products of numbers in one call of torch, which nothing can end: a tenth of a second on two cores.
-MAX_PRODUCTS = 1 << 32
+# Products of numbers in one call of torch, which nothing can end: a tenth of a second of a slow core.
+MAX_PRODUCTS = 1 << 31
 # Keys of which any head fits: 2048 x 1024 elements x 32 bytes at most.
 FEW_KEYS = 2048
 
@@ -52,7 +52,7 @@ class PartCosts:
         most = SCRATCH_BYTES * group // max(1, of_kv_head + group * of_head)
         if most < group:
             most = (SCRATCH_BYTES - of_kv_head) // max(1, of_head)
-        products = num_reqs * num_rows * num_keys * self.dims // (1 + part.is_causal)
+        products = num_reqs * num_rows * num_keys * (self.dims + EXP_PRODUCTS) // (1 + part.is_causal)
         return list(head_blocks(self.num_heads, self.num_kv_heads, min(most, MAX_PRODUCTS // max(1, products))))
 
 
