@@ -158,7 +158,7 @@ def test_what_is_idle_does_not_hold_up_the_end(kind: str, tmp_path: Path) -> Non
         try:
             with IDLE[kind](server):
                 server.terminate()
-                assert server.wait(SOON_S) == 0
+                assert server.wait(SOON_S) == 0, server.log
         finally:
             server.kill()
         assert "stopped" in server.log
