@@ -74,12 +74,14 @@ def test_a_call_is_small_by_all_that_it_asks_for() -> None:
 
 def test_scores_of_few_dims_cost_more_than_their_products() -> None:
     """One token of a million heads of 8 dims takes a processor 2.5 s, of which its products are a fifth."""
-    config, options = AttentionConfig(1, 1, 8, 64), AttentionOptions(1_000_000, 1.0)
+    config, options = AttentionConfig(1, 1, 8, 64, dtype=torch.float32), AttentionOptions(1_000_000, 1.0)
     metadata = decode_step(1, 1, 1024, 16)
     costs = part_costs.part_costs(config, options, enable_gqa=True)
     (part,) = gather.split(config, metadata, options, CPU)
     blocks = costs.blocks(part)
     assert len(blocks) >= 1_000_000 * 1025 * (16 + 64) // part_costs.MAX_PRODUCTS
+    on_gpu = part_costs.part_costs(config, options, enable_gqa=True, on_processor=False)
+    assert len(on_gpu.blocks(part)) < len(blocks) / 5
     wide = AttentionConfig(1, 1, 8, 1)
     assert not cost_of(wide, decode_step(1, 1, 1 << 12, 16), AttentionOptions(1 << 10, 1.0), CPU).is_small
     assert cost_of(wide, decode_step(1, 1, 1 << 12, 16), AttentionOptions(1 << 8, 1.0), CPU).is_small

@@ -85,7 +85,7 @@ class SdpaAttention:
         parts = split(config, metadata, options, device) if dense is None else dense
         # On a GPU only the kernels that take no mask know grouped heads; with a mask torch would hold all scores.
         enable_gqa = device.type == "cpu" or dense is not None
-        costs = part_costs(config, options, enable_gqa=enable_gqa)
+        costs = part_costs(config, options, enable_gqa=enable_gqa, on_processor=device.type == "cpu")
         is_one = isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0].rows, slice)
         return _Plan(
             parts=parts,
