@@ -131,7 +131,6 @@ def summarise(result: Result) -> dict[str, Any]:
         "before": asdict(before),
         "after": asdict(after),
         "rss_mib_per_minute": round(slope, 3),
-        "rss_mib": [(round(time_s - result.rss[0][0], 1), round(mib, 1)) for time_s, mib in result.rss],
         "recovery_s": {"all": _percentiles(everything)}
         | {name: _percentiles(seconds) for name, seconds in sorted(result.recovery_s.items())},
         "reconnect_s": _percentiles(result.reconnect_s),
