@@ -10,6 +10,9 @@ from typing import Any
 
 import grpc
 
+# What gRPC's context raises once there is nobody to write to: the client has gone, or the server has stopped, and gRPC
+# has not cancelled the handler yet.
+GONE = (grpc.aio.InternalError, grpc.aio.UsageError)
 # Whoever logs what a handler raised, or gRPC could not send after it.
 GRPC_LOGGER = "grpc._cython.cygrpc"
 
@@ -30,7 +33,8 @@ def reads_late(
     """
 
     async def at_the_headers(_: AsyncIterator[bytes], context: Any) -> Any:
-        return await answer(await read(context), context)
+        with until_client_goes():
+            return await answer(await read(context), context)
 
     make: Any = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
     return make(at_the_headers)
@@ -41,11 +45,11 @@ def until_client_goes() -> Iterator[None]:
     """Around what is done with gRPC's context.
 
     Raises:
-        asyncio.CancelledError: the client has gone, and gRPC has not said so yet. Other errors it would log as faults.
+        asyncio.CancelledError: there is nobody to write to. Other errors gRPC would log as faults.
     """
     try:
         yield
-    except grpc.aio.InternalError:
+    except GONE:
         raise asyncio.CancelledError from None
 
 

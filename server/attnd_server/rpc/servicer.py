@@ -16,7 +16,7 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.arrivals import Reader
-from attnd_server.rpc.handlers import reads_late, until_client_goes
+from attnd_server.rpc.handlers import GONE, reads_late, until_client_goes
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, answer_bytes
 from attnd_server.rpc.running import soonest, start_on
@@ -289,7 +289,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                         answer = await self._finish(work, context, principal)
                         rpc.goes_on()
                         await context.write(answer)
-        except grpc.aio.InternalError:
+        except GONE:
             raise  # see `until_client_goes`
         except Exception as error:
             await self._abort(context, error)
