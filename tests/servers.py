@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.descriptors import open_links
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -117,9 +119,8 @@ def mapped(pid: int) -> int:
     """Mappings and descriptors of shared regions that a process has; of this one without garbage of earlier tests."""
     if pid == os.getpid():
         gc.collect()
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
     maps = Path(f"/proc/{pid}/maps").read_text()
-    return maps.count("memfd:attnd") + sum("memfd:attnd" in link for link in links)
+    return maps.count("memfd:attnd") + sum("memfd:attnd" in link for link in open_links(pid))
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:

@@ -15,6 +15,7 @@ import torch
 import attnd
 from attnd.aio import AsyncCache, AsyncClient
 from tests.attention import dense_attention
+from tests.descriptors import open_links
 from tests.servers import ServerProcess, mapped
 
 GEOMETRY = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 32, "page_size": 4, "dtype": "float32"}
@@ -195,8 +196,7 @@ def test_sigterm_lets_calls_under_way_finish_and_refuses_the_next_step(tmp_path:
 
 def test_close_ends_what_is_under_way_and_leaves_nothing(tmp_path: Path, plane: str) -> None:
     def descriptors() -> list[str]:
-        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-        return sorted(link for link in links if link.startswith("socket:") or "memfd" in link)
+        return sorted(link for link in open_links(os.getpid()) if link.startswith("socket:") or "memfd" in link)
 
     with serve(tmp_path) as server:
 

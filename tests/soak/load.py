@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import attnd
+from tests.descriptors import open_links
 from tests.soak.counts import Counts, Shared, now_ns
 from tests.soak.used_cache import GEOMETRY, LAYERS, UsedCache
 
@@ -42,12 +43,7 @@ def run_client(address: str, token: str, plane: str, counts: Counts, shared: Sha
 def num_left() -> int:
     """Shared regions that this process still has, mappings and descriptors."""
     left = Path("/proc/self/maps").read_text().count("memfd:attnd")
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            left += "memfd:attnd" in os.readlink(path)
-        except OSError:  # that of the listing itself
-            pass
-    return left
+    return left + sum("memfd:attnd" in link for link in open_links(os.getpid()))
 
 
 class SoakClient:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.descriptors import open_links
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -31,12 +33,7 @@ class Resources:
 def resources(pid: int, socket_folder: Path) -> Resources:
     """What a process holds now."""
     process = Path(f"/proc/{pid}")
-    links = []
-    for path in (process / "fd").iterdir():
-        try:
-            links.append(os.readlink(path))
-        except OSError:  # closed meanwhile
-            pass
+    links = open_links(pid)
     regions = (process / "maps").read_text().count("memfd:attnd") + sum("memfd:attnd" in link for link in links)
     threads = len(list((process / "task").iterdir()))
     sockets = len(list(socket_folder.iterdir())) if socket_folder.exists() else 0
