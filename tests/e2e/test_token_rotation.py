@@ -120,6 +120,15 @@ def test_an_asyncio_session_opens_with_the_new_token(rotating: Rotating, plane: 
         step = await session.step(ONE_TOKEN)
         np.testing.assert_array_equal(await step.attend(0, v, v, v), v)
 
+    async def refused(session: Any) -> None:
+        # Of a write after the refusal, before that was read, grpc.aio says this instead, whatever the server said.
+        masked = "Internal error from Core"
+        while masked:
+            with pytest.raises((attnd.Unauthenticated, attnd.Disconnected)) as told:
+                await attended(session)
+            masked = masked if isinstance(told.value, attnd.Disconnected) and masked in str(told.value) else ""
+        assert isinstance(told.value, attnd.Unauthenticated)
+
     async def run() -> None:
         credentials = rotating.credentials()
         async with await attnd.aio.connect(rotating.server.address, plane=plane, credentials=credentials) as client:
@@ -134,8 +143,7 @@ def test_an_asyncio_session_opens_with_the_new_token(rotating: Rotating, plane: 
                 await cache.store_kv(0, [0], v, v)
                 await asyncio.to_thread(rotating.remove)
                 for _ in range(2):
-                    with pytest.raises(attnd.Unauthenticated):
-                        await attended(session)
+                    await refused(session)
                 await asyncio.to_thread(rotating.rotate)
                 await attended(session)
 
