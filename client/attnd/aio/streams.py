@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -14,11 +14,12 @@ import grpc.aio
 from attnd import forks
 from attnd.aio.homes import Home
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted, ServerFault
-from attnd.planes.grpc_errors import translate
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import AttendReply
 from attnd.v1 import step_pb2
+
+Told = Callable[[grpc.RpcError], Awaitable[AttndError]]
 
 
 class AsyncStream:
@@ -144,11 +145,11 @@ class AsyncStream:
 class AsyncGrpcStream(AsyncStream):
     """Over gRPC, which holds back who sends more than the server has read."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        """Reads from `call`, in a task, until it ends."""
+    def __init__(self, call: Any, told: Told) -> None:
+        """Reads from `call`, in a task, until it ends; `told` makes of gRPC's error what whoever waits is told."""
         super().__init__()
         self._call = call
-        self._reader = asyncio.ensure_future(_read(weakref.ref(self), call, address))
+        self._reader = asyncio.ensure_future(_read(weakref.ref(self), call, told))
         loop = asyncio.get_running_loop()
         weakref.finalize(self, _cancel, call, loop, self._home).atexit = False
 
@@ -165,9 +166,9 @@ class AsyncGrpcStream(AsyncStream):
         await asyncio.wait([self._reader])
 
 
-async def _read(reference: weakref.ref[AsyncGrpcStream], call: Any, address: str) -> None:
+async def _read(reference: weakref.ref[AsyncGrpcStream], call: Any, told: Told) -> None:
     """Gives answers to a stream for as long as somebody has it."""
-    told: AttndError = Disconnected("the server ended the stream")
+    end: AttndError = Disconnected("the server ended the stream")
     try:
         while (data := await call.read()) is not grpc.aio.EOF:
             stream = reference()
@@ -176,12 +177,12 @@ async def _read(reference: weakref.ref[AsyncGrpcStream], call: Any, address: str
             stream._answered(requests.attend_reply(data))
             del stream
     except grpc.RpcError as error:
-        told = translate(error, address)
+        end = await told(error)
     except (AttndError, asyncio.CancelledError) as error:
-        told = error if isinstance(error, AttndError) else Disconnected("the session was closed")
+        end = error if isinstance(error, AttndError) else Disconnected("the session was closed")
     stream = reference()
     if stream is not None:
-        stream._end(told)
+        stream._end(end)
 
 
 def _cancel(call: Any, loop: asyncio.AbstractEventLoop, home: Home) -> None:

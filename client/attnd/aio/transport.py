@@ -22,6 +22,9 @@ from attnd.planes.grpc_errors import explained, translate
 from attnd.planes.grpc_options import KEEPALIVE_S, grpc_options
 from attnd.planes.targets import parse_target
 
+# What grpc.aio says of a stream whose message came after the server's refusal and before that was read, whatever it is.
+HIDDEN = "Internal error from Core"
+
 
 class AsyncTransport:
     """A channel to a server, used from one event loop. The methods of `attnd.planes.transport.Transport`, awaited."""
@@ -84,11 +87,21 @@ class AsyncTransport:
                 return await asyncio.to_thread(explained, told, error, self._target, self._credentials)
         return told
 
+    async def _told(self, error: grpc.RpcError) -> AttndError:
+        """What the error of a stream that is written to is for the caller: what the server says, hidden or not."""
+        told = translate(error, self._address)
+        if error.details() == HIDDEN:
+            try:
+                await self._ask("GetCapabilities", b"", WHY_S, False, 0, self._metadata())
+            except AttndError as reason:
+                return reason
+        return told
+
     def attend(self) -> AsyncStream:
         """Opens an Attend stream."""
         self._refuse_if_ended()
         call: Any = self._channel.stream_stream(SERVICE + "Attend")
-        return AsyncGrpcStream(call(metadata=self._metadata()), self._address)
+        return AsyncGrpcStream(call(metadata=self._metadata()), self._told)
 
     async def store_kv(self, requests: Iterable[bytes], timeout_s: float) -> AsyncIterator[bytes]:
         """Calls StoreKv."""
@@ -101,7 +114,7 @@ class AsyncTransport:
                 yield await call.read()
             await call.done_writing()
         except grpc.RpcError as error:
-            raise translate(error, self._address) from None
+            raise await self._told(error) from None
         finally:
             call.cancel()
 
