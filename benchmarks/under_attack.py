@@ -194,8 +194,9 @@ def benchmark(console: Console, options: argparse.Namespace) -> None:
         victim.check()
         at_rest = own.resident_bytes
         if device.type == "cuda":
-            with attacked(own, options.attacks, options.attacker_cores, {}):
-                time.sleep(COMPILE_S)
+            for server in filter(None, (own, other)):
+                with attacked(server, options.attacks, options.attacker_cores, {}):
+                    time.sleep(COMPILE_S)
         single = [] if options.together else [(attack, [attack]) for attack in options.attacks]
         for name, attacks in (*single, ("all", list(options.attacks))):
             new = attack_rows(console, name, attacks, victim, own, other, at_rest, options)
