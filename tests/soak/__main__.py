@@ -34,7 +34,6 @@ SERVER_DIES = 0.6
 MARGIN = 4
 # Growth of the resident memory that is none, in MiB a minute: what a fit through a few minutes cannot tell from noise.
 FLAT_MIB_PER_MINUTE = 1.0
-
 # Of a stretch of so many seconds the lowest sample counts: an attack holds memory for a moment.
 STRETCH_S = 20.0
 

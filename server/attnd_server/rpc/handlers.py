@@ -59,5 +59,5 @@ def is_worth_telling(record: logging.LogRecord) -> bool:
     gRPC sends the status after the handler has returned, so that no handler can catch what comes of it.
     """
     error = record.exc_info[1] if record.exc_info else None
-    text = f"{record.getMessage()} {error}"
-    return not ("ExecuteBatchError" in f"{text} {type(error)}" and "SendStatusFromServerOperation" in text)
+    text = f"{record.getMessage()} {error!r}"
+    return not ("ExecuteBatchError" in text and "SendStatusFromServerOperation" in text)

@@ -102,12 +102,12 @@ def split(
 ) -> list[Part] | PartsInTurn:
     """The parts of a step. Together they have each row of each request once."""
     slots = _slots_of_one_token(config, metadata, options)
-    if slots is not None:
+    if slots is not None:  # fewer are read in place that must be copied to another type
+        new = slice(0, 1)
         products = len(slots) * options.num_heads * (config.head_dim + config.head_dim_v + EXP_PRODUCTS)
         most = MAX_PRODUCTS_IN_PLACE if config.precision.dtype(config.dtype) is config.dtype else MASK_ELEMENTS
-        in_place = device.type == "cpu" and products <= most  # in another type they would be copied
-        run, only = _side_by_side(config, metadata, slots) if in_place else None, slice(0, 1)
-        return [Part(1, only, only, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
+        run = _side_by_side(config, metadata, slots) if device.type == "cpu" and products <= most else None
+        return [Part(1, new, new, len(slots) - 1, slots.to(device), None, None, False, None, side_by_side=run)]
     in_turn = PartsInTurn(config, metadata, options, device)
     return in_turn if _kept_bytes(config, metadata, options) > KEPT_BYTES else list(in_turn)
 
