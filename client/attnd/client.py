@@ -11,7 +11,7 @@ from attnd.cache import Cache
 from attnd.connection import Connection
 from attnd.credentials import Credentials
 from attnd.errors import AttndError
-from attnd.foreign_metadata import as_step_metadata
+from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes.addresses import open_transport
 from attnd.planes.choice import check_plane
 from attnd.planes.grpc_options import KEEPALIVE_S
@@ -134,7 +134,9 @@ class Client(Connection):
     def _unary_call(
         self, kind: str, cache: Cache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
     ) -> Any:
-        step = as_step_metadata(metadata).to_message(0, cache.ref)
+        metadata = as_step_metadata(metadata)
+        check_options(metadata, options)
+        step = metadata.to_message(0, cache.ref)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = self.transport.unary(kind.capitalize(), request, self.timeout_s)

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from attnd.errors import InvalidRequest
+from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
 
@@ -37,6 +38,31 @@ class _Batch(NamedTuple):
     decoding: list[bool]
 
 
+class RefinedStep(StepMetadata):
+    """A step whose new tokens are not where they stand in it: they replace cached ones, and come behind the context.
+
+    The sums are the same, unless a layer looks at positions; see `check_options`.
+    """
+
+
+def check_options(metadata: StepMetadata, options: AttentionOptions) -> None:
+    """Refuses a layer that looks at positions in a step whose tokens are elsewhere, before anything is sent.
+
+    Raises:
+        InvalidRequest: the step is a `RefinedStep`, and the layer has a window or ALiBi slopes.
+    """
+    if not isinstance(metadata, RefinedStep):
+        return
+    for field, value in (("window", options.window or None), ("alibi_slopes", options.alibi_slopes)):
+        if value is not None:
+            shown = f"{field} is {value}" if field == "window" else f"{field} are given"
+            raise InvalidRequest(
+                f"{shown}, but must be absent in a step with fdv2_cache_only that stores: its new tokens replace "
+                "cached ones, and are seen behind the context",
+                field=field,
+            )
+
+
 def as_step_metadata(metadata: Any) -> StepMetadata:
     """`metadata` itself, or what an object with the attributes of Diffulex's metadata means."""
     return metadata if isinstance(metadata, StepMetadata) else from_diffulex(metadata)
@@ -48,9 +74,13 @@ def from_diffulex(metadata: Any) -> StepMetadata:
     Tensors may be on any device; each that is on a GPU costs one copy to the host. Attributes that are missing have
     Diffulex's defaults; an object without `is_block_causal` is autoregressive.
 
+    Diffulex compares blocks of a diffusion by position, as attnd does, so a context may end inside of a block. But for
+    `is_prefix_full` it counts `prefix_lens` and `padded_prefix_lens` from the first new token, and attnd from the first
+    cached one: such requests get theirs with the context's length added.
+
     A step with `fdv2_cache_only` stores new tokens into their places among the cached ones, and then reads them from
     there. attnd stores after it has read, so the step that comes out hides the old tokens of these places and sees the
-    new ones directly, at the end of the context: the same sums, unless a layer has a sliding window or ALiBi slopes.
+    new ones directly, at the end of the context: a `RefinedStep`, which layers that look at positions refuse.
 
     Raises:
         InvalidRequest: an attribute is missing, of the wrong length, or means what no step can say.
@@ -124,7 +154,7 @@ def _step(metadata: Any, batch: _Batch) -> StepMetadata:
     masks = [_mask(metadata, decoding) for decoding in batch.decoding]
     in_blocks = "block_causal" in masks or "prefix_full" in masks
     hole = bool(getattr(metadata, "mask_prefix_hole", False))
-    with_prefix = hole or "prefix_full" in masks
+    prefix_lens, padded_prefix_lens = _prefixes(metadata, batch, masks)
     cache_only = bool(getattr(metadata, "fdv2_cache_only", False))
     return StepMetadata(
         query_lens=batch.query_lens,
@@ -135,8 +165,8 @@ def _step(metadata: Any, batch: _Batch) -> StepMetadata:
         mask=masks[0] if len(set(masks)) == 1 else masks or "causal",
         block_size=getattr(metadata, "block_size", 32) if in_blocks else 0,
         valid_lens=_valid_lens(batch),
-        prefix_lens=_per_request(metadata, "prefix_lens", len(masks)) if with_prefix else None,
-        padded_prefix_lens=_per_request(metadata, "padded_prefix_lens", len(masks)) if with_prefix else None,
+        prefix_lens=prefix_lens,
+        padded_prefix_lens=padded_prefix_lens,
         mask_prefix_hole=hole,
         cache_only=cache_only,
     )
@@ -154,6 +184,40 @@ def _mask(metadata: Any, decoding: bool) -> str:
     return "prefix_full" if getattr(metadata, "is_prefix_full", False) and not decoding else "block_causal"
 
 
+def _prefixes(metadata: Any, batch: _Batch, masks: list[str]) -> tuple[list[int] | None, list[int] | None]:
+    """The positions at which prefixes and their padding end; None, None: the step needs none.
+
+    Raises:
+        InvalidRequest: a request counts them from its first new token, and hides cached positions by them too.
+    """
+    if "prefix_full" not in masks and not getattr(metadata, "mask_prefix_hole", False):
+        return None, None
+    ends = [_per_request(metadata, field, len(masks)) for field in ("prefix_lens", "padded_prefix_lens")]
+    from_new = [request for request, mask in enumerate(masks) if mask == "prefix_full" and batch.context_lens[request]]
+    for request, (start, end) in enumerate(_holes(metadata, batch)):
+        if start < end and request in from_new:
+            raise InvalidRequest(
+                f"mask_prefix_hole hides [{start}, {end}) of request {request}, but must hide nothing of a request in "
+                "prefill with is_prefix_full and a context: its prefix_lens count new tokens",
+                field="mask_prefix_hole",
+            )
+    added = [context if request in from_new else 0 for request, context in enumerate(batch.context_lens)]
+    prefix_lens, padded_prefix_lens = (
+        None if each is None else [end + context for end, context in zip(each, added, strict=True)] for each in ends
+    )
+    return prefix_lens, padded_prefix_lens
+
+
+def _holes(metadata: Any, batch: _Batch) -> list[tuple[int, int]]:
+    """Of each request, the cached positions that the prefix hole hides; an end before the start: none."""
+    num_reqs = len(batch.starts)
+    if not getattr(metadata, "mask_prefix_hole", False):
+        return [(0, 0)] * num_reqs
+    starts = _per_request(metadata, "prefix_lens", num_reqs) or [0] * num_reqs
+    ends = _per_request(metadata, "padded_prefix_lens", num_reqs) or [0] * num_reqs
+    return [(start, min(end, context)) for start, end, context in zip(starts, ends, batch.context_lens, strict=True)]
+
+
 def _kind(batch: _Batch) -> str:
     same_length = len(set(batch.query_lens)) == 1
     return "decode" if same_length and all(batch.decoding) else "prefill"
@@ -163,13 +227,13 @@ def _valid_lens(batch: _Batch) -> list[int] | None:
     return None if batch.valid_lens == batch.query_lens else batch.valid_lens
 
 
-def _refined_in_place(metadata: Any, batch: _Batch, slots: list[int]) -> StepMetadata:
+def _refined_in_place(metadata: Any, batch: _Batch, slots: list[int]) -> RefinedStep:
     """A cache-only step that stores first, as one that attends its new tokens in place of the cached ones."""
     _check_no_other_hole(metadata, batch)
     tables = batch.page_tables.tolist() if hasattr(batch.page_tables, "tolist") else batch.page_tables
     page_size = getattr(metadata, "page_size", 32)
     starts = [_refined_start(batch, slots, request, table, page_size) for request, table in enumerate(tables)]
-    return StepMetadata(
+    return RefinedStep(
         query_lens=batch.query_lens,
         context_lens=batch.context_lens,
         page_tables=batch.page_tables,
@@ -208,13 +272,8 @@ def _refined_start(batch: _Batch, slots: list[int], request: int, table: Sequenc
 
 def _check_no_other_hole(metadata: Any, batch: _Batch) -> None:
     """A step has one hole a request, and the refined tokens take it."""
-    if not getattr(metadata, "mask_prefix_hole", False):
-        return
-    num_reqs = len(batch.starts)
-    starts = _per_request(metadata, "prefix_lens", num_reqs) or [0] * num_reqs
-    ends = _per_request(metadata, "padded_prefix_lens", num_reqs) or [0] * num_reqs
-    for request, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if start < min(end, batch.context_lens[request]):
+    for request, (start, end) in enumerate(_holes(metadata, batch)):
+        if start < end:
             raise InvalidRequest(
                 f"mask_prefix_hole hides [{start}, {end}) of request {request}, but must hide nothing in a step with "
                 "fdv2_cache_only that stores",

@@ -11,6 +11,7 @@ from typing import Any
 
 from attnd import traces
 from attnd.errors import AttndError, CacheLost, Disconnected, Exhausted, ServerFault, Unauthenticated, from_message
+from attnd.foreign_metadata import as_step_metadata
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.leases import Lease
 from attnd.planes.retry_deadline import RetryDeadline
@@ -78,13 +79,14 @@ class Session:
                 raise Disconnected(f"{reason}; the next step reconnects")
             if self._stream is None:
                 self._steps.forget()
+            metadata = as_step_metadata(metadata)
             message = self._steps.message(metadata, self.cache.ref, self.timeout_s)
             stream = self._stream
             if stream is None:
                 stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
                 self.plane = self._timings.plane = stream.plane
                 self._stream = stream
-            step = Step(self, message.id, stream)
+            step = Step(self, message.id, stream, metadata)
             if traces.tracer is not None:
                 step.span = traces.begin(message, range(self.cache.config.num_layers), self.plane)
             self._send(stream.step_request(message), step)

@@ -6,10 +6,12 @@ import time
 from typing import Any, Protocol
 
 from attnd.errors import AttndError, from_message
+from attnd.foreign_metadata import check_options
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply, Reply
+from attnd.protocol.step_metadata import StepMetadata
 from attnd.traces import StepSpan
 
 
@@ -29,9 +31,10 @@ class Steps(Protocol):
 class Step:
     """One forward pass: what its layers share has been sent."""
 
-    def __init__(self, session: Steps, step_id: int, stream: Stream) -> None:
+    def __init__(self, session: Steps, step_id: int, stream: Stream, metadata: StepMetadata) -> None:
         """Made by `Session.step`."""
         self.id = step_id
+        self.metadata = metadata
         self.stream = stream
         self.error: AttndError | None = None
         self.span: StepSpan | None = None
@@ -55,6 +58,7 @@ class Step:
         Raises:
             AttndError: see `attnd.errors`; the step's own refusal comes here too.
         """
+        check_options(self.metadata, options)
         return self._session.attend_layer(self, layer, q, k, v, options)
 
     def submit(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> PendingCall:
@@ -74,6 +78,7 @@ class Step:
             Exhausted: too many calls are under way, or the region of a shm plane has no room for another: wait first.
             AttndError: the call cannot be sent.
         """
+        check_options(self.metadata, options)
         return self._session.submit_layer(self, layer, q, k, v, options)
 
 

@@ -315,6 +315,20 @@ def test_cache_only_steps_send_queries_alone() -> None:
         layer(*_tensors(1))
 
 
+def test_a_model_with_a_window_is_refused_before_anything_is_sent() -> None:
+    model, session = nn.ModuleList([_attention(), _attention(sliding_window=6)]), FakeSession(num_layers=2)
+    attach(model, session)
+    metadata = attnd.AttnMetaDataBase(
+        cu_seqlens_q=[0, 4], context_lens=[8], page_tables=[[0, 1]], slot_mapping=[4, 5, 6, 7], page_size=PAGE_SIZE
+    )
+    metadata.init_multi_block(status_table=[2])
+    metadata.fdv2_cache_only = True
+    _install(metadata)
+    with pytest.raises(InvalidRequest, match="window is 6, but must be absent in a step with fdv2_cache_only"):
+        model[0](*_tensors(4))
+    assert session.steps == []
+
+
 def test_a_failed_call_is_tried_again_with_another_step() -> None:
     model, session = Model(), FakeSession()
     attach(model, session)

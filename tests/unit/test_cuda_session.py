@@ -98,6 +98,25 @@ def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, hos
                 assert torch.equal(*stored)
 
 
+def test_a_step_that_refines_in_place_has_no_window(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
+    client, _ = opened
+    refining = attnd.AttnMetaDataBase(
+        cu_seqlens_q=[0, 4], context_lens=[12], page_tables=[[0]], slot_mapping=[4, 5, 6, 7], page_size=16
+    )
+    refining.init_multi_block(status_table=[2])
+    refining.fdv2_cache_only = True
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        with pytest.raises(attnd.InvalidRequest, match="window is 6, but must be absent"):
+            session.step(
+                refining, num_heads=HEADS, options=[attnd.AttentionOptions(), attnd.AttentionOptions(window=6)]
+            )
+        step = session.step(refining, num_heads=HEADS, options=attnd.AttentionOptions())
+        for layer in range(3):
+            step.attend(layer, *new_tokens(4))
+        step.finish()
+        assert cache.written_pages() == [0]
+
+
 def test_steps_are_counted_as_their_calls(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
     client, _ = opened
     metrics = client.transport._service.metrics = Metrics()

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import attnd
 from attnd.errors import InvalidRequest
+from attnd.foreign_metadata import check_options
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.integrations.diffulex.metadata import AttnMetaDataBase, from_diffulex
+from attnd.protocol.attention_options import AttentionOptions
 from attnd.v1 import cache_pb2
 from tests.unit.plain import PlainCache, elements, one_row, seen
 
@@ -194,7 +196,7 @@ def _engine_sees(metadata: AttnMetaDataBase, request: int, i: int) -> tuple[list
             return True
         if not (metadata.is_prefix_full and prefilling):
             return within_block
-        # Written for a request without context, the only one whose whole prefix is among the new tokens.
+        # The prefix is counted from the first new token, the blocks behind it by position.
         pure = i < prefix and j < prefix
         return pure or (prefix <= i < padded and j < padded) or (i >= padded and within_block)
 
@@ -212,7 +214,7 @@ def _block_steps(draw: st.DrawFn) -> AttnMetaDataBase:
         prefixes.append(prefix)
         padded.append(-(-prefix // block) * block)
         status.append(draw(st.sampled_from([0, 1, 2])))
-        contexts.append(0 if is_prefix_full and status[-1] == 0 else draw(st.integers(0, 12)))
+        contexts.append(draw(st.integers(0, 12)))
         num_new = draw(st.integers(1, 12))
         valid_ends.append(bounds[-1] + draw(st.integers(0, num_new)))
         bounds.append(bounds[-1] + num_new)
@@ -237,14 +239,80 @@ def _block_steps(draw: st.DrawFn) -> AttnMetaDataBase:
     return metadata
 
 
-@settings(deadline=None, max_examples=150)
+def _hole_cannot_be_said(metadata: AttnMetaDataBase) -> bool:
+    """Whether a request hides cached positions by the numbers with which it counts new tokens."""
+    if not (metadata.is_block_causal and metadata.is_prefix_full and metadata.mask_prefix_hole):
+        return False
+    columns = zip(
+        metadata.status_table, metadata.prefix_lens, metadata.padded_prefix_lens, metadata.context_lens, strict=True
+    )
+    return not metadata.prefix_causal and any(
+        status == 0 and prefix < min(padded, context) for status, prefix, padded, context in columns
+    )
+
+
+@settings(deadline=None, max_examples=300)
 @given(_block_steps())
 def test_every_token_sees_what_it_sees_in_the_engine(metadata: AttnMetaDataBase) -> None:
+    if _hole_cannot_be_said(metadata):
+        with pytest.raises(InvalidRequest, match="mask_prefix_hole hides") as caught:
+            from_diffulex(metadata)
+        assert caught.value.field == "mask_prefix_hole"
+        return
     message = from_diffulex(metadata).to_message(1, REF)
     bounds = metadata.cu_seqlens_q.tolist()
     for request in range(metadata.num_reqs):
         for i in range(bounds[request + 1] - bounds[request]):
             assert seen(message, request, i) == _engine_sees(metadata, request, i), (request, i)
+
+
+class TestPrefixBehindAContext:
+    """Prefixes of requests in prefill, counted from the first new token there and from the first cached one here."""
+
+    def _metadata(self, **changes) -> AttnMetaDataBase:
+        """Request 0 without a context; request 1 with one of 4, of which the page table names a page of 4."""
+        metadata = AttnMetaDataBase(
+            cu_seqlens_q=_int32([0, 5, 16]),
+            context_lens=_int32([0, 4]),
+            page_tables=_int32([[0, 1, -1, -1], [2, 3, 4, 5]]),
+            slot_mapping=_int32([*range(5), *range(12, 23)]),
+            page_size=4,
+            block_size=4,
+        )
+        metadata.init_multi_block(
+            **{
+                "valid_slices": _int32([5, 16]),
+                "is_prefix_full": True,
+                "status_table": _int32([0, 0]),
+                "prefix_lens": _int32([2, 5]),
+                "padded_prefix_lens": _int32([4, 8]),
+                **changes,
+            }
+        )
+        return metadata
+
+    def test_positions_have_the_context_added(self) -> None:
+        step = from_diffulex(self._metadata())
+        assert (step.prefix_lens, step.padded_prefix_lens) == ([2, 9], [4, 12])
+
+    def test_requests_in_decode_keep_theirs(self) -> None:
+        step = from_diffulex(self._metadata(status_table=_int32([0, 1]), mask_prefix_hole=True))
+        assert (step.prefix_lens, step.padded_prefix_lens) == ([2, 5], [4, 8])
+
+    def test_the_metadata_is_not_changed(self) -> None:
+        metadata = self._metadata(prefix_lens=[2, 5], padded_prefix_lens=[4, 8])
+        assert from_diffulex(metadata).prefix_lens == from_diffulex(metadata).prefix_lens == [2, 9]
+
+    def test_a_hole_that_hides_nothing_is_no_hindrance(self) -> None:
+        message = from_diffulex(self._metadata(mask_prefix_hole=True)).to_message(1, REF)
+        assert seen(message, 1, 0) == ([0, 1, 2, 3], [0, 1, 2, 3, 4])
+
+    def test_a_hole_in_the_context_cannot_be_said(self) -> None:
+        hole = {"mask_prefix_hole": True, "prefix_lens": _int32([2, 3])}
+        with pytest.raises(InvalidRequest, match=r"mask_prefix_hole hides \[3, 4\) of request 1"):
+            from_diffulex(self._metadata(**hole))
+        # Where the mask does not count new tokens, the hole is as ever.
+        assert from_diffulex(self._metadata(**hole, prefix_causal=True)).prefix_lens == [2, 3]
 
 
 class TestCacheOnly:
@@ -304,6 +372,22 @@ class TestCacheOnly:
         torch.testing.assert_close(output, expected)
         assert torch.equal(cache.k, engine.k)
         assert torch.equal(cache.v, engine.v)
+
+    @pytest.mark.parametrize(
+        ("options", "field"),
+        [
+            (AttentionOptions(window=6), "window"),
+            (AttentionOptions(alibi_slopes=torch.tensor([0.5, 0.25])), "alibi_slopes"),
+        ],
+        ids=["window", "alibi"],
+    )
+    def test_layers_that_look_at_positions_are_refused(self, options: AttentionOptions, field: str) -> None:
+        step = from_diffulex(self._metadata())
+        with pytest.raises(InvalidRequest, match=f"{field} .* must be absent in a step with fdv2_cache_only") as caught:
+            check_options(step, options)
+        assert caught.value.field == field
+        check_options(step, AttentionOptions(scale=0.3, softcap=4.0, sinks=[0.0, 1.0]))
+        check_options(from_diffulex(self._metadata(slot_mapping=None)), options)
 
     @pytest.mark.parametrize(
         ("slots", "index"),

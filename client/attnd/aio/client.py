@@ -11,7 +11,7 @@ from attnd.aio.choice import check_plane
 from attnd.aio.connection import AsyncConnection
 from attnd.credentials import Credentials
 from attnd.errors import AttndError
-from attnd.foreign_metadata import as_step_metadata
+from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes.grpc_options import KEEPALIVE_S
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
@@ -130,7 +130,9 @@ class AsyncClient(AsyncConnection):
     async def _unary_call(
         self, kind: str, cache: AsyncCache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
     ) -> Any:
-        step = as_step_metadata(metadata).to_message(0, cache.ref)
+        metadata = as_step_metadata(metadata)
+        check_options(metadata, options)
+        step = metadata.to_message(0, cache.ref)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = await self.transport.unary(kind.capitalize(), request, self.timeout_s)

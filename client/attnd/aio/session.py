@@ -21,12 +21,14 @@ from attnd.errors import (
     Unauthenticated,
     from_message,
 )
+from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.retry_deadline import RetryDeadline
 from attnd.planes.sent_steps import SentSteps
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
+from attnd.protocol.step_metadata import StepMetadata
 from attnd.traces import StepSpan
 
 
@@ -67,13 +69,14 @@ class AsyncSession:
                 self._stream = None
             await stream.finish(timeout_s)
             raise Disconnected(f"{stream.going_away}; the next step reconnects")
+        metadata = as_step_metadata(metadata)
         message = self._steps.message(metadata, self.cache.ref, timeout_s)
         span = None
         if traces.tracer is not None:
             span = traces.begin(message, range(self.cache.config.num_layers), stream.plane)
         answer = await stream.ask(partial(stream.step_request, message), timeout_s)
         answer.add_done_callback(partial(self._opened, message.id))
-        return AsyncStep(timeout_s, stream, message.id, answer, span)
+        return AsyncStep(timeout_s, stream, message.id, metadata, answer, span)
 
     async def _opened_stream(self) -> AsyncStream:
         """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
@@ -126,11 +129,13 @@ class AsyncStep:
         timeout_s: float,
         stream: AsyncStream,
         step_id: int,
+        metadata: StepMetadata,
         answer: asyncio.Future[AttendReply],
         span: StepSpan | None = None,
     ) -> None:
         """Made by `AsyncSession.step`."""
         self.id = step_id
+        self.metadata = metadata
         self.stream = stream
         self._timeout_s = timeout_s
         self._answer = answer
@@ -141,6 +146,7 @@ class AsyncStep:
 
         Whoever gives up waiting, as by a timeout of its own, gives up the output alone: the call may still run.
         """
+        check_options(self.metadata, options)
         if self._span is None:
             return await self._attend(layer, q, k, v, options)
         with self._span.of_layer(layer):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnd.foreign_metadata import as_step_metadata
 from attnd.protocol import requests
 from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.step_metadata import StepMetadata
 from attnd.v1 import cache_pb2, step_pb2
 
 
@@ -18,11 +18,11 @@ class SentSteps:
         self._last_id = 0
         self._tables = SentPageTables()
 
-    def message(self, metadata: Any, cache: cache_pb2.CacheRef, timeout_s: float) -> step_pb2.Step:
+    def message(self, metadata: StepMetadata, cache: cache_pb2.CacheRef, timeout_s: float) -> step_pb2.Step:
         """The next step, with what changed of page tables where the server knows the rest.
 
         Args:
-            metadata: as of `Session.step`.
+            metadata: of the step.
             cache: that the step reads and writes.
             timeout_s: deadline of each of its calls, in seconds.
 
@@ -30,7 +30,7 @@ class SentSteps:
             InvalidRequest: the metadata cannot be sent.
         """
         self._last_id += 1
-        message = as_step_metadata(metadata).to_message(self._last_id, cache, self._tables)
+        message = metadata.to_message(self._last_id, cache, self._tables)
         message.call_timeout_ms = requests.timeout_ms(timeout_s)
         return message
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnd.errors import InvalidRequest
-from attnd.foreign_metadata import from_diffulex
+from attnd.foreign_metadata import check_options, from_diffulex
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
@@ -134,7 +134,7 @@ def attach(model: nn.Module, session: Session) -> int:
                     "as in the cache",
                     field=field,
                 )
-    steps = _Steps(session)
+    steps = _Steps(session, [module._options for module in layers])
     for number, module in enumerate(layers):
         module.layer, module._steps = number, steps
     return len(layers)
@@ -143,8 +143,9 @@ def attach(model: nn.Module, session: Session) -> int:
 class _Steps:
     """The step of the running forward pass: opened by its first layer, shared by the others."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, options: list[AttentionOptions]) -> None:
         self._session = session
+        self._options = options  # of every layer
         self._metadata: Any = None  # held, so that its identity is not given to a later object
         self._step: Step | None = None
         self._kv = True
@@ -185,6 +186,8 @@ class _Steps:
             metadata = from_diffulex(metadata)
         if metadata.store_only:
             raise InvalidRequest("store_only is True, but must be False: a layer has an output", field="store_only")
+        for options in self._options:
+            check_options(metadata, options)
         self._kv = not metadata.cache_only
         self._opened = metadata
         return self._session.step(metadata)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnd import traces
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
-from attnd.foreign_metadata import as_step_metadata
+from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.cuda.step import CudaStep
@@ -123,6 +123,8 @@ class CudaSession:
         """Sends a step that was not sent yet. For `CudaStep`."""
         plane = self._plane
         assert plane is not None
+        for each in options:
+            check_options(step.metadata, each)
         self._layers = num_heads, options
         message = step.metadata.to_message(step.id, self.cache.ref, self._tables)
         if traces.tracer is not None:
