@@ -32,7 +32,9 @@ from attnd.extras import as_missing
 from attnd.foreign_metadata import from_diffulex
 from attnd.integrations.diffulex.metadata import (
     AttnMetaDataBase,
+    FN_TYPE_AttnMetaDataFetch,
     fetch_attn_metadata,
+    infer_prefill_flags,
     is_warming_up,
     reset_warming_up,
     set_fetch_fn_for_attn_metadata,
@@ -72,6 +74,7 @@ __all__ = [
     "Disconnected",
     "EpochMismatch",
     "Exhausted",
+    "FN_TYPE_AttnMetaDataFetch",
     "InvalidRequest",
     "KVSplit",
     "PagePool",
@@ -93,6 +96,7 @@ __all__ = [
     "errors",
     "fetch_attn_metadata",
     "from_diffulex",
+    "infer_prefill_flags",
     "is_warming_up",
     "reset_warming_up",
     "set_fetch_fn_for_attn_metadata",

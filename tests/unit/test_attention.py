@@ -236,9 +236,10 @@ def test_no_tokens_need_no_server() -> None:
 
 
 def test_a_mask_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="mask is a tensor, but must be None") as caught:
-        _attention()(*_tensors(1), mask=torch.ones(1, 1))
-    assert caught.value.field == "mask"
+    for mask, what in ((torch.ones(1, 1), "a tensor"), ([torch.ones(1, 1)], "a list")):
+        with pytest.raises(InvalidRequest, match=f"mask is {what}, but must be None") as caught:
+            _attention()(*_tensors(1), mask=mask)
+        assert caught.value.field == "mask"
 
 
 def test_a_layer_that_is_not_attached_says_so_unless_warming_up() -> None:
@@ -248,6 +249,20 @@ def test_a_layer_that_is_not_attached_says_so_unless_warming_up() -> None:
     attnd.set_warming_up(True)
     output = layer(*_tensors(2))
     assert torch.equal(output, torch.zeros(2, HEADS * DIM))
+
+
+def test_zeros_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, session = _attention(), FakeSession()
+    attnd.set_warming_up(True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        InvalidRequest, match=r"not attached while a CUDA graph is captured, but must be: attnd\.attach"
+    ):
+        layer(*_tensors(2))
+    attach(layer, session)
+    _install(_metadata(2))
+    layer(*_tensors(2))
+    assert len(session.calls) == 1
 
 
 def test_an_attached_layer_runs_while_warming_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attnd
+import attnd_server
 from attnd.errors import InvalidRequest
 from attnd.foreign_metadata import check_options
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.geometry import check_geometry
 from attnd.integrations.diffulex.metadata import AttnMetaDataBase, from_diffulex
 from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.warming_up import this_thread_warms_up
 from attnd.v1 import cache_pb2
 from tests.unit.plain import PlainCache, elements, one_row, seen
 
@@ -431,6 +434,24 @@ class TestMirroredNames:
         static = _autoregressive(has_prefill_static=True, all_prefill_static=True, need_kv_cache_store_static=False)
         assert (static.has_prefill, static.all_prefill, static.need_kv_cache_store) == (True, True, False)
 
+    @pytest.mark.parametrize(
+        ("is_prefill", "flags"),
+        [
+            (True, (True, True)),
+            (False, (False, False)),
+            ([], (False, False)),
+            ([False, True], (True, False)),
+            (torch.tensor([1, 2]), (True, True)),
+        ],
+    )
+    def test_prefill_flags(self, is_prefill, flags: tuple[bool, bool]) -> None:
+        assert attnd.infer_prefill_flags(is_prefill) == flags
+
+    def test_chunk_size(self) -> None:
+        metadata = _blocks(buffer_size=3)
+        assert metadata.chunk_size == 12
+        assert AttnMetaDataBase(block_size=8).chunk_size == 8
+
     def test_defaults(self) -> None:
         metadata = AttnMetaDataBase()
         assert (metadata.page_size, metadata.block_size, metadata.kv_cache_layout) == (32, 32, "unified")
@@ -450,6 +471,29 @@ class TestMirroredNames:
         attnd.set_warming_up(True)
         try:
             assert attnd.is_warming_up()
+            assert diffulex.WARMING_UP is True
         finally:
             attnd.reset_warming_up()
         assert not attnd.is_warming_up()
+        assert diffulex.WARMING_UP is False
+
+    def test_client_and_server_have_one_state(self) -> None:
+        assert attnd_server.is_warming_up is attnd.is_warming_up
+        assert attnd_server.set_warming_up is attnd.set_warming_up
+        assert attnd_server.reset_warming_up is attnd.reset_warming_up
+
+    def test_a_thread_that_warms_up_ends_nobody_elses_warm_up(self) -> None:
+        elsewhere: list[bool] = []
+        with this_thread_warms_up():
+            other = threading.Thread(target=lambda: elsewhere.append(attnd.is_warming_up()))
+            other.start()
+            other.join()
+            assert attnd.is_warming_up()
+        assert (elsewhere, attnd.is_warming_up()) == ([False], False)
+        attnd.set_warming_up(True)
+        try:
+            with this_thread_warms_up():
+                pass
+            assert attnd.is_warming_up()
+        finally:
+            attnd.reset_warming_up()

@@ -1,22 +1,5 @@
-"""Whether this thread is warming up: preparing for steps that are yet to come, instead of serving one."""
+"""Whether this thread is warming up: what it launches now serves no caller. The state is the client's too."""
 
-from __future__ import annotations
+from attnd.protocol.warming_up import is_warming_up, reset_warming_up, set_warming_up, this_thread_warms_up
 
-import threading
-
-_warm_up = threading.local()
-
-
-def set_warming_up(is_warming_up: bool) -> None:
-    """Says whether this thread is warming up. Others serve callers meanwhile, so that it is each thread's own."""
-    _warm_up.is_on = is_warming_up
-
-
-def is_warming_up() -> bool:
-    """Whether this thread is warming up: what it launches now serves no caller, it compiles or is captured."""
-    return getattr(_warm_up, "is_on", False)
-
-
-def reset_warming_up() -> None:
-    """Ends this thread's warm-up."""
-    set_warming_up(False)
+__all__ = ["is_warming_up", "reset_warming_up", "set_warming_up", "this_thread_warms_up"]

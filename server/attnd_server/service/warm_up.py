@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +12,7 @@ from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import decode_step
-from attnd_server.attention.warming_up import reset_warming_up, set_warming_up
+from attnd_server.attention.warming_up import this_thread_warms_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
 from attnd_server.device.memory import is_memory_error
@@ -141,7 +139,7 @@ class WarmUp:
         counted = buffer_bytes(cache.config, options, shape)
         self._caches.reserve(cache, counted, purpose)
         try:
-            with _warming_up():
+            with this_thread_warms_up():
                 plan = kernel.fixed_plan(cache.config, shape, options, device)
                 if isinstance(plan, str):
                     self._compile(kernel, shape.query_len)
@@ -183,10 +181,10 @@ class WarmUp:
         def capture_next() -> None:
             refuse_if_revoked(self._principal)
             cache.refuse_if_closed()
-            with _warming_up():
+            with this_thread_warms_up():
                 graphs.capture_next(cache, capture)
 
-        with _warming_up():
+        with this_thread_warms_up():
             graphs.load(decode_step(graphs.shape.num_reqs, graphs.shape.query_len))
             graphs.launch(cache, 0)  # compiles what the plan did not
         for _ in range(cache.config.num_layers):
@@ -204,12 +202,3 @@ class WarmUp:
     def _discard(self, graphs: DecodeGraphs) -> None:
         self._caches.release(self._cache, graphs.num_bytes)
         graphs.close()
-
-
-@contextmanager
-def _warming_up() -> Iterator[None]:
-    set_warming_up(True)
-    try:
-        yield
-    finally:
-        reset_warming_up()

@@ -11,11 +11,16 @@ from attnd.errors import InvalidRequest
 from attnd.foreign_metadata import check_options, from_diffulex
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.geometry import check_geometry
+from attnd.planes.cuda.session import CudaSession
+from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
 from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.session import Session
 from attnd.steps import Step
+
+unchosen = {"auto"}
+"""Names of an `attn_impl` that leave the backend to the cache; a runner of another package may have one of its own."""
 
 
 class Attention(nn.Module):
@@ -42,7 +47,10 @@ class Attention(nn.Module):
             head_dim: elements per head of q and k.
             scale: factor of q.k.
             num_kv_heads: KV heads.
-            attn_impl: the backend by name; "auto" is the cache's choice.
+            attn_impl: the backend by name; "auto" is the cache's choice. Diffulex's "naive" attends the batch's own
+                rows alone and looks at no metadata; here it is the server's reference, over pages and metadata as every
+                other backend. Its "triton" is what it calls its paged attention, and after
+                `attnd.integrations.diffulex.install()` means the cache's choice.
             sliding_window: tokens that a token sees, itself included; None is all.
 
         Raises:
@@ -53,7 +61,7 @@ class Attention(nn.Module):
             raise InvalidRequest(
                 f"num_heads is {num_heads}, but must be a multiple of num_kv_heads, {num_kv_heads}", field="num_heads"
             )
-        if attn_impl not in BACKENDS:
+        if attn_impl not in BACKENDS:  # Diffulex's names are among them
             raise InvalidRequest(
                 f"attn_impl is {attn_impl!r}, but must be one of {', '.join(BACKENDS)}", field="attn_impl"
             )
@@ -66,36 +74,46 @@ class Attention(nn.Module):
         self.layer: int | None = None
         self._steps: _Steps | None = None
         self._options = AttentionOptions(
-            scale=scale, window=sliding_window or 0, backend="" if attn_impl == "auto" else attn_impl
+            scale=scale,
+            window=sliding_window or 0,
+            backend="" if attn_impl in unchosen else attn_impl,
         )
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> torch.Tensor:
         """Attention of the running forward pass.
 
         Args:
             q: `[num_tokens, num_heads * head_dim]` or `[num_tokens, num_heads, head_dim]`, of the cache's dtype.
             k: `[num_tokens, num_kv_heads * head_dim]` or `[num_tokens, num_kv_heads, head_dim]`.
             v: `[num_tokens, num_kv_heads * head_dim_v]` or `[num_tokens, num_kv_heads, head_dim_v]`.
-            mask: must be None: the metadata says what is seen.
+            mask: must be None: the metadata says what is seen. (Diffulex adds a tensor to the scores of "naive", and
+                ignores it elsewhere.)
 
         Returns:
             `[num_tokens, num_heads * head_dim_v]`, in q's dtype and on its device.
 
         Raises:
-            InvalidRequest: a wrong shape, a mask, or a layer that is not attached.
+            InvalidRequest: a wrong shape, a mask, a layer that is not attached, or a CUDA graph that is captured while
+                it is not, or while its session has no cuda plane.
             AttndError: as `Step.attend`.
         """
         if mask is not None:
-            raise InvalidRequest("mask is a tensor, but must be None: the metadata says what is seen", field="mask")
+            given = "a tensor" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+            rule = "must be None: the step's metadata says what is seen, and a mask would change nothing"
+            raise InvalidRequest(f"mask is {given}, but {rule}", field="mask")
         q = _in_heads(q, self.num_heads, self.head_dim, "q")
         k = _in_heads(k, self.num_kv_heads, self.head_dim, "k")
         v = _in_heads(v, self.num_kv_heads, 0, "v")
         if not q.shape[0]:
             return q.new_zeros(0, self.num_heads * v.shape[2])
         if self._steps is None or self.layer is None:
-            if diffulex.is_warming_up():
-                return q.new_zeros(q.shape[0], self.num_heads * v.shape[2])
-            raise InvalidRequest("the layer is not attached to a server, but must be: attnd.attach(model, session)")
+            rule = "must be: attnd.attach(model, session)"
+            if not diffulex.is_warming_up():
+                raise InvalidRequest(f"the layer is not attached to a server, but {rule}")
+            if _is_capturing():
+                rule += " before; its zeros would be replayed for ever"
+                raise InvalidRequest(f"the layer is not attached while a CUDA graph is captured, but {rule}")
+            return q.new_zeros(q.shape[0], self.num_heads * v.shape[2])
         output = self._steps.attend(self.layer, q, k, v, self._options)
         return output.reshape(q.shape[0], -1)
 
@@ -108,7 +126,7 @@ class Attention(nn.Module):
         )
 
 
-def attach(model: nn.Module, session: Session) -> int:
+def attach(model: nn.Module, session: Session | CudaSession) -> int:
     """Numbers the `Attention` layers of a model in the order of `model.modules()`, and has `session` serve them.
 
     A layer that the model uses twice gets one number. Attaching again replaces what was there.
@@ -143,11 +161,11 @@ def attach(model: nn.Module, session: Session) -> int:
 class _Steps:
     """The step of the running forward pass: opened by its first layer, shared by the others."""
 
-    def __init__(self, session: Session, options: list[AttentionOptions]) -> None:
+    def __init__(self, session: Session | CudaSession, options: list[AttentionOptions]) -> None:
         self._session = session
         self._options = options  # of every layer
         self._metadata: Any = None  # held, so that its identity is not given to a later object
-        self._step: Step | None = None
+        self._step: Step | CudaStep | None = None
         self._kv = True
         self._layers: set[int] = set()
         self._warm: set[tuple[bytes, int, int, int]] = set()  # what the server warmed up for
@@ -155,6 +173,9 @@ class _Steps:
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
     ) -> torch.Tensor:
+        if q.is_cuda and not isinstance(self._session, CudaSession) and _is_capturing():
+            rule = "must be cuda while a CUDA graph is captured: cache.session(plane='cuda')"
+            raise InvalidRequest(f"plane is {self._session.plane or 'not cuda'}, but {rule}", field="plane")
         step = self._current(layer)
         if diffulex.is_warming_up():
             self._warm_up(q.shape[1], options)
@@ -166,7 +187,7 @@ class _Steps:
             raise
         return output
 
-    def _current(self, layer: int) -> Step:
+    def _current(self, layer: int) -> Step | CudaStep:
         """The open step if `layer` belongs to it, else a new one.
 
         It does not belong to it if the metadata is another object, or if the layer ran already: then this is another
@@ -180,7 +201,7 @@ class _Steps:
         self._layers.add(layer)
         return self._step
 
-    def _open(self, metadata: Any) -> Step:
+    def _open(self, metadata: Any) -> Step | CudaStep:
         if not isinstance(metadata, StepMetadata):
             check_geometry(metadata, self._session.cache.config)
             metadata = from_diffulex(metadata)
@@ -201,6 +222,14 @@ class _Steps:
         if shape not in self._warm:
             self._session.cache.warm_up(num_heads=num_heads, query_len=lens[0], max_reqs=len(lens), options=options)
             self._warm.add(shape)
+
+
+def _is_capturing() -> bool:
+    """Whether what is launched now is captured in a CUDA graph."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # torch was built without CUDA
+        return False
 
 
 def _in_heads(tensor: torch.Tensor, num_heads: int, head_dim: int, field: str) -> torch.Tensor:

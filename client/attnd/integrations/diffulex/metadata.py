@@ -1,30 +1,51 @@
 """Names that a Diffulex model runner knows: its metadata class, and the ambient function that fetches the metadata.
 
 They mirror `diffulex.attention.metadata`, so a runner installs its fetch function once and replaces the metadata
-object before each forward pass; `attnd.Attention` fetches it when a layer runs. The state is the process's, as there.
+object before each forward pass; `attnd.Attention` fetches it when a layer runs. The state is the process's, as there,
+and after `attnd.integrations.diffulex.install()` it is theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attnd.errors import InvalidRequest
 from attnd.foreign_metadata import from_diffulex
+from attnd.protocol.warming_up import is_warming_up, reset_warming_up, set_warming_up
 
 __all__ = [
     "AttnMetaDataBase",
+    "FN_TYPE_AttnMetaDataFetch",
     "fetch_attn_metadata",
     "from_diffulex",
+    "infer_prefill_flags",
     "is_warming_up",
     "reset_warming_up",
     "set_fetch_fn_for_attn_metadata",
     "set_warming_up",
 ]
 
-_fetch: Callable[[], Any] | None = None
-_warming_up = False
+if TYPE_CHECKING:
+    WARMING_UP: bool  # of now, see `__getattr__`
+
+FN_TYPE_AttnMetaDataFetch = Callable[[], Any]
+"""What `set_fetch_fn_for_attn_metadata` takes."""
+
+
+class Runner(Protocol):
+    """Where a model runner of another package installs its fetch function."""
+
+    def fetch_fn(self) -> FN_TYPE_AttnMetaDataFetch | None:
+        """The function that is installed, if any."""
+
+    def set_fetch_fn(self, fn: FN_TYPE_AttnMetaDataFetch) -> None:
+        """Installs one."""
+
+
+_fetch: FN_TYPE_AttnMetaDataFetch | None = None
+_runner: Runner | None = None
 
 
 @dataclass
@@ -123,15 +144,21 @@ class AttnMetaDataBase:
         return len(self.cu_seqlens_q) - 1
 
     @property
+    def chunk_size(self) -> int:
+        """Tokens that a request denoises at a time: its buffer of blocks."""
+        return self.block_size * getattr(self, "buffer_size", 1)
+
+    @property
     def has_prefill(self) -> bool:
         """Whether any request is in prefill."""
-        return any(self._prefill_flags()) if self.has_prefill_static is None else bool(self.has_prefill_static)
+        has, _ = infer_prefill_flags(self.is_prefill)
+        return has if self.has_prefill_static is None else bool(self.has_prefill_static)
 
     @property
     def all_prefill(self) -> bool:
         """Whether there are requests and all are in prefill."""
-        flags = self._prefill_flags()
-        return bool(flags) and all(flags) if self.all_prefill_static is None else bool(self.all_prefill_static)
+        _, all_of_them = infer_prefill_flags(self.is_prefill)
+        return all_of_them if self.all_prefill_static is None else bool(self.all_prefill_static)
 
     @property
     def need_kv_cache_store(self) -> bool:
@@ -140,9 +167,15 @@ class AttnMetaDataBase:
             return bool(self.need_kv_cache_store_static)
         return self.slot_mapping is not None and len(self.slot_mapping) > 0
 
-    def _prefill_flags(self) -> list[bool]:
-        flags = self.is_prefill
-        return [bool(flag) for flag in flags] if isinstance(flags, Iterable) else [bool(flags)]
+
+def infer_prefill_flags(is_prefill: Iterable[Any] | bool) -> tuple[bool, bool]:
+    """Whether any request is in prefill, and whether there are requests and all are.
+
+    Args:
+        is_prefill: for each request, or one for all.
+    """
+    flags = [bool(flag) for flag in is_prefill] if isinstance(is_prefill, Iterable) else [bool(is_prefill)]
+    return any(flags), bool(flags) and all(flags)
 
 
 def fetch_attn_metadata() -> Any:
@@ -151,14 +184,15 @@ def fetch_attn_metadata() -> Any:
     Raises:
         InvalidRequest: none was installed.
     """
-    if _fetch is None:
+    fetch = _fetch if _runner is None else _runner.fetch_fn()
+    if fetch is None:
         raise InvalidRequest(
             "no function fetches attention metadata, but one must be installed: set_fetch_fn_for_attn_metadata(fn)"
         )
-    return _fetch()
+    return fetch()
 
 
-def set_fetch_fn_for_attn_metadata(fn: Callable[[], Any]) -> None:
+def set_fetch_fn_for_attn_metadata(fn: FN_TYPE_AttnMetaDataFetch) -> None:
     """Installs the function that `fetch_attn_metadata` calls, for the whole process.
 
     Args:
@@ -166,24 +200,22 @@ def set_fetch_fn_for_attn_metadata(fn: Callable[[], Any]) -> None:
             new one for each pass.
     """
     global _fetch
-    _fetch = fn
+    if _runner is None:
+        _fetch = fn
+    else:
+        _runner.set_fetch_fn(fn)
 
 
-def set_warming_up(is_warming_up: bool) -> None:
-    """Says whether the model runner is warming up.
-
-    Layers that are not attached to a server return zeros then. Attached ones run as ever, and before the first decode
-    step of a shape (query heads, options, new tokens and number of requests) they have the server warm up for it.
-    """
-    global _warming_up
-    _warming_up = is_warming_up
+def fetch_from(runner: Runner | None) -> None:
+    """Has another package hold the fetch function, this one's too unless it has one; None: it is held here again."""
+    global _runner
+    if runner is not None and _fetch is not None and runner.fetch_fn() is None:
+        runner.set_fetch_fn(_fetch)
+    _runner = runner
 
 
-def is_warming_up() -> bool:
-    """Whether the model runner is warming up."""
-    return _warming_up
-
-
-def reset_warming_up() -> None:
-    """Ends the warm-up."""
-    set_warming_up(False)
+def __getattr__(name: str) -> Any:
+    """WARMING_UP, as it is now: the state may be held elsewhere."""
+    if name == "WARMING_UP":
+        return is_warming_up()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
