@@ -71,10 +71,9 @@ def this_thread_warms_up() -> Iterator[None]:
 
 
 def hold_in(state: State | None) -> None:
-    """Has another package hold the process's state; None: it is held here again. A warm-up that runs goes on."""
+    """Has another package hold the process's state, with a warm-up that runs; None: it is held here again."""
     global _state
-    if state is None:
-        _own.set_warming_up(_state.is_warming_up())
-    elif _state.is_warming_up():
+    if state is not None and _own.is_warming_up():
+        _own.set_warming_up(False)
         state.set_warming_up(True)
     _state = state or _own
