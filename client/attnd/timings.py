@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,3 +67,27 @@ class Timings:
         self.kernel_us += reply.kernel_us
         self.copy_out_us += reply.copy_out_us
         self.backend = reply.backend or self.backend
+
+
+def summed(parts: Iterable[Timings], plane: str) -> Timings:
+    """The timings of several sessions together, of which the last one's plane is `plane`."""
+    total = Timings(plane=plane)
+    for part in parts:
+        total.call_us += part.call_us
+        total.backend = part.backend or total.backend
+        for name in _SUMS:
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+    return total
+
+
+_SUMS = (
+    "num_steps",
+    "num_calls",
+    "total_us",
+    "queue_us",
+    "copy_in_us",
+    "kernel_us",
+    "copy_out_us",
+    "bytes_sent",
+    "bytes_received",
+)

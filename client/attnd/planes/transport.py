@@ -15,9 +15,12 @@ class Stream(Protocol):
 
     Attributes:
         plane: how the tensors of calls travel.
+        room: bytes that the tensors of a call and its reply may take, each beginning at a multiple of 64; None: as many
+            as a message may have.
     """
 
     plane: str = "inline"
+    room: int | None = None
 
     def step_request(self, step: step_pb2.Step) -> bytes:
         """What opens a step, for `send`."""

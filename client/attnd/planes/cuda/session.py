@@ -13,6 +13,7 @@ from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
 from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
+from attnd.planes.cuda.ending import await_end
 from attnd.planes.cuda.step import CudaStep
 from attnd.planes.leases import Lease
 from attnd.planes.turns import Turn
@@ -72,6 +73,7 @@ class CudaSession:
         self._wanted = plane
         self._timings = Timings(plane="cuda")
         self._plane: CudaPlane | None = None
+        self._plane_id = 0
         self._tables = SentPageTables()
         self._last_step_id = 0
         self._unanswered: deque[CudaStep] = deque()
@@ -166,6 +168,26 @@ class CudaSession:
         """Whether the plane that is open is slow: both sides have one GPU and no CUDA Multi-Process Service."""
         return self._plane is not None and self._plane.takes_turns
 
+    def fits(self, num_tokens: int, num_heads: int) -> bool:
+        """Whether the plane's region holds a step of so many tokens. Opens a plane if there is none.
+
+        Raises:
+            AttndError: as `step`, where there is no plane.
+        """
+        if self._plane is None:
+            self._open()
+        assert self._plane is not None
+        try:
+            step_layout(num_tokens, num_heads, self.geometry, self._plane.num_bytes)
+        except InvalidRequest:
+            return False
+        return True
+
+    @property
+    def failure(self) -> AttndError | None:
+        """Why the plane that is open is of no use any more, as far as it is known; None: it is, or none is open."""
+        return None if self._plane is None else self._plane.failure
+
     def timings(self) -> Timings:
         """Sums over the session's steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
         return self._timings
@@ -177,19 +199,23 @@ class CudaSession:
     def close(self) -> None:
         """Ends the plane, once the worker's GPU is idle. The next step opens another.
 
-        What waits for the server is let go, and means nothing: `finish` steps first.
+        What waits for the server is let go, and means nothing: `finish` steps first. Of a step that was not finished
+        the server stores whatever lies in the region, into that step's slots; that is over when this returns.
         """
         if self._turn.is_anothers:
             return  # another process has it; or another thread is inside, and its step's deadline ends it
         plane, self._plane = self._plane, None
         if self._end_plane is not None:
             self._end_plane.detach()
+        was_under_way = bool(self._unanswered)
         for step in self._unanswered:
             step.error = step.error or Disconnected("the session was closed before the step was answered")
         self._unanswered.clear()
         self._tables.forget()
         if plane is not None:
             plane.close()
+            if was_under_way:
+                await_end(self.cache.transport, self._plane_id, self.timeout_s)
 
     def __enter__(self) -> CudaSession:
         """The session itself."""
@@ -263,5 +289,6 @@ class CudaSession:
         self._plane = opening.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
         self._end_plane = weakref.finalize(self, call_threads.start_last, self._plane.close)
         self._end_plane.atexit = False
+        self._plane_id = plane.id
         self.plane = "cuda"
         self._last_step_id = 0

@@ -31,6 +31,7 @@ class ShmMessages:
 
     def __init__(self, region: Region, lanes: Lanes) -> None:
         """Nothing is under way in the lanes of `region`."""
+        self.room: int | None = region.num_bytes
         self._region = region
         self._lanes = lanes
         self._next: PlacedCall | None = None  # what is to be sent; None: a step
