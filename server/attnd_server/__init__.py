@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attnd._version import __version__
     from attnd_server.attention.backends.base import AttentionKernel
     from attnd_server.attention.backends.naive import NaiveAttention
+    from attnd_server.attention.backends.reference import reference_torch_attention
     from attnd_server.attention.backends.triton.attention import (
         TritonPagedAttention,
         triton_attention,
@@ -37,6 +38,7 @@ __all__ = [
     "TritonPagedAttention",
     "__version__",
     "is_warming_up",
+    "reference_torch_attention",
     "reset_warming_up",
     "set_warming_up",
     "triton_attention",
@@ -56,6 +58,7 @@ _MODULES = {
     "TritonPagedAttention": "attnd_server.attention.backends.triton.attention",
     "__version__": "attnd._version",
     "is_warming_up": "attnd_server.attention.warming_up",
+    "reference_torch_attention": "attnd_server.attention.backends.reference",
     "reset_warming_up": "attnd_server.attention.warming_up",
     "set_warming_up": "attnd_server.attention.warming_up",
     "triton_attention": "attnd_server.attention.backends.triton.attention",

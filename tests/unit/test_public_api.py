@@ -120,6 +120,9 @@ def test_server_exports_the_names_that_people_know() -> None:
         "SlidingWindowAttention",
         "TritonAttentionOps",
         "TritonPagedAttention",
+        "reference_torch_attention",
+        "triton_attention",
+        "triton_grouped_attention",
     }
     assert known <= set(attnd_server.__all__)
     assert attnd_server.__all__ == sorted(attnd_server.__all__)
