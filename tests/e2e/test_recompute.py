@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -188,15 +187,3 @@ def test_tokens_that_nobody_saw_cannot_be_computed_again(lossy) -> None:
     assert torch.equal(
         recomputed(model, inputs, lossy(model), 2, lambda: None, **GREEDY), locally(model, inputs, **GREEDY)
     )
-
-
-def test_the_models_forward_is_wrapped_while_a_cache_is_open(lossy) -> None:
-    model = make_model("llama")
-    plain = model.forward
-    caches = [lossy(model), lossy(model)]
-    assert model.forward is not plain
-    caches[0].close()
-    assert model.forward is not plain
-    caches[1].close()
-    assert "forward" not in vars(model)
-    assert copy.deepcopy(model).forward != plain

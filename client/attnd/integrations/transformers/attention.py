@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.remote_cache import OWNER, RemoteCache
 from attnd.protocol.attention_options import AttentionOptions
 
@@ -23,6 +24,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, padding_mask)
 
 
+@hidden
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -54,7 +56,9 @@ def attention(
         AttndError: see `Step.attend`.
     """
     cache, layer = getattr(key, OWNER, (None, 0))
-    if cache is None:
+    if cache is not None:
+        cache.was_read()
+    else:
         raise InvalidRequest(
             f'attention "{NAME}" needs keys from a RemoteCache: pass past_key_values=RemoteCache(client, model.config, '
             '...) to the model, or choose another attention with model.set_attn_implementation("sdpa")',
@@ -66,6 +70,7 @@ def attention(
     return cache.attend(module, layer, query, key, value, attention_mask, options), None
 
 
+@hidden
 def padding_mask(
     batch_size: int,
     kv_length: int,
@@ -110,17 +115,36 @@ def _options(
     kwargs: dict[str, Any],
 ) -> AttentionOptions:
     """A layer's options, made at its first call."""
+    window = _window(cache, getattr(module, "layer_idx", layer), mask, kwargs)
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    key = (layer, scaling, window, softcap, _state_of(sinks))
+    options = cache.rows.options.get(key)
+    if options is None:
+        _refuse_unsupported(module, kwargs)
+        options = AttentionOptions(scale=scaling, window=window, softcap=softcap or 0.0, sinks=sinks)
+        cache.rows.options[key] = options  # keeps the sinks alive, and so their id
+    return options
+
+
+def _window(cache: RemoteCache, number: int, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    """The sliding window of a layer, in tokens; 0: none.
+
+    Eager attention sees what the mask says, so a mask that still knows its window has the word. On another device it is
+    a copy that does not: then the layer's own keyword counts, then what the configuration says of the layer.
+    """
     window = getattr(mask, _WINDOW, None)
     if window is None:
         window = kwargs.get("sliding_window")
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    key = (layer, scaling, window, softcap, id(sinks))  # the options keep the sinks alive, and so their id
-    options = cache.options.get(key)
-    if options is None:
-        _refuse_unsupported(module, kwargs)
-        options = AttentionOptions(scale=scaling, window=window or 0, softcap=softcap or 0.0, sinks=sinks)
-        cache.options[key] = options
-    return options
+    if window is None and number < len(cache.geometry.windows):
+        window = cache.geometry.windows[number]
+    return window or 0
+
+
+def _state_of(sinks: torch.Tensor | None) -> tuple[int, int]:
+    """What changes where a tensor, or what it holds, is another. Writing to its `.data` does not."""
+    if sinks is None:
+        return 0, 0
+    return id(sinks), 0 if sinks.is_inference() else sinks._version
 
 
 def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

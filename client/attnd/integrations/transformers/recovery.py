@@ -1,82 +1,106 @@
 """Going on with a transformers model after the server was lost: adopt what it restored, or compute the KV again.
 
 A RemoteCache sees keys and values, and keeps neither. What they can be computed from again are the tokens, and these
-only the model's `forward` is given. So that is wrapped while such a cache is open: each pass with it goes through
-`Recovery.run`, which notes the tokens, and repeats the pass where the server went away.
+only the model is given. A hook on its decoder, which every way of calling the model leads through, notes them. A pass
+that the hook did not see makes the tokens unknown, and a loss is an error then.
+
+The loss is noticed by a layer in the middle of a pass. Recovery runs the decoder from there, over the tokens before
+the pass and those of the pass itself, and then the layer goes on: all that it does is to store, in the same slots, what
+was stored before.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from types import MethodType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from attnd.errors import CacheLost, Disconnected, InvalidRequest
-from attnd.integrations.transformers.padded_batch import NewTokens, PaddedBatch
+from attnd.errors import CacheLost, Disconnected, InvalidRequest, Unsupported
+from attnd.integrations.transformers.hooks import Seen, decoder_of, unwatch, watch
+from attnd.integrations.transformers.served_pass import ServedPass
 
 if TYPE_CHECKING:
-    from attnd.cache import Cache
-    from attnd.session import Session
+    from attnd.integrations.transformers.passes import Pass
+    from attnd.integrations.transformers.rows import Rows
 
 log = logging.getLogger(__name__)
 
 CHOICES = ("raise", "recompute")
 # Tokens of one pass that computes KV again, over all rows; a longer row makes a pass of its own longer.
 PASS_TOKENS = 4_096
-# How often one pass of the model is repeated, and seconds before that, at first and at the most: a server may be ending
-# still, or die again.
+# How often one layer is tried again, and seconds before that, at first and at the most: a server may be ending still,
+# or die again.
 MAX_REPEATS, PAUSE_S, MAX_PAUSE_S = 10, 0.1, 2.0
-# Attribute of a model's `forward` that goes through `Recovery.run`: how many caches want it.
-_NUM_WATCHERS = "_attnd_num_watchers"
 
 
-class Leasing(Protocol):
-    """What a RemoteCache leases: both attributes change where a cache is lost."""
+class _Tokens(NamedTuple):
+    """Of a pass.
 
-    cache: Cache
-    session: Session
+    Attributes:
+        ids: int64 `[num_rows, num_columns]`.
+        positions: likewise.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
 
 
 class Recovery:
-    """The tokens behind the KV of a RemoteCache, and how it comes back from them."""
+    """The tokens behind the KV of some rows, and how it comes back from them.
 
-    def __init__(self, cache: Leasing, batch: PaddedBatch, create: Callable[[], Cache]) -> None:
+    Attributes:
+        is_computing: whether the decoder runs to compute KV again.
+        num_columns: while it does, tokens of each row before the pass that does.
+    """
+
+    def __init__(self, rows: Rows, owner: object, model: Any) -> None:
         """Of a cache without tokens.
 
         Args:
-            cache: whose KV it is.
-            batch: its rows.
-            create: leases another like it.
-        """
-        self._cache = cache
-        self._batch = batch
-        self._create = create
-        self._is_lost = False  # whether the rows' KV must be computed before anything else
-        self._begun: NewTokens | None = None  # what the pass under way adds
-        self._num_begun = 0  # and its columns, that are in the batch but not in the history
-        self._repeats = False  # whether it is begun again, and its columns are new to the model once more
-        self._again: tuple[int, NewTokens] | None = None  # first column and tokens of a pass that computes KV again
-        self.clear()
+            rows: whose KV it is.
+            owner: the cache that the model is given.
+            model: whose decoder is watched until `close`.
 
-    @property
-    def num_columns(self) -> int:
-        """Tokens of each row before the pass under way, padding included, as the model is to see it."""
-        if self._again is not None:
-            return self._again[0]
-        return self._batch.num_columns - (self._num_begun if self._repeats else 0)
+        Raises:
+            Unsupported: the model's KV does not come from its tokens alone.
+        """
+        if model.config.is_encoder_decoder:
+            raise Unsupported('the model is an encoder-decoder, but on_cache_lost="recompute" needs a decoder alone')
+        self._rows = weakref.ref(rows)
+        self._owner = weakref.ref(owner)
+        self._model = model
+        self._decoder = decoder_of(model)
+        self._generation = rows.lease.generation
+        self._seen: Seen | None = None  # what the hook saw last
+        self.is_computing = False
+        self.num_columns = 0
+        self._served: ServedPass | None = None  # of the pass that computes again
+        self._numbers: set[int] = set()  # of its layers that have attended
+        self.clear()
+        self._unwatch = weakref.finalize(owner, unwatch, weakref.ref(self._decoder))
+        self._unwatch.atexit = False
+        watch(self._decoder)
+
+    def close(self) -> None:
+        """Stops watching. Again is fine."""
+        self._unwatch()
 
     def clear(self) -> None:
         """Forgets all tokens."""
-        self._tokens: list[torch.Tensor] = []  # int64 [num_rows, num_columns] each
-        self._positions: list[torch.Tensor] = []
+        self._tokens: list[_Tokens] = []
         self._is_known = True
-        self._begun, self._num_begun, self._repeats = None, 0, False
+        self._now: _Tokens | None = None  # of the pass under way; None: nobody saw them
+
+    def fork(self, rows: Rows, owner: object) -> Recovery:
+        """The same for a fork."""
+        other = Recovery(rows, owner, self._model)
+        other._tokens, other._is_known, other._generation = list(self._tokens), self._is_known, self._generation
+        return other
 
     def select(self, rows: Sequence[int]) -> None:
         """As `PaddedBatch.select`."""
@@ -86,33 +110,60 @@ class Recovery:
         """As `PaddedBatch.crop`."""
         self._change(lambda tokens: tokens[:, :num_columns])
 
-    def begin(self, extend: Callable[[], NewTokens], num_new: int) -> NewTokens:
-        """The tokens of a pass that begins: of one that computes KV again, of one that is repeated, or new ones."""
-        if self._again is not None:
-            return self._again[1]
-        if self._begun is None:
-            self._begun, self._num_begun = extend(), num_new
-        self._repeats = False
-        return self._begun
+    def note(self, seen: Seen) -> None:
+        """What the decoder is given, just before it runs with the owner."""
+        if not self.is_computing:
+            self._seen = seen
 
-    def run(self, forward: Callable[..., Any], given: dict[str, Any], call: Callable[[], Any]) -> Any:
-        """One pass of the model, repeated if need be.
+    def begin(self, num_new: int) -> None:
+        """A pass of so many columns begins: its tokens are those of the call that runs and was seen, if any."""
+        seen, self._seen = self._seen, None
+        self._now = None
+        if seen is None or not seen.call.is_running or seen.ids is None or seen.ids.shape[1] != num_new:
+            return
+        positions = seen.positions
+        if positions is None:
+            before = self._batch.num_columns
+            positions = torch.arange(before, before + num_new, device=seen.ids.device)[None]
+        if positions.dim() == 2:
+            self._now = _Tokens(seen.ids.detach().clone(), positions.detach().expand_as(seen.ids).clone())
+            self._decoder = seen.decoder
 
-        Args:
-            forward: the model's own.
-            given: its arguments, by name.
-            call: calls it with them.
+    def commit(self) -> None:
+        """The pass is over, and counts."""
+        if self._now is None:
+            self._is_known = False
+        else:
+            self._tokens.append(self._now)
+        self._now = None
+
+    def attend(self, now: Pass, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A layer of a pass, again where the server went away.
+
+        Raises:
+            CacheLost: the KV has gone, and its tokens are not known.
+            Disconnected: the server stays away.
         """
-        self._begun, self._num_begun, self._repeats = None, 0, False
+        is_first = len(now.numbers) == 1
+        is_stored = True  # whether what the pass has stored in earlier layers is there
 
-        def attempt() -> Any:
-            self._compute_again(forward)
+        def attempt() -> torch.Tensor:
+            nonlocal is_stored
+            if self._is_lost:
+                self._compute(0)
+            elif not is_stored:
+                self._compute(self._batch.num_columns)
+            is_stored = True
             return call()
 
-        output = self._repeated(attempt)
-        num_new = self._num_begun
-        self._begun, self._num_begun = None, 0
-        self._note(given.get("input_ids"), given.get("position_ids"), num_new)
+        def recovered(error: CacheLost | Disconnected) -> None:
+            nonlocal is_stored
+            now.served.reopen()
+            if not is_first:
+                is_stored = False  # what was restored may lack it
+                self._check_known(self._now is not None, error)
+
+        output: torch.Tensor = self._repeated(attempt, recovered)
         return output
 
     def copy(self, call: Callable[[], None]) -> None:
@@ -122,9 +173,30 @@ class Recovery:
             if not self._is_lost:
                 call()
 
-        self._repeated(attempt)
+        self._repeated(attempt, lambda error: None)
 
-    def _repeated(self, attempt: Callable[[], Any]) -> Any:
+    def served(self, number: int) -> ServedPass:
+        """The steps of the pass that computes again, for the layer `number`."""
+        assert self._served is not None
+        if number in self._numbers:
+            raise InvalidRequest(f"layer {number} attends twice while KV is computed again, but must attend once")
+        self._numbers.add(number)
+        return self._served
+
+    @property
+    def _batch(self) -> Any:
+        rows = self._rows()
+        assert rows is not None  # they have us
+        return rows.batch
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether what the rows have stored is in a lease that was lost."""
+        rows = self._rows()
+        assert rows is not None
+        return self._generation != rows.lease.generation
+
+    def _repeated(self, attempt: Callable[[], Any], recovered: Callable[[CacheLost | Disconnected], None]) -> Any:
         for number in range(MAX_REPEATS):
             try:
                 return attempt()
@@ -133,70 +205,70 @@ class Recovery:
             if isinstance(error, Disconnected):
                 time.sleep(min(PAUSE_S * 2**number, MAX_PAUSE_S))
             self._recover(error)
+            recovered(error)
         return attempt()
 
     def _recover(self, error: CacheLost | Disconnected) -> None:
         """Gets a server that has the cache, or another cache. Raises `error` where the tokens are not known."""
-        cache = self._cache
-        self._again = None
-        self._repeats = self._begun is not None
-        cache.session.close()
+        rows = self._rows()
+        assert rows is not None
+        rows.session.close()
         try:
-            cache.cache.adopt()  # waits for the server; where it was never away, nothing changes
+            rows.lease.cache.adopt()  # waits for the server; where it was never away, nothing changes
             log.warning("the server is there again, with the cache: %s", error)
         except CacheLost:
-            if not self._is_known:
-                rule = "tokens came to the model as embeddings, or not through the model that the cache was given"
-                error.args = (f"{error}; it cannot be computed again: {rule}",)
-                raise error from None
+            self._check_known(self._is_known, error)
             log.warning("the cache is lost, and computed again: %s", error)
-            self._is_lost = True
             try:
-                cache.cache = cache.session.cache = self._create()
+                rows.lease.lease_again()
             except Disconnected:
-                pass  # away again: what is tried next says so, and brings us here once more
+                return  # away again: what is tried next says so, and brings us here once more
 
-    def _compute_again(self, forward: Callable[..., Any]) -> None:
-        """Stores the KV of all rows, into the pages that they have, if it is lost."""
-        if not self._is_lost:
-            return
-        tokens = torch.cat(self._tokens, 1) if self._tokens else torch.empty(0, 0)
-        positions = torch.cat(self._positions, 1) if self._tokens else tokens
-        num_rows, num_columns = tokens.shape
-        width = max(1, PASS_TOKENS // max(1, num_rows))
-        only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
-        repeats, self._repeats = self._repeats, False
-        for first in range(0, num_columns, width):
-            columns = slice(first, min(first + width, num_columns))
-            self._again = first, self._batch.again(columns.start, columns.stop)
-            forward(
-                input_ids=tokens[:, columns],
-                position_ids=positions[:, columns],
-                attention_mask=self._batch.mask(columns.stop).to(tokens.device),
-                past_key_values=self._cache,
-                use_cache=True,
-                **only_last,
-            )
-        self._again, self._repeats, self._is_lost = None, repeats, False
+    def _check_known(self, is_known: bool, error: CacheLost | Disconnected) -> None:
+        if not is_known:
+            rule = "tokens came to the model as embeddings, or not through the decoder of the model that was given"
+            error.args = (f"{error}; it cannot be computed again: {rule}",)
+            raise error from None
 
-    def _note(self, tokens: torch.Tensor | None, positions: torch.Tensor | None, num_new: int) -> None:
-        """Adds the tokens of a pass to those from which KV can be computed."""
-        before = self._batch.num_columns - num_new
-        if tokens is None or tokens.shape[1] != num_new or sum(each.shape[1] for each in self._tokens) != before:
-            self._is_known = False
-            return
-        if positions is None:
-            positions = torch.arange(before, before + num_new, device=tokens.device)[None]
-        if positions.dim() != 2:
-            self._is_known = False
-            return
-        self._tokens.append(tokens.detach().clone())
-        self._positions.append(positions.detach().expand_as(tokens).clone())
+    def _compute(self, start: int) -> None:
+        """Stores the KV of the columns from `start` on, those of the pass under way included, into their pages."""
+        rows, owner = self._rows(), self._owner()
+        assert rows is not None
+        generation = rows.lease.generation
+        if rows.session.cache is not rows.lease.cache:  # leased again, for this cache or for a fork of it
+            rows.session.close()
+            rows.session.cache = rows.lease.cache
+        under_way = [] if self._now is None or not rows.batch.is_under_way else [self._now]
+        history = [*self._tokens, *under_way]
+        parameters = inspect.signature(self._decoder.forward).parameters
+        if history:
+            ids = torch.cat([tokens.ids for tokens in history], 1)
+            positions = torch.cat([tokens.positions for tokens in history], 1)
+            width = max(1, PASS_TOKENS // max(1, len(ids)))
+            try:
+                self.is_computing = True
+                for first in range(start, ids.shape[1], width):
+                    columns = slice(first, min(first + width, ids.shape[1]))
+                    self.num_columns, self._numbers = first, set()
+                    self._served = ServedPass(rows.session, rows.batch.again(columns.start, columns.stop))
+                    given = {
+                        "input_ids": ids[:, columns],
+                        "position_ids": positions[:, columns],
+                        "attention_mask": rows.batch.mask(columns.stop).to(ids.device),
+                        "past_key_values": owner,
+                        "use_cache": True,
+                    }
+                    with torch.no_grad():
+                        self._decoder(**{name: value for name, value in given.items() if name in parameters})
+            finally:
+                self.is_computing, self._served = False, None
+        self._generation = generation
 
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._tokens:
-            self._tokens = [change(torch.cat(self._tokens, 1))]
-            self._positions = [change(torch.cat(self._positions, 1))]
+            ids = change(torch.cat([tokens.ids for tokens in self._tokens], 1))
+            positions = change(torch.cat([tokens.positions for tokens in self._tokens], 1))
+            self._tokens = [_Tokens(ids, positions)]
 
 
 def check_choice(on_cache_lost: str, model: Any) -> None:
@@ -206,40 +278,3 @@ def check_choice(on_cache_lost: str, model: Any) -> None:
         raise InvalidRequest(f"on_cache_lost is {on_cache_lost!r}, but {rule}", field="on_cache_lost")
     if (on_cache_lost == "recompute") != (model is not None):
         raise InvalidRequest('model must be given with on_cache_lost="recompute", and only then', field="model")
-
-
-def watch(model: Any) -> None:
-    """Lets passes of `model` with a RemoteCache go through its `Recovery`, if it has one, until `unwatch`."""
-    forward = model.forward
-    if not hasattr(forward, _NUM_WATCHERS):
-        forward = _watched(forward)
-        setattr(forward, _NUM_WATCHERS, 0)
-        model.forward = forward
-    setattr(forward, _NUM_WATCHERS, getattr(forward, _NUM_WATCHERS) + 1)
-
-
-def unwatch(model: Any) -> None:
-    """Takes `watch` back, once for each time. Whatever wrapped `forward` meanwhile keeps it."""
-    forward = model.forward
-    if hasattr(forward, _NUM_WATCHERS):
-        setattr(forward, _NUM_WATCHERS, getattr(forward, _NUM_WATCHERS) - 1)
-        if not getattr(forward, _NUM_WATCHERS):
-            model.forward = forward.__wrapped__
-            if model.forward == MethodType(type(model).forward, model):
-                del model.forward  # it is the class's
-
-
-def _watched(forward: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(forward)
-    rest = next((name for name, kind in signature.parameters.items() if kind.kind is kind.VAR_KEYWORD), "")
-
-    @functools.wraps(forward)  # generate looks at its signature
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind_partial(*args, **kwargs).arguments)
-        given |= given.pop(rest, {})
-        recovery = getattr(given.get("past_key_values"), "recovery", None)
-        if recovery is None:
-            return forward(*args, **kwargs)
-        return recovery.run(forward, given, lambda: forward(*args, **kwargs))
-
-    return watched

@@ -1,0 +1,62 @@
+"""Whether a model's call is still running: asked of the frames of its thread, because an exception may end it anywhere.
+
+A cache is told when a layer begins, and never when a pass ends early: by Ctrl-C, by an exception in a hook, by a
+deadline. What it can know is whether the call that began the pass is still on its thread's stack.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+# Names under which models take a cache.
+CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+class RunningCall:
+    """A call of a model that was running when this was made, on the thread that made it."""
+
+    def __init__(self, frame: FrameType | None) -> None:
+        """Of the call that `frame` executes; None: nobody knows which, and it is taken for over."""
+        self.thread = threading.get_ident()
+        self._frame = frame
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether another thread made it."""
+        return self.thread != threading.get_ident()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the call is still on its thread's stack."""
+        if self._frame is None:
+            return False
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def forget(self) -> None:
+        """Lets go of the frame, and so of the call's tensors; the call is taken for over."""
+        self._frame = None
+
+
+def call_with(cache: Any) -> RunningCall:
+    """The outermost running `forward` that was given `cache`, looked for from here."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            given = frame.f_locals
+            if any(_holds(given.get(name), cache) for name in CACHE_NAMES):
+                found = frame
+        frame = frame.f_back
+    return RunningCall(found)
+
+
+def _holds(given: Any, cache: Any) -> bool:
+    """Whether what a model was given is the cache, or the pair of an encoder-decoder that has it."""
+    pair = (getattr(given, "self_attention_cache", None), getattr(given, "cross_attention_cache", None))
+    return given is not None and any(each is cache for each in (given, *pair))
