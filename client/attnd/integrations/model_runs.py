@@ -57,7 +57,9 @@ class Left(Exception):
 class StreamRun:
     """A pass over a session that takes layers in any order."""
 
-    def __init__(self, session: Session, metadata: StepMetadata, most: Most, most_bytes: int) -> None:
+    def __init__(
+        self, session: Session, metadata: StepMetadata, most: Most, most_bytes: int, most_open: int = MOST_OPEN_STEPS
+    ) -> None:
         """Opens nothing yet.
 
         Args:
@@ -65,11 +67,13 @@ class StreamRun:
             metadata: of the pass.
             most: what a step may have, whatever its tensors take.
             most_bytes: that the tensors of a call, or of its reply, may take in a message.
+            most_open: steps that it may keep open.
         """
         self._session = session
         self._metadata = metadata
         self._most = most
         self._most_bytes = most_bytes
+        self._most_open = most_open
         self._parts: list[Part] = []
         self._steps: dict[int, Step] = {}  # by the index of their parts
 
@@ -127,9 +131,9 @@ class StreamRun:
         step = self._steps.get(index)
         if step is None:
             step = self._session.step(self._parts[index].metadata)
-            if len(self._parts) <= MOST_OPEN_STEPS:
+            if len(self._parts) <= self._most_open:
                 self._steps[index] = step
-        elif len(self._parts) > MOST_OPEN_STEPS:
+        elif len(self._parts) > self._most_open:
             del self._steps[index]  # the first one's, which others let go
         return step
 

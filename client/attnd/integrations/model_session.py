@@ -7,7 +7,7 @@ attended over a stream, and the next pass knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd.integrations.model_pass import ModelPass
-from attnd.integrations.model_runs import CudaRun, Left, Model, StreamRun
+from attnd.integrations.model_runs import MOST_OPEN_STEPS, CudaRun, Left, Model, StreamRun
 from attnd.integrations.split_steps import Most, split
 from attnd.planes.choice import REFUSALS, check_plane
 from attnd.protocol import frames
@@ -120,6 +120,24 @@ class ModelSession:
             begun.open(device)
         return begun
 
+    def begin_apart(self, every: Sequence[StepMetadata]) -> list[StreamRun]:
+        """Begins a pass whose tokens are attended in several steps, each layer in all of them before the next.
+
+        Steps of a cuda plane have all their layers in a row, so these go over shm or inline.
+
+        Args:
+            every: of the steps. What one stores, those after it may read.
+
+        Returns:
+            One for each step. In each layer, `attend` of all of them in order.
+
+        Raises:
+            AttndError: the pass before failed, so its outputs mean nothing; or there is no such plane.
+        """
+        self.settle()
+        why = f"a pass of {len(every)} kinds of tokens takes a step for each, and must be one"
+        return [self._stream_run(metadata, why, MOST_OPEN_STEPS // len(every)) for metadata in every]
+
     def settle(self) -> None:
         """Waits until the server has done every pass. Call it before anything else is done with the cache's pages.
 
@@ -163,7 +181,7 @@ class ModelSession:
         """How a pass is run, whose layers have so many query heads."""
         run = self._cuda_run(of, device, num_heads) if self._wanted_plane in ("auto", "cuda") else ""
         if isinstance(run, str):
-            return self._stream_run(of, run)
+            return self._stream_run(of.metadata, run)
         self._last, self._why_not_cuda = self._cuda, ""
         return run
 
@@ -173,7 +191,7 @@ class ModelSession:
         self._note(left)
         if left.error is not None and self._wanted_plane == "cuda":
             raise left.error
-        return self._stream_run(of, str(left))
+        return self._stream_run(of.metadata, str(left))
 
     def end(self, run: CudaRun) -> None:
         """Waits until a pass is over, which nobody goes on with. Raises AttndError: it failed."""
@@ -191,7 +209,7 @@ class ModelSession:
         elif left.error is not None or self._num_left >= MAX_LEFT:
             self.model.why_no_cuda = str(left)
 
-    def _stream_run(self, of: ModelPass, why_not_cuda: str) -> StreamRun:
+    def _stream_run(self, metadata: StepMetadata, why_not_cuda: str, most_open: int = MOST_OPEN_STEPS) -> StreamRun:
         if self._stream is None:
             wanted = self._wanted_plane
             self._stream = self._cache.session(plane="auto" if wanted == "cuda" else wanted)
@@ -199,7 +217,7 @@ class ModelSession:
         most = self._most()
         assert self._limits is not None
         most_bytes = min(self._limits.max_message_bytes, frames.MAX_MESSAGE_BYTES) - HEADER_BYTES
-        return StreamRun(self._stream, of.metadata, most, most_bytes)
+        return StreamRun(self._stream, metadata, most, most_bytes, most_open)
 
     def _cuda_run(self, of: ModelPass, device: torch.device, num_heads: int) -> CudaRun | str:
         """A run on the cuda plane, or why there is none. Raises AttndError where that must not be."""

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.model_session import ModelSession
 from attnd.integrations.transformers.cache_layers import layers_of
 from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
@@ -19,6 +20,7 @@ from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.padded_batch import PaddedBatch
 from attnd.integrations.transformers.recovery import Recovery, check_choice
 from attnd.integrations.transformers.rows import Rows
+from attnd.planes.choice import check_plane
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from attnd.client import Client
     from attnd.protocol.attention_options import AttentionOptions
     from attnd.protocol.kv_split import KVSplit
-    from attnd.session import Session
     from attnd.timings import Timings
 
 # Attribute of a key that names the RemoteCache and the layer which it was given to.
@@ -58,6 +59,7 @@ class RemoteCache(Cache):
         page_size: int = 16,
         backend: str = "auto",
         kv_split: KVSplit | None = None,
+        plane: str = "auto",
         name: str = "transformers",
         on_cache_lost: str = "raise",
         model: PreTrainedModel | None = None,
@@ -75,6 +77,8 @@ class RemoteCache(Cache):
             page_size: tokens per page.
             backend: the server's backend; "auto" is its choice.
             kv_split: how the server cuts the keys of a row into chunks; None is automatic.
+            plane: how the tensors travel: "cuda", "shm", "inline", or "auto" for the fastest that can be had; see
+                `ModelSession`. What it came to is in `session.plane`, and why in `session.refusals`.
             name: a label for people.
             on_cache_lost: what happens when the server goes away, or the cache has gone. "raise": the model raises
                 `attnd.CacheLost` or `attnd.Disconnected`. "recompute": the pass waits for the server, as long as
@@ -89,6 +93,7 @@ class RemoteCache(Cache):
             Exhausted: the server has not enough memory.
         """
         check_choice(on_cache_lost, model)
+        check_plane(plane)
         _check_client(client)
         geometry = geometry_of(config.get_text_config(decoder=True))
         num_pages = -(-max_tokens // page_size)
@@ -107,7 +112,7 @@ class RemoteCache(Cache):
         )
         lease = Leasing(create, num_pages, page_size)
         self._begin(geometry)
-        self.rows = Rows(self, geometry, lease, PaddedBatch(lease.pool))
+        self.rows = Rows(self, geometry, lease, PaddedBatch(lease.pool), plane)
         if model is not None:
             self.rows.recovery = Recovery(self.rows, self, model)
 
@@ -123,8 +128,8 @@ class RemoteCache(Cache):
         return self.rows.lease.cache
 
     @property
-    def session(self) -> Session:
-        """The stream that its steps run on."""
+    def session(self) -> ModelSession:
+        """What its steps run on."""
         return self.rows.session
 
     @property

@@ -6,65 +6,27 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
 from attnd.errors import InvalidRequest
+from attnd.integrations.model_session import ModelSession
 from attnd.integrations.transformers.geometry import Geometry
 from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.padded_batch import PaddedBatch
 from attnd.integrations.transformers.passes import Pass
+from attnd.integrations.transformers.recovering import Recovering
 from attnd.integrations.transformers.running import call_with
 from attnd.integrations.transformers.served_pass import ServedPass
 from attnd.planes.call_threads import start_last
 from attnd.planes.turns import Turn
 from attnd.protocol.attention_options import AttentionOptions
 
-if TYPE_CHECKING:
-    from attnd.session import Session
-
 log = logging.getLogger(__name__)
 
 Copies = list[tuple[int, int]]
 """`(source, target)` of pages to copy."""
-
-
-class Recovering(Protocol):
-    """What computes lost KV again: a `Recovery`, which see."""
-
-    is_computing: bool
-    num_columns: int
-
-    def begin(self, num_new: int) -> None:
-        """A pass begins."""
-
-    def commit(self) -> None:
-        """It is over, and counts."""
-
-    def attend(self, now: Pass, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A layer of it."""
-
-    def served(self, number: int) -> ServedPass:
-        """The steps of the pass that computes again."""
-
-    def copy(self, call: Callable[[], None]) -> None:
-        """Copies pages."""
-
-    def crop(self, num_columns: int) -> None:
-        """Keeps so many tokens of each row."""
-
-    def select(self, rows: list[int]) -> None:
-        """Makes row `rows[i]` row i."""
-
-    def fork(self, rows: Rows, owner: object) -> Recovering:
-        """The same for a fork."""
-
-    def clear(self) -> None:
-        """Forgets all tokens."""
-
-    def close(self) -> None:
-        """Stops watching."""
 
 
 class Rows:
@@ -75,13 +37,21 @@ class Rows:
 
     Attributes:
         lease: the server's memory.
-        session: the stream that steps run on.
+        session: what its steps run on.
         batch: which tokens there are.
         recovery: what computes lost KV again, if somebody asked for it.
         options: of the layers, made at their first calls; made anew with each prompt, as sinks may have changed.
     """
 
-    def __init__(self, owner: object, geometry: Geometry, lease: Leasing, batch: PaddedBatch) -> None:
+    def __init__(
+        self,
+        owner: object,
+        geometry: Geometry,
+        lease: Leasing,
+        batch: PaddedBatch,
+        plane: str,
+        like: ModelSession | None = None,
+    ) -> None:
         """Takes over one share of the lease.
 
         Args:
@@ -89,14 +59,17 @@ class Rows:
             geometry: of the model.
             lease: one share of it.
             batch: its rows so far.
+            plane: as of `ModelSession`.
+            like: as of `ModelSession`.
         """
         self.lease = lease
-        self.session: Session = lease.cache.session()
+        self.session = ModelSession(lease.cache, plane) if like is None else ModelSession(lease.cache, plane, like=like)
         self.batch = batch
         self.recovery: Recovering | None = None
         self.options: dict[Any, AttentionOptions] = {}
         self._owner = weakref.ref(owner)
         self._geometry = geometry
+        self._plane = plane
         self._pass: Pass | None = None
         self._turn = Turn("RemoteCache")
         self._end = weakref.finalize(owner, start_last, partial(_end, self.session, lease, batch))
@@ -184,7 +157,7 @@ class Rows:
         with self.lease.lock:
             batch, pages = self.batch.fork()
             self.lease.share()
-        other = Rows(owner, self._geometry, self.lease, batch)
+        other = Rows(owner, self._geometry, self.lease, batch, self._plane, self.session)
         self._change(lambda: pages, batch)
         if self.recovery is not None:
             other.recovery = self.recovery.fork(other, owner)
@@ -240,6 +213,7 @@ class Rows:
         return now
 
     def _finish(self, now: Pass) -> None:
+        now.served.finish()  # before anything is made of its last output
         self.batch.commit()
         if self.recovery is not None:
             self.recovery.commit()
@@ -263,6 +237,7 @@ class Rows:
             with self.lease.lock:
                 pages = change()
             if pages:
+                self.session.settle()
                 sources, targets = [source for source, _ in pages], [target for _, target in pages]
                 copy = partial(self._copy, sources, targets)
                 copy() if self.recovery is None else self.recovery.copy(copy)
@@ -286,7 +261,7 @@ def _on_host(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.detach().cpu()
 
 
-def _end(session: Session, lease: Leasing, batch: PaddedBatch) -> None:
+def _end(session: ModelSession, lease: Leasing, batch: PaddedBatch) -> None:
     """What is left of a cache that nobody has any more."""
     session.close()
     with lease.lock:
