@@ -1,4 +1,13 @@
-"""transformers' `generate` with attention and KV on a server.
+"""transformers' models with attention and KV on a server.
+
+```
+from attnd.integrations.transformers import attach
+
+attach(model, client, max_tokens=4096)
+model.generate(**inputs)
+```
+
+Or with a cache by hand, which several calls may use:
 
 ```
 from attnd.integrations.transformers import RemoteCache
@@ -16,9 +25,10 @@ imported, finds the cache by the mark and sends them. The mask that it gets is t
 from attnd.extras import as_missing
 
 try:
+    from attnd.integrations.transformers.attach import Attachment, attach, detach
     from attnd.integrations.transformers.attention import register
     from attnd.integrations.transformers.remote_cache import RemoteCache
 except ModuleNotFoundError as error:
     raise as_missing(error, "attnd.integrations.transformers", "transformers") from None
 
-__all__ = ["RemoteCache", "register"]
+__all__ = ["Attachment", "RemoteCache", "attach", "detach", "register"]

@@ -60,8 +60,9 @@ def attention(
         cache.was_read()
     else:
         raise InvalidRequest(
-            f'attention "{NAME}" needs keys from a RemoteCache: pass past_key_values=RemoteCache(client, model.config, '
-            '...) to the model, or choose another attention with model.set_attn_implementation("sdpa")',
+            f'attention "{NAME}" needs keys from a RemoteCache: attach(model, client, max_tokens=...), or pass '
+            "past_key_values=RemoteCache(client, model.config, ...) to the model, or choose another attention with "
+            'model.set_attn_implementation("sdpa")',
             field="past_key_values",
         )
     if dropout or (query.requires_grad and torch.is_grad_enabled()):

@@ -44,6 +44,7 @@ class RemoteCache(Cache):
     Attributes:
         geometry: of the model.
         rows: which tokens there are, and what serves them.
+        is_for_one_pass: whether it is closed after a pass, by who has made it.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class RemoteCache(Cache):
         """
         check_choice(on_cache_lost, model)
         check_plane(plane)
-        _check_client(client)
+        check_client(client)
         geometry = geometry_of(config.get_text_config(decoder=True))
         num_pages = -(-max_tokens // page_size)
         create = partial(
@@ -120,6 +121,7 @@ class RemoteCache(Cache):
         """What a new one and a fork have in common."""
         super().__init__(layers=layers_of(self, geometry))
         self.geometry = geometry
+        self.is_for_one_pass = False
         self._unread: tuple[int, int] | None = None  # layer whose keys no attention has read yet, and its thread
 
     @property
@@ -271,7 +273,8 @@ class RemoteCache(Cache):
             )
 
 
-def _check_client(client: Any) -> None:
+def check_client(client: Any) -> None:
+    """Raises InvalidRequest if a client is none, or is asyncio's."""
     create = getattr(client, "create_cache", None)
     if create is None or inspect.iscoroutinefunction(inspect.unwrap(create)):
         rule = "must be what attnd.connect gives, as models call attention without await"
