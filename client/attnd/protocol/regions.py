@@ -44,6 +44,11 @@ class Region:
         self.num_bytes = len(memory)
         self._bytes = memoryview(memory)
 
+    @property
+    def memory(self) -> memoryview:
+        """All of its bytes."""
+        return self._bytes
+
     def close(self) -> None:
         """Lets go of the memory, whoever still holds this object: from now on nothing lies here."""
         self.num_bytes = 0
@@ -85,13 +90,13 @@ class Region:
             )
         return self._bytes[place.offset : place.offset + num_bytes]
 
-    def placed(
+    def places(
         self, arrays: Sequence[Array], start: int, field: str
     ) -> tuple[list[tensor_pb2.Tensor], list[memoryview]]:
-        """Copies arrays to here, one behind the other.
+        """Where arrays would lie, one behind the other.
 
         Args:
-            arrays: what is copied.
+            arrays: of which dtype and shape count.
             start: offset of the first.
             field: the name to use in errors.
 
@@ -99,16 +104,22 @@ class Region:
             What says where each lies, and these places.
 
         Raises:
-            InvalidRequest: they do not fit; nothing was copied then.
+            InvalidRequest: they do not fit.
         """
         messages, end = [], start
         for array in arrays:
             place = tensor_pb2.Region(id=self.id, offset=end)
             dtype = tensor_pb2.Dtype.ValueType(array.dtype)
             messages.append(tensor_pb2.Tensor(dtype=dtype, shape=array.shape, region=place))
-            end = aligned(end + array.data.nbytes)
-        pairs = list(zip(messages, arrays, strict=True))
-        views = [self.view(message.region, array.data.nbytes, field) for message, array in pairs]
+            end = aligned(end + array.num_bytes)
+        pairs = zip(messages, arrays, strict=True)
+        return messages, [self.view(message.region, array.num_bytes, field) for message, array in pairs]
+
+    def placed(
+        self, arrays: Sequence[Array], start: int, field: str
+    ) -> tuple[list[tensor_pb2.Tensor], list[memoryview]]:
+        """Copies arrays to here, as `places` has them. Nothing is copied if they do not fit."""
+        messages, views = self.places(arrays, start, field)
         for view, array in zip(views, arrays, strict=True):
             view[:] = array.data
         return messages, views

@@ -137,19 +137,25 @@ def _torch_dtypes() -> dict[Any, tensor_pb2.Dtype.ValueType]:
     return {getattr(_torch(), name): dtype for name, dtype in DTYPES.items()}
 
 
-def _torch_array(value: torch.Tensor, field: str) -> Array:
+def without_elements(value: torch.Tensor, field: str) -> Array:
+    """The type and shape of a tensor. Raises InvalidRequest: the wire does not have the type."""
     dtype = _torch_dtypes().get(value.dtype)
     if dtype is None:
         raise InvalidRequest(f"{field} has dtype {value.dtype}, but must be one of {', '.join(DTYPES)}", field=field)
+    return Array(dtype, tuple(value.shape), memoryview(b""))
+
+
+def _torch_array(value: torch.Tensor, field: str) -> Array:
+    empty = without_elements(value, field)
     if value.is_meta:
         raise InvalidRequest(f"{field} has device meta, but must have elements", field=field)
     host = value if value.is_cpu and value.is_contiguous() else value.detach().cpu().contiguous()
     size = host.numel() * host.element_size()
     if size == 0:
-        return Array(dtype, tuple(value.shape), memoryview(b""))
+        return empty
     buffer = (ctypes.c_char * size).from_address(host.data_ptr())
     buffer.owner = host  # type: ignore[attr-defined]  # keeps the tensor alive as long as the view
-    return Array(dtype, tuple(value.shape), memoryview(buffer).cast("B"))
+    return empty._replace(data=memoryview(buffer).cast("B"))
 
 
 def from_array(array: Any, like: Any) -> Any:

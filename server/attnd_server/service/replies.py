@@ -5,15 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import torch
+
 from attnd.errors import InvalidRequest
 from attnd.protocol import frames
 from attnd.protocol.regions import Region, aligned
 from attnd.protocol.shm import framing, placed_tensors
 from attnd.protocol.shm.placed_tensors import RESULTS, PlacedTensors
-from attnd.protocol.tensors import Array, to_array
+from attnd.protocol.tensors import DTYPES, Array, to_array, torch_tensor
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.execution.step import Call, Result
+
+# The elements of an array that has none yet.
+NOTHING = memoryview(b"")
 
 
 class Replies(Protocol):
@@ -78,15 +83,27 @@ class RegionReplies:
         """The call with what will encode its reply."""
         if not message.HasField("reply"):
             return call._replace(encode=partial(self._inline, lane), plane=self.plane)
-        place = tensor_pb2.Region(id=message.reply.id, offset=message.reply.offset)
-        if call.q is not None:
-            # Now, so that a call whose reply has no place does not run.
-            config, num_rows = call.step.cache.config, call.q.shape[0] * call.q.shape[1]
-            num_bytes = num_rows * config.head_dim_v * config.dtype.itemsize
-            if call.options.return_lse:
-                num_bytes = aligned(num_bytes) + 4 * num_rows
-            self._memory.view(place, num_bytes, "reply")
-        return call._replace(encode=partial(self._placed, lane, place.offset), plane=self.plane)
+        offset = message.reply.offset
+        # Now, so that a call whose reply has no place does not run.
+        into = None if call.q is None else self._into(call, call.q.shape[:2], message.reply)
+        return call._replace(encode=partial(self._placed, lane, offset), into=into, plane=self.plane)
+
+    def _into(
+        self, call: Call, rows: tuple[int, ...], reply: tensor_pb2.Region
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The places of output and lse, for a GPU. Raises InvalidRequest: there are none."""
+        config = call.step.cache.config
+        tensors = [Array(DTYPES[str(config.dtype).removeprefix("torch.")], (*rows, config.head_dim_v), NOTHING)]
+        if call.options.return_lse:
+            tensors.append(Array(tensor_pb2.DTYPE_FLOAT32, tuple(rows), NOTHING))
+        place = tensor_pb2.Region(id=reply.id, offset=reply.offset)
+        num_bytes = sum(aligned(each.num_bytes) for each in tensors[:-1]) + tensors[-1].num_bytes
+        self._memory.view(place, num_bytes, "reply")
+        if call.step.cache.device.type != "cuda":
+            return None
+        _, views = self._memory.places(tensors, reply.offset, "reply")
+        output, *lse = (torch_tensor(each._replace(data=view)) for each, view in zip(tensors, views, strict=True))
+        return output, lse[0] if lse else None
 
     def _inline(self, lane: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         self._last.pop(lane, None)

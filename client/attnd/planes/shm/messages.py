@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnd.errors import InvalidRequest, ServerFault
 from attnd.planes.shm.lanes import Lanes, PlacedCall
@@ -10,8 +11,16 @@ from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.regions import Region, aligned
 from attnd.protocol.shm import framing, placed_tensors
-from attnd.protocol.shm.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
+from attnd.protocol.shm.pinned_region import PinnedRegion
+from attnd.protocol.shm.placed_tensors import INPUTS, RESULTS, PlacedTensors, gpu_of, key_of
+from attnd.protocol.tensors import Array, without_elements
 from attnd.v1 import attention_pb2, step_pb2
+
+if TYPE_CHECKING:
+    import torch
+
+# What the results of a call are wanted as: arrays, tensors of torch on the host, or tensors on a GPU.
+_ARRAYS, _TENSORS = "arrays", "tensors"
 
 
 class LastReply(NamedTuple):
@@ -33,9 +42,11 @@ class ShmMessages:
         """Nothing is under way in the lanes of `region`."""
         self.room: int | None = region.num_bytes
         self._region = region
+        self._pinned = PinnedRegion(region.memory)
+        weakref.finalize(self, self._pinned.close).atexit = False
         self._lanes = lanes
         self._next: PlacedCall | None = None  # what is to be sent; None: a step
-        self._wants_torch: dict[int, bool] = {}  # by lane, whether the tensors of its last call were torch's
+        self._wanted: dict[int, str | torch.device] = {}  # by lane, what the results of its last call are wanted as
         self._last_replies: dict[int, LastReply] = {}  # by lane
 
     def step_request(self, step: step_pb2.Step) -> bytes:
@@ -50,28 +61,57 @@ class ShmMessages:
             InvalidRequest: it cannot be sent, or never fits.
             Exhausted: those under way leave no room for it.
         """
+        self._pinned.await_reads()  # of results, before the server is told to write others there
         last = self._lanes.repeatable()
-        if last is not None and last.options == options.encoded and last.tensors.fill_with_torch(q, k, v):
-            return self._repeat(last, layer, step_id, is_torch=True)
+        if last is not None and last.options != options.encoded:
+            last = None
+        device = gpu_of(q, k, v)
+        if device is not None:
+            if last is not None and last.tensors.fill_from_gpu(q, k, v):
+                return self._repeat(last, layer, step_id, device)
+            return self._placed_from_gpu(step_id, layer, q, k, v, options, device)
+        if last is not None and last.tensors.fill_with_torch(q, k, v):
+            return self._repeat(last, layer, step_id, _TENSORS)
         arrays = requests.call_arrays(q, k, v)
         for name, array in arrays.items():
             if array.data.nbytes != array.num_bytes:  # an Array that somebody else made
                 raise InvalidRequest(
                     f"{name} has {array.data.nbytes} bytes of data, but must have {array.num_bytes}", field=name
                 )
-        if last is not None and last.options == options.encoded and key_of(last.tensors.arrays) == key_of(arrays):
+        if last is not None and key_of(last.tensors.arrays) == key_of(arrays):
             last.tensors.fill(arrays)
-            return self._repeat(last, layer, step_id, is_torch=False)
+            return self._repeat(last, layer, step_id, _ARRAYS)
+        call, placed = self._place(step_id, layer, arrays, options, copies=True)
+        return self._whole(call, placed, _ARRAYS)
+
+    def _placed_from_gpu(
+        self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions, device: torch.device
+    ) -> bytes:
+        """As `call_request`, of tensors of a GPU that lie nowhere yet."""
+        given = {"q": q, "k": k, "v": v}
+        arrays = {name: without_elements(value, name) for name, value in given.items() if value is not None}
+        call, placed = self._place(step_id, layer, arrays, options, copies=False)
+        self._pinned.pin(min(placed.place.stop, self._region.num_bytes))
+        placed.tensors.fill_from_gpu(q, k, v)
+        return self._whole(call, placed, device)
+
+    def _place(
+        self, step_id: int, layer: int, arrays: dict[str, Array], options: AttentionOptions, *, copies: bool
+    ) -> tuple[step_pb2.Call, PlacedCall]:
+        """A call, and a place in the region for its tensors and its reply."""
         lane, place = self._lanes.place(arrays, return_lse=options.return_lse)
         call = step_pb2.Call(step_id=step_id, layer=layer, options=options.message)
-        tensors = placed_tensors.place(self._region, arrays, place.start, "call", call, INPUTS)
+        tensors = placed_tensors.place(self._region, arrays, place.start, "call", call, INPUTS, copies=copies)
         call.reply.id = self._region.id
         call.reply.offset = place.start + sum(aligned(array.num_bytes) for array in arrays.values())
-        self._next, self._wants_torch[lane] = PlacedCall(lane, options.encoded, tensors, place), False
-        return framing.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), lane)
+        return call, PlacedCall(lane, options.encoded, tensors, place)
 
-    def _repeat(self, last: PlacedCall, layer: int, step_id: int, *, is_torch: bool) -> bytes:
-        self._next, self._wants_torch[last.lane] = last, is_torch
+    def _whole(self, call: step_pb2.Call, placed: PlacedCall, wanted: str | torch.device) -> bytes:
+        self._next, self._wanted[placed.lane] = placed, wanted
+        return framing.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), placed.lane)
+
+    def _repeat(self, last: PlacedCall, layer: int, step_id: int, wanted: str | torch.device) -> bytes:
+        self._next, self._wanted[last.lane] = last, wanted
         return framing.repeated_call(layer, step_id, last.lane)
 
     def sent(self) -> None:
@@ -94,7 +134,7 @@ class ShmMessages:
             return answer
         tensors = PlacedTensors(answer.tensors, RESULTS)
         self._last_replies[lane] = LastReply(answer.message, tensors)
-        return answer._replace(tensors=tensors.copies(as_torch=False))
+        return answer._replace(tensors=self._copies(lane, tensors))
 
     def _repeated(self, reply: framing.Reply) -> requests.AttendReply:
         """What the server meant. Its message is the last one's of the lane, written over."""
@@ -107,12 +147,21 @@ class ShmMessages:
         message.layer, message.step_id = reply.layer, reply.step_id
         message.queue_us, message.copy_in_us = reply.queue_us, reply.copy_in_us
         message.kernel_us, message.copy_out_us = reply.kernel_us, reply.copy_out_us
-        copies = tensors.copies(as_torch=self._wants_torch[lane])
-        return requests.AttendReply("call", message, copies, framing.REPLY_BYTES)
+        return requests.AttendReply("call", message, self._copies(lane, tensors), framing.REPLY_BYTES)
+
+    def _copies(self, lane: int, tensors: PlacedTensors) -> dict[str, Any]:
+        """Copies of results, as whoever made the call wants them."""
+        wanted = self._wanted.get(lane, _ARRAYS)
+        if isinstance(wanted, str) or not tensors.are_placed:
+            return tensors.copies(as_torch=wanted == _TENSORS)
+        copies = tensors.copies_to_gpu(wanted)
+        self._pinned.note_read(wanted)
+        return copies
 
     def forget(self) -> None:
         """The plane has ended: nothing is under way, and nothing lies in the region."""
         self._next = None
         self._lanes.forget()
         self._last_replies.clear()
+        self._pinned.close()
         self._region.close()

@@ -1,7 +1,8 @@
 """The tensors of calls and replies where they lie in a region, and how those of calls like them get there and back.
 
 torch is a peer, never required: tensors of torch are copied by their addresses, which takes half the time of making a
-view of each. What they must have in common with those that lie there was looked at once, when these came.
+view of each. What they must have in common with those that lie there was looked at once, when these came. Tensors of a
+GPU are copied by the GPU, straight from and to the region.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnd.protocol.regions import Region
-from attnd.protocol.tensors import Array, torch_dtype
+from attnd.protocol.tensors import Array, torch_dtype, torch_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ class PlacedTensors:
         self._torch = sys.modules.get("torch") if is_placed else None
         self._places = {} if self._torch is None else {name: _place(array) for name, array in arrays.items()}
         self._in_order = [self._places.get(name) for name in names]
+        self._on_host: dict[int, torch.Tensor] = {}  # tensors over the places, by address; made for GPUs alone
 
     def fill(self, arrays: Mapping[str, Array]) -> None:
         """Copies other arrays of the same `key_of` to here."""
@@ -78,9 +80,55 @@ class PlacedTensors:
             ):
                 return False
         for tensor, place in pairs:
-            if place is not None:
-                ctypes.memmove(place.address, tensor.data_ptr(), place.num_bytes)
+            if place is not None and place.address != (source := tensor.data_ptr()):
+                ctypes.memmove(place.address, source, place.num_bytes)
         return True
+
+    def fill_from_gpu(self, *tensors: Any) -> bool:
+        """As `fill_with_torch`, with tensors that are all on one GPU. Waits until they are here."""
+        if self._torch is None:
+            return False
+        pairs = list(zip(tensors, self._in_order, strict=True))
+        for tensor, place in pairs:
+            if tensor is None or place is None:
+                if tensor is not place:
+                    return False
+            elif tensor.shape != place.shape or tensor.dtype is not place.dtype:
+                return False
+        for tensor, place in pairs:
+            if place is not None and place.num_bytes:
+                self._host_tensor(place).copy_(tensor.detach(), non_blocking=True)
+        (device,) = {tensor.device for tensor in tensors if tensor is not None}
+        self._torch.cuda.current_stream(device).synchronize()
+        return True
+
+    def copies_to_gpu(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Copies of all, by name, on a GPU. They are there for its current stream; what lies here must stay until then.
+
+        Raises:
+            TypeError: they came in a message; or there is no torch.
+        """
+        if self._torch is None:
+            raise TypeError("the tensors do not lie in a region")
+        tensors = {}
+        for name, place in self._places.items():
+            tensors[name] = self._torch.empty(place.shape, dtype=place.dtype, device=device)
+            if place.num_bytes:
+                tensors[name].copy_(self._host_tensor(place), non_blocking=True)
+        return tensors
+
+    @property
+    def are_placed(self) -> bool:
+        """Whether they lie in a region, in a process with torch."""
+        return self._torch is not None
+
+    def _host_tensor(self, place: _Place) -> torch.Tensor:
+        """The tensor that lies at a place."""
+        tensor = self._on_host.get(place.address)
+        if tensor is None:
+            array = next(each for name, each in self.arrays.items() if self._places[name] is place)
+            tensor = self._on_host[place.address] = torch_tensor(array)
+        return tensor
 
     def copies(self, *, as_torch: bool) -> dict[str, Any]:
         """Copies of all, by name, as tensors of torch or as arrays: what lies here will change."""
@@ -94,9 +142,16 @@ class PlacedTensors:
 
 
 def place(
-    region: Region, arrays: Mapping[str, Array], start: int, field: str, message: Any, names: Sequence[str]
+    region: Region,
+    arrays: Mapping[str, Array],
+    start: int,
+    field: str,
+    message: Any,
+    names: Sequence[str],
+    *,
+    copies: bool = True,
 ) -> PlacedTensors:
-    """Copies arrays to a region, one behind the other, and says in a message where each lies.
+    """Places arrays in a region, one behind the other, and says in a message where each lies.
 
     Args:
         region: where to.
@@ -105,16 +160,32 @@ def place(
         field: the name to use in errors.
         message: of a call or a reply.
         names: see `PlacedTensors`.
+        copies: whether their elements go there too; else they have none, and the places are to be filled.
 
     Raises:
         InvalidRequest: they do not fit; nothing was copied then.
     """
-    tensors, views = region.placed(list(arrays.values()), start, field)
+    placing = region.placed if copies else region.places
+    tensors, views = placing(list(arrays.values()), start, field)
     placed = {}
     for (name, array), tensor, view in zip(arrays.items(), tensors, views, strict=True):
         getattr(message, name).CopyFrom(tensor)
         placed[name] = array._replace(data=view)
     return PlacedTensors(placed, names)
+
+
+def gpu_of(*tensors: Any) -> torch.device | None:
+    """The GPU of CUDA's on which all of them are tensors of torch; None: some are elsewhere, or something else.
+
+    Args:
+        tensors: None for one that there is not.
+    """
+    torch = sys.modules.get("torch")
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch is None or not all(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in given):
+        return None
+    devices = {tensor.device for tensor in given}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def key_of(arrays: Mapping[str, Array]) -> object:
