@@ -16,6 +16,7 @@ from attnd_server.attention.kernels.pages import StoredTokens, replace_slot, sto
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
+from attnd_server.device.host_results import on_host
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
@@ -164,8 +165,8 @@ class Call(NamedTuple):
         k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
         encode: makes its reply; None: of a call that nobody answers.
-        into: memory of the host, where its output and lse are to lie in the end: a GPU may copy them there by itself.
-            Whoever sent the call may write there at any time. None: they lie nowhere yet.
+        into: where its output and lse are to lie on the host, for a GPU to copy them there. Whoever sent the call may
+            write there at any time. None: nowhere yet.
         plane: over which it came.
         is_sampled: whether verification looks at it; then nobody else writes to its tensors.
     """
@@ -278,22 +279,8 @@ def _attend_on_gpu(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Re
     output, lse = plan.run(q, k, v, call.step.cache.layers[call.layer])
     store(call, k, v, ops)
     timer.mark()
-    if call.into is not None and not call.is_sampled:
-        output, lse = _copied(call.into, output, lse)
-    else:
-        output, lse = output.cpu(), None if lse is None else lse.cpu()
+    output, lse = on_host(output, lse, None if call.is_sampled else call.into)
     return Result(output, lse, plan.kernel.backend, timer.waited())
-
-
-def _copied(
-    into: tuple[torch.Tensor, torch.Tensor | None], output: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Copies results to where they are to lie, and waits until they do."""
-    for host, tensor in zip(into, (output, lse), strict=True):
-        if host is not None and tensor is not None:
-            host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(output.device).synchronize()
-    return into
 
 
 def store(call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps) -> None:
