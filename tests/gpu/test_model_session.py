@@ -23,7 +23,7 @@ WINDOWS = [attnd.AttentionOptions(window=0 if layer % 2 else 9) for layer in ran
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Whose cuda regions hold passes of 300 tokens."""
+    """Whose cuda regions hold passes of 800 tokens: what was asked for, rounded up to 2 MiB."""
     with serving(tmp_path_factory.mktemp("passes"), "--cuda-region-bytes", "1MiB") as process:
         yield process
         log = process.log
@@ -92,17 +92,17 @@ def test_layers_that_differ(pair: Pair) -> None:
 
 def test_a_prompt_that_exceeds_the_region(pair: Pair) -> None:
     pair.run([1, 1])
-    for _ in range(2):
-        pair.run([200, 180])
-        assert pair.session.plane == "shm"
-        pair.run([1, 1])
-        assert pair.session.plane == "cuda"
+    pair.run([410, 410])
+    assert pair.session.plane == "shm"
+    assert "tokens are larger than the plane's region" in pair.session.refusals["cuda"]
+    pair.run([1, 1])
+    assert pair.session.plane == "cuda"
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, LAYERS - 1])
 def test_a_pass_that_was_stopped(pair: Pair, num_layers: int) -> None:
     """The next one is right, over either plane, and so is what is stored in the end."""
-    for num_new in ([20, 20], [1, 1], [200, 180]):
+    for num_new in ([20, 20], [1, 1], [410, 410]):
         begun = pair.session.begin(step_of(pair.lens[:2], num_new))
         for layer in range(num_layers):
             begun.attend(layer, *new_tokens(sum(num_new), GPU))

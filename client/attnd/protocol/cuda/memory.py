@@ -54,10 +54,8 @@ class DeviceMemory:
         Raises:
             CudaError: there is not so much, or the driver cannot do it.
         """
-        wanted = _wanted(owner)
-        minimum = driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        size = rounded(num_bytes, int(call("cuMemGetAllocationGranularity", wanted, minimum)))
-        memory = cls(call("cuMemCreate", size, wanted, 0), size, user or owner)
+        size = size_on(owner, num_bytes)
+        memory = cls(call("cuMemCreate", size, _wanted(owner), 0), size, user or owner)
         try:
             memory._clear(user or owner, stream)
         except BaseException:
@@ -108,6 +106,12 @@ class DeviceMemory:
         finally:
             if given is None:
                 stream.close()
+
+
+def size_on(owner: Device, num_bytes: int) -> int:
+    """Bytes that a GPU gives to whoever asks for `num_bytes`: what both sides must map. Raises CudaError."""
+    minimum = driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return rounded(num_bytes, int(call("cuMemGetAllocationGranularity", _wanted(owner), minimum)))
 
 
 def rounded(num_bytes: int, granularity: int) -> int:

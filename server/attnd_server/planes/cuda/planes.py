@@ -37,7 +37,7 @@ class CudaPlanes:
 
     Attributes:
         gpu_uuid: of the server's GPU.
-        num_bytes: of each region.
+        num_bytes: of each region, as the driver gives it.
     """
 
     def __init__(self, device: torch.device, num_bytes: int, max_planes: int) -> None:
@@ -57,6 +57,7 @@ class CudaPlanes:
         from attnd.protocol.cuda import copies as cuda_copies
         from attnd.protocol.cuda import driver as cuda_driver
         from attnd.protocol.cuda import gate_flags as cuda_gates
+        from attnd.protocol.cuda import memory as cuda_memory
         from attnd_server.planes.cuda.streams import independent_streams
 
         torch.cuda.init()
@@ -66,7 +67,7 @@ class CudaPlanes:
             raise Unsupported(refusal or "", field="plane")
         self._device = found
         self.gpu_uuid = found.uuid
-        self.num_bytes = num_bytes
+        self.num_bytes = cuda_memory.size_on(found, num_bytes)
         _let_torch_keep_memory(device)
         self._leases: queue.SimpleQueue[StreamLease] = queue.SimpleQueue()
         self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
