@@ -43,7 +43,7 @@ CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | s
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz soak lint audit docs format generate protos check-protos lock bench bench-planes \
+.PHONY: help demo test test-gpu fuzz families soak lint audit docs format generate protos check-protos lock bench bench-planes \
   bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
@@ -69,6 +69,9 @@ test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 
 fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
 	$(PY) -m tests.fuzz $(ARGS)
+
+families: $(READY) ## every family of transformers beside itself, half an hour: the table of docs/integrations.md
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.families --table $(ARGS)
 
 soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of docs/security-runs.md
 	$(PY) -m tests.soak $(ARGS)

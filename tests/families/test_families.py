@@ -1,0 +1,83 @@
+"""A few families, every behaviour; `make families` runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import attnd
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+from tests.families import outcomes  # needs transformers
+from tests.families.behaviours import behaviours_of
+from tests.families.families import families
+from tests.families.table import markdown
+from tests.families.ways import Attached, ByHand, Local
+
+CHOSEN = ("llama", "gemma3")
+# What no server does, whatever the family.
+NEVER = {"static cache", "own mask", "gradients", "attentions", "packed"}
+# A cache by hand serves the calls that it is passed to.
+NEEDS_ATTACH = {"CFG", "draft served", "early exit", "another cache", "use_cache=False", "one pass"}
+# Windows count columns, with the padding between tokens.
+NEEDS_NO_WINDOW = {"right padding", "hole", "early end"}
+MAY_BE_REFUSED = {
+    "llama": NEVER | {"model copied"},
+    "gemma3": NEVER | NEEDS_NO_WINDOW | {"model copied", "image", "token types"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# The adapter does not refuse them yet.
+NOT_YET = {"attentions", "packed"}
+CASES = [(name, behaviour) for name in CHOSEN for behaviour in behaviours_of(families()[name])]
+CASES = [(name, behaviour) for name, behaviour in CASES if behaviour not in NOT_YET]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.parametrize(("name", "behaviour"), CASES)
+def test_a_behaviour_is_as_with_eager_attention_or_refused(name: str, behaviour: str, client: attnd.Client) -> None:
+    ways = {"by hand": lambda: ByHand(client), "attached": lambda: Attached(client)}
+    for outcome in outcomes.compare(families()[name], ways, [behaviour]):
+        allowed = {outcomes.EQUAL, outcomes.ABSENT}
+        if behaviour in MAY_BE_REFUSED[name] or (outcome.way == "by hand" and behaviour in NEEDS_ATTACH):
+            allowed.add(outcomes.REFUSED)
+        assert outcome.verdict in allowed, outcome
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("behaviour", ["greedy", "beams", "assisted", "turns", "pieces", "crop", "reorder", "float16"])
+def test_a_comparison_sees_attention_that_sees_the_last_token_only(behaviour: str) -> None:
+    outcomes.register_blind()
+    [outcome] = outcomes.compare(families()["llama"], {"blind": lambda: Local("blind")}, [behaviour])
+    assert outcome.verdict in (outcomes.WRONG, outcomes.ABSENT), outcome
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_logits_of_a_family_depend_on_attention(name: str) -> None:
+    assert outcomes.sees_attention(families()[name])
+
+
+def test_the_table_groups_families_and_tells_why() -> None:
+    made = [
+        outcomes.Outcome("a", "attached", "greedy", outcomes.EQUAL, "", 0.1),
+        outcomes.Outcome("b", "attached", "greedy", outcomes.EQUAL, "", 0.1),
+        outcomes.Outcome("c", "attached", "greedy", outcomes.REFUSED, "Unsupported: q | has shape [1, 2]", 0.1),
+        outcomes.Outcome("d", "attached", "greedy", outcomes.WRONG, "logits differ", 0.1),
+        outcomes.Outcome("d", "attached", "beams", outcomes.ABSENT, "not for this family", 0.0),
+    ]
+    text = markdown(made, "a version")
+    assert "4 families, 4 comparisons: 2 equal, 1 refused with an `AttndError`, 1 failed." in text
+    assert "| a, b | 1 | |" in text
+    assert r"| c | 0 | every answer: q \| has shape [...] |" in text
+    assert "| d | 0 | every answer: WRONG: logits differ |" in text
