@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from attnd import forks
@@ -175,7 +176,7 @@ class CudaPlane:
         if num_bytes:
             call("cuMemcpyAsync", target, source, num_bytes, stream)
 
-    @property
+    @cached_property
     def torch_device(self) -> Any:
         """Where the worker's tensors are."""
         return sys.modules["torch"].device("cuda", self._gpu.index)
@@ -188,10 +189,13 @@ class CudaPlane:
     @contextmanager
     def stream(self) -> Iterator[int]:
         """Torch's current stream of the worker's GPU, for what is enqueued inside. Raises as `check_capture` does."""
-        cuda = sys.modules["torch"].cuda
-        check_capture(cuda, self._gpu.index)
-        with cuda.device(self._gpu.index):
-            yield cuda.current_stream().cuda_stream
+        cuda, index = sys.modules["torch"].cuda, self._gpu.index
+        if cuda.current_device() == index:
+            yield cuda.current_stream(index).cuda_stream
+            return
+        check_capture(cuda, index)
+        with cuda.device(index):
+            yield cuda.current_stream(index).cuda_stream
 
     @property
     def failure(self) -> AttndError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from attnd.errors import InvalidRequest
@@ -51,6 +52,9 @@ def check_tensor(name: str, value: Any, place: Place, dtype: Any, device: Any) -
     Raises:
         InvalidRequest: it is another shape, dtype or device.
     """
+    is_tensor = isinstance(value, sys.modules["torch"].Tensor)
+    if is_tensor and value.shape == place.shape and value.dtype is dtype and value.device == device:
+        return value
     found: tuple[Any, ...] = (
         tuple(getattr(value, "shape", ())),
         getattr(value, "dtype", None),
