@@ -26,9 +26,9 @@ from triton.runtime.jit import JITFunction
 from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.decode_items import decode_items
 from attnd_server.attention.kernels.gather import read_kv
-from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kernels.items import ITEM_FIELDS, MERGE_FIELDS
 from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_ROWS, launch_shape
-from attnd_server.attention.kernels.merge import MERGE_FIELDS, merge
+from attnd_server.attention.kernels.merge import merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.store import store_kv
 from attnd_server.attention.kv_split import KVSplitConfig

@@ -174,6 +174,7 @@ def _attend(
     assert cu_seqlens_q is not None
     assert cu_seqlens_q.dtype == torch.int32
     assert scale is not None
+    assert scale > 0, "the packages take the greatest product for the greatest score, and scale the -inf of a mask"
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))

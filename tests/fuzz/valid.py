@@ -134,7 +134,7 @@ def options(random_: random.Random, num_heads: int) -> step_pb2.AttentionOptions
     """Any options that keep the rules."""
     message = step_pb2.AttentionOptions(
         softcap=random_.choice((0, 0, 5.0)),
-        window=random_.choice((0, 0, 1, 5, 2**32 - 1)),
+        window=random_.choice((0, 0, 1, 5, 2**30, 2**31 - 1, 2**31, 2**32 - 1)),
         return_lse=random_.random() < 0.5,
         backend=backend_pb2.Backend.ValueType(random_.choice((0, 0, 1, 2, 3, 4))),
     )

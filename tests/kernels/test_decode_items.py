@@ -18,7 +18,7 @@ from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_e
 from attnd_server.attention.backends.triton.hopper_schedule import hopper_schedule
 from attnd_server.attention.backends.triton.work import Rows, Work, request_table
 from attnd_server.attention.kernels import items as columns
-from attnd_server.attention.kernels.items import ITEM_FIELDS
+from attnd_server.attention.kernels.items import ITEM_FIELDS, MERGE_FIELDS
 from attnd_server.attention.kernels.launch_shapes import HOPPER_DECODE_ROWS, HOPPER_KEYS, HOPPER_ROWS
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.metadata import AttentionMetadata
@@ -115,7 +115,6 @@ class Step:
         """All rows of items and merges."""
         # Only here: whether kernels are interpreted is decided when they load.
         from attnd_server.attention.kernels.decode_items import STEP_HEADER, decode_items
-        from attnd_server.attention.kernels.merge import MERGE_FIELDS
 
         metadata = self.metadata()
         header = torch.tensor([metadata.num_reqs, metadata.page_tables.shape[1], 0, 0])
@@ -194,7 +193,9 @@ def check_order(items: np.ndarray) -> None:
 def check_merges(step: Step, items: np.ndarray, merges: np.ndarray) -> None:
     """Parts write to rows of their own, which are within bounds, and where the request's merge looks for them."""
     places: list[int] = []
-    for slot, (q_row, num_new, partial_row, num_parts) in enumerate(merges.tolist()):
+    valid_lens = step.metadata().valid_lens.tolist() + [0] * step.spare_slots
+    for slot, (q_row, num_new, partial_row, num_parts, num_valid) in enumerate(merges.tolist()):
+        assert num_valid == valid_lens[slot]
         assert q_row == slot * step.query_len
         mine = items[(items[:, columns.Q_ROW.value] == q_row) & (items[:, columns.FIRST_ROW.value] == 0)]
         assert num_parts == len(mine)

@@ -92,6 +92,8 @@ def partial(
     assert min(attn_bias.q_seqlen) > 0
     assert (op is PAGED_OPERATOR) == isinstance(attn_bias, PagedBlockDiagonalPaddedKeysMask)
     assert query.dtype == key.dtype == value.dtype == torch.float16
+    assert scale is not None
+    assert scale > 0, "FlashAttention, which it calls, takes the greatest product for the greatest score"
     outputs, lses = [], []
     for rows, slots in zip(query[0].float().split(attn_bias.q_seqlen), attn_bias.keys(), strict=True):
         keys, values = key[0, slots].float(), value[0, slots].float()

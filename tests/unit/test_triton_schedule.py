@@ -193,7 +193,7 @@ def check_hopper(step: Step) -> None:
             if num_parts > 1:
                 first_partial_row = value(items[0], columns.PARTIAL_ROW)
                 q_row = value(items[0], columns.Q_ROW)
-                wanted.add((q_row, request.num_new, first_partial_row, num_parts))
+                wanted.add((q_row, request.num_new, first_partial_row, num_parts, request.num_valid))
                 for part, item in enumerate(items):
                     assert value(item, columns.PARTIAL_ROW) == first_partial_row + part * request.num_new
                     written |= {value(item, columns.PARTIAL_ROW) + token for token in tokens}

@@ -202,6 +202,11 @@ def test_every_option_is_taken():
     assert result.backend is AttentionBackend.NAIVE
 
 
+@pytest.mark.parametrize(("sent", "taken"), [(2**31 - 1, 2**31 - 1), (2**31, 0), (2**32 - 1, 0)])
+def test_a_window_that_no_position_reaches_is_off(sent, taken):
+    assert options(window=sent).window == taken
+
+
 def test_a_store_only_call_may_carry_the_options_of_its_layer():
     slopes = tensor([0.5, 0.25, 0.125], "float32")
     assert options(num_heads=0, alibi_slopes=slopes).alibi_slopes is None

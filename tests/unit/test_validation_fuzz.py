@@ -388,6 +388,7 @@ def test_no_options_raise_anything_else(message):
         return
     assert abs(options.scale) < float("inf")
     assert 0 <= options.softcap < float("inf")
+    assert 0 <= options.window < 2**31
     assert options.alibi_slopes is None or options.alibi_slopes.isfinite().all()
     assert options.sinks is None or (options.sinks < float("inf")).all()
 

@@ -38,13 +38,15 @@ class AttentionOptions:
     """Options of a call. Make one object per kind of layer and keep it: its message is built once.
 
     Attributes:
-        scale: factor of q.k; None is `head_dim ** -0.5`.
+        scale: factor of q.k, any finite number; None is `head_dim ** -0.5`.
         softcap: score becomes `softcap * tanh(score / softcap)`; 0 is off.
-        window: a token at p sees no position j with `p - j >= window`; 0 is off.
+        window: a token at p sees no position j with `p - j >= window`; 0 is off, and one wider than any context, up to
+            2^32 - 1, hides nothing.
         alibi_slopes: `[num_heads]`, adds `alibi_slopes[h] * (kp - p)` to the score. Floats in a sequence, or in an
             array or tensor of any floating type; read once, as float32.
         sinks: `[num_heads]`, adds `exp(sinks[h])` to the denominator. Likewise.
-        return_lse: also return lse, the natural logarithm of the softmax's denominator.
+        return_lse: also return lse, the natural logarithm of the softmax's denominator, sinks included: the sink itself
+            for a row that sees no key, -inf without one.
         backend: name of the backend; "" is the cache's choice.
     """
 

@@ -267,13 +267,13 @@ class AttentionOptions(google.protobuf.message.Message):
     RETURN_LSE_FIELD_NUMBER: builtins.int
     BACKEND_FIELD_NUMBER: builtins.int
     scale: builtins.float
-    """Factor of q.k; absent: head_dim ** -0.5. Finite."""
+    """Factor of q.k; absent: head_dim ** -0.5. Any finite number, 0 and negative ones too."""
     softcap: builtins.float
     """score becomes softcap * tanh(score / softcap); 0 is off. Finite, >= 0."""
     window: builtins.int
-    """A token at p sees no position j with p - j >= window; 0 is off."""
+    """A token at p sees no position j with p - j >= window; 0 is off. One wider than any context hides nothing."""
     return_lse: builtins.bool
-    """Also return lse, the natural logarithm of the softmax's denominator."""
+    """Also return lse, the natural logarithm of the softmax's denominator, sinks included."""
     backend: attnd.v1.backend_pb2.Backend.ValueType
     """Backend of this call; not set: the cache's."""
     @property
@@ -282,7 +282,9 @@ class AttentionOptions(google.protobuf.message.Message):
 
     @property
     def sinks(self) -> attnd.v1.tensor_pb2.Tensor:
-        """float32 [num_heads]: adds exp(sinks[h]) to the denominator. Absent is off. Finite, or -infinity for none."""
+        """float32 [num_heads]: adds exp(sinks[h]) to the denominator, of a row that sees no key too, but not of one past
+        valid_lens. Absent is off. Finite, or -infinity for none.
+        """
 
     def __init__(
         self,
@@ -391,11 +393,13 @@ class CallReply(google.protobuf.message.Message):
     """Microseconds to bring output and lse back from the device; 0 likewise."""
     @property
     def lse(self) -> attnd.v1.tensor_pb2.Tensor:
-        """float32 [num_tokens, num_heads], if asked for. A row that sees nothing has -infinity."""
+        """float32 [num_tokens, num_heads], if asked for. A row that sees no key has sinks[h], or -infinity without sinks; one
+        past valid_lens has -infinity.
+        """
 
     @property
     def output(self) -> attnd.v1.tensor_pb2.Tensor:
-        """[num_tokens, num_heads, head_dim_v] of the cache's dtype. A row that sees nothing has zeros.
+        """[num_tokens, num_heads, head_dim_v] of the cache's dtype. A row that sees no key has zeros.
         Absent in a store-only step.
         """
 

@@ -14,6 +14,9 @@ from attnd_server.attention.config import AttentionBackend
 MOST_COLUMN = (1 << 30) - 1
 """Greatest number among the columns of a request; beyond any position, since contexts end at 2^29 tokens."""
 
+MOST_WINDOW = (1 << 31) - 1
+"""Greatest window: lengths are int32, so a wider one hides nothing."""
+
 REQUEST_COLUMNS = (
     "valid_lens",
     "context_lens",
@@ -115,7 +118,7 @@ class AttentionOptions:
         num_heads: query heads of the call.
         scale: factor of q.k.
         softcap: score becomes softcap * tanh(score / softcap); 0 is off.
-        window: a token at p sees no position j with p - j >= window; 0 is off.
+        window: a token at p sees no position j with p - j >= window; 0 is off, and so is one past MOST_WINDOW.
         alibi_slopes: float32 `[num_heads]` on the host, or None.
         sinks: float32 `[num_heads]` on the host, or None.
         return_lse: also return lse.
@@ -130,6 +133,21 @@ class AttentionOptions:
     sinks: torch.Tensor | None = None
     return_lse: bool = False
     backend: AttentionBackend | None = None
+
+    def __post_init__(self) -> None:
+        """Turns a window that hides nothing off, so that it fits the integers of kernels and costs nothing."""
+        if self.window > MOST_WINDOW:
+            object.__setattr__(self, "window", 0)
+
+    @cached_property
+    def sizes(self) -> list[tuple[str, float]]:
+        """Each option that makes scores of any size: its name, and the size of its greatest finite number."""
+        arrays = {"alibi_slopes": self.alibi_slopes, "sinks": self.sinks}
+        sizes = [("scale", abs(self.scale))]
+        for name, array in arrays.items():
+            if array is not None and array.numel():
+                sizes.append((name, float(array.abs().nan_to_num(0.0, 0.0).max())))
+        return sizes
 
     @cached_property
     def key(self) -> tuple[object, ...]:

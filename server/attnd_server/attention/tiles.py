@@ -68,10 +68,10 @@ class Merged:
         self.lse = total
 
     def add_sinks(self, sinks: torch.Tensor | None) -> None:
-        """Adds a key without a value for each head, in rows that see something; see `reference_torch_attention`."""
+        """Adds a key without a value for each head; see `reference_torch_attention`."""
         if sinks is None:
             return
-        total = torch.logaddexp(self.lse, sinks.to(self.lse.dtype)).where(self.lse > -torch.inf, self.lse)
+        total = torch.logaddexp(self.lse, sinks.to(self.lse.dtype))
         self.output *= _weight(self.lse, total)
         self.lse = total
 

@@ -11,6 +11,7 @@ from attnd_server.attention.backends.two_parts import Partial, TwoParts
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.scales import plain_scale
 
 # The libraries' positions are int32.
 MAX_CONTEXT_LEN = 1 << 30
@@ -76,20 +77,20 @@ class FlashAttention:
         pages: LayerPages,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one layer; see `AttentionKernel.run`."""
-        q = q.contiguous()
+        q, scale = plain_scale(q.contiguous(), plan.options.scale)
 
         def over_context() -> Partial:
             assert plan.context is not None
             # The library takes row i of n for one at position context_len - n + i; it stands n further.
             left = plan.window - 1 - plan.new.longest if plan.window else -1
-            call = _call(plan, plan.context, plan.page_tables, False, (left, -1))
+            call = _call(plan, plan.context, plan.page_tables, False, (left, -1), scale)
             return self.library.attend(q, pages.k, pages.v, call)
 
         def over_new() -> Partial:
             assert k is not None
             assert v is not None
             window = (plan.window - 1, 0 if plan.is_causal else -1) if plan.window else (-1, -1)
-            call = _call(plan, plan.new, None, plan.is_causal, window)
+            call = _call(plan, plan.new, None, plan.is_causal, window, scale)
             return self.library.attend(q, k.contiguous(), v.contiguous(), call)
 
         return two_parts.run_parts(plan, q, over_context, over_new)
@@ -114,8 +115,9 @@ def _call(
     page_tables: torch.Tensor | None,
     is_causal: bool,
     window: tuple[int, int],
+    scale: float,
 ) -> FlashCall:
-    return FlashCall(plan.new, keys, page_tables, plan.options.scale, is_causal, window, plan.options.softcap)
+    return FlashCall(plan.new, keys, page_tables, scale, is_causal, window, plan.options.softcap)
 
 
 def _window_refusal(metadata: AttentionMetadata, options: AttentionOptions) -> str | None:

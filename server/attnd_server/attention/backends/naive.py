@@ -141,7 +141,7 @@ class NaiveAttention:
                 if is_whole:
                     output[rows], row_lse = self._rows(plan, request, rows, start, q[rows], keys, values, all_keys)
                     if lse is not None:
-                        lse[rows] = row_lse
+                        lse[rows] = _of_valid_rows(plan, request, rows, start, row_lse)
                     yield
                 else:
                     yield from self._rows_by_tiles(plan, request, rows, start, output, lse, q, new_k, new_v, pages)
@@ -220,7 +220,7 @@ class NaiveAttention:
             merged.add_sinks(None if plan.sinks is None else plan.sinks[heads.query])
             output[rows, heads.query] = merged.output.to(output.dtype)
             if lse is not None:
-                lse[rows, heads.query] = merged.lse.float()
+                lse[rows, heads.query] = _of_valid_rows(plan, request, rows, start, merged.lse.float())
 
     def _bytes(self, plan: _Plan, num_keys: int, num_rows: int) -> int:
         """Memory that all heads of so many rows and keys of a request take at once, beside the results."""
@@ -269,6 +269,12 @@ class NaiveAttention:
             sinks,
             self.compute_dtype,
         )
+
+
+def _of_valid_rows(plan: _Plan, request: int, rows: slice, start: int, lse: torch.Tensor) -> torch.Tensor:
+    """The lse `[num_rows, num_heads]` of rows `rows`, with -inf past the valid ones: sinks do not count there."""
+    lse[max(0, start + int(plan.metadata.valid_lens[request]) - rows.start) :] = -torch.inf
+    return lse
 
 
 def _num_cached(plan: _Plan, request: int) -> int:

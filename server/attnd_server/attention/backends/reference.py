@@ -27,15 +27,15 @@ def reference_torch_attention(
         seen: bool `[num_rows, num_keys]`.
         q_positions: int64 `[num_rows]`.
         key_positions: int64 `[num_keys]`.
-        scale: factor of q.k.
+        scale: factor of q.k; any finite number.
         softcap: 0 is off.
         alibi_slopes: `[num_heads]` or None.
         sinks: `[num_heads]` or None.
         dtype: in which everything is computed.
 
     Returns:
-        Output `[num_rows, num_heads, head_dim_v]` and lse `[num_rows, num_heads]` in `dtype`; zeros and -inf in rows
-        that see nothing.
+        Output `[num_rows, num_heads, head_dim_v]` and lse `[num_rows, num_heads]` in `dtype`. A row that sees nothing
+        has zeros, and the sink for its lse: -inf without one.
     """
     group = q.shape[1] // keys.shape[1]
     values = values.masked_fill(~seen.any(0)[:, None, None], 0)  # 0 * NaN is NaN
@@ -45,11 +45,13 @@ def reference_torch_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores + alibi_slopes.to(dtype)[:, None, None] * (key_positions - q_positions[:, None])
-    scores = scores.masked_fill(~seen, -torch.inf)
+    # Past the greatest number a score is that number: inf - inf would be NaN.
+    most = torch.finfo(dtype).max
+    scores = scores.clamp_(-most, most).masked_fill(~seen, -torch.inf)
     # A sink is one more key without a value.
     sink = scores.new_full(q.shape[1:2], -torch.inf) if sinks is None else sinks.to(dtype)
     scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], dim=2)
     blind = ~seen.any(1)
     weights = torch.softmax(scores, dim=2)[:, :, :-1].masked_fill(blind[:, None], 0)
     output = torch.einsum("hns,shd->nhd", weights, values)
-    return output, torch.logsumexp(scores, dim=2).T.masked_fill(blind[:, None], -torch.inf)
+    return output, torch.logsumexp(scores, dim=2).T

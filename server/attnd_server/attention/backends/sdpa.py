@@ -22,6 +22,7 @@ from attnd_server.attention.config import AttentionBackend, AttentionConfig, Lay
 from attnd_server.attention.kernels.pages import of_kv_heads, read_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.scales import plain_scale, refusal
 from attnd_server.attention.tiles import SCRATCH_BYTES
 
 MAX_MASK_ELEMENTS = 2**30
@@ -59,6 +60,9 @@ class SdpaAttention:
         missing = missing_option(options)
         if missing:
             return f"torch's scaled_dot_product_attention has no {missing}"
+        reason = refusal(options)
+        if reason:
+            return reason
         elements = mask_elements(config, metadata, options)
         if elements > MAX_MASK_ELEMENTS:
             return f"the masks of this step have {elements} elements, but sdpa holds at most {MAX_MASK_ELEMENTS}"
@@ -212,11 +216,12 @@ def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPag
     With as few operations of torch as there can be: each costs what a dozen keys cost.
     """
     _, num_heads, head_dim = q.shape
+    q, scale = plain_scale(q, plan.scale)
     queries = q.reshape(1, pages.k.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
     keys, values = _heads_of_slots(pages.k, slots), _heads_of_slots(pages.v, slots)
     if plan.dtype is not q.dtype:
         queries, keys, values = queries.to(plan.dtype), keys.to(plan.dtype), values.to(plan.dtype)
-    output = scaled_dot_product_attention(aligned(queries), aligned(keys), aligned(values), scale=plan.scale)
+    output = scaled_dot_product_attention(aligned(queries), aligned(keys), aligned(values), scale=scale)
     return output.reshape(1, num_heads, plan.head_dim_v).to(q.dtype)
 
 
@@ -245,12 +250,13 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
     """
     num_reqs, num_rows, num_heads, _ = queries.shape
     num_kv_heads = keys.shape[2]
+    queries, scale = plain_scale(queries, plan.scale)
     queries, keys, values = (aligned(tensor.to(plan.dtype)) for tensor in (queries, keys, values))
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if num_rows == 1:
         # The query heads of a KV head become rows: all see the same keys, and nothing is copied.
         queries = queries.view(num_reqs, num_kv_heads, num_heads // num_kv_heads, -1)
-        output = scaled_dot_product_attention(queries, keys, values, attn_mask=part.mask, scale=plan.scale)
+        output = scaled_dot_product_attention(queries, keys, values, attn_mask=part.mask, scale=scale)
         return output.reshape(num_reqs, 1, num_heads, plan.head_dim_v)
     if not plan.enable_gqa:
         keys, values = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (keys, values))
@@ -264,7 +270,7 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
             values,
             attn_mask=part.mask,
             is_causal=part.is_causal,
-            scale=plan.scale,
+            scale=scale,
             enable_gqa=plan.enable_gqa,
         )
     return output.transpose(1, 2)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attnd_server.attention import scales
 from attnd_server.attention.backends import plain_masks
 from attnd_server.attention.config import AttentionConfig, Layout
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -75,6 +76,9 @@ def refusal(config: AttentionConfig, metadata: AttentionMetadata, options: Atten
         return f"precision is {config.precision.value}, but must be that of dtype {config.dtype}"
     if options.alibi_slopes is not None:
         return "partial attentions have no alibi_slopes"
+    reason = scales.refusal(options)
+    if reason is not None:
+        return reason
     if not plain_masks.all_valid(metadata):
         return "valid_lens leaves new tokens out, but all must be valid"
     causal, bidirectional = plain_masks.causal(metadata).all(), plain_masks.bidirectional(metadata).all()
@@ -159,8 +163,8 @@ def run_parts(
     if len(q) and parts.sees_new:
         results.append(over_new())
     if not results:
-        output, lse = q.new_zeros(*q.shape[:2], parts.head_dim_v), q.new_full(q.shape[:2], -torch.inf)
-        return output, lse.float() if parts.options.return_lse else None
+        nothing = q.new_full(q.shape[1::-1], -torch.inf, dtype=torch.float32)
+        results.append((q.new_zeros(*q.shape[:2], parts.head_dim_v), nothing))
     output, lse = results[0] if len(results) == 1 and parts.sinks is None else merge(results, parts.sinks)
     return output.to(q.dtype), lse.T.float().contiguous() if parts.options.return_lse else None
 
@@ -179,12 +183,12 @@ def merge(results: list[Partial], sinks: torch.Tensor | None) -> Partial:
 
     Args:
         results: partial attentions over different keys.
-        sinks: float32 `[num_heads]`, or None: logits that only add to the denominator, in rows that see something.
+        sinks: float32 `[num_heads]`, or None: logits that only add to the denominator.
     """
     lses = torch.stack([lse.float() for _, lse in results])  # [num_parts, num_heads, num_tokens]
     total = lses.logsumexp(0)
     if sinks is not None:
-        total = torch.where(total == -torch.inf, total, torch.logaddexp(total, sinks[:, None]))
+        total = torch.logaddexp(total, sinks[:, None])
     weights = (lses - total.masked_fill(total == -torch.inf, 0)).exp().transpose(1, 2)[..., None]
     output = sum(weight * output for weight, (output, _) in zip(weights, results, strict=True))
     assert isinstance(output, torch.Tensor)

@@ -20,6 +20,7 @@ from attnd_server.attention.backends.two_parts import Partial, TwoParts
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.scales import plain_scale
 
 MIN_CAPABILITY = (8, 0)
 PAGE_MULTIPLE = 64
@@ -171,12 +172,11 @@ class XformersAttention:
     ) -> Partial:
         """One part, over keys `[num_keys, num_kv_heads, head_dim]`."""
         num_tokens, num_heads, head_dim = q.shape
+        q, scale = plain_scale(q, plan.parts.options.scale)
         num_kv_heads = k.shape[1]
         # [1, tokens, KV heads, query heads of each, head_dim]; keys are not copied for the heads.
         shape = (num_kv_heads, num_heads // num_kv_heads, head_dim)
         queries = q.reshape(1, num_tokens, *shape)
         keys, values = (tensor[None, :, :, None].expand(1, len(tensor), *shape) for tensor in (k, v))
-        output, lse = self.library.partial(
-            queries, keys, values, attn_bias=mask, scale=plan.parts.options.scale, op=operator
-        )
+        output, lse = self.library.partial(queries, keys, values, attn_bias=mask, scale=scale, op=operator)
         return output.reshape(num_tokens, num_heads, head_dim), lse.reshape(num_heads, num_tokens)

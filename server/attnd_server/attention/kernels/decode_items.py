@@ -32,6 +32,7 @@ from attnd_server.attention.kernels.items import (
     HOLE_END,
     HOLE_START,
     ITEM_FIELDS,
+    MERGE_FIELDS,
     NUM_CHUNKS,
     NUM_ITEMS,
     NUM_NEW,
@@ -43,7 +44,6 @@ from attnd_server.attention.kernels.items import (
     TABLE,
 )
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
-from attnd_server.attention.kernels.merge import MERGE_FIELDS
 from attnd_server.attention.kv_split import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
 
 # A step for the device, int32: how many requests, pages of a row of the page tables, nothing; then REQUEST_COLUMNS of
@@ -246,6 +246,7 @@ def _decode_items_kernel(
     tl.store(merges + slot * _MERGE_FIELDS + 1, tl.where(my_parts > 1, query_len, 0))
     tl.store(merges + slot * _MERGE_FIELDS + 2, partial_row)
     tl.store(merges + slot * _MERGE_FIELDS + 3, my_parts)
+    tl.store(merges + slot * _MERGE_FIELDS + 4, tl.load(step + _HEADER + slot, mask=slot < num_reqs, other=0))
 
 
 def decode_items(

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton.language as tl
 
 ITEM_FIELDS = 20
+# Columns of `merges`: first row of q, new tokens, first row of the partial results, chunks, new tokens that count.
+MERGE_FIELDS = 5
 # Elements past the last page table that Hopper's kernels may bring close, and never use.
 PREFETCHED = 16
 (

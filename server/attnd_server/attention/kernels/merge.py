@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from attnd_server.attention.kernels.items import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import finish
 
-# Columns of `merges`: first row of q, new tokens, first row of the partial results, chunks.
-MERGE_FIELDS = 4
 # Chunks whose lse a program loads at once, and whose output.
 CHUNKS, TOGETHER = 32, 8
 # Rows that it merges at once.
@@ -30,7 +29,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def merge_rows(
     output, lse, partial_output, partial_lse, sinks,
-    q_row, num_new, partial_row, num_chunks, first_row, first_head,
+    q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
     NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
     SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +68,7 @@ def merge_rows(
             row_sum += weights
             accumulator += weights[:, None] * values
 
-    sink = tl.load(sinks + heads) if SINKS else 0.0
+    sink = tl.load(sinks + heads, mask=tokens < num_valid, other=float("-inf")) if SINKS else 0.0
     result, row_lse = finish(accumulator, row_max, row_sum, sink, SINKS)
     places = (q_row + tokens).to(tl.int64) * NUM_HEADS + heads
     tl.store(output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]), result, mask=exists[:, None] & in_v[None, :])
@@ -91,12 +90,13 @@ def _merge_kernel(
     num_new = tl.load(fields + 1)
     partial_row = tl.load(fields + 2)
     num_chunks = tl.load(fields + 3)
+    num_valid = tl.load(fields + 4)
     first_row = tl.program_id(1) * _ROWS
     # A request of one chunk has nothing to merge.
     if (first_row < num_new * HEADS) & (num_chunks > 1):
         merge_rows(
             output, lse, partial_output, partial_lse, sinks,
-            q_row, num_new, partial_row, num_chunks, first_row, first_head,
+            q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
             NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ from attnd_server.attention.kernels.items import (
 from attnd_server.attention.kernels.launch_shapes import FEW_NEW_TOKENS, Tile
 from attnd_server.attention.kernels.merge import ROWS as MERGE_ROWS
 from attnd_server.attention.kernels.merge import merge_rows
-from attnd_server.attention.kernels.softmax import LOG2E, attend, finish, log2_scale, score
+from attnd_server.attention.kernels.softmax import attend, finish, log2_numbers, score
 from attnd_server.attention.kernels.tiles import load_cached, load_new
 from attnd_server.attention.layer_pages import LayerPages
 
@@ -77,7 +77,7 @@ def _store_output(
     NUM_HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Stores the output and lse of rows whose keys were all seen here."""
-    sink = tl.load(sinks + heads) if SINKS else 0.0
+    sink = tl.load(sinks + heads, mask=live, other=float("-inf")) if SINKS else 0.0
     result, row_lse = finish(accumulator, row_max, tl.where(live, row_sum, 0.0), sink, SINKS)
     places = places * NUM_HEADS + heads
     stored = exists[:, None] & (dims_v < HEAD_DIM_V)[None, :]
@@ -266,7 +266,7 @@ def _paged_attention_kernel(
                 for row in tl.range(first_row, tl.minimum(first_row + ROWS, num_new * HEADS), _MERGE_ROWS):
                     merge_rows(
                         output, lse, partial_output, partial_lse, sinks,
-                        q_row, num_new, partial_row, num_chunks, row, first_head,
+                        q_row, num_new, num_valid, partial_row, num_chunks, row, first_head,
                         NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
                     )  # fmt: skip
         else:
@@ -339,7 +339,7 @@ def paged_attention(
         output, lse, partial_output, partial_lse, counters,
         q, k, v,
         k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
-        log2_scale(scale, softcap), LOG2E * softcap, window,
+        *log2_numbers(scale, softcap), window,
         NUM_HEADS=num_heads, KV_HEADS=num_kv_heads, HEADS=heads,
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
         ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],

@@ -9,11 +9,17 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+# Of float32: what is greater is inf there, and 0 * inf is NaN; less is no normal number.
+_MOST, _LEAST = 3.4028234663852886e38, 2.0**-126
 
 
-def log2_scale(scale: float, softcap: float) -> float:
-    """What q.k is multiplied with. Softcap's tanh(x) is made of exp2(2 x log2(e))."""
-    return 2 * LOG2E * scale / softcap if softcap else LOG2E * scale
+def log2_numbers(scale: float, softcap: float) -> tuple[float, float]:
+    """What q.k is multiplied with, and tanh. Softcap's tanh(x) is made of exp2(2 x log2(e))."""
+    return _float32(2 * LOG2E * scale / softcap if softcap else LOG2E * scale), _float32(LOG2E * softcap)
+
+
+def _float32(number: float) -> float:
+    return 0.0 if abs(number) < _LEAST else min(max(number, -_MOST), _MOST)
 
 
 @triton.jit
@@ -65,20 +71,22 @@ def attend(accumulator, row_max, row_sum, scores, visible, v, v_scale, MASK: tl.
 
 @triton.jit
 def finish(accumulator, row_max, row_sum, sink, SINKS: tl.constexpr):
-    """Output and lse (in units of log2) of each row; zeros and -inf for a row that saw nothing.
+    """Output and lse (in units of log2) of each row; zeros for a row that saw nothing, and the sink for its lse.
 
     Args:
         accumulator: float32 `[rows, head_dim_v]`.
         row_max: float32 `[rows]`.
         row_sum: float32 `[rows]`; 0 marks a row that saw nothing.
-        sink: float32 `[rows]`, in units of log2; not read without SINKS.
+        sink: float32 `[rows]`, in units of log2, or -inf for none; not read without SINKS.
         SINKS: whether exp2(sink) joins the denominator.
     """
     saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
+    counts = saw
     if SINKS:
-        row_max, base, decay = rebase(row_max, sink)
+        counts = saw | (sink != float("-inf"))
+        row_max, base, decay = rebase(tl.where(saw, row_max, float("-inf")), sink)
         row_sum = row_sum * decay + tl.exp2(sink - base)
         accumulator = accumulator * decay[:, None]
-    denominator = tl.where(saw, row_sum, 1.0)
+    denominator = tl.where(counts, row_sum, 1.0)
     output = tl.where(saw[:, None], accumulator / denominator[:, None], 0.0)
-    return output, tl.where(saw, row_max + tl.log2(denominator), float("-inf"))
+    return output, tl.where(counts, row_max + tl.log2(denominator), float("-inf"))

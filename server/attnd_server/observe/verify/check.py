@@ -67,7 +67,8 @@ def verify(sample: Sample) -> Verdict:
         first_position, end_row = plan.first_positions[index], rows.first_row + rows.num_rows
         page_size, window = sample.config.page_size, sample.options.window
         seen = visible(sample.metadata, index, window, first_position, page_size, rows.first_row, end_row)
-        part = _Part(sample, slice(done, done + rows.num_rows), seen, keys, values, first_position)
+        num_valid = max(0, int(sample.metadata.valid_lens[index]) - rows.first_row)
+        part = _Part(sample, slice(done, done + rows.num_rows), num_valid, seen, keys, values, first_position)
         for head in range(sample.options.num_heads):
             if not sample.is_wanted():
                 raise NotWanted
@@ -83,6 +84,7 @@ class _Part:
     Attributes:
         sample: of which they are.
         rows: of the sample's q and output.
+        num_valid: how many of the rows count; past them not even a sink does.
         seen: bool `[num_rows, num_keys]`.
         keys: `[num_keys, num_kv_heads, head_dim]`.
         values: likewise.
@@ -91,6 +93,7 @@ class _Part:
 
     sample: Sample
     rows: slice
+    num_valid: int
     seen: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
@@ -118,6 +121,7 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
         sinks,
         torch.float64,
     )
+    expected_lse[part.num_valid :] = -torch.inf
     is_seen = part.seen.any(0)
     seen_keys, seen_values = keys[is_seen], values[is_seen]
     seen_sizes = Sizes.of(seen_keys, seen_values)

@@ -14,6 +14,7 @@ from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.scales import MAX_SOFTCAP, refusal
 
 if TYPE_CHECKING:
     from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
@@ -62,7 +63,9 @@ class TritonPagedAttention:
             return f"a context has {metadata.max_context_len} tokens, but must have at most {MAX_CONTEXT_LEN}"
         if knobs.runtime.interpret and config.precision.dtype(config.dtype) is torch.bfloat16:
             return "Triton's interpreter cannot multiply bfloat16"
-        return None
+        if options.softcap > MAX_SOFTCAP:
+            return f"softcap is {options.softcap:g}, but must be at most {MAX_SOFTCAP:g}"
+        return refusal(options)
 
     def supports_context_length(self, num_tokens: int) -> bool:
         """Whether positions fit the kernels' integers."""

@@ -21,9 +21,8 @@ from attnd_server.attention.backends.triton.staged_step import StagedStep
 from attnd_server.attention.backends.triton.work import Rows
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.decode_items import MAX_REQUESTS, STEP_HEADER, decode_items
-from attnd_server.attention.kernels.items import ITEM_FIELDS, NUM_NEW, PREFETCHED
+from attnd_server.attention.kernels.items import ITEM_FIELDS, MERGE_FIELDS, NUM_NEW, PREFETCHED
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS, MAX_SPLIT_TOKENS
-from attnd_server.attention.kernels.merge import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import LOG2E
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import REQUEST_COLUMNS, AttentionMetadata, AttentionOptions

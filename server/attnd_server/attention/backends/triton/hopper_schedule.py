@@ -45,6 +45,7 @@ def hopper_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Row
     items[:, columns.FIRST_ROW.value :] = layout.columns
     merges = layout.merges.copy()
     merges[:, 0] = table[layout.merge_request, columns.Q_ROW.value]
+    merges[:, 4] = table[layout.merge_request, columns.NUM_VALID.value]
     return Work(items, layout.num_partial_rows, 0, merges)
 
 
@@ -57,7 +58,7 @@ class _Layout:
         columns: int32, of each item from FIRST_ROW on.
         num_partial_rows: rows of partial results.
         merge_request: of each merge.
-        merges: int32 `[num_merges, 4]`, without the first column.
+        merges: int32 `[num_merges, MERGE_FIELDS]`, without the first column and the last.
     """
 
     request: Any
@@ -94,7 +95,8 @@ def _lay_out(numbers: bytes, rows: int, group: int, items_at_once: float) -> _La
     length = np.where(num_parts[request] > 1, part_tiles[request] * HOPPER_KEYS, context[request] + last_token)
     order = _to_and_fro(np.argsort(-length, kind="stable"), items_at_once)
     merged = np.flatnonzero(num_parts > 1)
-    merges = np.stack([merged * 0, num_new[merged], partial_rows[merged], num_parts[merged]], axis=1).astype(np.int32)
+    known = num_new[merged], partial_rows[merged], num_parts[merged]
+    merges = np.stack([merged * 0, *known, merged * 0], axis=1).astype(np.int32)
     return _Layout(request[order], result[order, columns.FIRST_ROW.value :], num_partial_rows, merged, merges)
 
 

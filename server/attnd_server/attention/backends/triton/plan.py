@@ -8,8 +8,8 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from attnd_server.attention.backends.triton.launches import multiprocessors
-from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.launch_shapes import Tile
 from attnd_server.attention.kernels.merge import merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
@@ -156,7 +156,7 @@ class TritonPlan:
             compute=self.config.precision.dtype(q.dtype),
             scale=self.options.scale,
             softcap=self.options.softcap,
-            window=min(self.options.window, MAX_CONTEXT_LEN),
+            window=min(self.options.window, EVERYTHING),
         )
 
     def _run_on_hopper(
@@ -175,7 +175,7 @@ class TritonPlan:
             "num_multiprocessors": multiprocessors(q.device),
             "scale": self.options.scale,
             "softcap": self.options.softcap,
-            "window": min(self.options.window, MAX_CONTEXT_LEN),
+            "window": min(self.options.window, EVERYTHING),
         }
         # Only here: elsewhere these modules need not even load.
         if self.config.is_quantised:

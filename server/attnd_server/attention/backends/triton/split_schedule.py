@@ -18,6 +18,7 @@ from attnd_server.attention.backends.triton.work import (
 )
 from attnd_server.attention.kernels import items as columns
 from attnd_server.attention.kernels.cuts import EVERYTHING
+from attnd_server.attention.kernels.items import MERGE_FIELDS
 from attnd_server.attention.kernels.launch_shapes import MAX_SPLIT_TOKENS
 from attnd_server.attention.kv_split import KVSplitConfig
 
@@ -67,4 +68,6 @@ def split_schedule(table: Ints, kv_split: KVSplitConfig, window: int, rows: Rows
     length = end_key - first_key
     if len(length) and length.min() != length.max():
         items = items[np.argsort(-length, kind="stable")]
-    return Work(items, num_partial_rows, int(num_tiles.sum()) if num_partial_rows else 0, np.zeros((0, 4), np.int32))
+    return Work(
+        items, num_partial_rows, int(num_tiles.sum()) if num_partial_rows else 0, np.zeros((0, MERGE_FIELDS), np.int32)
+    )

@@ -47,7 +47,8 @@ class Work:
         items: int32 `[num_items, ITEM_FIELDS]`.
         num_partial_rows: rows of partial results; 0 if every request has one chunk.
         num_counters: counters of unfinished chunks, for each group of heads.
-        merges: int32 `[num_merges, 4]`: what `merge` takes, if partial results are merged by a launch of their own.
+        merges: int32 `[num_merges, MERGE_FIELDS]`: what `merge` takes, if partial results are merged by a launch of
+            their own.
     """
 
     items: Ints

@@ -21,8 +21,9 @@ from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
 from attnd_server.attention.kernels.hopper.items import COLUMNS
 from attnd_server.attention.kernels.hopper.producer import make_ring, producer
 from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, hopper_launch
-from attnd_server.attention.kernels.softmax import LOG2E, log2_scale
+from attnd_server.attention.kernels.softmax import log2_numbers
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.scales import plain_scale
 
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
@@ -137,20 +138,12 @@ def hopper_attention(
     kernel[(min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)](
         output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
         *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, alibi_slopes, sinks, log2_scale(scale, softcap), LOG2E * softcap, window,
+        page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,
         ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
         DIM_V=head_dim_v, KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages, NEW_TOKENS=k is not None,
         WINDOW=window > 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None,
         LSE=lse is not None, num_warps=4, maxnreg=launch.max_registers,
     )  # fmt: skip
-
-
-def plain_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """Queries and a positive scale with the same scores: kernels take the greatest product for the greatest score."""
-    if scale < 0:
-        return -q, -scale
-    # 0 * -inf is NaN; with this every score of finite q and k is 0 all the same.
-    return q, scale or 1e-30
 
 
 def descriptors(

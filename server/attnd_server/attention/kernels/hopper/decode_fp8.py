@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.attention.kernels.hopper.attention import descriptors, plain_scale
+from attnd_server.attention.kernels.hopper.attention import descriptors
 from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
     limit,
@@ -49,8 +49,9 @@ from attnd_server.attention.kernels.items import (
     Q_ROW,
 )
 from attnd_server.attention.kernels.launch_shapes import hopper_fp8_launch
-from attnd_server.attention.kernels.softmax import LOG2E, log2_scale
+from attnd_server.attention.kernels.softmax import log2_numbers
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.scales import plain_scale
 
 _COLUMNS = gl.constexpr(COLUMNS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
@@ -317,8 +318,7 @@ def hopper_decode_fp8(
     hopper_decode_fp8_kernel[(min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)](
         output, lse, partial_output, partial_lse, q, k, v, k_pairs, v_pairs,
         *descriptors(None, None, k_pairs, v_pairs, piece)[2:],
-        k_scales, v_scales, page_tables, items, alibi_slopes, sinks, log2_scale(scale, softcap), LOG2E * softcap,
-        window,
+        k_scales, v_scales, page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,
         ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
         KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages, NEW_TOKENS=k is not None, WINDOW=window > 0,
         SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,

@@ -183,19 +183,24 @@ def tile_of(ring, stage, KEYS: gl.constexpr, DIM: gl.constexpr):
 
 @gluon.jit
 def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, SINKS: gl.constexpr):
-    """The factor of each row's sum of products and its lse, in units of log2; 0 and -inf for a row that saw nothing.
+    """The factor of each row's sum of products and its lse, in units of log2.
 
-    Sinks join where a request's parts are merged, if it has several. See `finish` in `softmax.py`.
+    For a row that saw nothing these are 0 and its sink, or -inf without one. Sinks join where a request's parts are
+    merged, if it has several. See `finish` in `softmax.py`.
     """
     row_sum = gl.where(is_live, row_sum, 0.0)
     saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
     row_max = gl.where(row_max == float("-inf"), 0.0, row_max * exponent)
     factor = gl.where(saw, 1.0, 0.0)
+    counts = saw
     if SINKS:
         sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
-        base = gl.maximum(row_max, sink)
-        factor = factor * gl.exp2(row_max - base)
+        sink = gl.where(is_live, sink, float("-inf"))
+        has_sink = sink != float("-inf")
+        counts = saw | has_sink
+        base = gl.where(saw, gl.maximum(row_max, sink), gl.where(has_sink, sink, 0.0))
+        factor = gl.where(saw, gl.exp2(row_max - base), 0.0)
         row_sum = row_sum * factor + gl.exp2(sink - base)
         row_max = base
-    denominator = gl.where(saw, row_sum, 1.0)
-    return factor / denominator, gl.where(saw, row_max + gl.log2(denominator), float("-inf"))
+    denominator = gl.where(counts, row_sum, 1.0)
+    return factor / denominator, gl.where(counts, row_max + gl.log2(denominator), float("-inf"))
