@@ -58,7 +58,7 @@ def requests(draw: st.DrawFn, page_size: int) -> list[Request]:
 
 
 def check(case: Case, kernel: TritonPagedAttention, opts: AttentionOptions) -> None:
-    """At most twice the error of the plain computation, zeros and -inf where a row sees nothing, and never NaN."""
+    """At most twice the error of the plain computation; zeros, and the sink or -inf, where a row sees nothing; no NaN."""
     given_arrays = arrays(case)
     if case.cache_only:
         given_arrays[1] = given_arrays[2] = None
@@ -79,7 +79,7 @@ def check(case: Case, kernel: TritonPagedAttention, opts: AttentionOptions) -> N
     rough, _ = plain.run(plain.plan(config, metadata, opts, DEVICE), *given_arrays)
     blind = exact_lse == -math.inf
     assert torch.equal(lse == -math.inf, blind)
-    assert not output[blind].any()
+    assert not output[(exact == 0).all(2)].any()
     assert_as_exact_as_plain(output, rough, exact, case.dtype)
     assert (lse - exact_lse)[~blind].abs().sum() <= 1e-3 * max(1, int((~blind).sum()))
 
@@ -95,7 +95,7 @@ def test_any_step(page_size: int, group: int, head_dim: int, head_dim_v: int, wi
         chunk_size=st.sampled_from([0, 0, 128]),
         hole=st.booleans(),
         cache_only=st.sampled_from([False, False, False, True]),
-        window=st.sampled_from([1, 100, 129, 5000]),
+        window=st.sampled_from([1, 100, 129, 5000, 2**30 + 1, 2**32 - 1]),
     )
     def any_step(
         drawn: list[Request],
