@@ -182,6 +182,7 @@ def _before_pass(
     if cache is not None and cache.get_seq_length():
         rule = "must be a RemoteCache, or nothing: an attached model has its keys and values on the server"
         raise InvalidRequest(f"{name} is a {type(cache).__name__} with tokens, but {rule}", field=name)
+    _check_one_prompt(given)
     remote = attachment.new_cache()
     keeps = given.get("use_cache")
     if not (config.use_cache if keeps is None else keeps):
@@ -190,6 +191,16 @@ def _before_pass(
     if index >= 0:
         return (*args[:index], remote, *args[index + 1 :]), kwargs
     return args, kwargs | {name: remote}
+
+
+def _check_one_prompt(given: dict[str, Any]) -> None:
+    """Raises Unsupported for several prompts in one row, which transformers tells by positions that begin again."""
+    positions = given.get("position_ids")
+    if given.get("attention_mask") is not None or positions is None or positions.dim() != 2:
+        return
+    if bool((positions.diff(dim=1) != 1).any()):
+        rule = "each row must be one prompt: give each a row of its own, padded, with an attention_mask"
+        raise Unsupported(f"position_ids begin again within a row, but {rule}", field="position_ids")
 
 
 @hidden

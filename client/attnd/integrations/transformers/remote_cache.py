@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.integrations.model_session import ModelSession
 from attnd.integrations.transformers.cache_layers import layers_of
-from attnd.integrations.transformers.compiling import hidden
+from attnd.integrations.transformers.compiling import hidden, leave_out
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
 from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.padded_batch import PaddedBatch
@@ -182,7 +182,10 @@ class RemoteCache(Cache):
         keys, and several modules may share these.
         """
         number = getattr(module, "layer_idx", layer)
-        return self.rows.attend(number, self.geometry.served[layer], query, key, value, mask, options)
+        output = self.rows.attend(number, self.geometry.served[layer], query, key, value, mask, options)
+        if self.rows.is_compiled:
+            leave_out(module)
+        return output
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of each row, padding included, without those of a pass that has not reached its last layer."""

@@ -122,6 +122,11 @@ class Rows:
             self._turn.end()
         return output
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the last pass came through torch.compile."""
+        return self._pass is not None and self._pass.call.is_compiled
+
     def check_alone(self) -> None:
         """Raises InvalidRequest if another thread is in the middle of a pass."""
         if self._pass is not None:
@@ -133,6 +138,8 @@ class Rows:
         def crop() -> Copies:
             length = num_columns()
             pages = self.batch.crop(length)
+            if not length:
+                self.options.clear()
             if self.recovery is not None:
                 self.recovery.crop(length)
             return pages
@@ -201,8 +208,6 @@ class Rows:
         self._take_back()
         batch_size, num_new = query.shape[0], query.shape[2]
         real = _on_host(mask)
-        if not self.batch.num_columns:
-            self.options.clear()
         call = call_with(self._owner())
         with self.lease.lock:
             parts = self.batch.extend(batch_size, num_new, real)

@@ -11,15 +11,23 @@ import threading
 from types import FrameType
 from typing import Any
 
+from attnd.integrations.transformers.compiling import is_compiled
+
 # Names under which models take a cache.
 CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 class RunningCall:
-    """A call of a model that was running when this was made, on the thread that made it."""
+    """A call of a model that was running when this was made, on the thread that made it.
 
-    def __init__(self, frame: FrameType | None) -> None:
+    Attributes:
+        thread: that made it.
+        is_compiled: whether it goes through torch.compile.
+    """
+
+    def __init__(self, frame: FrameType | None, is_compiled: bool = False) -> None:
         """Of the call that `frame` executes; None: nobody knows which, and it is taken for over."""
+        self.is_compiled = is_compiled
         self.thread = threading.get_ident()
         self._frame = frame
 
@@ -46,14 +54,15 @@ class RunningCall:
 def call_with(cache: Any) -> RunningCall:
     """The outermost running `forward` that was given `cache`, looked for from here."""
     frame: FrameType | None = sys._getframe(1)
-    found = None
+    found, compiled = None, False
     while frame is not None:
+        compiled = compiled or is_compiled(frame)
         if frame.f_code.co_name == "forward":
             given = frame.f_locals
             if any(_holds(given.get(name), cache) for name in CACHE_NAMES):
                 found = frame
         frame = frame.f_back
-    return RunningCall(found)
+    return RunningCall(found, compiled)
 
 
 def _holds(given: Any, cache: Any) -> bool:
