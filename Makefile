@@ -43,7 +43,7 @@ CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | s
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz families soak lint audit docs format generate protos check-protos lock bench bench-planes \
+.PHONY: help demo test test-gpu fuzz families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
   bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,9 @@ fuzz: $(READY) ## a million generated requests against the server's borders, the
 
 families: $(READY) ## every family of transformers beside itself, half an hour: the table of docs/integrations.md
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.families --table $(ARGS)
+
+smollm2: $(READY) ## a real model generates in every way, with attention from a server and with its own
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests/smollm2.py $(ARGS)
 
 soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of docs/security-runs.md
 	$(PY) -m tests.soak $(ARGS)

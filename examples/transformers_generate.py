@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attnd
-from attnd.integrations.transformers import RemoteCache
+from attnd.integrations.transformers import attach
 
 PADDING = 0
 PROMPTS = {
@@ -42,12 +42,8 @@ def make_model() -> Any:
 def main(address: str = "inproc://") -> None:
     """Generates tokens after each prompt, and prints them."""
     model = make_model()
-    model.set_attn_implementation("attnd")
-    with (
-        attnd.connect(address) as client,
-        RemoteCache(client, model.config, max_tokens=512, dtype=model.dtype) as cache,
-    ):
-        tokens = model.generate(**PROMPTS, past_key_values=cache, **HOW)
+    with attnd.connect(address) as client, attach(model, client, max_tokens=512):
+        tokens = model.generate(**PROMPTS, **HOW)
     for answer in tokens[:, PROMPTS["input_ids"].shape[1] :].tolist():
         print(*answer)
 
