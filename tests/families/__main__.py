@@ -34,10 +34,12 @@ def main() -> None:
     if options.read:
         outcomes = [Outcome(**fields) for path in options.read for fields in json.loads(path.read_text())]
     else:
+        outcomes = []
         with _server(options.address) as address:
-            outcomes = list(_run(options, address))
-    if options.json:
-        options.json.write_text(json.dumps([outcome._asdict() for outcome in outcomes], indent=1))
+            for of_family in _run(options, address):
+                outcomes += of_family
+                if options.json:  # now and not at the end, which may never come
+                    options.json.write_text(json.dumps([outcome._asdict() for outcome in outcomes], indent=1))
     if options.table:
         write(markdown(outcomes, f"transformers {transformers.__version__}, torch {torch.__version__}, {_commit()}"))
     failed = [outcome for outcome in outcomes if outcome.verdict not in (EQUAL, REFUSED, ABSENT)]
@@ -58,13 +60,13 @@ def _options() -> Any:
     return parser.parse_args()
 
 
-def _run(options: Any, address: str) -> Iterator[Outcome]:
+def _run(options: Any, address: str) -> Iterator[list[Outcome]]:
     names = options.names or list(families())
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = [pool.submit(_outcomes, name, address, options.ways, options.behaviours) for name in names]
         for name, job in zip(names, jobs, strict=True):
             outcomes, remark = job.result()
-            yield from outcomes
+            yield outcomes
             print(f"{name}: {remark}", flush=True)
             for outcome in outcomes:
                 if outcome.verdict not in (EQUAL, REFUSED, ABSENT):

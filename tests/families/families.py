@@ -11,7 +11,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from tests.families.images import IMAGES
-from tests.families.overrides import LEFT_OUT, OVERRIDES
+from tests.families.overrides import LEFT_OUT, OVERRIDES, VARIANTS
 from tests.families.tiny import PAD, VOCAB, tiny_config
 
 DECODERS = "decoder"
@@ -32,16 +32,18 @@ class Family(NamedTuple):
         name: transformers' name of the model type.
         class_name: of the model.
         kind: one of the constants above.
+        overrides: of the configuration.
     """
 
     name: str
     class_name: str
     kind: str
+    overrides: dict[str, Any]
 
     def build(self, seed: int = 1) -> Any:
         """The model, in evaluation mode, with attention "eager"."""
         model_class = getattr(transformers, self.class_name)
-        config = tiny_config(model_class.config_class, self._overrides())
+        config = tiny_config(model_class.config_class, self.overrides)
         if self.kind == DECODERS and hasattr(config, "is_decoder"):
             config.is_decoder = True
         torch.manual_seed(seed)
@@ -50,10 +52,6 @@ class Family(NamedTuple):
             if any(part in name for part in _ZEROS):
                 torch.nn.init.normal_(parameter, std=1.0)
         return model
-
-    def _overrides(self) -> dict[str, Any]:
-        images = IMAGES.get(self.name)
-        return OVERRIDES.get(self.name, {}) if images is None else images.overrides
 
     def prompts(self, lengths: list[int], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """Random tokens of these lengths, padded."""
@@ -70,7 +68,11 @@ class Family(NamedTuple):
 @cache
 def families() -> dict[str, Family]:
     """Every family by its name."""
-    return {family.name: family for family in _families()}
+    found = {family.name: family for family in _families()}
+    for name, (base, overrides) in VARIANTS.items():
+        family = found[base]
+        found[name] = family._replace(name=name, overrides={**family.overrides, **overrides})
+    return found
 
 
 def _families() -> Iterator[Family]:
@@ -91,4 +93,5 @@ def _families() -> Iterator[Family]:
                 continue
             seen.add(class_name)
             label = f"{name} (decoder)" if kind == DECODERS and name in others else name
-            yield Family(label, class_name, kind)
+            overrides = IMAGES[label].overrides if label in IMAGES else OVERRIDES.get(label, {})
+            yield Family(label, class_name, kind, overrides)

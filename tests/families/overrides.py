@@ -68,6 +68,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _RECURRENT},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "prophetnet": {"num_decoder_layers": 4, "num_encoder_layers": 4},
     "prophetnet (decoder)": {"num_decoder_layers": 4, "num_encoder_layers": 4, "is_decoder": True},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp (decoder)": _QWEN4,
@@ -78,7 +79,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_shape": [16, 16],
         "attn_layers": ["local"] * 4,
     },
-    "t5": {"decoder_start_token_id": 1},
+    **{name: {"decoder_start_token_id": 1} for name in ("t5", "udop")},
     "speech_to_text": {"input_feat_per_channel": 16, "max_source_positions": 64},
     "whisper": {"num_mel_bins": 16, "max_source_positions": 16},
     "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 16},
@@ -87,12 +88,59 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+_YARN = {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+# Families in another shape: the family, and its overrides.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert, cross attention": ("bert", {"add_cross_attention": True}),
+    "cohere2, all windowed": ("cohere2", {"layer_types": ["sliding_attention"] * 4}),
+    "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "gpt2, upcast": ("gpt2", {"reorder_and_upcast_attn": True}),
+    "gpt_bigcode, many heads": ("gpt_bigcode", {"multi_query": False}),
+    "granitemoehybrid, attention only": ("granitemoehybrid", {"layer_types": ["full_attention"] * 4}),
+    "llama, one KV head": ("llama", {"num_key_value_heads": 1}),
+    "llama, one layer": ("llama", {"num_hidden_layers": 1}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True, "initializer_range": 0.1}),
+    "llama, wide heads": ("llama", {"head_dim": 80, "num_key_value_heads": 4}),
+    "llama, yarn": ("llama", {"rope_parameters": _YARN}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "mistral, window of two": ("mistral", {"sliding_window": 2}),
+    "opt, norm behind": ("opt", {"do_layer_norm_before": False}),
+    "qwen3, no window": ("qwen3", {"layer_types": ["full_attention"] * 4, "use_sliding_window": False}),
+}
+
+_LARGE = ("Emu3ForConditionalGeneration", "VibeVoiceAsrForConditionalGeneration", "Florence2ForConditionalGeneration")
+_NEEDS_IMAGES = (
+    *("BlipForConditionalGeneration", "Blip2ForConditionalGeneration", "DeepseekOcr2ForConditionalGeneration"),
+    *(
+        "UdopForConditionalGeneration",
+        "Granite4VisionForConditionalGeneration",
+        "HunYuanVLForConditionalGeneration",
+        "IdeficsForVisionText2Text",
+    ),
+    *("InstructBlipForConditionalGeneration", "InstructBlipVideoForConditionalGeneration"),
+    *("Kosmos2ForConditionalGeneration", "PPFormulaNetForConditionalGeneration", "VisionEncoderDecoderModel"),
+    *("Pix2StructForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration"),
+)
+_NEEDS_MORE = (
+    *("Cosmos3EdgeForConditionalGeneration", "DiffusionGemmaForBlockDiffusion", "Dots3NoteForConditionalGeneration"),
+    *("Ernie4_5_VLMoeForConditionalGeneration", "FastVlmForConditionalGeneration", "Gemma3nForConditionalGeneration"),
+    *("GraniteDoclingForConditionalGeneration", "Inkling2ForConditionalGeneration", "InklingForConditionalGeneration"),
+    *("Mistral4ForCausalLM", "Molmo2ForConditionalGeneration", "MuseSparkForConditionalGeneration"),
+    *("Nemotron3_5TranscribeForConditionalGeneration", "NemotronH_Omni_Reasoning_V3"),
+    *("PerceptionLMForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"),
+    *("Qwen3OmniMoeThinkerForConditionalGeneration", "Glm5NextForConditionalGeneration"),
+)
+
 # Classes that are left out, and why.
 LEFT_OUT: dict[str, str] = {
     "BltForCausalLM": "four models in one, and no number of layers",
     "PI0ForConditionalGeneration": "generates actions, not tokens",
-    **dict.fromkeys(("Dots3NoteForConditionalGeneration", "Mistral4ForCausalLM"), "not built so small yet"),
-    "Emu3ForConditionalGeneration": "not small: 240 million weights make its images",
+    **dict.fromkeys(_NEEDS_IMAGES, "answers to images only"),
+    **dict.fromkeys(
+        _NEEDS_MORE, "small numbers alone make no configuration of it, or it needs packages that are not here"
+    ),
+    **dict.fromkeys(_LARGE, "small numbers leave it with a hundred million weights"),
     **dict.fromkeys(("MusicgenForCausalLM", "MusicgenMelodyForCausalLM"), "several codebooks a token"),
     **dict.fromkeys(
         ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), "a draft that reads the keys of its model"

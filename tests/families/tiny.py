@@ -59,6 +59,12 @@ _SMALL: dict[str, Any] = {
     "forced_eos_token_id": None,
     "forced_bos_token_id": None,
     "tie_word_embeddings": False,
+    # Features that a default leaves out.
+    **dict.fromkeys(("attention_bias", "qk_layernorm", "scale_attn_by_inverse_layer_idx"), True),
+    **dict.fromkeys(("attention_multiplier", "key_multiplier"), 0.4),
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 3.0,
+    "clip_qkv": 4.0,
     # What would make a run differ from the next.
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "layerdrop"), 0.0),
 }
