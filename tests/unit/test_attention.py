@@ -16,8 +16,12 @@ import attnd
 from attnd.errors import Disconnected, InvalidRequest
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.attention import Attention, attach
+from attnd.integrations.model_session import ModelSession
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.v1 import backend_pb2, cache_pb2
+from attnd_server.build import build_service
+from attnd_server.config import ServerConfig
+from attnd_server.inproc import InprocTransport
 from tests.unit.plain import PlainCache
 
 HEADS, KV_HEADS, DIM, SCALE, PAGE_SIZE = 4, 2, 8, 0.3, 4
@@ -410,3 +414,29 @@ def test_the_rest_of_the_client_does_not_load_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+@pytest.mark.parametrize("kind", ["cache", "session"])
+def test_a_cache_is_served_in_as_many_steps_as_it_takes(kind: str) -> None:
+    """Over a server whose steps have fewer tokens than the prompt."""
+    service = build_service(ServerConfig(device="cpu", max_step_tokens=3))
+    with attnd.Client(InprocTransport(service)) as client:
+        geometry = {"num_kv_heads": KV_HEADS, "head_dim": DIM, "page_size": 4, "num_pages": 8}
+        with client.create_cache(num_layers=1, dtype="float32", **geometry) as cache:
+            layer = _attention()
+            attach(layer, cache if kind == "cache" else ModelSession(cache))
+            q, k, v = _tensors(9)
+            outputs = []
+            for context_len, num_new in ((0, 7), (7, 1), (8, 1)):
+                slots = range(context_len, context_len + num_new)
+                _install(attnd.StepMetadata([num_new], [context_len], [[0, 1, 2]], slots))
+                outputs.append(layer(*(each[slots.start : slots.stop] for each in (q, k, v))))
+    expected = nn.functional.scaled_dot_product_attention(
+        q.view(9, HEADS, DIM).transpose(0, 1),
+        k.view(9, KV_HEADS, DIM).transpose(0, 1),
+        v.view(9, KV_HEADS, DIM).transpose(0, 1),
+        is_causal=True,
+        scale=SCALE,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(torch.cat(outputs), expected.transpose(0, 1).reshape(9, -1))

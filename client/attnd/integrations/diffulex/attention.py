@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnd.cache import Cache
 from attnd.errors import InvalidRequest
 from attnd.foreign_metadata import check_options, from_diffulex
 from attnd.integrations.diffulex import metadata as diffulex
 from attnd.integrations.diffulex.geometry import check_geometry
+from attnd.integrations.model_pass import ModelPass
+from attnd.integrations.model_session import ModelSession
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
@@ -126,10 +129,15 @@ class Attention(nn.Module):
         )
 
 
-def attach(model: nn.Module, session: Session | CudaSession) -> int:
+def attach(model: nn.Module, session: Session | CudaSession | ModelSession | Cache) -> int:
     """Numbers the `Attention` layers of a model in the order of `model.modules()`, and has `session` serve them.
 
     A layer that the model uses twice gets one number. Attaching again replaces what was there.
+
+    Args:
+        model: with layers of this class.
+        session: a `ModelSession`, over the fastest plane there is and with steps of any size; or a session of one
+            plane, as it is. A cache is a ModelSession of it.
 
     Returns:
         The number of layers.
@@ -138,6 +146,7 @@ def attach(model: nn.Module, session: Session | CudaSession) -> int:
         InvalidRequest: the model has no such layer, or its geometry is not the cache's; nothing is attached then.
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
+    session = ModelSession(session) if isinstance(session, Cache) else session
     config = session.cache.config
     if not 0 < len(layers) <= config.num_layers:
         raise InvalidRequest(
@@ -161,11 +170,11 @@ def attach(model: nn.Module, session: Session | CudaSession) -> int:
 class _Steps:
     """The step of the running forward pass: opened by its first layer, shared by the others."""
 
-    def __init__(self, session: Session | CudaSession, options: list[AttentionOptions]) -> None:
+    def __init__(self, session: Session | CudaSession | ModelSession, options: list[AttentionOptions]) -> None:
         self._session = session
         self._options = options  # of every layer
         self._metadata: Any = None  # held, so that its identity is not given to a later object
-        self._step: Step | CudaStep | None = None
+        self._step: Step | CudaStep | ModelPass | None = None
         self._kv = True
         self._layers: set[int] = set()
         self._warm: set[tuple[bytes, int, int, int]] = set()  # what the server warmed up for
@@ -175,19 +184,23 @@ class _Steps:
     ) -> torch.Tensor:
         if q.is_cuda and not isinstance(self._session, CudaSession) and _is_capturing():
             rule = "must be cuda while a CUDA graph is captured: cache.session(plane='cuda')"
-            raise InvalidRequest(f"plane is {self._session.plane or 'not cuda'}, but {rule}", field="plane")
+            is_one = isinstance(self._session, Session)
+            given = f"plane is {self._session.plane or 'not cuda'}" if is_one else "the session is a ModelSession"
+            raise InvalidRequest(f"{given}, but {rule}", field="plane")
         step = self._current(layer)
         if diffulex.is_warming_up():
             self._warm_up(q.shape[1], options)
         new_k, new_v = (k, v) if self._kv else (None, None)
         try:
             output: torch.Tensor = step.attend(layer, q, new_k, new_v, options)
+            if isinstance(step, ModelPass) and len(self._layers) == len(self._options):
+                step.finish()  # before anything is made of the last output
         except BaseException:
             self._step = None  # the stream may have ended: whoever tries again needs another step
             raise
         return output
 
-    def _current(self, layer: int) -> Step | CudaStep:
+    def _current(self, layer: int) -> Step | CudaStep | ModelPass:
         """The open step if `layer` belongs to it, else a new one.
 
         It does not belong to it if the metadata is another object, or if the layer ran already: then this is another
@@ -201,7 +214,7 @@ class _Steps:
         self._layers.add(layer)
         return self._step
 
-    def _open(self, metadata: Any) -> Step | CudaStep:
+    def _open(self, metadata: Any) -> Step | CudaStep | ModelPass:
         if not isinstance(metadata, StepMetadata):
             check_geometry(metadata, self._session.cache.config)
             metadata = from_diffulex(metadata)
@@ -211,6 +224,8 @@ class _Steps:
             check_options(metadata, options)
         self._kv = not metadata.cache_only
         self._opened = metadata
+        if isinstance(self._session, ModelSession):
+            return self._session.begin(metadata, layers=tuple(range(len(self._options))))
         return self._session.step(metadata)
 
     def _warm_up(self, num_heads: int, options: AttentionOptions) -> None:
