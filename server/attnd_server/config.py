@@ -183,7 +183,7 @@ class ServerConfig:
     )
     max_planes: int = setting(64, Kind.COUNT, SHARED_MEMORY, "Sessions with shared memory.", unit="sessions", low=1)
     cuda_region_bytes: int = setting(
-        64 << 20,
+        128 << 20,
         Kind.BYTES,
         SHARED_MEMORY,
         "Memory of the GPU that a session with a cuda plane takes for its tensors.",

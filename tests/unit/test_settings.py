@@ -59,7 +59,7 @@ KNOWN = {
         "--socket-uids": ("ATTND_SOCKET_UIDS", frozenset()),
         "--region-bytes": ("ATTND_REGION_BYTES", 536870912),
         "--max-planes": ("ATTND_MAX_PLANES", 64),
-        "--cuda-region-bytes": ("ATTND_CUDA_REGION_BYTES", 67108864),
+        "--cuda-region-bytes": ("ATTND_CUDA_REGION_BYTES", 128 << 20),
         "--max-cuda-planes": ("ATTND_MAX_CUDA_PLANES", 16),
     },
     "Who may call, and encryption": {
