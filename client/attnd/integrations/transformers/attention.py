@@ -8,6 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.remote_cache import OWNER, RemoteCache
 from attnd.protocol.attention_options import AttentionOptions
@@ -116,7 +117,7 @@ def _options(
     kwargs: dict[str, Any],
 ) -> AttentionOptions:
     """A layer's options, made at its first call."""
-    window = _window(cache, getattr(module, "layer_idx", layer), mask, kwargs)
+    window = _window(cache, number_of(module, layer), mask, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     key = (layer, scaling, window, softcap, _state_of(sinks))
     options = cache.rows.options.get(key)

@@ -6,6 +6,7 @@ import weakref
 from typing import Any, Protocol
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 from attnd.integrations.transformers.geometry import Geometry
@@ -30,8 +31,18 @@ class Owner(Protocol):
 
 
 def layers_of(owner: Owner, geometry: Geometry) -> list[Any]:
-    """The layers of a cache, one for each of the model."""
-    return [RemoteLayer(owner, number) for number in range(geometry.num_layers)]
+    """The layers of a cache, one for each of the model; `local_layers.put` puts those with states in their places."""
+    nothing = getattr(cache_utils, "DummyLayer", None)
+    return [
+        RemoteLayer(owner, number) if number in geometry.served or nothing is None else nothing()
+        for number in range(geometry.num_layers)
+    ]
+
+
+def number_of(module: torch.nn.Module, layer: int) -> int:
+    """The number of a module that attends to keys of the cache's layer `layer`: its own, as several may share these."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) and number >= 0 else layer  # one module may run as several layers
 
 
 class RemoteLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__

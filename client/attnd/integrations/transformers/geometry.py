@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from attnd.errors import Unsupported
@@ -10,7 +10,19 @@ from attnd.errors import Unsupported
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+# transformers' names of layers with keys and values of their own, of those with states that are no keys, and of those
+# with both. Of "dummy" layers no cache keeps anything: they have no attention, or attend to the keys of another.
+_ATTENDING = ("full_attention", "sliding_attention")
+_RECURRENT = ("linear_attention", "conv")
+_BOTH = ("hybrid", "hybrid_sliding")
+_NOTHING = ("dummy",)
+_KNOWN = _ATTENDING + _RECURRENT + _BOTH + _NOTHING
+_SLIDING = ("sliding_attention", "hybrid_sliding")
+# By model type: what a model asks of its cache that no RemoteCache has.
+_OWN_CACHES = {
+    "minimax": "takes a MiniMaxCache only",
+    "recurrent_gemma": "keeps the states of its recurrences in its modules",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,9 @@ class Geometry:
         last_number: of the last module that attends in a pass.
         num_kv_heads: KV heads per layer.
         head_dim: elements per head of q and k.
+        head_dim_v: elements per head of v.
         windows: of each layer of the model, the sliding window in tokens; 0: none.
+        num_states: by the number of each layer with convolutions or a recurrence, how many: their states stay here.
     """
 
     num_layers: int
@@ -31,38 +45,112 @@ class Geometry:
     last_number: int
     num_kv_heads: int
     head_dim: int
+    head_dim_v: int
     windows: tuple[int, ...]
+    num_states: dict[int, int] = field(default_factory=dict)
 
     def of_cache(self) -> dict[str, Any]:
         """Arguments of `create_cache`."""
-        return {"num_layers": len(self.served), "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        return {
+            "num_layers": len(self.served),
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+        }
 
 
 def geometry_of(config: PreTrainedConfig) -> Geometry:
     """What a decoder's layers have in common.
 
     Raises:
-        Unsupported: a layer is not plain attention over keys and values of its own.
+        Unsupported: a layer is none of those that are served, or that keep their states here; or layers differ.
     """
     if config.is_encoder_decoder:
         raise Unsupported("the model is an encoder-decoder, but must be a decoder: cross-attention is not served")
-    if getattr(config, "kv_lora_rank", None):
-        raise Unsupported("the model caches latents (kv_lora_rank is set), but must cache keys and values")
-    num_layers = config.num_hidden_layers
-    sliding = getattr(config, "sliding_window", None) or 0
-    layer_types = (
-        getattr(config, "layer_types", None) or ["sliding_attention" if sliding else "full_attention"] * num_layers
-    )
-    for number, layer_type in enumerate(layer_types):
-        if layer_type not in _LAYER_TYPES:
-            rule = f"must be one of {', '.join(_LAYER_TYPES)}"
+    _check_known(config)
+    configs = _layer_configs(config)
+    reused = [number for number, mode in enumerate(getattr(config, "kv_sharing_modes", None) or ()) if mode == "reuse"]
+    types = _layer_types(config, configs)
+    for number in reused:
+        types[number] = "dummy"
+    for number, layer_type in enumerate(types):
+        if layer_type not in _KNOWN:
+            rule = f"must be one of {', '.join(_KNOWN)}"
             raise Unsupported(f"layer_types[{number}] is {layer_type}, but {rule}", field="layer_types")
-    num_heads = config.num_attention_heads
+    served = [number for number, layer_type in enumerate(types) if layer_type in _ATTENDING + _BOTH]
+    if not served:
+        rule = "must, for them to be served: generate without a RemoteCache"
+        raise Unsupported(f"no layer of a {config.model_type} model attends to cached keys, but one {rule}")
+    shapes = {number: _shape(configs[number]) for number in served}
+    for number, shape in shapes.items():
+        if shape != shapes[served[0]]:
+            names = "KV heads, elements of keys, and elements of values"
+            rule = f"must be those of layer {served[0]}, {shapes[served[0]]}: one cache has one geometry"
+            raise Unsupported(f"{names} of layer {number} are {shape}, but {rule}")
+    num_kv_heads, head_dim, head_dim_v = shapes[served[0]]
+    windows = [
+        getattr(each, "sliding_window", None) or 0 if layer_type in _SLIDING else 0
+        for layer_type, each in zip(types, configs, strict=True)
+    ]
     return Geometry(
-        num_layers=num_layers,
-        served={number: number for number in range(num_layers)},
-        last_number=num_layers - 1,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        windows=tuple(sliding if layer_type == "sliding_attention" else 0 for layer_type in layer_types),
+        num_layers=len(types),
+        served={number: layer for layer, number in enumerate(served)},
+        last_number=max(served + reused),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        windows=tuple(windows),
+        num_states={
+            number: getattr(configs[number], "number_of_conv_states", 1)
+            for number, layer_type in enumerate(types)
+            if layer_type in _RECURRENT + _BOTH
+        },
     )
+
+
+def _check_known(config: PreTrainedConfig) -> None:
+    """Raises Unsupported for models whose cache is not one of layers of keys and values, or of states."""
+    name = config.model_type
+    for missing in ("num_hidden_layers", "num_attention_heads"):
+        if not hasattr(config, missing) and not _is_of_layers(config, missing):
+            rule = "must, for its keys and values to be served: generate without a RemoteCache"
+            raise Unsupported(f"the configuration of a {name} model has no {missing}, but {rule}")
+    if getattr(config, "kv_lora_rank", None):
+        raise Unsupported(f"a {name} model caches latents (kv_lora_rank is set), but must cache keys and values")
+    if name in _OWN_CACHES:
+        raise Unsupported(f"a {name} model {_OWN_CACHES[name]}, but must take a cache of keys and values")
+
+
+def _is_of_layers(config: PreTrainedConfig, name: str) -> bool:
+    """Whether each layer has a value of its own of that name: asking for the model's raises."""
+    return name in (getattr(config, "per_layer_attributes", None) or ())
+
+
+def _layer_configs(config: PreTrainedConfig) -> list[Any]:
+    """The configuration of each layer; most models have one for all."""
+    each = getattr(config, "per_layer_config", None)
+    number = config.num_hidden_layers
+    return [config] * number if each is None else [each[layer] for layer in range(number)]
+
+
+def _layer_types(config: PreTrainedConfig, configs: list[Any]) -> list[str]:
+    """Transformers' name of what each layer caches."""
+    given = getattr(config, "layer_types", None)
+    if given is None:
+        given = [
+            "sliding_attention"
+            if getattr(each, "sliding_window", None)
+            else "chunked_attention"
+            if getattr(each, "attention_chunk_size", None)
+            else "full_attention"
+            for each in configs
+        ]
+    return ["dummy" if layer_type in ("moe", "mlp") else layer_type for layer_type in given]
+
+
+def _shape(config: Any) -> tuple[int, int, int]:
+    """A layer's KV heads, elements per head of q and k, and elements per head of v."""
+    num_heads = config.num_attention_heads
+    num_kv_heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_kv_heads or num_heads, head_dim, getattr(config, "v_head_dim", None) or head_dim

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import NamedTuple
+
 import torch
 
 from attnd.errors import InvalidRequest, Unsupported
@@ -9,42 +12,70 @@ from attnd.integrations.transformers.running import RunningCall
 from attnd.integrations.transformers.served_pass import ServedPass
 
 
-class Pass:
-    """A pass that was begun.
+class Touch(NamedTuple):
+    """What a layer does with states of its own; once in a pass.
 
     Attributes:
-        served: its steps.
-        numbers: of the modules that have attended, in order.
-        is_dead: whether it cannot go on: an exception came through a layer's attention.
-        is_finished: whether its last layer has attended.
+        number: of the layer.
+        state: number of the state.
+        name: of the method of the cache.
     """
 
-    def __init__(
-        self,
-        call: RunningCall,
-        served: ServedPass,
-        mask: torch.Tensor | None,
-        real: torch.Tensor | None,
-        num_new: int,
-    ) -> None:
-        """A pass whose first layer is about to attend.
+    number: int
+    state: int
+    name: str
+
+
+class Pass:
+    """A pass that was begun: by a layer that attends, or by one that has states of its own.
+
+    Attributes:
+        call: of the model.
+        numbers: of the modules that have attended, in order.
+        touched: what other layers have done.
+        last_touch: the layer's call that did the last of it.
+        has_attended: whether its last layer that attends has.
+        is_dead: whether it cannot go on: an exception came through a layer's attention.
+        is_finished: whether it counts: no layer is missing.
+    """
+
+    def __init__(self, call: RunningCall) -> None:
+        """Of the call of a model."""
+        self.call = call
+        self.numbers: list[int] = []
+        self.touched: set[Touch] = set()
+        self.last_touch: RunningCall | None = None
+        self.has_attended = False
+        self.is_dead = False
+        self.is_finished = False
+        self._served: ServedPass | None = None
+        self._masks: list[torch.Tensor | None] = []
+        self._real: torch.Tensor | None = None
+        self._num_new = 0
+        self._windows = {0}  # that were found to mean the same in columns and in real tokens
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` was called."""
+        return self._served is not None
+
+    @property
+    def served(self) -> ServedPass:
+        """Its steps."""
+        assert self._served is not None
+        return self._served
+
+    def open(self, served: ServedPass, mask: torch.Tensor | None, real: torch.Tensor | None, num_new: int) -> None:
+        """The first layer is about to attend.
 
         Args:
-            call: of the model.
             served: runs its steps.
-            mask: that the first layer was given.
+            mask: that the layer was given.
             real: bool `[batch_size, num_columns]` on the host, what that mask says; None: all tokens are real.
             num_new: its columns.
         """
-        self.call = call
-        self.served = served
-        self.numbers: list[int] = []
-        self.is_dead = False
-        self.is_finished = False
-        self._masks = [mask]
-        self._real = real
-        self._num_new = num_new
-        self._windows = {0}  # that were found to mean the same in columns and in real tokens
+        self._masks, self._real, self._num_new = [mask], real, num_new
+        self._served = served
 
     def goes_on_with(self, number: int) -> bool:
         """Whether the module `number` of a layer belongs to this pass; False: it begins another.
@@ -60,6 +91,18 @@ class Pass:
             rule = "a RemoteCache serves one attention over its own keys for each layer"
             raise Unsupported(f"layer {number} attends twice in one pass of the model, but {rule}")
         return False
+
+    def goes_on_to(self, touch: Touch) -> bool:
+        """Whether what a layer does with its states belongs to this pass; False: it begins another."""
+        return not self.is_finished and not self.is_dead and touch not in self.touched
+
+    def has_touched(self, states: Set[tuple[int, int]]) -> bool:
+        """Whether the layers of these states, `(layer, state)`, have done all that they do in a pass."""
+        if self.call.has_returned:
+            return True
+        last = self.last_touch
+        is_done = last is None or not last.is_known or last.has_returned
+        return is_done and states <= {(touch.number, touch.state) for touch in self.touched}
 
     def check_alone(self) -> None:
         """Raises InvalidRequest if another thread is in the middle of this pass."""

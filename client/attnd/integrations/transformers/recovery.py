@@ -22,6 +22,7 @@ import torch
 
 from attnd.errors import CacheLost, Disconnected, InvalidRequest, Unsupported
 from attnd.integrations.transformers.hooks import Seen, decoder_of, unwatch, watch
+from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.served_pass import ServedPass
 
 if TYPE_CHECKING:
@@ -278,3 +279,10 @@ def check_choice(on_cache_lost: str, model: Any) -> None:
         raise InvalidRequest(f"on_cache_lost is {on_cache_lost!r}, but {rule}", field="on_cache_lost")
     if (on_cache_lost == "recompute") != (model is not None):
         raise InvalidRequest('model must be given with on_cache_lost="recompute", and only then', field="model")
+
+
+def check_states(states: States) -> None:
+    """Raises Unsupported where layers keep states here, which would have to be computed again too."""
+    if states.numbers:
+        rule = 'on_cache_lost="recompute" needs a model whose layers all attend: use "raise"'
+        raise Unsupported(f"the model has convolutions or recurrences, whose states stay here, but {rule}")

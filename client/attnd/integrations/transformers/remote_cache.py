@@ -9,17 +9,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.integrations.model_session import ModelSession
-from attnd.integrations.transformers.cache_layers import layers_of
+from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden, leave_out
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
 from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.padded_batch import PaddedBatch
-from attnd.integrations.transformers.recovery import Recovery, check_choice
+from attnd.integrations.transformers.recovery import Recovery, check_choice, check_states
 from attnd.integrations.transformers.rows import Rows
+from attnd.integrations.transformers.stateful_cache import StatefulCache
 from attnd.planes.choice import check_plane
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 OWNER = "_attnd_owner"
 
 
-class RemoteCache(Cache):
+class RemoteCache(StatefulCache):
     """A transformers cache whose keys and values lie on a server.
 
     A pass of the model counts when its last layer has attended. One that was stopped before, by Ctrl-C or by any
@@ -111,18 +112,20 @@ class RemoteCache(Cache):
             kv_split=kv_split,
             name=name,
         )
+        states = self._begin(geometry)
+        if model is not None:
+            check_states(states)
         lease = Leasing(create, num_pages, page_size)
-        self._begin(geometry)
-        self.rows = Rows(self, geometry, lease, PaddedBatch(lease.pool), plane)
+        self.rows = Rows(self, geometry, lease, PaddedBatch(lease.pool), states, plane)
         if model is not None:
             self.rows.recovery = Recovery(self.rows, self, model)
 
-    def _begin(self, geometry: Geometry) -> None:
-        """What a new one and a fork have in common."""
-        super().__init__(layers=layers_of(self, geometry))
-        self.geometry = geometry
+    def _begin(self, geometry: Geometry) -> States:
+        """What a new one and a fork have in common. Gives the states that stay here."""
+        states = self.begin(geometry)
         self.is_for_one_pass = False
         self._unread: tuple[int, int] | None = None  # layer whose keys no attention has read yet, and its thread
+        return states
 
     @property
     def cache(self) -> ServersCache:
@@ -181,7 +184,7 @@ class RemoteCache(Cache):
         A pass is begun by the first layer that attends; a layer's number in `module` tells, as `layer` is that of the
         keys, and several modules may share these.
         """
-        number = getattr(module, "layer_idx", layer)
+        number = number_of(module, layer)
         output = self.rows.attend(number, self.geometry.served[layer], query, key, value, mask, options)
         if self.rows.is_compiled:
             leave_out(module)
@@ -192,6 +195,7 @@ class RemoteCache(Cache):
         recovery = self.rows.recovery
         if recovery is not None and recovery.is_computing:
             return recovery.num_columns
+        self.rows.see_end()
         return self.rows.batch.num_columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -228,8 +232,8 @@ class RemoteCache(Cache):
             Exhausted: no page is free for the copy of one that is partly filled.
         """
         other = RemoteCache.__new__(RemoteCache)
-        other._begin(self.geometry)
-        other.rows = self.rows.fork(other)
+        states = other._begin(self.geometry)
+        other.rows = self.rows.fork(other, states)
         return other
 
     def reset(self) -> None:

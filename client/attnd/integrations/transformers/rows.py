@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
-from attnd.errors import InvalidRequest
 from attnd.integrations.model_session import ModelSession
+from attnd.integrations.transformers.course import Passes
 from attnd.integrations.transformers.geometry import Geometry
 from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.padded_batch import PaddedBatch
-from attnd.integrations.transformers.passes import Pass
-from attnd.integrations.transformers.recovering import Recovering
-from attnd.integrations.transformers.running import call_with
-from attnd.integrations.transformers.served_pass import ServedPass
 from attnd.planes.call_threads import start_last
-from attnd.planes.turns import Turn
 from attnd.protocol.attention_options import AttentionOptions
-
-log = logging.getLogger(__name__)
 
 Copies = list[tuple[int, int]]
 """`(source, target)` of pages to copy."""
 
 
-class Rows:
-    """Rows whose tokens lie in the pages of a lease, and the passes of a model that add to them.
-
-    A pass counts when its last layer has attended. One that was stopped before, by Ctrl-C or by any error, never was:
-    what comes next takes its tokens back.
-
-    Attributes:
-        lease: the server's memory.
-        session: what its steps run on.
-        batch: which tokens there are.
-        recovery: what computes lost KV again, if somebody asked for it.
-        options: of the layers, made at their first calls; made anew with each prompt, as sinks may have changed.
-    """
+class Rows(Passes):
+    """Rows whose tokens lie in the pages of a lease, and the passes of a model that add to them."""
 
     def __init__(
         self,
@@ -49,6 +30,7 @@ class Rows:
         geometry: Geometry,
         lease: Leasing,
         batch: PaddedBatch,
+        states: States,
         plane: str,
         like: ModelSession | None = None,
     ) -> None:
@@ -59,20 +41,14 @@ class Rows:
             geometry: of the model.
             lease: one share of it.
             batch: its rows so far.
+            states: of layers that have them here.
             plane: as of `ModelSession`.
             like: as of `ModelSession`.
         """
-        self.lease = lease
-        self.session = ModelSession(lease.cache, plane) if like is None else ModelSession(lease.cache, plane, like=like)
-        self.batch = batch
-        self.recovery: Recovering | None = None
-        self.options: dict[Any, AttentionOptions] = {}
-        self._owner = weakref.ref(owner)
-        self._geometry = geometry
+        session = ModelSession(lease.cache, plane) if like is None else ModelSession(lease.cache, plane, like=like)
+        super().__init__(owner, geometry, lease, session, batch, states)
         self._plane = plane
-        self._pass: Pass | None = None
-        self._turn = Turn("RemoteCache")
-        self._end = weakref.finalize(owner, start_last, partial(_end, self.session, lease, batch))
+        self._end = weakref.finalize(owner, start_last, partial(_end, session, lease, batch))
         self._end.atexit = False
 
     def attend(
@@ -113,7 +89,9 @@ class Rows:
 
             output = attend() if recovery is None else recovery.attend(now, attend)
             if number == self._geometry.last_number:
-                self._finish(now)
+                now.served.finish()  # before anything is made of its last output
+                now.has_attended = True
+                self.see_end()
         except BaseException:
             if self._pass is not None:
                 self._pass.is_dead = True
@@ -122,22 +100,15 @@ class Rows:
             self._turn.end()
         return output
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the last pass came through torch.compile."""
-        return self._pass is not None and self._pass.call.is_compiled
-
-    def check_alone(self) -> None:
-        """Raises InvalidRequest if another thread is in the middle of a pass."""
-        if self._pass is not None:
-            self._pass.check_alone()
-
     def crop(self, num_columns: Callable[[], int]) -> None:
         """Keeps so many tokens of each row, padding included; asked for when a stopped pass was taken back."""
 
         def crop() -> Copies:
             length = num_columns()
+            num_removed = self.batch.num_columns - length
+            self.states.check_crop(num_removed, length)
             pages = self.batch.crop(length)
+            self.states.crop(num_removed)
             if not length:
                 self.options.clear()
             if self.recovery is not None:
@@ -152,20 +123,26 @@ class Rows:
         def select() -> Copies:
             chosen = indices()
             pages = self.batch.select(chosen)
+            self.states.select(chosen)
             if self.recovery is not None:
                 self.recovery.select(chosen)
             return pages
 
         self._change(select, self.batch)
 
-    def fork(self, owner: object) -> Rows:
-        """The same rows for another owner. Full pages are shared, partly filled ones copied on the server."""
+    def fork(self, owner: object, states: States) -> Rows:
+        """The same rows for another owner, whose states are made the same.
+
+        Full pages are shared, partly filled ones copied on the server.
+        """
         self.settle()
         with self.lease.lock:
             batch, pages = self.batch.fork()
             self.lease.share()
-        other = Rows(owner, self._geometry, self.lease, batch, self._plane, self.session)
+        other = Rows(owner, self._geometry, self.lease, batch, states, self._plane, self.session)
         self._change(lambda: pages, batch)
+        self.states.copy_to(states)
+        other._first = self._first
         if self.recovery is not None:
             other.recovery = self.recovery.fork(other, owner)
         return other
@@ -181,9 +158,10 @@ class Rows:
 
     def clear(self) -> None:
         """Forgets all rows. Helps after any error."""
-        self._pass = None
+        self._pass = self._first = None
         with self.lease.lock:
             self.batch.clear(None if self.lease.is_shared else self.lease.renew_pool())
+        self.states.clear()
         if self.recovery is not None:
             self.recovery.clear()
         self.options.clear()
@@ -197,41 +175,6 @@ class Rows:
             with self.lease.lock:
                 self.batch.clear()
             self.lease.release()
-
-    def _pass_of(self, number: int, query: torch.Tensor, mask: torch.Tensor | None) -> Pass:
-        """The pass that a layer belongs to: the one under way, or a new one."""
-        now = self._pass
-        if now is not None and now.goes_on_with(number):
-            if not now.knows(mask):
-                now.check_mask(number, mask, _on_host(mask))
-            return now
-        self._take_back()
-        batch_size, num_new = query.shape[0], query.shape[2]
-        real = _on_host(mask)
-        call = call_with(self._owner())
-        with self.lease.lock:
-            parts = self.batch.extend(batch_size, num_new, real)
-        now = Pass(call, ServedPass(self.session, parts), mask, real, num_new)
-        if self.recovery is not None:
-            self.recovery.begin(num_new)
-        self._pass = now
-        return now
-
-    def _finish(self, now: Pass) -> None:
-        now.served.finish()  # before anything is made of its last output
-        self.batch.commit()
-        if self.recovery is not None:
-            self.recovery.commit()
-        now.is_finished = True
-        now.call.forget()
-
-    def _take_back(self) -> None:
-        stopped, self._pass = self._pass, None
-        with self.lease.lock:
-            if not self.batch.take_back():
-                return
-        at = stopped.numbers[-1] if stopped is not None and stopped.numbers else 0
-        log.warning("a pass was stopped at layer %d of %d: its tokens are taken back", at, self._geometry.last_number)
 
     def _change(self, change: Callable[[], Copies], changed: PaddedBatch) -> None:
         """Changes rows between passes, and copies the pages that `change` returns; then `changed` is whole."""
@@ -252,18 +195,6 @@ class Rows:
 
     def _copy(self, sources: list[int], targets: list[int]) -> None:
         self.lease.cache.copy_pages(sources, targets)
-
-
-def _on_host(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as it is read: one copy, instead of one for each question."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        rule = "must be [batch_size, num_columns] of bool: causal, with padding"
-        raise InvalidRequest(
-            f"attention_mask has shape {list(mask.shape)} of {mask.dtype}, but {rule}", field="attention_mask"
-        )
-    return mask.detach().cpu()
 
 
 def _end(session: ModelSession, lease: Leasing, batch: PaddedBatch) -> None:

@@ -6,6 +6,7 @@ deadline. What it can know is whether the call that began the pass is still on i
 
 from __future__ import annotations
 
+import dis
 import sys
 import threading
 from types import FrameType
@@ -46,13 +47,26 @@ class RunningCall:
             frame = frame.f_back
         return frame is not None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of it."""
+        return self._frame is not None
+
+    @property
+    def has_returned(self) -> bool:
+        """Whether it has ended, and with a result: the last that it executed was a return."""
+        frame = self._frame
+        if frame is None or self.is_running:
+            return False
+        return frame.f_lasti >= 0 and dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
+
     def forget(self) -> None:
         """Lets go of the frame, and so of the call's tensors; the call is taken for over."""
         self._frame = None
 
 
-def call_with(cache: Any) -> RunningCall:
-    """The outermost running `forward` that was given `cache`, looked for from here."""
+def call_with(cache: Any, innermost: bool = False) -> RunningCall:
+    """The outermost running `forward` that was given `cache`, or the innermost one, looked for from here."""
     frame: FrameType | None = sys._getframe(1)
     found, compiled = None, False
     while frame is not None:
@@ -61,6 +75,8 @@ def call_with(cache: Any) -> RunningCall:
             given = frame.f_locals
             if any(_holds(given.get(name), cache) for name in CACHE_NAMES):
                 found = frame
+                if innermost:
+                    break
         frame = frame.f_back
     return RunningCall(found, compiled)
 

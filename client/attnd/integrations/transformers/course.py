@@ -1,0 +1,174 @@
+"""How the passes of some rows begin, count, and are taken back."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+
+from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.model_session import ModelSession
+from attnd.integrations.transformers.geometry import Geometry
+from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.local.states import States
+from attnd.integrations.transformers.padded_batch import PaddedBatch
+from attnd.integrations.transformers.passes import Pass, Touch
+from attnd.integrations.transformers.recovering import Recovering
+from attnd.integrations.transformers.running import call_with
+from attnd.integrations.transformers.served_pass import ServedPass
+from attnd.planes.turns import Turn
+from attnd.protocol.attention_options import AttentionOptions
+
+log = logging.getLogger(__name__)
+
+
+class Passes:
+    """The passes of a model with one cache, one after the other.
+
+    A pass counts when its last layer has attended, and those that have states here have changed them. One that was
+    stopped before, by Ctrl-C or by any error, never was: what comes next takes its tokens and its states back.
+
+    Attributes:
+        lease: the server's memory.
+        session: what its steps run on.
+        batch: which tokens there are.
+        recovery: what computes lost KV again, if somebody asked for it.
+        states: of layers that have them here.
+        options: of the layers, made at their first calls; made anew with each prompt, as sinks may have changed.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        geometry: Geometry,
+        lease: Leasing,
+        session: ModelSession,
+        batch: PaddedBatch,
+        states: States,
+    ) -> None:
+        """None yet. `owner` is the cache that the model is given."""
+        self.lease = lease
+        self.session = session
+        self.batch = batch
+        self.states = states
+        self.recovery: Recovering | None = None
+        self.options: dict[Any, AttentionOptions] = {}
+        self._owner = weakref.ref(owner)
+        self._geometry = geometry
+        self._pass: Pass | None = None
+        self._first: Touch | None = None  # where each pass begins
+        self._turn = Turn("RemoteCache")
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the last pass came through torch.compile."""
+        return self._pass is not None and self._pass.call.is_compiled
+
+    def check_alone(self) -> None:
+        """Raises InvalidRequest if another thread is in the middle of a pass."""
+        if self._pass is not None:
+            self._pass.check_alone()
+
+    def touch(self, number: int, state: int, name: str) -> None:
+        """A layer is about to read or change states of its own, in the pass under way or in a new one.
+
+        Args:
+            number: of the layer.
+            state: number of the state.
+            name: of the method of the cache.
+        """
+        touch = Touch(number, state, name)
+        self._turn.begin()
+        try:
+            self.check_alone()
+            self.see_end()
+            now = self._pass
+            if now is None or not now.goes_on_to(touch):
+                self._take_back()
+                self._check_first(touch)
+                now = self._pass = Pass(call_with(self._owner()))
+            self.states.note(number)
+            now.touched.add(touch)
+            now.last_touch = call_with(self._owner(), innermost=True)
+        finally:
+            self._turn.end()
+
+    def see_end(self) -> None:
+        """Counts the pass under way if its last layer has done what it does: some have states, and tell no end."""
+        now = self._pass
+        if now is None or now.is_finished or now.is_dead or not now.has_attended:
+            return
+        if not self.states.numbers or now.has_touched(self.states.numbers):
+            self._finish(now)
+
+    def _pass_of(self, number: int, query: torch.Tensor, mask: torch.Tensor | None) -> Pass:
+        """The pass that a layer belongs to: the one under way, or a new one."""
+        self.see_end()
+        now = self._pass
+        if now is not None and now.goes_on_with(number):
+            if not now.is_open:
+                self._open(now, query, mask)
+            elif not now.knows(mask):
+                now.check_mask(number, mask, _on_host(mask))
+            return now
+        self._take_back()
+        self._check_first(Touch(number, 0, "attend"))
+        now = Pass(call_with(self._owner()))
+        self._open(now, query, mask)
+        self._pass = now
+        return now
+
+    def _open(self, now: Pass, query: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Adds the tokens of a pass to the rows."""
+        batch_size, num_new = query.shape[0], query.shape[2]
+        real = _on_host(mask)
+        with self.lease.lock:
+            parts = self.batch.extend(batch_size, num_new, real)
+        now.open(ServedPass(self.session, parts), mask, real, num_new)
+        if self.recovery is not None:
+            self.recovery.begin(num_new)
+
+    def _check_first(self, touch: Touch) -> None:
+        """Raises Unsupported where states stay here, and a pass begins elsewhere than the first one did."""
+        self._first = self._first or touch
+        if self.states.numbers and touch != self._first:
+            rule = f"must begin at layer {self._first.number}: call the model as a whole, or reset() after an error"
+            raise Unsupported(f"a pass begins at layer {touch.number}, but each pass with this cache {rule}")
+
+    def _finish(self, now: Pass) -> None:
+        self.batch.commit()
+        self.states.commit()
+        if self.recovery is not None:
+            self.recovery.commit()
+        now.is_finished = True
+        now.call.forget()
+        if now.last_touch is not None:
+            now.last_touch.forget()
+
+    def _take_back(self) -> None:
+        self.see_end()
+        stopped = self._pass
+        if self.batch.is_under_way or stopped is None or not stopped.is_open:
+            self.states.take_back()
+        else:
+            self.states.commit()  # the batch did, and then something stopped us
+        self._pass = None
+        with self.lease.lock:
+            if not self.batch.take_back():
+                return
+        at = stopped.numbers[-1] if stopped is not None and stopped.numbers else 0
+        log.warning("a pass was stopped at layer %d of %d: its tokens are taken back", at, self._geometry.last_number)
+
+
+def _on_host(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as it is read: one copy, instead of one for each question."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.dtype != torch.bool:
+        rule = "must be [batch_size, num_columns] of bool: causal, with padding"
+        raise InvalidRequest(
+            f"attention_mask has shape {list(mask.shape)} of {mask.dtype}, but {rule}", field="attention_mask"
+        )
+    return mask.detach().cpu()
