@@ -150,9 +150,8 @@ class HostPlane(plane.CudaPlane):
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        yield 0
+    def current_stream(self) -> int:
+        return 0
 
     def hand_over(self, stream: int, layer: int, is_last: bool, inputs: Any, outputs: Any) -> None:
         for place, tensor in inputs:

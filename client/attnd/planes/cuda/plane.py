@@ -107,8 +107,7 @@ class CudaPlane:
         except OSError as error:
             self._await_last_words()
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
-            assert self.failure is not None
-            raise self.failure from None
+            raise self._failures[0] from None
 
     def _await_last_words(self) -> None:
         """Waits a moment: the thread may yet read why the server hung up."""
@@ -186,16 +185,18 @@ class CudaPlane:
         """Whether worker and server take turns on one GPU, for want of CUDA's Multi-Process Service."""
         return self._kernel is None and not self._gpu.attribute("MPS_ENABLED")
 
+    def current_stream(self) -> int | None:
+        """Torch's current stream, if it is of the worker's GPU; None: another GPU is the thread's current one."""
+        cuda = sys.modules["torch"].cuda
+        return cuda.current_stream().cuda_stream if cuda.current_device() == self._gpu.index else None
+
     @contextmanager
     def stream(self) -> Iterator[int]:
-        """Torch's current stream of the worker's GPU, for what is enqueued inside. Raises as `check_capture` does."""
-        cuda, index = sys.modules["torch"].cuda, self._gpu.index
-        if cuda.current_device() == index:
-            yield cuda.current_stream(index).cuda_stream
-            return
-        check_capture(cuda, index)
-        with cuda.device(index):
-            yield cuda.current_stream(index).cuda_stream
+        """As `current_stream`, whatever GPU is current before. Raises as `check_capture` does."""
+        cuda = sys.modules["torch"].cuda
+        check_capture(cuda, self._gpu.index)
+        with cuda.device(self._gpu.index):
+            yield cuda.current_stream().cuda_stream
 
     @property
     def failure(self) -> AttndError | None:

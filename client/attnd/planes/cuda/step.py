@@ -10,7 +10,7 @@ from attnd.errors import AttndError, InvalidRequest
 from attnd.planes.cuda.tensors import check_tensor
 from attnd.planes.leases import Lease
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.cuda.layout import StepLayout
+from attnd.protocol.cuda.layout import Place, StepLayout
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.tensors import DTYPE_NAMES
@@ -53,6 +53,8 @@ class CudaStep:
         self._plane: CudaPlane | None = None
         self._layout: StepLayout | None = None
         self._options: tuple[AttentionOptions, ...] = ()
+        self._dtype: Any = None  # torch's
+        self._inputs: tuple[tuple[str, Place, bool], ...] = ()  # name and place of each, and whether there is none
         self._next_layer = 0
 
     @property
@@ -63,6 +65,9 @@ class CudaStep:
     def opened(self, plane: CudaPlane, layout: StepLayout, options: tuple[AttentionOptions, ...]) -> None:
         """The step was sent."""
         self._plane, self._layout, self._options = plane, layout, options
+        self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[layout.q.dtype])
+        store_only, cache_only = self.metadata.store_only, self.metadata.cache_only
+        self._inputs = ("q", layout.q, store_only), ("k", layout.k, cache_only), ("v", layout.v, cache_only)
 
     def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions | None = None) -> Any:
         """Enqueues attention of one layer on torch's current stream, and returns its output, which comes later.
@@ -117,33 +122,36 @@ class CudaStep:
         self._session.finish(self)
 
     def _enqueue(self, layer: int, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
-        plane, layout = self._plane, self._layout
+        plane = self._plane
         assert plane is not None
-        assert layout is not None
-        torch = sys.modules["torch"]
-        dtype = getattr(torch, DTYPE_NAMES[layout.q.dtype])
-        given = [("q", q, layout.q, self.metadata.store_only)]
-        given += [("k", k, layout.k, self.metadata.cache_only), ("v", v, layout.v, self.metadata.cache_only)]
-        for name, value, _, is_absent in given:
+        held = []
+        for value, (name, place, is_absent) in zip((q, k, v), self._inputs, strict=True):
             if is_absent != (value is None):
                 rule = "must be absent in" if is_absent else "must be given to"
                 raise InvalidRequest(f"{name} is {'given' if is_absent else 'None'}, but {rule} this step", field=name)
-        held = [
-            (place, check_tensor(name, value, place, dtype, plane.torch_device))
-            for name, value, place, is_absent in given
-            if not is_absent
-        ]
+            if not is_absent:
+                held.append((place, check_tensor(name, value, place, self._dtype, plane.torch_device)))
+        stream = plane.current_stream()
+        if stream is not None:
+            return self._hand_over(plane, stream, layer, held, q, return_lse)
         with plane.stream() as stream:
-            outputs = []
-            if q is not None:
-                outputs.append((layout.output, q.new_empty(layout.output.shape)))
-                if return_lse:
-                    outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=torch.float32)))
-            try:
-                plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
-            except BaseException:  # Ctrl-C too
-                self._session.interrupted(self)
-                raise
+            return self._hand_over(plane, stream, layer, held, q, return_lse)
+
+    def _hand_over(
+        self, plane: CudaPlane, stream: int, layer: int, held: list[tuple[Place, Any]], q: Any, return_lse: bool
+    ) -> Any:
+        layout = self._layout
+        assert layout is not None
+        outputs = []
+        if q is not None:
+            outputs.append((layout.output, q.new_empty(layout.output.shape)))
+            if return_lse:
+                outputs.append((layout.lse, q.new_empty(layout.lse.shape, dtype=sys.modules["torch"].float32)))
+        try:
+            plane.hand_over(stream, layer, layer == self._session.cache.config.num_layers - 1, held, outputs)
+        except BaseException:  # Ctrl-C too
+            self._session.interrupted(self)
+            raise
         if q is None:
             return None
         return (outputs[0][1], outputs[1][1]) if return_lse else outputs[0][1]
