@@ -165,10 +165,10 @@ class Call(NamedTuple):
         k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
         v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
         encode: makes its reply; None: of a call that nobody answers.
-        into: where its output and lse are to lie on the host, for a GPU to copy them there. Whoever sent the call may
-            write there at any time. None: nowhere yet.
         plane: over which it came.
         is_sampled: whether verification looks at it; then nobody else writes to its tensors.
+        into: where its output and lse are to lie on the host, for a GPU to copy them there. Whoever sent the call may
+            write there at any time. None: nowhere yet.
     """
 
     step: Step
@@ -178,9 +178,9 @@ class Call(NamedTuple):
     k: torch.Tensor | None
     v: torch.Tensor | None
     encode: Encode | None = None
-    into: tuple[torch.Tensor, torch.Tensor | None] | None = None
     plane: str = ""
     is_sampled: bool = False
+    into: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     @property
     def cache_id(self) -> bytes:
