@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attnd
+from tests.servers import ServerProcess
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -258,6 +259,28 @@ def test_fp8_pages(llama, batch, remote):
     first = batch["input_ids"].shape[1] + 1
     assert torch.equal(remotely(llama, batch, cache, **GREEDY)[:, :first], locally(llama, batch, **GREEDY)[:, :first])
     assert cache.timings().num_steps == 12
+
+
+def test_scales_of_fp8_pages(llama, batch, remote):
+    cache = remote(llama, kv_dtype="float8_e4m3fn", k_scales=0.5, v_scales=[0.25, 2.0])
+    config = cache.cache.info().config
+    assert (config.k_scales.shape, config.v_scales.shape) == ([1], [2])
+    tokens = remotely(llama, batch, cache, **GREEDY)
+    other = remotely(llama, batch, remote(llama, kv_dtype="float8_e4m3fn", k_scales=64.0, v_scales=64.0), **GREEDY)
+    assert not torch.equal(tokens, other)  # with so coarse a scale K and V are rounded to little
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_prompt_larger_than_a_step_or_a_message(tmp_path, name):
+    model, inputs = make_model(name), padded_batch([40, 90, 7])
+    expected = locally(model, inputs, **GREEDY)
+    model.set_attn_implementation("attnd")
+    for limits in (["--max-step-tokens", "32"], ["--max-step-reqs", "2"], ["--region-bytes", "64KiB"]):
+        with ServerProcess(tmp_path / "log", "--device", "cpu", *limits) as server:
+            with attnd.connect(server.address) as client:
+                kinds = {"max_tokens": 1024, "dtype": model.dtype, "page_size": 4}
+                with RemoteCache(client, model.config, **kinds) as cache:
+                    assert torch.equal(generate(model, inputs, past_key_values=cache, **GREEDY), expected)
 
 
 def test_error_when_the_pages_do_not_suffice(llama, remote):
