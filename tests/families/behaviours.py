@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.families.families import ENCODERS_DECODERS, Family
+from tests.families.tiny import PAD
 from tests.families.ways import Way
 
 Result = dict[str, torch.Tensor]
@@ -34,6 +35,7 @@ class Run:
         """Greedy and of ten tokens, if nothing else is said."""
         torch.manual_seed(2)
         defaults = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        defaults["suppress_tokens"] = [PAD]  # in an answer it would be padding for the next turn
         return self.way.generate(self.model, inputs, **{**defaults, **options})
 
     def generated(self, inputs: dict[str, Any], **options: Any) -> Result:

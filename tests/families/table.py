@@ -105,9 +105,14 @@ def _told(refusals: Refusals) -> list[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in sorted(refusals):
         by_reason[reason].append(name)
-    return [
-        f"{'every answer' if 'greedy' in names else ', '.join(names)}: {reason}" for reason, names in by_reason.items()
-    ]
+    return [f"{', '.join(_shortened(names))}: {reason}" for reason, names in by_reason.items()]
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """Where answers are refused as such, the kinds of answers do not matter."""
+    suffixes = [name.removeprefix("greedy") for name in names if _behaviour(name) == "greedy"]
+    others = [name for name in names if not suffixes or not name.endswith(tuple(suffixes))]
+    return [*(f"every answer{suffix}" for suffix in suffixes), *others]
 
 
 def _behaviour(name: str) -> str:
