@@ -27,8 +27,9 @@ from attnd.extras import as_missing
 try:
     from attnd.integrations.transformers.attach import Attachment, attach, detach
     from attnd.integrations.transformers.attention import register
+    from attnd.integrations.transformers.encoders.pairs import RemotePair
     from attnd.integrations.transformers.remote_cache import RemoteCache
 except ModuleNotFoundError as error:
     raise as_missing(error, "attnd.integrations.transformers", "transformers") from None
 
-__all__ = ["Attachment", "RemoteCache", "attach", "detach", "register"]
+__all__ = ["Attachment", "RemoteCache", "RemotePair", "attach", "detach", "register"]

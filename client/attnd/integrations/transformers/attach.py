@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.integrations.transformers.attention import NAME
 from attnd.integrations.transformers.compiling import hidden
+from attnd.integrations.transformers.encoders.pairs import RemotePair
 from attnd.integrations.transformers.hooks import arguments, decoder_of
 from attnd.integrations.transformers.remote_cache import RemoteCache, check_client
 from attnd.integrations.transformers.running import CACHE_NAMES
@@ -34,17 +35,17 @@ class Attachment:
         caches: those that it has made and that somebody has.
     """
 
-    def __init__(self, model: PreTrainedModel, decoder: torch.nn.Module, make: Callable[..., RemoteCache]) -> None:
+    def __init__(self, model: PreTrainedModel, decoder: torch.nn.Module, make: Callable[..., Any]) -> None:
         """Changes nothing yet."""
-        self.caches: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._model = weakref.ref(model)
         self._decoder: weakref.ref[Any] = weakref.ref(decoder)
         self._make = make
         self._handles: list[Any] = []
         self._before = ""
 
-    def new_cache(self) -> RemoteCache:
-        """A cache of its own for a sequence of passes: `model.generate(..., past_key_values=attachment.new_cache())`.
+    def new_cache(self) -> Any:
+        """A RemoteCache, or a RemotePair of an encoder-decoder, to give to several calls as `past_key_values`.
 
         Raises:
             Disconnected: the model has gone.
@@ -130,7 +131,10 @@ def attach(
     if unknown:
         raise InvalidRequest(f"there is no option {unknown[0]}, but only {', '.join(sorted(_options()))}")
 
-    def make(model: PreTrainedModel) -> RemoteCache:
+    def make(model: PreTrainedModel) -> Any:
+        if model.config.is_encoder_decoder:
+            kinds: dict[str, Any] = {"max_tokens": max_tokens, "dtype": model.dtype, "on_cache_lost": on_cache_lost}
+            return RemotePair(client, model.config, **kinds | options)
         watched = model if on_cache_lost == "recompute" else None
         given: dict[str, Any] = {
             "max_tokens": max_tokens,
@@ -177,7 +181,7 @@ def _before_pass(
     config: Any = decoder.config
     name = next((name for name in CACHE_NAMES if given.get(name) is not None), CACHE_NAMES[0])
     cache = given.get(name)
-    if isinstance(cache, RemoteCache) or _is_pair(cache):
+    if isinstance(cache, RemoteCache | RemotePair):
         return None
     if cache is not None and cache.get_seq_length():
         rule = "must be a RemoteCache, or nothing: an attached model has its keys and values on the server"
@@ -208,7 +212,7 @@ def _after_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """The hook. Frees the cache of a pass that keeps none, and takes it out of the result; also where it failed."""
     given = arguments(decoder, args, kwargs)
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    if not isinstance(cache, RemoteCache) or not cache.is_for_one_pass:
+    if not isinstance(cache, RemoteCache | RemotePair) or not cache.is_for_one_pass:
         return None
     cache.close()
     if isinstance(output, ModelOutput):
@@ -226,6 +230,8 @@ def _generating(kind: Any) -> Any:
     @functools.wraps(own)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         attachment = _attached.get(self)
+        if self.config.is_encoder_decoder:  # generate makes a pair, and the decoder's hook another in its place
+            attachment = None
         if attachment is None or kwargs.get("past_key_values") is not None or not _wants_cache(self, args, kwargs):
             return own(self, *args, **kwargs)
         cache = attachment.new_cache()
@@ -250,8 +256,3 @@ def _wants_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
         raise Unsupported(f"cache_implementation is {kind!r}, but {rule}", field="cache_implementation")
     use_cache = kwargs.get("use_cache")
     return (getattr(config, "use_cache", None) if use_cache is None else use_cache) is not False
-
-
-def _is_pair(cache: Any) -> bool:
-    """Whether a cache is an encoder-decoder's whose part for self-attention is served."""
-    return isinstance(getattr(cache, "self_attention_cache", None), RemoteCache)

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
 
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden
-from attnd.integrations.transformers.remote_cache import OWNER, RemoteCache
+from attnd.integrations.transformers.encoders.cross_cache import RemoteCrossCache
+from attnd.integrations.transformers.encoders.local_attention import attend_here, stays_here
+from attnd.integrations.transformers.marks import owner_of
+from attnd.integrations.transformers.remote_cache import RemoteCache
 from attnd.protocol.attention_options import AttentionOptions
 
 NAME = "attnd"
@@ -56,9 +60,13 @@ def attention(
         Unsupported: gradients, dropout, or something else that no call can carry.
         AttndError: see `Step.attend`.
     """
-    cache, layer = getattr(key, OWNER, (None, 0))
+    cache, layer = owner_of(key)
+    if isinstance(cache, RemoteCrossCache):
+        return cache.attend(layer, query, attention_mask, _cross_options(cache, scaling, kwargs)), None
     if cache is not None:
         cache.was_read()
+    elif stays_here(module, kwargs):
+        return attend_here(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     else:
         raise InvalidRequest(
             f'attention "{NAME}" needs keys from a RemoteCache: attach(model, client, max_tokens=...), or pass '
@@ -99,6 +107,11 @@ def padding_mask(
     Raises:
         Unsupported: the model wants another mask than a causal one.
     """
+    if kwargs.get("mask_function") is bidirectional_mask_function:
+        # Of an encoder, or of cross-attention. Its type keeps it apart from the mask of a causal layer.
+        if attention_mask is None:
+            attention_mask = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
+        return attention_mask.to(torch.int8)
     if not allow_is_causal_skip:
         raise Unsupported("the model asks for a mask of its own, but calls know causal masks, windows and padding only")
     if attention_mask is None:
@@ -106,6 +119,15 @@ def padding_mask(
     mask = attention_mask.detach()  # another object: several masks are made of one
     setattr(mask, _WINDOW, local_size or 0)
     return mask
+
+
+def _cross_options(cache: RemoteCrossCache, scaling: float | None, kwargs: dict[str, Any]) -> AttentionOptions:
+    """Options of cross-attention, made at the first call of their kind."""
+    softcap = kwargs.get("softcap")
+    options = cache.options.get((scaling, softcap))
+    if options is None:
+        options = cache.options[scaling, softcap] = AttentionOptions(scale=scaling, softcap=softcap or 0.0)
+    return options
 
 
 def _options(

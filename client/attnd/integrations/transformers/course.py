@@ -37,6 +37,7 @@ class Passes:
         recovery: what computes lost KV again, if somebody asked for it.
         states: of layers that have them here.
         options: of the layers, made at their first calls; made anew with each prompt, as sinks may have changed.
+        crosses: whether the last layer attends to an encoder's output afterwards, and tells by `crossed`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Passes:
         self.states = states
         self.recovery: Recovering | None = None
         self.options: dict[Any, AttentionOptions] = {}
+        self.crosses = False
         self._owner = weakref.ref(owner)
         self._geometry = geometry
         self._pass: Pass | None = None
@@ -95,10 +97,22 @@ class Passes:
         finally:
             self._turn.end()
 
+    def crossed(self) -> None:
+        """The last layer has attended to the encoder's output."""
+        if self._pass is not None:
+            self._pass.has_crossed = True
+            self.see_end()
+
     def see_end(self) -> None:
         """Counts the pass under way if its last layer has done what it does: some have states, and tell no end."""
         now = self._pass
-        if now is None or now.is_finished or now.is_dead or not now.has_attended:
+        if (
+            now is None
+            or now.is_finished
+            or now.is_dead
+            or not now.has_attended
+            or (self.crosses and not now.has_crossed)
+        ):
             return
         if not self.states.numbers or now.has_touched(self.states.numbers):
             self._finish(now)

@@ -66,7 +66,8 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
         Unsupported: a layer is none of those that are served, or that keep their states here; or layers differ.
     """
     if config.is_encoder_decoder:
-        raise Unsupported("the model is an encoder-decoder, but must be a decoder: cross-attention is not served")
+        rule = "must be a decoder: give it a RemotePair, or attach(model, client, max_tokens=...)"
+        raise Unsupported(f"the model is an encoder-decoder, but {rule}")
     _check_known(config)
     configs = _layer_configs(config)
     reused = [number for number, mode in enumerate(getattr(config, "kv_sharing_modes", None) or ()) if mode == "reuse"]

@@ -35,6 +35,7 @@ class Pass:
         touched: what other layers have done.
         last_touch: the layer's call that did the last of it.
         has_attended: whether its last layer that attends has.
+        has_crossed: whether that has attended to an encoder's output too.
         is_dead: whether it cannot go on: an exception came through a layer's attention.
         is_finished: whether it counts: no layer is missing.
     """
@@ -46,6 +47,7 @@ class Pass:
         self.touched: set[Touch] = set()
         self.last_touch: RunningCall | None = None
         self.has_attended = False
+        self.has_crossed = False
         self.is_dead = False
         self.is_finished = False
         self._served: ServedPass | None = None

@@ -17,6 +17,7 @@ from attnd.integrations.transformers.compiling import hidden, leave_out
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
 from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.local.states import States
+from attnd.integrations.transformers.marks import mark as mark_key
 from attnd.integrations.transformers.padded_batch import PaddedBatch
 from attnd.integrations.transformers.recovery import Recovery, check_choice, check_states
 from attnd.integrations.transformers.rows import Rows
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from attnd.protocol.attention_options import AttentionOptions
     from attnd.protocol.kv_split import KVSplit
     from attnd.timings import Timings
-
-# Attribute of a key that names the RemoteCache and the layer which it was given to.
-OWNER = "_attnd_owner"
 
 
 class RemoteCache(StatefulCache):
@@ -162,7 +160,7 @@ class RemoteCache(StatefulCache):
             raise InvalidRequest(f"another thread is in the middle of a pass with this cache, but {rule}")
         self._check_read()
         self._unread = layer_idx, threading.get_ident()
-        setattr(key_states, OWNER, (self, layer_idx))
+        mark_key(key_states, self, layer_idx)
         return key_states, value_states
 
     def was_read(self) -> None:
