@@ -189,7 +189,7 @@ def _before_pass(
     _check_one_prompt(given)
     remote = attachment.new_cache()
     keeps = given.get("use_cache")
-    if not (config.use_cache if keeps is None else keeps):
+    if not (getattr(config, "use_cache", True) if keeps is None else keeps):
         remote.is_for_one_pass = True
     index = list(given).index(name) if name in given and name not in kwargs else -1
     if index >= 0:

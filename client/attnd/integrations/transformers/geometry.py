@@ -71,7 +71,8 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
     _check_known(config)
     configs = _layer_configs(config)
     reused = [number for number, mode in enumerate(getattr(config, "kv_sharing_modes", None) or ()) if mode == "reuse"]
-    types = _layer_types(config, configs)
+    types = _layer_types(config, configs)[: len(configs)]  # an early exit has fewer layers than its lists say
+    reused = [number for number in reused if number < len(types)]
     for number in reused:
         types[number] = "dummy"
     for number, layer_type in enumerate(types):
