@@ -14,6 +14,7 @@ from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.encoders.cross_cache import RemoteCrossCache
 from attnd.integrations.transformers.encoders.local_attention import attend_here, stays_here
 from attnd.integrations.transformers.marks import owner_of
+from attnd.integrations.transformers.masks import whole
 from attnd.integrations.transformers.remote_cache import RemoteCache
 from attnd.protocol.attention_options import AttentionOptions
 
@@ -65,7 +66,7 @@ def attention(
         return cache.attend(layer, query, attention_mask, _cross_options(cache, scaling, kwargs)), None
     if cache is not None:
         cache.was_read()
-    elif stays_here(module, kwargs):
+    elif stays_here(module, attention_mask, kwargs):
         return attend_here(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     else:
         raise InvalidRequest(
@@ -76,7 +77,13 @@ def attention(
         )
     if dropout or (query.requires_grad and torch.is_grad_enabled()):
         raise Unsupported("attention on a server has no gradients: use model.eval() and torch.no_grad()")
-    options = _options(cache, module, layer, attention_mask, scaling, kwargs)
+    if kwargs.get("output_attentions"):
+        raise Unsupported(
+            "output_attentions is true, but a server gives no attention weights: leave it out, or choose another "
+            'attention with model.set_attn_implementation("eager")',
+            field="output_attentions",
+        )
+    options = _options(cache, module, layer, query, attention_mask, scaling, kwargs)
     return cache.attend(module, layer, query, key, value, attention_mask, options), None
 
 
@@ -90,7 +97,7 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """The mask that `attention` gets: which tokens are real, with the window of its layers as an attribute.
+    """The mask that `attention` gets, see `masks.py`, with the window of its layers as an attribute.
 
     Args:
         batch_size: rows.
@@ -99,13 +106,11 @@ def padding_mask(
         local_size: sliding window, in tokens.
         allow_is_causal_skip: False where the mask is more than causal, windowed and padded.
         device: of the mask.
-        **kwargs: what other implementations need.
+        **kwargs: `q_length`, `mask_function`, and what other implementations need.
 
     Returns:
-        bool `[batch_size, kv_length]`.
-
-    Raises:
-        Unsupported: the model wants another mask than a causal one.
+        bool `[batch_size, kv_length]`, or int8 `[batch_size, 1, q_length, kv_length]`; int8 `[batch_size, kv_length]`
+        of an encoder.
     """
     if kwargs.get("mask_function") is bidirectional_mask_function:
         # Of an encoder, or of cross-attention. Its type keeps it apart from the mask of a causal layer.
@@ -113,11 +118,13 @@ def padding_mask(
             attention_mask = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
         return attention_mask.to(torch.int8)
     if not allow_is_causal_skip:
-        raise Unsupported("the model asks for a mask of its own, but calls know causal masks, windows and padding only")
-    if attention_mask is None:
-        attention_mask = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
-    mask = attention_mask.detach()  # another object: several masks are made of one
-    setattr(mask, _WINDOW, local_size or 0)
+        mask = whole(batch_size, kwargs.pop("q_length"), kv_length, attention_mask, device, **kwargs)
+    elif attention_mask is None:
+        mask = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
+    else:
+        mask = attention_mask.detach()  # another object: several masks are made of one
+    if local_size is not None or mask.dim() == 2:  # else the window, if any, is within the mask, and the layer tells it
+        setattr(mask, _WINDOW, local_size or 0)
     return mask
 
 
@@ -134,23 +141,26 @@ def _options(
     cache: RemoteCache,
     module: torch.nn.Module,
     layer: int,
+    query: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> AttentionOptions:
     """A layer's options, made at its first call."""
-    window = _window(cache, number_of(module, layer), mask, kwargs)
+    window = _window(cache, number_of(module, layer), query, mask, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     key = (layer, scaling, window, softcap, _state_of(sinks))
     options = cache.rows.options.get(key)
     if options is None:
-        _refuse_unsupported(module, kwargs)
+        _refuse_unsupported(module, mask, kwargs)
         options = AttentionOptions(scale=scaling, window=window, softcap=softcap or 0.0, sinks=sinks)
         cache.rows.options[key] = options  # keeps the sinks alive, and so their id
     return options
 
 
-def _window(cache: RemoteCache, number: int, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+def _window(
+    cache: RemoteCache, number: int, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> int:
     """The sliding window of a layer, in tokens; 0: none.
 
     Eager attention sees what the mask says, so a mask that still knows its window has the word. On another device it is
@@ -159,9 +169,20 @@ def _window(cache: RemoteCache, number: int, mask: torch.Tensor | None, kwargs: 
     window = getattr(mask, _WINDOW, None)
     if window is None:
         window = kwargs.get("sliding_window")
-    if window is None and number < len(cache.geometry.windows):
-        window = cache.geometry.windows[number]
-    return window or 0
+    configured = cache.geometry.windows[number] if number < len(cache.geometry.windows) else 0
+    if window is None:
+        return configured
+    # Where only the configuration has a window, transformers' cache drops keys, and the mask hides none of a pass.
+    if window == 0 and configured and cache.get_seq_length() >= configured:
+        if query.shape[2] > 1:
+            rule = "must come one by one: eager attention would show each of them another number of tokens before"
+            raise Unsupported(
+                f"sliding_window of layer {number} is {configured}, and its masks have none: {query.shape[2]} new "
+                f"tokens behind {cache.get_seq_length()} {rule}",
+                field="sliding_window",
+            )
+        return configured
+    return int(window or 0)
 
 
 def _state_of(sinks: torch.Tensor | None) -> tuple[int, int]:
@@ -171,8 +192,8 @@ def _state_of(sinks: torch.Tensor | None) -> tuple[int, int]:
     return id(sinks), 0 if sinks.is_inference() else sinks._version
 
 
-def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+def _refuse_unsupported(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    if mask is None and (kwargs.get("is_causal") is False or not getattr(module, "is_causal", True)):
         raise Unsupported("the layer is not causal, but a RemoteCache serves causal attention only")
     if kwargs.get("position_bias") is not None:
         raise Unsupported("the layer adds a position bias, but calls cannot carry one")

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from attnd.errors import InvalidRequest, Unsupported
+from attnd.errors import Unsupported
 from attnd.integrations.model_session import ModelSession
 from attnd.integrations.transformers.geometry import Geometry
 from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.local.states import States
+from attnd.integrations.transformers.masks import read
 from attnd.integrations.transformers.padded_batch import PaddedBatch
 from attnd.integrations.transformers.passes import Pass, Touch
 from attnd.integrations.transformers.recovering import Recovering
@@ -117,32 +118,32 @@ class Passes:
         if not self.states.numbers or now.has_touched(self.states.numbers):
             self._finish(now)
 
-    def _pass_of(self, number: int, query: torch.Tensor, mask: torch.Tensor | None) -> Pass:
+    def _pass_of(self, number: int, query: torch.Tensor, mask: torch.Tensor | None, window: int) -> Pass:
         """The pass that a layer belongs to: the one under way, or a new one."""
         self.see_end()
         now = self._pass
         if now is not None and now.goes_on_with(number):
             if not now.is_open:
-                self._open(now, query, mask)
-            elif not now.knows(mask):
-                now.check_mask(number, mask, _on_host(mask))
+                self._open(now, number, query, mask, window)
+            elif not now.knows(mask, window):
+                now.check_mask(number, mask, window, read(mask, number, query.shape[2], window))
             return now
         self._take_back()
         self._check_first(Touch(number, 0, "attend"))
         now = Pass(call_with(self._owner()))
-        self._open(now, query, mask)
+        self._open(now, number, query, mask, window)
         self._pass = now
         return now
 
-    def _open(self, now: Pass, query: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _open(self, now: Pass, number: int, query: torch.Tensor, mask: torch.Tensor | None, window: int) -> None:
         """Adds the tokens of a pass to the rows."""
         batch_size, num_new = query.shape[0], query.shape[2]
-        real = _on_host(mask)
+        reading = read(mask, number, num_new, window)
         with self.lease.lock:
-            parts = self.batch.extend(batch_size, num_new, real)
-        now.open(ServedPass(self.session, parts), mask, real, num_new)
+            parts = self.batch.extend(batch_size, num_new, *reading)
+        now.open(ServedPass(self.session, parts), mask, window, reading, num_new)
         if self.recovery is not None:
-            self.recovery.begin(num_new)
+            self.recovery.begin(num_new, is_causal=reading.blocks is None)
 
     def _check_first(self, touch: Touch) -> None:
         """Raises Unsupported where states stay here, and a pass begins elsewhere than the first one did."""
@@ -174,15 +175,3 @@ class Passes:
                 return
         at = stopped.numbers[-1] if stopped is not None and stopped.numbers else 0
         log.warning("a pass was stopped at layer %d of %d: its tokens are taken back", at, self._geometry.last_number)
-
-
-def _on_host(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as it is read: one copy, instead of one for each question."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        rule = "must be [batch_size, num_columns] of bool: causal, with padding"
-        raise InvalidRequest(
-            f"attention_mask has shape {list(mask.shape)} of {mask.dtype}, but {rule}", field="attention_mask"
-        )
-    return mask.detach().cpu()

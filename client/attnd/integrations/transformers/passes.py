@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from attnd.errors import InvalidRequest, Unsupported
+from attnd.integrations.transformers.masks import Reading
 from attnd.integrations.transformers.running import RunningCall
 from attnd.integrations.transformers.served_pass import ServedPass
 
@@ -51,8 +52,9 @@ class Pass:
         self.is_dead = False
         self.is_finished = False
         self._served: ServedPass | None = None
-        self._masks: list[torch.Tensor | None] = []
+        self._masks: list[tuple[torch.Tensor | None, int]] = []  # that were read, and the windows of their layers
         self._real: torch.Tensor | None = None
+        self._blocks: torch.Tensor | None = None
         self._num_new = 0
         self._windows = {0}  # that were found to mean the same in columns and in real tokens
 
@@ -67,16 +69,18 @@ class Pass:
         assert self._served is not None
         return self._served
 
-    def open(self, served: ServedPass, mask: torch.Tensor | None, real: torch.Tensor | None, num_new: int) -> None:
+    def open(self, served: ServedPass, mask: torch.Tensor | None, window: int, reading: Reading, num_new: int) -> None:
         """The first layer is about to attend.
 
         Args:
             served: runs its steps.
             mask: that the layer was given.
-            real: bool `[batch_size, num_columns]` on the host, what that mask says; None: all tokens are real.
+            window: of the layer.
+            reading: what that mask says.
             num_new: its columns.
         """
-        self._masks, self._real, self._num_new = [mask], real, num_new
+        self._masks, self._num_new = [(mask, window)], num_new
+        self._real, self._blocks = reading
         self._served = served
 
     def goes_on_with(self, number: int) -> bool:
@@ -112,24 +116,29 @@ class Pass:
             rule = "one pass at a time may use it: wait for that one, or give each thread a RemoteCache of its own"
             raise InvalidRequest(f"another thread is in the middle of a pass with this cache, but {rule}")
 
-    def check_mask(self, number: int, mask: torch.Tensor | None, real: torch.Tensor | None) -> None:
+    def check_mask(self, number: int, mask: torch.Tensor | None, window: int, reading: Reading) -> None:
         """Raises InvalidRequest if a layer's mask says something else than those of the layers before."""
+        real, blocks = reading
         if real is None or self._real is None:
             given = real if self._real is None else self._real
             is_same = given is None or bool(given.all())
         else:
             is_same = torch.equal(real, self._real)
+        if blocks is None or self._blocks is None:
+            is_same = is_same and blocks is self._blocks
+        else:
+            is_same = is_same and torch.equal(blocks, self._blocks)
         if not is_same:
             rule = "must say the same, as the layers share their pages"
             raise InvalidRequest(
                 f"attention_mask of layer {number} is another than that of layer {self.numbers[0]}, but {rule}",
                 field="attention_mask",
             )
-        self._masks.append(mask)
+        self._masks.append((mask, window))
 
-    def knows(self, mask: torch.Tensor | None) -> bool:
-        """Whether a mask was looked at already."""
-        return any(mask is known for known in self._masks)
+    def knows(self, mask: torch.Tensor | None, window: int) -> bool:
+        """Whether a mask was read already, for a layer of that window."""
+        return any(mask is known and window == of for known, of in self._masks)
 
     def check_window(self, number: int, window: int) -> None:
         """Checks that a sliding window means the same here, in real tokens, and in eager attention, in columns.

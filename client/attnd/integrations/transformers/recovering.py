@@ -17,7 +17,7 @@ class Recovering(Protocol):
     is_computing: bool
     num_columns: int
 
-    def begin(self, num_new: int) -> None:
+    def begin(self, num_new: int, is_causal: bool) -> None:
         """A pass begins."""
 
     def commit(self) -> None:

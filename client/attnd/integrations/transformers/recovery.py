@@ -116,11 +116,20 @@ class Recovery:
         if not self.is_computing:
             self._seen = seen
 
-    def begin(self, num_new: int) -> None:
-        """A pass of so many columns begins: its tokens are those of the call that runs and was seen, if any."""
+    def begin(self, num_new: int, is_causal: bool) -> None:
+        """A pass of so many columns begins: its tokens are those of the call that runs and was seen, if any.
+
+        What is computed again is causal, so one whose tokens see later ones counts as not seen.
+        """
         seen, self._seen = self._seen, None
         self._now = None
-        if seen is None or not seen.call.is_running or seen.ids is None or seen.ids.shape[1] != num_new:
+        if (
+            not is_causal
+            or seen is None
+            or not seen.call.is_running
+            or seen.ids is None
+            or seen.ids.shape[1] != num_new
+        ):
             return
         positions = seen.positions
         if positions is None:

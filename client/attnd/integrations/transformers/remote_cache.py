@@ -16,12 +16,12 @@ from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden, leave_out
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
 from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.local.stateful_cache import StatefulCache
 from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.marks import mark as mark_key
 from attnd.integrations.transformers.padded_batch import PaddedBatch
 from attnd.integrations.transformers.recovery import Recovery, check_choice, check_states
 from attnd.integrations.transformers.rows import Rows
-from attnd.integrations.transformers.stateful_cache import StatefulCache
 from attnd.planes.choice import check_plane
 
 if TYPE_CHECKING:

@@ -69,7 +69,7 @@ class Rows(Passes):
             query: `[batch_size, num_heads, num_new, head_dim]`.
             key: `[batch_size, num_kv_heads, num_new, head_dim]`.
             value: `[batch_size, num_kv_heads, num_new, head_dim_v]`.
-            mask: bool `[batch_size, num_columns]`, true for real tokens; None: all are real.
+            mask: see `masks.py`; None: causal, and all tokens are real.
             options: of the layer.
 
         Returns:
@@ -80,7 +80,7 @@ class Rows(Passes):
             return recovery.served(number).attend(layer, query, key, value, options)
         self._turn.begin()
         try:
-            now = self._pass_of(number, query, mask)
+            now = self._pass_of(number, query, mask, options.window)
             now.check_window(number, options.window)
             now.numbers.append(number)
 

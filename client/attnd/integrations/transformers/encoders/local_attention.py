@@ -8,8 +8,13 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def stays_here(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer whose keys come from no cache is one of an encoder, and not of a model without its cache."""
+def stays_here(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer whose keys come from no cache is one of an encoder, and not of a model without its cache.
+
+    Some causal layers are not marked as such. Their masks are: bool `[batch_size, num_columns]`.
+    """
+    if mask is not None and mask.dim() == 2 and mask.dtype == torch.bool:
+        return False
     return kwargs.get("is_causal") is False or not getattr(module, "is_causal", True)
 
 
