@@ -46,3 +46,61 @@ def test_a_model_without_attention_is_refused(client) -> None:
         RemoteCache(client, recurrent, max_tokens=64, dtype=torch.float32)
     with pytest.raises(attnd.Unsupported, match="rwkv model has no num_attention_heads"):
         RemoteCache(client, transformers.RwkvConfig(), max_tokens=64, dtype=torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "config", "match"),
+    [
+        (
+            "MiMoV2Flash",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"of layer 1 are \(4, 16, 16\), but must",
+        ),
+        ("JetMoe", {"num_key_value_heads": 2, "kv_channels": 16}, "changes keys of layer 0 after"),
+        ("DiffLlama", {}, "layer 0 attends twice in one pass"),
+        ("GPTJ", {"rotary_dim": 16}, "does not heed it and cannot be served"),
+    ],
+)
+def test_what_only_a_pass_shows(client, name: str, config: dict[str, Any], match: str) -> None:
+    small = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
+    if name == "JetMoe":
+        small = {key: small[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    if name == "GPTJ":
+        small = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**small | config)).eval()
+    model.set_attn_implementation("attnd")
+    cache = remote(client, model)
+    with pytest.raises(attnd.Unsupported, match=match):
+        model(tokens(7), past_key_values=cache)
+    cache.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ("Gemma4TextConfig", r"of layer \d+ are \(.*\), but must be those of layer 0"),
+        ("Llama4TextConfig", "chunked_attention, which attends within chunks"),
+        ("XLNetConfig", "an? xlnet model caches hidden states"),
+        ("OpenAIGPTConfig", "openai-gpt model takes no cache"),
+        ("MiniMaxConfig", "takes a MiniMaxCache only"),
+        ("RecurrentGemmaConfig", "keeps the states of its recurrences in its modules"),
+        ("XLSTMConfig", "has no num_attention_heads"),
+    ],
+)
+def test_what_the_configuration_shows(client, config: str, match: str) -> None:
+    kind = getattr(transformers, config, None) or getattr(transformers, config.replace("XL", "xL"))
+    with pytest.raises(attnd.Unsupported, match=match):
+        RemoteCache(client, kind(), max_tokens=64, dtype=torch.float32)

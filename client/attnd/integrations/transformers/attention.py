@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
-from attnd.errors import InvalidRequest, Unsupported
+from attnd.errors import AttndError, InvalidRequest, Unsupported
 from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.encoders.cross_cache import RemoteCrossCache
@@ -16,6 +16,7 @@ from attnd.integrations.transformers.encoders.local_attention import attend_here
 from attnd.integrations.transformers.marks import owner_of
 from attnd.integrations.transformers.masks import whole
 from attnd.integrations.transformers.remote_cache import RemoteCache
+from attnd.integrations.transformers.running import given_cache
 from attnd.protocol.attention_options import AttentionOptions
 
 NAME = "attnd"
@@ -69,12 +70,7 @@ def attention(
     elif stays_here(module, attention_mask, kwargs):
         return attend_here(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     else:
-        raise InvalidRequest(
-            f'attention "{NAME}" needs keys from a RemoteCache: attach(model, client, max_tokens=...), or pass '
-            "past_key_values=RemoteCache(client, model.config, ...) to the model, or choose another attention with "
-            'model.set_attn_implementation("sdpa")',
-            field="past_key_values",
-        )
+        raise _without_cache()
     if dropout or (query.requires_grad and torch.is_grad_enabled()):
         raise Unsupported("attention on a server has no gradients: use model.eval() and torch.no_grad()")
     if kwargs.get("output_attentions"):
@@ -126,6 +122,22 @@ def padding_mask(
     if local_size is not None or mask.dim() == 2:  # else the window, if any, is within the mask, and the layer tells it
         setattr(mask, _WINDOW, local_size or 0)
     return mask
+
+
+def _without_cache() -> AttndError:
+    """What to tell of keys that come from no cache."""
+    cache = given_cache()
+    unread = getattr(cache, "unread", None)
+    if unread is not None:
+        cache.was_read()  # it is told of here
+        rule = "must hand them to its attention as they are: generate without a RemoteCache"
+        return Unsupported(f"the model changes keys of layer {unread} after it has given them to the cache, but {rule}")
+    return InvalidRequest(
+        f'attention "{NAME}" needs keys from a RemoteCache: attach(model, client, max_tokens=...), or pass '
+        "past_key_values=RemoteCache(client, model.config, ...) to the model, or choose another attention with "
+        'model.set_attn_implementation("sdpa")',
+        field="past_key_values",
+    )
 
 
 def _cross_options(cache: RemoteCrossCache, scaling: float | None, kwargs: dict[str, Any]) -> AttentionOptions:

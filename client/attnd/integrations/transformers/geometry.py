@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attnd.errors import Unsupported
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 # transformers' names of layers with keys and values of their own, of those with states that are no keys, and of those
@@ -21,7 +22,19 @@ _SLIDING = ("sliding_attention", "hybrid_sliding")
 # By model type: what a model asks of its cache that no RemoteCache has.
 _OWN_CACHES = {
     "minimax": "takes a MiniMaxCache only",
+    "openai-gpt": "takes no cache",
     "recurrent_gemma": "keeps the states of its recurrences in its modules",
+    "reformer": "caches buckets",
+    "xlm": "takes no cache",
+    "xlnet": "caches hidden states",
+}
+_SHAPE = "KV heads, elements per head of keys, and of values"
+# What layers do that are served nowhere.
+_UNSERVED = {
+    "chunked_attention": "attends within chunks",
+    "indexed_attention": "attends to keys that an index chooses",
+    "compressed_sparse_attention": "attends to compressed keys",
+    "heavily_compressed_attention": "attends to compressed keys",
 }
 
 
@@ -58,6 +71,23 @@ class Geometry:
             "head_dim_v": self.head_dim_v,
         }
 
+    def check(self, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raises Unsupported if a layer's keys and values are other than the configuration let expect.
+
+        Args:
+            number: of the layer.
+            key: `[batch_size, num_kv_heads, num_new, head_dim]`.
+            value: `[batch_size, num_kv_heads, num_new, head_dim_v]`.
+        """
+        if number not in self.served:
+            rule = "must not have any, by the model's configuration: generate without a RemoteCache"
+            raise Unsupported(f"layer {number} gives keys to the cache, but {rule}")
+        given = key.shape[1], key.shape[-1], value.shape[-1]
+        expected = self.num_kv_heads, self.head_dim, self.head_dim_v
+        if given != expected:
+            rule = f"must be {expected}, by the model's configuration: one cache has one geometry"
+            raise Unsupported(f"{_SHAPE} of layer {number} are {given}, but {rule}")
+
 
 def geometry_of(config: PreTrainedConfig) -> Geometry:
     """What a decoder's layers have in common.
@@ -77,8 +107,9 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
         types[number] = "dummy"
     for number, layer_type in enumerate(types):
         if layer_type not in _KNOWN:
-            rule = f"must be one of {', '.join(_KNOWN)}"
-            raise Unsupported(f"layer_types[{number}] is {layer_type}, but {rule}", field="layer_types")
+            does = f", which {_UNSERVED[layer_type]}" if layer_type in _UNSERVED else ""
+            rule = f"must be one of {', '.join(_KNOWN)}: generate without a RemoteCache"
+            raise Unsupported(f"layer_types[{number}] is {layer_type}{does}, but {rule}", field="layer_types")
     served = [number for number, layer_type in enumerate(types) if layer_type in _ATTENDING + _BOTH]
     if not served:
         rule = "must, for them to be served: generate without a RemoteCache"
@@ -86,9 +117,8 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
     shapes = {number: _shape(configs[number]) for number in served}
     for number, shape in shapes.items():
         if shape != shapes[served[0]]:
-            names = "KV heads, elements of keys, and elements of values"
             rule = f"must be those of layer {served[0]}, {shapes[served[0]]}: one cache has one geometry"
-            raise Unsupported(f"{names} of layer {number} are {shape}, but {rule}")
+            raise Unsupported(f"{_SHAPE} of layer {number} are {shape}, but {rule}")
     num_kv_heads, head_dim, head_dim_v = shapes[served[0]]
     windows = [
         getattr(each, "sliding_window", None) or 0 if layer_type in _SLIDING else 0

@@ -151,7 +151,8 @@ class RemoteCache(StatefulCache):
         """Marks the new keys and values of a layer for the attention that follows, and gives them back.
 
         Raises:
-            Unsupported: nothing read the last layer's: the model runs another attention than "attnd".
+            Unsupported: nothing read the last layer's: the model runs another attention than "attnd"; or these have
+                another shape than the configuration let expect.
             InvalidRequest: another thread is in the middle of a pass.
         """
         self.rows.check_alone()
@@ -159,9 +160,15 @@ class RemoteCache(StatefulCache):
             rule = "one pass at a time may use it: give each thread a RemoteCache of its own"
             raise InvalidRequest(f"another thread is in the middle of a pass with this cache, but {rule}")
         self._check_read()
+        self.geometry.check(layer_idx, key_states, value_states)
         self._unread = layer_idx, threading.get_ident()
         mark_key(key_states, self, layer_idx)
         return key_states, value_states
+
+    @property
+    def unread(self) -> int | None:
+        """The layer whose keys no attention has read yet; None: there is none."""
+        return None if self._unread is None else self._unread[0]
 
     def was_read(self) -> None:
         """An attention function has found the keys of the last `update`."""
@@ -274,7 +281,8 @@ class RemoteCache(StatefulCache):
         if unread is not None:
             raise Unsupported(
                 f'layer {unread[0]} attended without the server, but a RemoteCache works with attention "attnd" only, '
-                'and what came out is wrong: call model.set_attn_implementation("attnd")'
+                'and what came out is wrong: call model.set_attn_implementation("attnd"), and where that was done, the '
+                "model's class does not heed it and cannot be served"
             )
 
 

@@ -81,6 +81,18 @@ def call_with(cache: Any, innermost: bool = False) -> RunningCall:
     return RunningCall(found, compiled)
 
 
+def given_cache() -> Any:
+    """The cache that the innermost running `forward` with one was given, looked for from here; None: there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            for name in CACHE_NAMES:
+                if frame.f_locals.get(name) is not None:
+                    return frame.f_locals[name]
+        frame = frame.f_back
+    return None
+
+
 def _holds(given: Any, cache: Any) -> bool:
     """Whether what a model was given is the cache, or the pair of an encoder-decoder that has it."""
     pair = (getattr(given, "self_attention_cache", None), getattr(given, "cross_attention_cache", None))
