@@ -1,175 +1,177 @@
-"""One forward pass of a model, as a cache sees it: which layers have attended, with which masks, and who runs it."""
+"""How the passes of some rows begin, count, and are taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import NamedTuple
+import logging
+import weakref
+from typing import Any
 
 import torch
 
-from attnd.errors import InvalidRequest, Unsupported
-from attnd.integrations.transformers.masks import Reading
-from attnd.integrations.transformers.running import RunningCall
+from attnd.errors import Unsupported
+from attnd.integrations.model_session import ModelSession
+from attnd.integrations.transformers.geometry import Geometry
+from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.local.states import States
+from attnd.integrations.transformers.masks import read
+from attnd.integrations.transformers.one_pass import Pass, Touch
+from attnd.integrations.transformers.padded_batch import PaddedBatch
+from attnd.integrations.transformers.recovering import Recovering
+from attnd.integrations.transformers.running import call_with
 from attnd.integrations.transformers.served_pass import ServedPass
+from attnd.planes.turns import Turn
+from attnd.protocol.attention_options import AttentionOptions
+
+log = logging.getLogger(__name__)
 
 
-class Touch(NamedTuple):
-    """What a layer does with states of its own; once in a pass.
+class Passes:
+    """The passes of a model with one cache, one after the other.
 
-    Attributes:
-        number: of the layer.
-        state: number of the state.
-        name: of the method of the cache.
-    """
-
-    number: int
-    state: int
-    name: str
-
-
-class Pass:
-    """A pass that was begun: by a layer that attends, or by one that has states of its own.
+    A pass counts when its last layer has attended, and those that have states here have changed them. One that was
+    stopped before, by Ctrl-C or by any error, never was: what comes next takes its tokens and its states back.
 
     Attributes:
-        call: of the model.
-        numbers: of the modules that have attended, in order.
-        touched: what other layers have done.
-        last_touch: the layer's call that did the last of it.
-        has_attended: whether its last layer that attends has.
-        has_crossed: whether that has attended to an encoder's output too.
-        is_dead: whether it cannot go on: an exception came through a layer's attention.
-        is_finished: whether it counts: no layer is missing.
+        lease: the server's memory.
+        session: what its steps run on.
+        batch: which tokens there are.
+        recovery: what computes lost KV again, if somebody asked for it.
+        states: of layers that have them here.
+        options: of the layers, made at their first calls; made anew with each prompt, as sinks may have changed.
+        crosses: whether the last layer attends to an encoder's output afterwards, and tells by `crossed`.
     """
 
-    def __init__(self, call: RunningCall) -> None:
-        """Of the call of a model."""
-        self.call = call
-        self.numbers: list[int] = []
-        self.touched: set[Touch] = set()
-        self.last_touch: RunningCall | None = None
-        self.has_attended = False
-        self.has_crossed = False
-        self.is_dead = False
-        self.is_finished = False
-        self._served: ServedPass | None = None
-        self._masks: list[tuple[torch.Tensor | None, int]] = []  # that were read, and the windows of their layers
-        self._real: torch.Tensor | None = None
-        self._blocks: torch.Tensor | None = None
-        self._num_new = 0
-        self._windows = {0}  # that were found to mean the same in columns and in real tokens
+    def __init__(
+        self,
+        owner: object,
+        geometry: Geometry,
+        lease: Leasing,
+        session: ModelSession,
+        batch: PaddedBatch,
+        states: States,
+    ) -> None:
+        """None yet. `owner` is the cache that the model is given."""
+        self.lease = lease
+        self.session = session
+        self.batch = batch
+        self.states = states
+        self.recovery: Recovering | None = None
+        self.options: dict[Any, AttentionOptions] = {}
+        self.crosses = False
+        self._owner = weakref.ref(owner)
+        self._geometry = geometry
+        self._pass: Pass | None = None
+        self._first: Touch | None = None  # where each pass begins
+        self._turn = Turn("RemoteCache")
 
     @property
-    def is_open(self) -> bool:
-        """Whether `open` was called."""
-        return self._served is not None
-
-    @property
-    def served(self) -> ServedPass:
-        """Its steps."""
-        assert self._served is not None
-        return self._served
-
-    def open(self, served: ServedPass, mask: torch.Tensor | None, window: int, reading: Reading, num_new: int) -> None:
-        """The first layer is about to attend.
-
-        Args:
-            served: runs its steps.
-            mask: that the layer was given.
-            window: of the layer.
-            reading: what that mask says.
-            num_new: its columns.
-        """
-        self._masks, self._num_new = [(mask, window)], num_new
-        self._real, self._blocks = reading
-        self._served = served
-
-    def goes_on_with(self, number: int) -> bool:
-        """Whether the module `number` of a layer belongs to this pass; False: it begins another.
-
-        Raises:
-            Unsupported: it has attended already, and the pass still runs.
-        """
-        if self.is_finished or self.is_dead:
-            return False
-        if number not in self.numbers:
-            return True
-        if self.call.is_running and not self.call.is_anothers:
-            rule = "a RemoteCache serves one attention over its own keys for each layer"
-            raise Unsupported(f"layer {number} attends twice in one pass of the model, but {rule}")
-        return False
-
-    def goes_on_to(self, touch: Touch) -> bool:
-        """Whether what a layer does with its states belongs to this pass; False: it begins another."""
-        return not self.is_finished and not self.is_dead and touch not in self.touched
-
-    def has_touched(self, states: Set[tuple[int, int]]) -> bool:
-        """Whether the layers of these states, `(layer, state)`, have done all that they do in a pass."""
-        if self.call.has_returned:
-            return True
-        last = self.last_touch
-        is_done = last is None or not last.is_known or last.has_returned
-        return is_done and states <= {(touch.number, touch.state) for touch in self.touched}
+    def is_compiled(self) -> bool:
+        """Whether the last pass came through torch.compile."""
+        return self._pass is not None and self._pass.call.is_compiled
 
     def check_alone(self) -> None:
-        """Raises InvalidRequest if another thread is in the middle of this pass."""
-        if not self.is_finished and not self.is_dead and self.call.is_anothers and self.call.is_running:
-            rule = "one pass at a time may use it: wait for that one, or give each thread a RemoteCache of its own"
-            raise InvalidRequest(f"another thread is in the middle of a pass with this cache, but {rule}")
+        """Raises InvalidRequest if another thread is in the middle of a pass."""
+        if self._pass is not None:
+            self._pass.check_alone()
 
-    def check_mask(self, number: int, mask: torch.Tensor | None, window: int, reading: Reading) -> None:
-        """Raises InvalidRequest if a layer's mask says something else than those of the layers before."""
-        real, blocks = reading
-        if real is None or self._real is None:
-            given = real if self._real is None else self._real
-            is_same = given is None or bool(given.all())
-        else:
-            is_same = torch.equal(real, self._real)
-        if blocks is None or self._blocks is None:
-            is_same = is_same and blocks is self._blocks
-        else:
-            is_same = is_same and torch.equal(blocks, self._blocks)
-        if not is_same:
-            rule = "must say the same, as the layers share their pages"
-            raise InvalidRequest(
-                f"attention_mask of layer {number} is another than that of layer {self.numbers[0]}, but {rule}",
-                field="attention_mask",
-            )
-        self._masks.append((mask, window))
+    def touch(self, number: int, state: int, name: str) -> None:
+        """A layer is about to read or change states of its own, in the pass under way or in a new one.
 
-    def knows(self, mask: torch.Tensor | None, window: int) -> bool:
-        """Whether a mask was read already, for a layer of that window."""
-        return any(mask is known and window == of for known, of in self._masks)
-
-    def check_window(self, number: int, window: int) -> None:
-        """Checks that a sliding window means the same here, in real tokens, and in eager attention, in columns.
-
-        Raises:
-            Unsupported: padding between a row's tokens makes the difference.
+        Args:
+            number: of the layer.
+            state: number of the state.
+            name: of the method of the cache.
         """
-        if window in self._windows:
+        touch = Touch(number, state, name)
+        self._turn.begin()
+        try:
+            self.check_alone()
+            self.see_end()
+            now = self._pass
+            if now is None or not now.goes_on_to(touch):
+                self._take_back()
+                self._check_first(touch)
+                now = self._pass = Pass(call_with(self._owner()))
+            self.states.note(number)
+            now.touched.add(touch)
+            now.last_touch = call_with(self._owner(), innermost=True)
+        finally:
+            self._turn.end()
+
+    def crossed(self) -> None:
+        """The last layer has attended to the encoder's output."""
+        if self._pass is not None:
+            self._pass.has_crossed = True
+            self.see_end()
+
+    def see_end(self) -> None:
+        """Counts the pass under way if its last layer has done what it does: some have states, and tell no end."""
+        now = self._pass
+        if (
+            now is None
+            or now.is_finished
+            or now.is_dead
+            or not now.has_attended
+            or (self.crosses and not now.has_crossed)
+        ):
             return
-        if self._real is not None and not bool(self._real.all()):
-            count = torch.nn.functional.pad(self._real.int().cumsum(1), (1, 0))  # real tokens before each column
-            first = self._real.shape[1] - self._num_new
-            ends = torch.arange(first, self._real.shape[1]) + 1
-            starts = (ends - window).clamp(min=0)
-            inside = count[:, ends] - count[:, starts]
-            # A query that is padding stands behind the last real token by the padding of this pass between.
-            last = _last_real(self._real)[:, ends - 1]
-            behind = ends - 1 - last.clamp(min=first - 1)
-            expected = torch.minimum(count[:, ends], (window - behind).clamp(min=0))
-            wrong = ((inside != expected) & (last >= 0)).nonzero()
-            if len(wrong):
-                row = int(wrong[0, 0])
-                raise Unsupported(
-                    f"attention_mask[{row}] has padding between tokens, but layer {number} has a sliding window of "
-                    f"{window}, which counts columns with padding and would be counted in tokens here",
-                    field="attention_mask",
-                )
-        self._windows.add(window)
+        if not self.states.numbers or now.has_touched(self.states.numbers):
+            self._finish(now)
 
+    def _pass_of(self, number: int, query: torch.Tensor, mask: torch.Tensor | None, window: int) -> Pass:
+        """The pass that a layer belongs to: the one under way, or a new one."""
+        self.see_end()
+        now = self._pass
+        if now is not None and now.goes_on_with(number):
+            if not now.is_open:
+                self._open(now, number, query, mask, window)
+            elif not now.knows(mask, window):
+                now.check_mask(number, mask, window, read(mask, number, query.shape[2], window))
+            return now
+        self._take_back()
+        self._check_first(Touch(number, 0, "attend"))
+        now = Pass(call_with(self._owner()))
+        self._open(now, number, query, mask, window)
+        self._pass = now
+        return now
 
-def _last_real(real: torch.Tensor) -> torch.Tensor:
-    """Int64 of `real`'s shape: the column of the last real token up to each; -1: there is none."""
-    columns = torch.arange(real.shape[1]).expand_as(real)
-    return torch.where(real, columns, -1).cummax(1).values
+    def _open(self, now: Pass, number: int, query: torch.Tensor, mask: torch.Tensor | None, window: int) -> None:
+        """Adds the tokens of a pass to the rows."""
+        batch_size, num_new = query.shape[0], query.shape[2]
+        reading = read(mask, number, num_new, window)
+        with self.lease.lock:
+            parts = self.batch.extend(batch_size, num_new, *reading)
+        now.open(ServedPass(self.session, parts), mask, window, reading, num_new)
+        if self.recovery is not None:
+            self.recovery.begin(num_new, is_causal=reading.blocks is None)
+
+    def _check_first(self, touch: Touch) -> None:
+        """Raises Unsupported where states stay here, and a pass begins elsewhere than the first one did."""
+        self._first = self._first or touch
+        if self.states.numbers and touch != self._first:
+            rule = f"must begin at layer {self._first.number}: call the model as a whole, or reset() after an error"
+            raise Unsupported(f"a pass begins at layer {touch.number}, but each pass with this cache {rule}")
+
+    def _finish(self, now: Pass) -> None:
+        self.batch.commit()
+        self.states.commit()
+        if self.recovery is not None:
+            self.recovery.commit()
+        now.is_finished = True
+        now.call.forget()
+        if now.last_touch is not None:
+            now.last_touch.forget()
+
+    def _take_back(self) -> None:
+        self.see_end()
+        stopped = self._pass
+        if self.batch.is_under_way or stopped is None or not stopped.is_open:
+            self.states.take_back()
+        else:
+            self.states.commit()  # the batch did, and then something stopped us
+        self._pass = None
+        with self.lease.lock:
+            if not self.batch.take_back():
+                return
+        at = stopped.numbers[-1] if stopped is not None and stopped.numbers else 0
+        log.warning("a pass was stopped at layer %d of %d: its tokens are taken back", at, self._geometry.last_number)

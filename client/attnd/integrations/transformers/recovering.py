@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from attnd.integrations.transformers.passes import Pass
+from attnd.integrations.transformers.one_pass import Pass
 from attnd.integrations.transformers.served_pass import ServedPass
 
 

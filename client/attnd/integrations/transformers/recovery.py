@@ -26,7 +26,7 @@ from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.served_pass import ServedPass
 
 if TYPE_CHECKING:
-    from attnd.integrations.transformers.passes import Pass
+    from attnd.integrations.transformers.one_pass import Pass
     from attnd.integrations.transformers.rows import Rows
 
 log = logging.getLogger(__name__)

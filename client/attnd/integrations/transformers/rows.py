@@ -9,11 +9,11 @@ from functools import partial
 import torch
 
 from attnd.integrations.model_session import ModelSession
-from attnd.integrations.transformers.course import Passes
 from attnd.integrations.transformers.geometry import Geometry
 from attnd.integrations.transformers.leasing import Leasing
 from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.padded_batch import PaddedBatch
+from attnd.integrations.transformers.passes import Passes
 from attnd.planes.call_threads import start_last
 from attnd.protocol.attention_options import AttentionOptions
 
