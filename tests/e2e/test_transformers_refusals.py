@@ -104,3 +104,31 @@ def test_what_the_configuration_shows(client, config: str, match: str) -> None:
     kind = getattr(transformers, config, None) or getattr(transformers, config.replace("XL", "xL"))
     with pytest.raises(attnd.Unsupported, match=match):
         RemoteCache(client, kind(), max_tokens=64, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_layers_that_attend_to_images_are_left_out_without_one(client) -> None:
+    text = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [0, 2],
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(1)
+    model = transformers.MllamaForCausalLM(transformers.models.mllama.MllamaTextConfig(**text)).eval()
+    ids = tokens(12)
+    expected = model(ids).logits
+    model.set_attn_implementation("attnd")
+    with remote(client, model) as cache:
+        model(ids[:, :8], past_key_values=cache)
+        torch.testing.assert_close(
+            model(ids[:, 8:], past_key_values=cache).logits, expected[:, 8:], atol=1e-4, rtol=1e-4
+        )
+        assert cache.cache.info().config.num_layers == 1
+        with pytest.raises(attnd.Unsupported, match=r"layer 0 attends to images \(cross_attention_layers\)"):
+            model(ids, past_key_values=cache, cross_attention_states=torch.randn(1, 4, 64))

@@ -26,7 +26,7 @@ NEEDS_ATTACH = {"CFG", "draft served", "early exit", "another cache", "use_cache
 NEEDS_NO_WINDOW = {"right padding", "hole", "early end"}
 MAY_BE_REFUSED = {
     "llama": NEVER | {"model copied"},
-    "gemma3": NEVER | NEEDS_NO_WINDOW | {"model copied", "image", "token types"},
+    "gemma3": NEVER | NEEDS_NO_WINDOW | {"model copied"},
 }
 
 
@@ -38,10 +38,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# The adapter gives none, without an error yet.
-NOT_YET = {"attentions"}
 CASES = [(name, behaviour) for name in CHOSEN for behaviour in behaviours_of(families()[name])]
-CASES = [(name, behaviour) for name, behaviour in CASES if behaviour not in NOT_YET]
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers

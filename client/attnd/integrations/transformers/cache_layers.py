@@ -33,8 +33,9 @@ class Owner(Protocol):
 def layers_of(owner: Owner, geometry: Geometry) -> list[Any]:
     """The layers of a cache, one for each of the model; `local_layers.put` puts those with states in their places."""
     nothing = getattr(cache_utils, "DummyLayer", None)
+    asked = geometry.served.keys() | geometry.crossing  # of these models ask more than a DummyLayer knows
     return [
-        RemoteLayer(owner, number) if number in geometry.served or nothing is None else nothing()
+        RemoteLayer(owner, number) if number in asked or nothing is None else nothing()
         for number in range(geometry.num_layers)
     ]
 

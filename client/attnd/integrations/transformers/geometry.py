@@ -51,6 +51,7 @@ class Geometry:
         head_dim_v: elements per head of v.
         windows: of each layer of the model, the sliding window in tokens; 0: none.
         num_states: by the number of each layer with convolutions or a recurrence, how many: their states stay here.
+        crossing: numbers of layers that attend to images, and are left out where there are none.
     """
 
     num_layers: int
@@ -61,6 +62,7 @@ class Geometry:
     head_dim_v: int
     windows: tuple[int, ...]
     num_states: dict[int, int] = field(default_factory=dict)
+    crossing: frozenset[int] = frozenset()
 
     def of_cache(self) -> dict[str, Any]:
         """Arguments of `create_cache`."""
@@ -79,6 +81,9 @@ class Geometry:
             key: `[batch_size, num_kv_heads, num_new, head_dim]`.
             value: `[batch_size, num_kv_heads, num_new, head_dim_v]`.
         """
+        if number in self.crossing:
+            rule = "a RemoteCache serves the text alone: leave images out, or generate without a RemoteCache"
+            raise Unsupported(f"layer {number} attends to images (cross_attention_layers), but {rule}")
         if number not in self.served:
             rule = "must not have any, by the model's configuration: generate without a RemoteCache"
             raise Unsupported(f"layer {number} gives keys to the cache, but {rule}")
@@ -103,7 +108,8 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
     reused = [number for number, mode in enumerate(getattr(config, "kv_sharing_modes", None) or ()) if mode == "reuse"]
     types = _layer_types(config, configs)[: len(configs)]  # an early exit has fewer layers than its lists say
     reused = [number for number in reused if number < len(types)]
-    for number in reused:
+    crossing = [number for number in getattr(config, "cross_attention_layers", None) or () if number < len(types)]
+    for number in reused + crossing:
         types[number] = "dummy"
     for number, layer_type in enumerate(types):
         if layer_type not in _KNOWN:
@@ -137,6 +143,7 @@ def geometry_of(config: PreTrainedConfig) -> Geometry:
             for number, layer_type in enumerate(types)
             if layer_type in _RECURRENT + _BOTH
         },
+        crossing=frozenset(crossing),
     )
 
 
