@@ -150,7 +150,8 @@ def interrupted(run: Run) -> Result:
             run.passes(tokens.flip(1), mask, [14], cache, first=6)
         except KeyboardInterrupt:
             pass
-        hook.remove()
+        finally:
+            hook.remove()
     return {"logits": run.passes(tokens, mask, [14, 16], cache, first=6)[0]}
 
 
