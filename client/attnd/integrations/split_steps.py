@@ -30,7 +30,8 @@ class Most(NamedTuple):
     elements: int
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """A part of a step.
 
     Attributes:

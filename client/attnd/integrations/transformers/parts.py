@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import compress, groupby, zip_longest
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from attnd.protocol.step_metadata import StepMetadata
 MAX_DECODE_TOKENS = 32
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Some tokens of a pass.
 
     Attributes:
