@@ -110,6 +110,50 @@ def test_a_pass_stopped_after_a_layers_attention(make, llama, layer: int) -> Non
     check(llama(ids[:, 8:], past_key_values=cache).logits, eager(llama, ids)[:, 8:])
 
 
+BEHIND: dict[str, Callable[[Any], Any]] = {
+    "last attention": lambda model: model.model.layers[2].self_attn,
+    "last mlp": lambda model: model.model.layers[2].mlp,
+    "norm": lambda model: model.model.norm,
+    "decoder": lambda model: model.model,
+    "head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("where", list(BEHIND))
+@pytest.mark.parametrize("length", [0, 8])
+def test_a_pass_stopped_behind_its_last_layer(make, llama, where: str, length: int) -> None:
+    cache, ids = make(llama), tokens()
+    if length:
+        llama(ids[:, :length], past_key_values=cache)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = BEHIND[where](llama).register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        llama(ids[:, length:], past_key_values=cache)
+    handle.remove()
+    assert cache.get_seq_length() == length
+    check(llama(ids[:, length:], past_key_values=cache).logits, eager(llama, ids)[:, length:])
+    assert (cache.get_seq_length(), cache.num_pages_used) == (24, 6)
+
+
+def test_what_fails_after_the_models_call_takes_nothing_back(make, llama) -> None:
+    cache, ids = make(llama), tokens()
+
+    class Loop(torch.nn.Module):
+        def forward(self, past_key_values: RemoteCache) -> None:
+            for first in (0, 8, 16):
+                llama(ids[:, first : first + 8], past_key_values=past_key_values)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Loop()(past_key_values=cache)
+    assert cache.get_seq_length() == 24
+    more = tokens(2)
+    check(llama(more, past_key_values=cache).logits, eager(llama, torch.cat([ids, more], 1))[:, 24:])
+
+
 def test_the_first_pass_stopped_and_then_another_batch(make, llama) -> None:
     cache, ids = make(llama), tokens(num_rows=2)
     stopped(llama, 1, KeyboardInterrupt(), lambda: llama(tokens(40), past_key_values=cache))

@@ -98,6 +98,11 @@ class Pass:
             raise Unsupported(f"layer {number} attends twice in one pass of the model, but {rule}")
         return False
 
+    @property
+    def num_new(self) -> int:
+        """Its columns."""
+        return self._num_new
+
     def goes_on_to(self, touch: Touch) -> bool:
         """Whether what a layer does with its states belongs to this pass; False: it begins another."""
         return not self.is_finished and not self.is_dead and touch not in self.touched

@@ -29,7 +29,8 @@ class Passes:
     """The passes of a model with one cache, one after the other.
 
     A pass counts when its last layer has attended, and those that have states here have changed them. One that was
-    stopped before, by Ctrl-C or by any error, never was: what comes next takes its tokens and its states back.
+    stopped before, by Ctrl-C or by any error, never was: what comes next takes its tokens and its states back. So it
+    does where the model's call was stopped behind the last layer, but for models with states here.
 
     Attributes:
         lease: the server's memory.
@@ -107,6 +108,8 @@ class Passes:
     def see_end(self) -> None:
         """Counts the pass under way if its last layer has done what it does: some have states, and tell no end."""
         now = self._pass
+        if now is not None and now.is_finished:
+            self._see_failure(now)
         if (
             now is None
             or now.is_finished
@@ -158,9 +161,28 @@ class Passes:
         if self.recovery is not None:
             self.recovery.commit()
         now.is_finished = True
-        now.call.forget()
+        if self.states.numbers or now.call.is_compiled:
+            now.call.forget()  # else whoever comes next looks how it ended
         if now.last_touch is not None:
             now.last_touch.forget()
+
+    def _see_failure(self, now: Pass) -> None:
+        """Takes back a pass that counted, if the model's call was stopped behind its last layer: it gave no result."""
+        if now.call.is_running:
+            return
+        has_failed = now.call.has_failed
+        now.call.forget()
+        if not has_failed or now.num_new > self.batch.num_columns:
+            return
+        length = self.batch.num_columns - now.num_new
+        with self.lease.lock:
+            self.batch.crop(length)  # copies no page: those of the pass are its row's own
+            self.batch.works()
+            if not length:
+                self.batch.clear()
+        if self.recovery is not None:
+            self.recovery.crop(length)
+        log.warning("a call of the model was stopped behind its last layer: its tokens are taken back")
 
     def _take_back(self) -> None:
         self.see_end()

@@ -12,6 +12,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from attnd.integrations.transformers.compiling import is_compiled
 
 # Names under which models take a cache.
@@ -60,15 +62,24 @@ class RunningCall:
             return False
         return frame.f_lasti >= 0 and dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended without a result: by Ctrl-C, or by any other exception."""
+        return self._frame is not None and not self.is_running and not self.has_returned
+
     def forget(self) -> None:
         """Lets go of the frame, and so of the call's tensors; the call is taken for over."""
         self._frame = None
 
 
 def call_with(cache: Any, innermost: bool = False) -> RunningCall:
-    """The outermost running `forward` that was given `cache`, or the innermost one, looked for from here."""
+    """The running `forward` that was given `cache`, looked for from here: a model's outermost one, or the innermost.
+
+    What calls a model may have the cache too, and may run one pass after the other: a loop that is itself a module. So
+    the outermost one of transformers' models has the word.
+    """
     frame: FrameType | None = sys._getframe(1)
-    found, compiled = None, False
+    found, of_model, compiled = None, None, False
     while frame is not None:
         compiled = compiled or is_compiled(frame)
         if frame.f_code.co_name == "forward":
@@ -77,8 +88,10 @@ def call_with(cache: Any, innermost: bool = False) -> RunningCall:
                 found = frame
                 if innermost:
                     break
+                if isinstance(given.get("self"), PreTrainedModel):
+                    of_model = frame
         frame = frame.f_back
-    return RunningCall(found, compiled)
+    return RunningCall(of_model or found, compiled)
 
 
 def given_cache() -> Any:
