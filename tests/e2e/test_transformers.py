@@ -304,6 +304,25 @@ def test_error_with_another_attention(llama, batch, remote):
         generate(llama, batch, past_key_values=remote(llama), **GREEDY)
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_error_for_attention_weights(remote, batch, kind):
+    if kind == "opt":  # takes it as an argument of its own, and tells no layer
+        common = {key: value for key, value in COMMON.items() if key not in ("num_key_value_heads", "head_dim")}
+        config = transformers.OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=64)
+        model = transformers.OPTForCausalLM(config).eval()
+    else:
+        model = make_model(kind)
+    model.set_attn_implementation("attnd")
+    cache = remote(model)
+    with torch.no_grad():
+        with pytest.raises(
+            attnd.Unsupported, match="output_attentions is true, but a server gives no attention weights"
+        ):
+            model(**batch, past_key_values=cache, output_attentions=True)
+        assert cache.get_seq_length() == 0
+        model(**batch, past_key_values=cache)
+
+
 def test_error_with_gradients(llama, batch, remote):
     llama.set_attn_implementation("attnd")
     with pytest.raises(attnd.Unsupported, match="no gradients"):

@@ -15,6 +15,7 @@ from attnd.integrations.transformers.encoders.cross_cache import RemoteCrossCach
 from attnd.integrations.transformers.encoders.local_attention import attend_here, stays_here
 from attnd.integrations.transformers.marks import owner_of
 from attnd.integrations.transformers.masks import whole
+from attnd.integrations.transformers.passes import without_weights
 from attnd.integrations.transformers.remote_cache import RemoteCache
 from attnd.integrations.transformers.running import given_cache
 from attnd.protocol.attention_options import AttentionOptions
@@ -74,11 +75,7 @@ def attention(
     if dropout or (query.requires_grad and torch.is_grad_enabled()):
         raise Unsupported("attention on a server has no gradients: use model.eval() and torch.no_grad()")
     if kwargs.get("output_attentions"):
-        raise Unsupported(
-            "output_attentions is true, but a server gives no attention weights: leave it out, or choose another "
-            'attention with model.set_attn_implementation("eager")',
-            field="output_attentions",
-        )
+        raise without_weights()
     options = _options(cache, module, layer, query, attention_mask, scaling, kwargs)
     return cache.attend(module, layer, query, key, value, attention_mask, options), None
 

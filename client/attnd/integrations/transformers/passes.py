@@ -25,6 +25,15 @@ from attnd.protocol.attention_options import AttentionOptions
 log = logging.getLogger(__name__)
 
 
+def without_weights() -> Unsupported:
+    """The error for who asks for attention weights."""
+    return Unsupported(
+        "output_attentions is true, but a server gives no attention weights: leave it out, or choose another "
+        'attention with model.set_attn_implementation("eager")',
+        field="output_attentions",
+    )
+
+
 class Passes:
     """The passes of a model with one cache, one after the other.
 
@@ -134,6 +143,8 @@ class Passes:
         self._take_back()
         self._check_first(Touch(number, 0, "attend"))
         now = Pass(call_with(self._owner()))
+        if now.call.wants_weights:
+            raise without_weights()
         self._open(now, number, query, mask, window)
         self._pass = now
         return now

@@ -26,11 +26,13 @@ class RunningCall:
     Attributes:
         thread: that made it.
         is_compiled: whether it goes through torch.compile.
+        wants_weights: whether it was asked for attention weights.
     """
 
-    def __init__(self, frame: FrameType | None, is_compiled: bool = False) -> None:
+    def __init__(self, frame: FrameType | None, is_compiled: bool = False, wants_weights: bool = False) -> None:
         """Of the call that `frame` executes; None: nobody knows which, and it is taken for over."""
         self.is_compiled = is_compiled
+        self.wants_weights = wants_weights
         self.thread = threading.get_ident()
         self._frame = frame
 
@@ -79,19 +81,20 @@ def call_with(cache: Any, innermost: bool = False) -> RunningCall:
     the outermost one of transformers' models has the word.
     """
     frame: FrameType | None = sys._getframe(1)
-    found, of_model, compiled = None, None, False
+    found, of_model, compiled, weights = None, None, False, False
     while frame is not None:
         compiled = compiled or is_compiled(frame)
         if frame.f_code.co_name == "forward":
             given = frame.f_locals
             if any(_holds(given.get(name), cache) for name in CACHE_NAMES):
                 found = frame
+                weights = weights or given.get("output_attentions") is True
                 if innermost:
                     break
                 if isinstance(given.get("self"), PreTrainedModel):
                     of_model = frame
         frame = frame.f_back
-    return RunningCall(of_model or found, compiled)
+    return RunningCall(of_model or found, compiled, weights)
 
 
 def given_cache() -> Any:
