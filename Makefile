@@ -71,7 +71,7 @@ fuzz: $(READY) ## a million generated requests against the server's borders, the
 	$(PY) -m tests.fuzz $(ARGS)
 
 families: $(READY) ## every family of transformers beside itself, half an hour: the table of docs/integrations.md
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.families --table $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.families $(or $(ARGS),--table)
 
 smollm2: $(READY) ## a real model generates in every way, with attention from a server and with its own
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests/smollm2.py $(ARGS)

@@ -163,7 +163,7 @@ def model_copied(run: Run) -> Result:
 @behaviour("inference mode")
 def inference_mode(run: Run) -> Result:
     with torch.inference_mode():
-        tokens = run.generate(run.family.prompts([9, 6])).sequences
+        tokens = run.chosen(run.family.prompts([9, 6]))["tokens"]
     return {"tokens": tokens.clone()}
 
 

@@ -73,7 +73,7 @@ def _common(by_family: Mapping[str, list[Outcome]]) -> dict[str, str]:
     for of_family in by_family.values():
         if any(outcome.verdict == EQUAL and outcome.behaviour == "greedy" for outcome in of_family):
             asked.update({outcome.behaviour for outcome in of_family})
-            for name, reason in _by_name(of_family):
+            for name, reason in _by_name(outcome for outcome in of_family if outcome.verdict in (EQUAL, REFUSED)):
                 reasons[name][reason] += 1
     return {
         name: counter.most_common(1)[0][0]
@@ -84,6 +84,7 @@ def _common(by_family: Mapping[str, list[Outcome]]) -> dict[str, str]:
 
 def _by_name(of_family: Iterable[Outcome]) -> Refusals:
     """What was not equal; with the way in the name, where the other way is another matter."""
+    of_family = list(of_family)
     ways = {outcome.way for outcome in of_family}
     reasons: dict[tuple[str, str], set[str]] = defaultdict(set)
     for outcome in of_family:
@@ -97,7 +98,14 @@ def _by_name(of_family: Iterable[Outcome]) -> Refusals:
 
 
 def _refusals(of_family: list[Outcome], common: Mapping[str, str]) -> Refusals:
-    return frozenset((name, reason) for name, reason in _by_name(of_family) if name not in common)
+    """What is not said of every family; a failure always is."""
+    refused = _by_name(outcome for outcome in of_family if outcome.verdict in (EQUAL, REFUSED))
+    others = frozenset((name, reason) for name, reason in refused if name not in common)
+    return others | (_by_name(of_family) - refused if _failed(of_family) else frozenset())
+
+
+def _failed(of_family: Iterable[Outcome]) -> bool:
+    return any(outcome.verdict not in (EQUAL, REFUSED) for outcome in of_family)
 
 
 def _told(refusals: Refusals) -> list[str]:
@@ -129,5 +137,7 @@ def _reason(detail: str) -> str:
     text = detail.partition(": ")[2] if re.match(r"\w+: ", detail) else detail
     text = re.sub(r"\[[\d, ]+\]", "[...]", text)
     text = re.sub(r"(layer|layer_types) ?\[?\d+\]?", r"\1 ...", text)
+    text = re.sub(r"\b\d+ new tokens behind \d+", "new tokens behind others", text)
+    text = re.sub(r"the last \d+ tokens", "the last tokens", text)
     text = text if len(text) < 170 else f"{text[:160].rpartition(' ')[0]} ..."
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

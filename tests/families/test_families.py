@@ -76,9 +76,14 @@ def test_the_table_groups_families_and_tells_why() -> None:
         outcomes.Outcome("c", "attached", "greedy", outcomes.REFUSED, "Unsupported: q | has shape [1, 2]", 0.1),
         outcomes.Outcome("d", "attached", "greedy", outcomes.WRONG, "logits differ", 0.1),
         outcomes.Outcome("d", "attached", "beams", outcomes.ABSENT, "not for this family", 0.0),
+        *[outcomes.Outcome(name, "attached", "crop", outcomes.REFUSED, "Unsupported: never", 0.1) for name in "abfg"],
+        *[outcomes.Outcome(name, "attached", "greedy", outcomes.EQUAL, "", 0.1) for name in "efg"],
+        outcomes.Outcome("e", "attached", "crop", outcomes.WRONG, "logits differ", 0.1),
     ]
     text = markdown(made, "a version")
-    assert "4 families, 4 comparisons: 2 equal, 1 refused with an `AttndError`, 1 failed." in text
-    assert "| a, b | 1 | |" in text
+    assert "7 families, 12 comparisons: 5 equal, 5 refused with an `AttndError`, 2 failed." in text
+    assert "- crop: never\n" in text
+    assert "| a, b, f, g | 1 | |" in text
+    assert "| e | 1 | crop: WRONG: logits differ |" in text  # which crop is not for the others
     assert r"| c | 0 | every answer: q \| has shape [...] |" in text
     assert "| d | 0 | every answer: WRONG: logits differ |" in text
