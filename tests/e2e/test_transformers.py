@@ -304,9 +304,12 @@ def test_error_with_another_attention(llama, batch, remote):
         generate(llama, batch, past_key_values=remote(llama), **GREEDY)
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
 def test_error_for_attention_weights(remote, batch, kind):
-    if kind == "opt":  # takes it as an argument of its own, and tells no layer
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, pad_token_id=PAD)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    elif kind == "opt":  # takes it as an argument of its own, and tells no layer
         common = {key: value for key, value in COMMON.items() if key not in ("num_key_value_heads", "head_dim")}
         config = transformers.OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=64)
         model = transformers.OPTForCausalLM(config).eval()

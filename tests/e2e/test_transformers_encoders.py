@@ -91,6 +91,14 @@ def test_ways_to_generate(client, options: dict[str, Any]) -> None:
         assert torch.equal(model.generate(**given, **options), expected)
 
 
+def test_guidance(client) -> None:
+    """Its second context is an encoder's input of one token, with a mask of several."""
+    model, given = make("bart"), inputs((7,))
+    expected = eager(model, given, **GREEDY, guidance_scale=1.5)
+    with attach(model, client, max_tokens=512, page_size=4):
+        assert torch.equal(model.generate(**given, **GREEDY, guidance_scale=1.5), expected)
+
+
 def test_a_pair_by_hand_is_used_again_after_reset(client) -> None:
     model = make("bart")
     with RemotePair(client, model.config, max_tokens=256, dtype=model.dtype, page_size=4) as pair:

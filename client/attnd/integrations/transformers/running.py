@@ -93,6 +93,8 @@ def call_with(cache: Any, innermost: bool = False) -> RunningCall:
                     break
                 if isinstance(given.get("self"), PreTrainedModel):
                     of_model = frame
+        elif frame.f_code.co_name == "wrapper":  # transformers' around a model's forward, which takes it away there
+            weights = weights or bool(frame.f_locals.get("recordable_keys", {}).get("output_attentions"))
         frame = frame.f_back
     return RunningCall(of_model or found, compiled, weights)
 

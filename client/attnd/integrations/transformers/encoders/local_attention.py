@@ -35,6 +35,7 @@ def attend_here(
     if mask is not None and not mask.is_floating_point():
         seen = mask == 1 if mask.dtype == torch.int8 else mask.bool()
         mask = seen[:, None, None, :] if seen.dim() == 2 else seen
+        mask = mask[..., : key.shape[2]]  # guidance hands a longer one to the encoder, as eager attention lets it
     given = {name: each for name, each in kwargs.items() if name != "is_causal"}
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, _ = sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False, **given)
