@@ -75,7 +75,8 @@ def test_integrations_export() -> None:
     from attnd.integrations import transformers
     from attnd.integrations.diffulex import attention, metadata
 
-    assert transformers.__all__ == ["RemoteCache", "register"]
+    names = ["Attachment", "RemoteCache", "RemotePair", "attach", "detach", "register"]
+    assert transformers.__all__ == names
     assert attnd.Attention is attention.Attention
     assert attnd.attach is attention.attach
     assert {"AttnMetaDataBase", "fetch_attn_metadata", "from_diffulex"} <= set(metadata.__all__)

@@ -13,7 +13,7 @@ MAX_SOFTCAP = 1024.0
 """Greatest softcap of kernels that make tanh of exp2: that errs by 1e-7, which the softcap multiplies."""
 
 # The least normal number: less may count as 0, and 0 * -inf is NaN.
-_MIN_SCALE = torch.finfo(torch.float32).tiny
+MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
 def plain_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
@@ -23,11 +23,11 @@ def plain_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     key too, which a scale of 0 makes NaN and a negative one the greatest of all. torch's own causal path is of that
     kind.
     """
-    if scale >= _MIN_SCALE:
+    if scale >= MIN_SCALE:
         return q, scale
-    if scale <= -_MIN_SCALE:
+    if scale <= -MIN_SCALE:
         return -q, -scale
-    return q * (scale / _MIN_SCALE), _MIN_SCALE
+    return q * (scale / MIN_SCALE), MIN_SCALE
 
 
 def refusal(options: AttentionOptions) -> str | None:

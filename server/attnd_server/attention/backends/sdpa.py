@@ -22,7 +22,7 @@ from attnd_server.attention.config import AttentionBackend, AttentionConfig, Lay
 from attnd_server.attention.kernels.pages import of_kv_heads, read_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
-from attnd_server.attention.scales import plain_scale, refusal
+from attnd_server.attention.scales import MIN_SCALE, plain_scale, refusal
 from attnd_server.attention.tiles import SCRATCH_BYTES
 
 MAX_MASK_ELEMENTS = 2**30
@@ -216,7 +216,9 @@ def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPag
     With as few operations of torch as there can be: each costs what a dozen keys cost.
     """
     _, num_heads, head_dim = q.shape
-    q, scale = plain_scale(q, plan.scale)
+    scale = plan.scale
+    if scale < MIN_SCALE:  # not asked of `plain_scale`: this is the way of a single token
+        q, scale = plain_scale(q, scale)
     queries = q.reshape(1, pages.k.shape[2], -1, head_dim)  # as in `_attend`, heads of a KV head are rows
     keys, values = _heads_of_slots(pages.k, slots), _heads_of_slots(pages.v, slots)
     if plan.dtype is not q.dtype:
