@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +156,26 @@ def test_rows_change_and_forks_go_on_apart(client) -> None:
             model.set_attn_implementation("attnd")
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
         fork.close()
+
+
+def test_a_dropped_fork_gives_its_pages_back(client) -> None:
+    model, given = make("bart"), inputs()
+    model.set_attn_implementation("attnd")
+    with RemotePair(client, model.config, max_tokens=512, dtype=model.dtype, page_size=4) as pair:
+        model(**given, decoder_input_ids=torch.randint(3, VOCAB, (3, 4)), past_key_values=pair)
+        pools = pair.self_attention_cache.rows.lease.pool, pair.cross_attention_cache.lease.pool
+        used = [pool.num_used for pool in pools]
+        fork = pair.fork()
+        del fork
+        gc.collect()
+        deadline = time.monotonic() + 20  # a thread gives them back
+        while [pool.num_used for pool in pools] != used:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        pair.cross_attention_cache.reset()
+        while pools[1].num_used:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_whisper(client) -> None:

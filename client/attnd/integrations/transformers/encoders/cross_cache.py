@@ -51,7 +51,7 @@ class RemoteCrossCache(Cache):
         self._attended: set[int] = set()
         self._run: Any = None
         self._turn = Turn("RemoteCrossCache")
-        self._end = weakref.finalize(self, start_last, partial(_end, self.session, lease))
+        self._end = weakref.finalize(self, start_last, partial(_end, self.session, lease, self._pool_rows))
         self._end.atexit = False
 
     @hidden
@@ -112,8 +112,8 @@ class RemoteCrossCache(Cache):
 
     def fork(self, on_last: Callable[[], None]) -> RemoteCrossCache:
         """Another with the same rows, and the same pages: nothing is ever written to them again."""
-        other = RemoteCrossCache(self.lease, len(self.layers), on_last)
         self.lease.share()
+        other = RemoteCrossCache(self.lease, len(self.layers), on_last)
         other._rows, other._real, other._stored = list(self._rows), self._real, set(self._stored)
         with self.lease.lock:
             for row in self._pool_rows:
@@ -175,7 +175,7 @@ class RemoteCrossCache(Cache):
     def _take_pages(self, real: torch.Tensor) -> None:
         self._free()
         with self.lease.lock:
-            self._pool_rows = [PagedSequence(self.lease.pool) for _ in range(len(real))]
+            self._pool_rows += [PagedSequence(self.lease.pool) for _ in range(len(real))]
             for row, length in zip(self._pool_rows, real.sum(1).tolist(), strict=True):
                 row.extend(length)
         self._rows, self._real = list(self._pool_rows), real
@@ -200,10 +200,7 @@ class RemoteCrossCache(Cache):
             self._real = self._real[indices]
 
     def _free(self) -> None:
-        rows, self._pool_rows = self._pool_rows, []
-        with self.lease.lock:
-            for row in rows:
-                row.free()
+        _free(self.lease, self._pool_rows)
 
 
 class _CrossLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
@@ -264,7 +261,15 @@ class _CrossLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transfor
         return -1
 
 
-def _end(session: ModelSession, lease: Leasing) -> None:
+def _free(lease: Leasing, rows: list[PagedSequence]) -> None:
+    """Gives the pages of all rows back, and leaves the list without any."""
+    with lease.lock:
+        while rows:
+            rows.pop().free()
+
+
+def _end(session: ModelSession, lease: Leasing, rows: list[PagedSequence]) -> None:
     """What is left of a cache that nobody has any more."""
     session.close()
+    _free(lease, rows)
     lease.release_quietly()
