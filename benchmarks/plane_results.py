@@ -86,13 +86,8 @@ def write(options: argparse.Namespace, results: Results, err: Console) -> None:
     hidden = ("out", "cells", "caller_planes")
     parameters = {key: value for key, value in vars(options).items() if key not in hidden}
     parameters |= {"planes_that_cannot_be_had": results.reasons, "not_timed": results.failures}
-    report.write_json(path.with_suffix(".json"), "planes", parameters, [*results.rows, *results.caller_rows])
-    err.print(f"written: {path}.json", soft_wrap=True)
-    try:
-        draw(path.with_suffix(".png"), title_of(options), results.rows)
-        err.print(f"written: {path}.png", soft_wrap=True)
-    except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-        err.print(f"no plot: {error}")
+    rows = [*results.rows, *results.caller_rows]
+    report.write(err, path, "planes", parameters, rows, lambda plot: draw(plot, title_of(options), results.rows))
 
 
 def draw(path: Path, title: str, results: Sequence[dict[str, Any]]) -> None:

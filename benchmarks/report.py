@@ -124,6 +124,33 @@ def write_json(path: Path, benchmark: str, parameters: Mapping[str, Any], rows: 
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def write(
+    console: Console,
+    path: Path,
+    benchmark: str,
+    parameters: Mapping[str, Any],
+    rows: Sequence[Row],
+    draw: Callable[[Path], None],
+) -> None:
+    """Writes rows as JSON and as a plot, and tells where.
+
+    Args:
+        console: that is told.
+        path: of both files, without their endings.
+        benchmark: its name.
+        parameters: of the run.
+        rows: its results.
+        draw: writes the plot to a path.
+    """
+    write_json(path.with_suffix(".json"), benchmark, parameters, rows)
+    console.print(f"written: {path}.json", soft_wrap=True)
+    try:
+        draw(path.with_suffix(".png"))
+        console.print(f"written: {path}.png", soft_wrap=True)
+    except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
+        console.print(f"no plot: {error}")
+
+
 def git_commit() -> str | None:
     """HEAD, with "-dirty" if files differ from it; None outside a repository."""
     try:

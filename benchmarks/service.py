@@ -110,13 +110,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.print(report.table(title, CAPTION, results, COLUMNS))
     path = options.out / f"service-{device.type}"
     parameters = {"heads": heads, "dtype": dtype_name, **{k: v for k, v in vars(options).items() if k != "out"}}
-    report.write_json(path.with_suffix(".json"), "service", parameters, results)
-    console.print(f"written: {path}.json")
-    try:
-        draw(path.with_suffix(".png"), title, results)
-        console.print(f"written: {path}.png")
-    except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-        console.print(f"no plot: {error}")
+    report.write(console, path, "service", parameters, results, lambda plot: draw(plot, title, results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

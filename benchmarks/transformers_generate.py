@@ -262,13 +262,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.print(report.table(title, CAPTION, rows, COLUMNS))
     path = options.out / f"transformers-{device.type}"
     parameters = {key: value for key, value in vars(options).items() if key != "out"}
-    report.write_json(path.with_suffix(".json"), "transformers_generate", parameters, rows)
-    console.print(f"written: {path}.json")
-    try:
-        draw(path.with_suffix(".png"), title, rows)
-        console.print(f"written: {path}.png")
-    except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-        console.print(f"no plot: {error}")
+    report.write(console, path, "transformers_generate", parameters, rows, lambda plot: draw(plot, title, rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

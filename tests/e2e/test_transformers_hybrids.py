@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,20 +40,6 @@ def model(request: pytest.FixtureRequest, made: dict[str, Any]) -> Any:
         made[request.param] = make_model(request.param)
     made[request.param].set_attn_implementation("attnd")
     return made[request.param]
-
-
-@pytest.fixture
-def remote(client: attnd.Client) -> Iterator[Callable[..., RemoteCache]]:
-    caches: list[RemoteCache] = []
-
-    def of(served: Any, **options: Any) -> RemoteCache:
-        options = {"max_tokens": 1024, "dtype": served.dtype, "page_size": 4} | options
-        caches.append(RemoteCache(client, served.config, **options))
-        return caches[-1]
-
-    yield of
-    for cache in caches:
-        cache.close()
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor) -> None:

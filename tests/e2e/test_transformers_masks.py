@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ import attnd
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
-from attnd.integrations.transformers import RemoteCache  # noqa: E402
 from tests.e2e.test_transformers import COMMON, GREEDY, locally, make_model, padded_batch, remotely  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -34,20 +33,6 @@ def without_gradients() -> Iterator[None]:
     torch.manual_seed(3)
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def remote(client: attnd.Client) -> Iterator[Callable[..., RemoteCache]]:
-    caches: list[RemoteCache] = []
-
-    def of(served: Any, **options: Any) -> RemoteCache:
-        options = {"max_tokens": 1024, "dtype": served.dtype, "page_size": 4} | options
-        caches.append(RemoteCache(client, served.config, **options))
-        return caches[-1]
-
-    yield of
-    for cache in caches:
-        cache.close()
 
 
 def gemma3() -> Any:

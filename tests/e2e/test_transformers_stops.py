@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import attnd
+from tests.interrupted_generation import interrupted
 from tests.servers import ServerProcess
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -240,25 +241,8 @@ def test_generation_goes_on_after_an_interrupt(make, llama) -> None:
     inputs = padded_batch([9])
     expected = locally(llama, inputs, **GREEDY)
     cache = make(llama)
-    seen = []
-
-    class Stream:
-        def put(self, value: torch.Tensor) -> None:
-            seen.extend(value.flatten().tolist())
-
-        def end(self) -> None:
-            raise AssertionError("it was interrupted")
-
-    calls = iter(range(100))
-
-    def stop(*_: object) -> None:
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-
-    handle = llama.model.layers[1].register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        remotely(llama, inputs, cache, **GREEDY, streamer=Stream())
-    handle.remove()
+    run = lambda streamer: remotely(llama, inputs, cache, **GREEDY, streamer=streamer)  # noqa: E731
+    seen = interrupted(llama.model.layers[1], 5, run)
     assert len(seen) == 9 + 5
     so_far = {"input_ids": torch.tensor([seen])}
     assert torch.equal(remotely(llama, so_far, cache, **GREEDY | {"max_new_tokens": 12 - 5}), expected)

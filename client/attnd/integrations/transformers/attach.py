@@ -17,7 +17,7 @@ from attnd.integrations.transformers.compiling import hidden
 from attnd.integrations.transformers.encoders.pairs import RemotePair
 from attnd.integrations.transformers.hooks import arguments, decoder_of
 from attnd.integrations.transformers.remote_cache import RemoteCache, check_client
-from attnd.integrations.transformers.running import CACHE_NAMES
+from attnd.integrations.transformers.running import CACHE_NAMES, cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ class Attachment:
         """A RemoteCache, or a RemotePair of an encoder-decoder, to give to several calls as `past_key_values`.
 
         Raises:
-            Disconnected: the model has gone.
+            InvalidRequest: the model has gone.
             AttndError: as `RemoteCache`.
         """
         model = self._model()
@@ -127,22 +127,16 @@ def attach(
     if model in _attached or decoder in _attached:
         raise InvalidRequest("the model is attached already, but must not be: detach(model) first", field="model")
     check_client(client)
-    unknown = sorted(set(options) - _options())
-    if unknown:
-        raise InvalidRequest(f"there is no option {unknown[0]}, but only {', '.join(sorted(_options()))}")
+    known = set(RemoteCache.__init__.__kwdefaults__ or {}) - {"on_cache_lost", "model"}
+    for name in sorted(set(options) - known):
+        raise InvalidRequest(f"there is no option {name}, but only {', '.join(sorted(known))}")
 
     def make(model: PreTrainedModel) -> Any:
+        given: dict[str, Any] = {"max_tokens": max_tokens, "dtype": model.dtype, "on_cache_lost": on_cache_lost}
         if model.config.is_encoder_decoder:
-            kinds: dict[str, Any] = {"max_tokens": max_tokens, "dtype": model.dtype, "on_cache_lost": on_cache_lost}
-            return RemotePair(client, model.config, **kinds | options)
+            return RemotePair(client, model.config, **given | options)
         watched = model if on_cache_lost == "recompute" else None
-        given: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "dtype": model.dtype,
-            "on_cache_lost": on_cache_lost,
-            "model": watched,
-        }
-        return RemoteCache(client, model.config, **given | options)
+        return RemoteCache(client, model.config, model=watched, **given | options)
 
     make(model).close()  # what cannot be served is refused now
     attachment = Attachment(model, decoder, make)
@@ -160,13 +154,6 @@ def detach(model: PreTrainedModel) -> None:
     if attachment is None:
         raise InvalidRequest("the model is not attached, but must be: attach(model, client, max_tokens=...)")
     attachment.detach()
-
-
-def _options() -> set[str]:
-    """Of `RemoteCache`, those that `attach` takes."""
-    taken = {"self", "client", "config", "max_tokens", "dtype", "on_cache_lost", "model"}
-    parameters = RemoteCache.__init__.__kwdefaults__ or {}
-    return set(parameters) - taken
 
 
 @hidden
@@ -211,7 +198,7 @@ def _check_one_prompt(given: dict[str, Any]) -> None:
 def _after_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The hook. Frees the cache of a pass that keeps none, and takes it out of the result; also where it failed."""
     given = arguments(decoder, args, kwargs)
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = cache_in(given)
     if not isinstance(cache, RemoteCache | RemotePair) or not cache.is_for_one_pass:
         return None
     cache.close()

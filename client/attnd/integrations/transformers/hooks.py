@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attnd.integrations.transformers.compiling import hidden
-from attnd.integrations.transformers.running import CACHE_NAMES, RunningCall
+from attnd.integrations.transformers.running import RunningCall, cache_in
 
 
 class Seen(NamedTuple):
@@ -76,7 +76,7 @@ def unwatch(reference: weakref.ref[torch.nn.Module]) -> None:
 def before_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The hook. Shows a RemoteCache the tokens that come with it."""
     given = arguments(decoder, args, kwargs)
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    cache = cache_in(given)
     cache = getattr(cache, "self_attention_cache", cache)
     recovery = getattr(getattr(cache, "rows", None), "recovery", None)
     if recovery is not None:

@@ -45,7 +45,7 @@ class Rows(Passes):
             plane: as of `ModelSession`.
             like: as of `ModelSession`.
         """
-        session = ModelSession(lease.cache, plane) if like is None else ModelSession(lease.cache, plane, like=like)
+        session = ModelSession(lease.cache, plane, like=like)
         super().__init__(owner, geometry, lease, session, batch, states)
         self._plane = plane
         self._end = weakref.finalize(owner, start_last, partial(_end, session, lease, batch))

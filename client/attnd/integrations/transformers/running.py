@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -99,14 +100,18 @@ def call_with(cache: Any, innermost: bool = False) -> RunningCall:
     return RunningCall(of_model or found, compiled, weights)
 
 
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among what a model was given, by name; None: there is none."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
 def given_cache() -> Any:
     """The cache that the innermost running `forward` with one was given, looked for from here; None: there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "forward":
-            for name in CACHE_NAMES:
-                if frame.f_locals.get(name) is not None:
-                    return frame.f_locals[name]
+        cache = cache_in(frame.f_locals) if frame.f_code.co_name == "forward" else None
+        if cache is not None:
+            return cache
         frame = frame.f_back
     return None
 
