@@ -225,6 +225,8 @@ def test_errors_say_what_to_do(client, caches) -> None:
     model, inputs = make_model("llama"), padded_batch([8])
     with pytest.raises(attnd.InvalidRequest, match="there is no option max_pages, but only backend,"):
         attached(client, model, max_pages=3)
+    with pytest.raises(attnd.InvalidRequest, match="max_tokens is 0, but must be at least 1"):
+        attached(client, model, max_tokens=0)
     with pytest.raises(attnd.InvalidRequest, match=r"client is a builtins\.str, but must be what attnd.connect gives"):
         attach(model, "localhost:7411", max_tokens=64)  # type: ignore[arg-type]
     assert model.config._attn_implementation != "attnd"

@@ -208,5 +208,7 @@ def test_errors_say_what_to_do(client) -> None:
         RemotePair(client, transformers.LlamaConfig(), **kinds)
     with pytest.raises(attnd.Unsupported, match="adds a bias by position to its scores"):
         RemotePair(client, transformers.T5Config(), **kinds)
+    with pytest.raises(attnd.InvalidRequest, match="max_source_tokens is 0, but must be at least 1"):
+        RemotePair(client, bart.config, **kinds, max_source_tokens=0)
     with pytest.raises(attnd.Unsupported, match="its keys do not come from tokens alone"):
         attach(bart, client, max_tokens=64, on_cache_lost="recompute")

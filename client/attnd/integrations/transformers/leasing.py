@@ -6,11 +6,19 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from attnd.errors import AttndError, CacheLost
+from attnd.errors import AttndError, CacheLost, InvalidRequest
 from attnd.pages import PagePool
 
 if TYPE_CHECKING:
     from attnd.cache import Cache
+
+
+def pages_for(max_tokens: int, page_size: int, field: str = "max_tokens") -> int:
+    """Pages that hold so many tokens. Raises InvalidRequest if that is none."""
+    for name, value in ((field, max_tokens), ("page_size", page_size)):
+        if value < 1:
+            raise InvalidRequest(f"{name} is {value}, but must be at least 1", field=name)
+    return -(-max_tokens // page_size)
 
 
 class Leasing:

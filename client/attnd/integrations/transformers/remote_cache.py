@@ -15,7 +15,7 @@ from attnd.integrations.model_session import ModelSession
 from attnd.integrations.transformers.cache_layers import number_of
 from attnd.integrations.transformers.compiling import hidden, leave_out
 from attnd.integrations.transformers.geometry import Geometry, geometry_of
-from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.leasing import Leasing, pages_for
 from attnd.integrations.transformers.local.stateful_cache import StatefulCache
 from attnd.integrations.transformers.local.states import States
 from attnd.integrations.transformers.marks import mark as mark_key
@@ -96,7 +96,7 @@ class RemoteCache(StatefulCache):
         check_plane(plane)
         check_client(client)
         geometry = geometry_of(config.get_text_config(decoder=True))
-        num_pages = -(-max_tokens // page_size)
+        num_pages = pages_for(max_tokens, page_size)
         create = partial(
             client.create_cache,
             **geometry.of_cache(),

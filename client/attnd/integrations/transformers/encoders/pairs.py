@@ -15,7 +15,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.integrations.transformers.encoders.cross_cache import RemoteCrossCache
 from attnd.integrations.transformers.geometry import geometry_of
-from attnd.integrations.transformers.leasing import Leasing
+from attnd.integrations.transformers.leasing import Leasing, pages_for
 from attnd.integrations.transformers.remote_cache import RemoteCache
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class RemotePair(EncoderDecoderCache):
         try:
             geometry = geometry_of(decoder)
             page_size = own.rows.batch.pool.page_size
-            num_pages = -(-(max_source_tokens or max_tokens) // page_size)
+            source = max_tokens if max_source_tokens is None else max_source_tokens
+            num_pages = pages_for(source, page_size, "max_source_tokens")
             taken = {
                 key: value for key, value in options.items() if key in ("kv_dtype", "k_scales", "v_scales", "backend")
             }
