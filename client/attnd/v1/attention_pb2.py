@@ -32,7 +32,7 @@ from attnd.v1 import step_pb2 as attnd_dot_v1_dot_step__pb2
 from attnd.v1 import tensor_pb2 as attnd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61ttnd/v1/attention.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x14\x61ttnd/v1/cache.proto\x1a\x1b\x61ttnd/v1/capabilities.proto\x1a\x14\x61ttnd/v1/error.proto\x1a\x14\x61ttnd/v1/plane.proto\x1a\x15\x61ttnd/v1/status.proto\x1a\x13\x61ttnd/v1/step.proto\x1a\x15\x61ttnd/v1/tensor.proto\"\xb0\x01\n\rWarmUpRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x11\n\tnum_heads\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.attnd.v1.AttentionOptions\x12\x11\n\tquery_len\x18\x04 \x01(\r\x12\x10\n\x08max_reqs\x18\x05 \x01(\r\x12\x17\n\x0fmax_context_len\x18\x06 \x01(\r\"|\n\x0eWarmUpResponse\x12\x12\n\nnum_graphs\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\"\n\x07\x62\x61\x63kend\x18\x04 \x01(\x0e\x32\x11.attnd.v1.Backend\x12\x0e\n\x06reason\x18\x05 \x01(\t\"L\n\x0ePrefillRequest\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x1c\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.Call\"5\n\x0fPrefillResponse\x12\"\n\x05reply\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CallReply\"K\n\rDecodeRequest\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x1c\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.Call\"4\n\x0e\x44\x65\x63odeResponse\x12\"\n\x05reply\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CallReply\"\x83\x01\n\rAttendRequest\x12\x1e\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.StepH\x00\x12\x1e\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.CallH\x00\x12\'\n\tcuda_step\x18\x03 \x01(\x0b\x32\x12.attnd.v1.CudaStepH\x00\x42\t\n\x07message\"h\n\x08\x43udaStep\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x11\n\tnum_heads\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x03(\x0b\x32\x1a.attnd.v1.AttentionOptions\"}\n\rCudaStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0ctakes_deltas\x18\x02 \x01(\x08\x12\"\n\x07\x62\x61\x63kend\x18\x03 \x01(\x0e\x32\x11.attnd.v1.Backend\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x0f\n\x07step_us\x18\x05 \x01(\r\"2\n\tStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0ctakes_deltas\x18\x02 \x01(\x08\"\x1b\n\tGoingAway\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe0\x01\n\x0e\x41ttendResponse\x12#\n\x04step\x18\x01 \x01(\x0b\x32\x13.attnd.v1.StepReplyH\x00\x12#\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x13.attnd.v1.CallReplyH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.attnd.v1.ErrorH\x00\x12)\n\ngoing_away\x18\x04 \x01(\x0b\x32\x13.attnd.v1.GoingAwayH\x00\x12,\n\tcuda_step\x18\x05 \x01(\x0b\x32\x17.attnd.v1.CudaStepReplyH\x00\x42\t\n\x07message\"\xa4\x01\n\x0eStoreKvRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x0cslot_mapping\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01k\x18\x04 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01v\x18\x05 \x01(\x0b\x32\x10.attnd.v1.Tensor\"D\n\x0fStoreKvResponse\x12\x11\n\tnum_slots\x18\x01 \x01(\x04\x12\x1e\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0f.attnd.v1.Error\"i\n\rReadKvRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x0cslot_mapping\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"Y\n\x0eReadKvResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x1b\n\x01k\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01v\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor2\xf6\x08\n\x10\x41ttentionService\x12V\n\x0fGetCapabilities\x12 .attnd.v1.GetCapabilitiesRequest\x1a!.attnd.v1.GetCapabilitiesResponse\x12\x44\n\tGetStatus\x12\x1a.attnd.v1.GetStatusRequest\x1a\x1b.attnd.v1.GetStatusResponse\x12J\n\x0b\x43reateCache\x12\x1c.attnd.v1.CreateCacheRequest\x1a\x1d.attnd.v1.CreateCacheResponse\x12G\n\nRenewCache\x12\x1b.attnd.v1.RenewCacheRequest\x1a\x1c.attnd.v1.RenewCacheResponse\x12G\n\nAdoptCache\x12\x1b.attnd.v1.AdoptCacheRequest\x1a\x1c.attnd.v1.AdoptCacheResponse\x12J\n\x0b\x44\x65leteCache\x12\x1c.attnd.v1.DeleteCacheRequest\x1a\x1d.attnd.v1.DeleteCacheResponse\x12G\n\nListCaches\x12\x1b.attnd.v1.ListCachesRequest\x1a\x1c.attnd.v1.ListCachesResponse\x12\x44\n\tCopyPages\x12\x1a.attnd.v1.CopyPagesRequest\x1a\x1b.attnd.v1.CopyPagesResponse\x12;\n\x06WarmUp\x12\x17.attnd.v1.WarmUpRequest\x1a\x18.attnd.v1.WarmUpResponse\x12>\n\x07Prefill\x12\x18.attnd.v1.PrefillRequest\x1a\x19.attnd.v1.PrefillResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.attnd.v1.DecodeRequest\x1a\x18.attnd.v1.DecodeResponse\x12?\n\x06\x41ttend\x12\x17.attnd.v1.AttendRequest\x1a\x18.attnd.v1.AttendResponse(\x01\x30\x01\x12\x42\n\x07StoreKv\x12\x18.attnd.v1.StoreKvRequest\x1a\x19.attnd.v1.StoreKvResponse(\x01\x30\x01\x12=\n\x06ReadKv\x12\x17.attnd.v1.ReadKvRequest\x1a\x18.attnd.v1.ReadKvResponse0\x01\x12\x44\n\tOpenPlane\x12\x1a.attnd.v1.OpenPlaneRequest\x1a\x1b.attnd.v1.OpenPlaneResponse\x12G\n\nClosePlane\x12\x1b.attnd.v1.ClosePlaneRequest\x1a\x1c.attnd.v1.ClosePlaneResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61ttnd/v1/attention.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x14\x61ttnd/v1/cache.proto\x1a\x1b\x61ttnd/v1/capabilities.proto\x1a\x14\x61ttnd/v1/error.proto\x1a\x14\x61ttnd/v1/plane.proto\x1a\x15\x61ttnd/v1/status.proto\x1a\x13\x61ttnd/v1/step.proto\x1a\x15\x61ttnd/v1/tensor.proto\"\xbf\x01\n\rWarmUpRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x11\n\tnum_heads\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.attnd.v1.AttentionOptions\x12\x11\n\tquery_len\x18\x04 \x01(\r\x12\x10\n\x08max_reqs\x18\x05 \x01(\r\x12\x17\n\x0fmax_context_len\x18\x06 \x01(\r\x12\r\n\x05group\x18\x07 \x01(\r\"|\n\x0eWarmUpResponse\x12\x12\n\nnum_graphs\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\"\n\x07\x62\x61\x63kend\x18\x04 \x01(\x0e\x32\x11.attnd.v1.Backend\x12\x0e\n\x06reason\x18\x05 \x01(\t\"L\n\x0ePrefillRequest\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x1c\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.Call\"5\n\x0fPrefillResponse\x12\"\n\x05reply\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CallReply\"K\n\rDecodeRequest\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x1c\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.Call\"4\n\x0e\x44\x65\x63odeResponse\x12\"\n\x05reply\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CallReply\"\x83\x01\n\rAttendRequest\x12\x1e\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.StepH\x00\x12\x1e\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x0e.attnd.v1.CallH\x00\x12\'\n\tcuda_step\x18\x03 \x01(\x0b\x32\x12.attnd.v1.CudaStepH\x00\x42\t\n\x07message\"h\n\x08\x43udaStep\x12\x1c\n\x04step\x18\x01 \x01(\x0b\x32\x0e.attnd.v1.Step\x12\x11\n\tnum_heads\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x03(\x0b\x32\x1a.attnd.v1.AttentionOptions\"}\n\rCudaStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0ctakes_deltas\x18\x02 \x01(\x08\x12\"\n\x07\x62\x61\x63kend\x18\x03 \x01(\x0e\x32\x11.attnd.v1.Backend\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x0f\n\x07step_us\x18\x05 \x01(\r\"2\n\tStepReply\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0ctakes_deltas\x18\x02 \x01(\x08\"\x1b\n\tGoingAway\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xe0\x01\n\x0e\x41ttendResponse\x12#\n\x04step\x18\x01 \x01(\x0b\x32\x13.attnd.v1.StepReplyH\x00\x12#\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x13.attnd.v1.CallReplyH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.attnd.v1.ErrorH\x00\x12)\n\ngoing_away\x18\x04 \x01(\x0b\x32\x13.attnd.v1.GoingAwayH\x00\x12,\n\tcuda_step\x18\x05 \x01(\x0b\x32\x17.attnd.v1.CudaStepReplyH\x00\x42\t\n\x07message\"\xa4\x01\n\x0eStoreKvRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x0cslot_mapping\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01k\x18\x04 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01v\x18\x05 \x01(\x0b\x32\x10.attnd.v1.Tensor\"D\n\x0fStoreKvResponse\x12\x11\n\tnum_slots\x18\x01 \x01(\x04\x12\x1e\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x0f.attnd.v1.Error\"i\n\rReadKvRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x0cslot_mapping\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"Y\n\x0eReadKvResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x1b\n\x01k\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x1b\n\x01v\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor2\xf6\x08\n\x10\x41ttentionService\x12V\n\x0fGetCapabilities\x12 .attnd.v1.GetCapabilitiesRequest\x1a!.attnd.v1.GetCapabilitiesResponse\x12\x44\n\tGetStatus\x12\x1a.attnd.v1.GetStatusRequest\x1a\x1b.attnd.v1.GetStatusResponse\x12J\n\x0b\x43reateCache\x12\x1c.attnd.v1.CreateCacheRequest\x1a\x1d.attnd.v1.CreateCacheResponse\x12G\n\nRenewCache\x12\x1b.attnd.v1.RenewCacheRequest\x1a\x1c.attnd.v1.RenewCacheResponse\x12G\n\nAdoptCache\x12\x1b.attnd.v1.AdoptCacheRequest\x1a\x1c.attnd.v1.AdoptCacheResponse\x12J\n\x0b\x44\x65leteCache\x12\x1c.attnd.v1.DeleteCacheRequest\x1a\x1d.attnd.v1.DeleteCacheResponse\x12G\n\nListCaches\x12\x1b.attnd.v1.ListCachesRequest\x1a\x1c.attnd.v1.ListCachesResponse\x12\x44\n\tCopyPages\x12\x1a.attnd.v1.CopyPagesRequest\x1a\x1b.attnd.v1.CopyPagesResponse\x12;\n\x06WarmUp\x12\x17.attnd.v1.WarmUpRequest\x1a\x18.attnd.v1.WarmUpResponse\x12>\n\x07Prefill\x12\x18.attnd.v1.PrefillRequest\x1a\x19.attnd.v1.PrefillResponse\x12;\n\x06\x44\x65\x63ode\x12\x17.attnd.v1.DecodeRequest\x1a\x18.attnd.v1.DecodeResponse\x12?\n\x06\x41ttend\x12\x17.attnd.v1.AttendRequest\x1a\x18.attnd.v1.AttendResponse(\x01\x30\x01\x12\x42\n\x07StoreKv\x12\x18.attnd.v1.StoreKvRequest\x1a\x19.attnd.v1.StoreKvResponse(\x01\x30\x01\x12=\n\x06ReadKv\x12\x17.attnd.v1.ReadKvRequest\x1a\x18.attnd.v1.ReadKvResponse0\x01\x12\x44\n\tOpenPlane\x12\x1a.attnd.v1.OpenPlaneRequest\x1a\x1b.attnd.v1.OpenPlaneResponse\x12G\n\nClosePlane\x12\x1b.attnd.v1.ClosePlaneRequest\x1a\x1c.attnd.v1.ClosePlaneResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,37 +40,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.attention_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WARMUPREQUEST']._serialized_start=225
-  _globals['_WARMUPREQUEST']._serialized_end=401
-  _globals['_WARMUPRESPONSE']._serialized_start=403
-  _globals['_WARMUPRESPONSE']._serialized_end=527
-  _globals['_PREFILLREQUEST']._serialized_start=529
-  _globals['_PREFILLREQUEST']._serialized_end=605
-  _globals['_PREFILLRESPONSE']._serialized_start=607
-  _globals['_PREFILLRESPONSE']._serialized_end=660
-  _globals['_DECODEREQUEST']._serialized_start=662
-  _globals['_DECODEREQUEST']._serialized_end=737
-  _globals['_DECODERESPONSE']._serialized_start=739
-  _globals['_DECODERESPONSE']._serialized_end=791
-  _globals['_ATTENDREQUEST']._serialized_start=794
-  _globals['_ATTENDREQUEST']._serialized_end=925
-  _globals['_CUDASTEP']._serialized_start=927
-  _globals['_CUDASTEP']._serialized_end=1031
-  _globals['_CUDASTEPREPLY']._serialized_start=1033
-  _globals['_CUDASTEPREPLY']._serialized_end=1158
-  _globals['_STEPREPLY']._serialized_start=1160
-  _globals['_STEPREPLY']._serialized_end=1210
-  _globals['_GOINGAWAY']._serialized_start=1212
-  _globals['_GOINGAWAY']._serialized_end=1239
-  _globals['_ATTENDRESPONSE']._serialized_start=1242
-  _globals['_ATTENDRESPONSE']._serialized_end=1466
-  _globals['_STOREKVREQUEST']._serialized_start=1469
-  _globals['_STOREKVREQUEST']._serialized_end=1633
-  _globals['_STOREKVRESPONSE']._serialized_start=1635
-  _globals['_STOREKVRESPONSE']._serialized_end=1703
-  _globals['_READKVREQUEST']._serialized_start=1705
-  _globals['_READKVREQUEST']._serialized_end=1810
-  _globals['_READKVRESPONSE']._serialized_start=1812
-  _globals['_READKVRESPONSE']._serialized_end=1901
-  _globals['_ATTENTIONSERVICE']._serialized_start=1904
-  _globals['_ATTENTIONSERVICE']._serialized_end=3046
+  _globals['_WARMUPREQUEST']._serialized_end=416
+  _globals['_WARMUPRESPONSE']._serialized_start=418
+  _globals['_WARMUPRESPONSE']._serialized_end=542
+  _globals['_PREFILLREQUEST']._serialized_start=544
+  _globals['_PREFILLREQUEST']._serialized_end=620
+  _globals['_PREFILLRESPONSE']._serialized_start=622
+  _globals['_PREFILLRESPONSE']._serialized_end=675
+  _globals['_DECODEREQUEST']._serialized_start=677
+  _globals['_DECODEREQUEST']._serialized_end=752
+  _globals['_DECODERESPONSE']._serialized_start=754
+  _globals['_DECODERESPONSE']._serialized_end=806
+  _globals['_ATTENDREQUEST']._serialized_start=809
+  _globals['_ATTENDREQUEST']._serialized_end=940
+  _globals['_CUDASTEP']._serialized_start=942
+  _globals['_CUDASTEP']._serialized_end=1046
+  _globals['_CUDASTEPREPLY']._serialized_start=1048
+  _globals['_CUDASTEPREPLY']._serialized_end=1173
+  _globals['_STEPREPLY']._serialized_start=1175
+  _globals['_STEPREPLY']._serialized_end=1225
+  _globals['_GOINGAWAY']._serialized_start=1227
+  _globals['_GOINGAWAY']._serialized_end=1254
+  _globals['_ATTENDRESPONSE']._serialized_start=1257
+  _globals['_ATTENDRESPONSE']._serialized_end=1481
+  _globals['_STOREKVREQUEST']._serialized_start=1484
+  _globals['_STOREKVREQUEST']._serialized_end=1648
+  _globals['_STOREKVRESPONSE']._serialized_start=1650
+  _globals['_STOREKVRESPONSE']._serialized_end=1718
+  _globals['_READKVREQUEST']._serialized_start=1720
+  _globals['_READKVREQUEST']._serialized_end=1825
+  _globals['_READKVRESPONSE']._serialized_start=1827
+  _globals['_READKVRESPONSE']._serialized_end=1916
+  _globals['_ATTENTIONSERVICE']._serialized_start=1919
+  _globals['_ATTENTIONSERVICE']._serialized_end=3061
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class WarmUpRequest(google.protobuf.message.Message):
     QUERY_LEN_FIELD_NUMBER: builtins.int
     MAX_REQS_FIELD_NUMBER: builtins.int
     MAX_CONTEXT_LEN_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
     num_heads: builtins.int
     """Query heads of the calls; a multiple of num_kv_heads."""
     query_len: builtins.int
@@ -41,6 +42,8 @@ class WarmUpRequest(google.protobuf.message.Message):
     """Most cached tokens of a request; at most Limits.max_context_len. 0: what the cache's pages hold, at most what a step
     may have.
     """
+    group: builtins.int
+    """Index of the cache's layer group whose layers are meant."""
     @property
     def cache(self) -> attnd.v1.cache_pb2.CacheRef:
         """The cache whose steps are meant. Its lease starts again. What was captured ends with the cache."""
@@ -58,9 +61,10 @@ class WarmUpRequest(google.protobuf.message.Message):
         query_len: builtins.int = ...,
         max_reqs: builtins.int = ...,
         max_context_len: builtins.int = ...,
+        group: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache", "options", b"options"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "max_context_len", b"max_context_len", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "group", b"group", "max_context_len", b"max_context_len", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
 
 global___WarmUpRequest = WarmUpRequest
 
@@ -412,7 +416,7 @@ class StoreKvRequest(google.protobuf.message.Message):
 
     @property
     def v(self) -> attnd.v1.tensor_pb2.Tensor:
-        """[num_tokens, num_kv_heads, head_dim_v] of the cache's dtype."""
+        """[num_tokens, num_kv_heads, head_dim_v] of the cache's dtype. Absent of a latent group."""
 
     def __init__(
         self,
@@ -501,7 +505,7 @@ class ReadKvResponse(google.protobuf.message.Message):
 
     @property
     def v(self) -> attnd.v1.tensor_pb2.Tensor:
-        """[chunk_tokens, num_kv_heads, head_dim_v] of the cache's dtype."""
+        """[chunk_tokens, num_kv_heads, head_dim_v] of the cache's dtype. Absent of a latent group."""
 
     def __init__(
         self,

@@ -26,47 +26,49 @@ from attnd.v1 import backend_pb2 as attnd_dot_v1_dot_backend__pb2
 from attnd.v1 import tensor_pb2 as attnd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xa1\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\"\xcf\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x17\n\x0f\x61waits_adoption\x18\x08 \x01(\x08\"e\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"R\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x1a\n\x12with_written_pages\x18\x02 \x01(\x08\"a\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\x12\'\n\rwritten_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\"6\n\x11\x41\x64optCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12\x41\x64optCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x85\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/cache.proto\x12\x08\x61ttnd.v1\x1a\x16\x61ttnd/v1/backend.proto\x1a\x15\x61ttnd/v1/tensor.proto\"%\n\x08\x43\x61\x63heRef\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"c\n\x07KvSplit\x12\x12\n\nchunk_size\x18\x01 \x01(\r\x12\x12\n\nmax_splits\x18\x02 \x01(\r\x12\x1c\n\x0f\x62\x61tch_invariant\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x12\n\x10_batch_invariant\"\xe9\x03\n\x0b\x43\x61\x63heConfig\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12\x1e\n\x05\x64type\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x06layout\x18\x08 \x01(\x0e\x32\x10.attnd.v1.Layout\x12\"\n\x07\x62\x61\x63kend\x18\t \x01(\x0e\x32\x11.attnd.v1.Backend\x12&\n\tprecision\x18\n \x01(\x0e\x32\x13.attnd.v1.Precision\x12!\n\x08kv_dtype\x18\x0b \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\x0c \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\r \x01(\x0b\x32\x10.attnd.v1.Tensor\x12#\n\x08kv_split\x18\x0e \x01(\x0b\x32\x11.attnd.v1.KvSplit\x12$\n\x06groups\x18\x0f \x03(\x0b\x32\x14.attnd.v1.LayerGroup\x12 \n\x07v_dtype\x18\x10 \x01(\x0e\x32\x0f.attnd.v1.Dtype\"\xbd\x02\n\nLayerGroup\x12 \n\x06layers\x18\x01 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nhead_dim_v\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x11\n\tnum_pages\x18\x06 \x01(\r\x12!\n\x08kv_dtype\x18\x07 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12 \n\x07v_dtype\x18\x08 \x01(\x0e\x32\x0f.attnd.v1.Dtype\x12\"\n\x08k_scales\x18\t \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\"\n\x08v_scales\x18\n \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\x0e\n\x06window\x18\x0b \x01(\r\x12\x0e\n\x06latent\x18\x0c \x01(\x08\"\xcf\x01\n\tCacheInfo\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12%\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x19\n\x11num_pages_written\x18\x06 \x01(\r\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x17\n\x0f\x61waits_adoption\x18\x08 \x01(\x08\"e\n\x12\x43reateCacheRequest\x12%\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.attnd.v1.CacheConfig\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"9\n\x13\x43reateCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"a\n\x11RenewCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12\x1a\n\x12with_written_pages\x18\x02 \x01(\x08\x12\r\n\x05group\x18\x03 \x01(\r\"a\n\x12RenewCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\x12\'\n\rwritten_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\"6\n\x11\x41\x64optCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"8\n\x12\x41\x64optCacheResponse\x12\"\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x13.attnd.v1.CacheInfo\"7\n\x12\x44\x65leteCacheRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\"(\n\x13\x44\x65leteCacheResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x13\n\x11ListCachesRequest\"9\n\x12ListCachesResponse\x12#\n\x06\x63\x61\x63hes\x18\x01 \x03(\x0b\x32\x13.attnd.v1.CacheInfo\"\x94\x01\n\x10\x43opyPagesRequest\x12!\n\x05\x63\x61\x63he\x18\x01 \x01(\x0b\x32\x12.attnd.v1.CacheRef\x12&\n\x0csource_pages\x18\x02 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12&\n\x0ctarget_pages\x18\x03 \x01(\x0b\x32\x10.attnd.v1.Tensor\x12\r\n\x05group\x18\x04 \x01(\r\"&\n\x11\x43opyPagesResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\r*I\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x12\n\x0eLAYOUT_UNIFIED\x10\x01\x12\x13\n\x0fLAYOUT_DISTINCT\x10\x02*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_AUTO\x10\x01\x12\x12\n\x0ePRECISION_FP32\x10\x02\x12\x12\n\x0ePRECISION_FP16\x10\x03\x12\x12\n\x0ePRECISION_BF16\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.cache_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYOUT']._serialized_start=1665
-  _globals['_LAYOUT']._serialized_end=1738
-  _globals['_PRECISION']._serialized_start=1740
-  _globals['_PRECISION']._serialized_end=1858
+  _globals['_LAYOUT']._serialized_start=2087
+  _globals['_LAYOUT']._serialized_end=2160
+  _globals['_PRECISION']._serialized_start=2162
+  _globals['_PRECISION']._serialized_end=2280
   _globals['_CACHEREF']._serialized_start=81
   _globals['_CACHEREF']._serialized_end=118
   _globals['_KVSPLIT']._serialized_start=120
   _globals['_KVSPLIT']._serialized_end=219
   _globals['_CACHECONFIG']._serialized_start=222
-  _globals['_CACHECONFIG']._serialized_end=639
-  _globals['_CACHEINFO']._serialized_start=642
-  _globals['_CACHEINFO']._serialized_end=849
-  _globals['_CREATECACHEREQUEST']._serialized_start=851
-  _globals['_CREATECACHEREQUEST']._serialized_end=952
-  _globals['_CREATECACHERESPONSE']._serialized_start=954
-  _globals['_CREATECACHERESPONSE']._serialized_end=1011
-  _globals['_RENEWCACHEREQUEST']._serialized_start=1013
-  _globals['_RENEWCACHEREQUEST']._serialized_end=1095
-  _globals['_RENEWCACHERESPONSE']._serialized_start=1097
-  _globals['_RENEWCACHERESPONSE']._serialized_end=1194
-  _globals['_ADOPTCACHEREQUEST']._serialized_start=1196
-  _globals['_ADOPTCACHEREQUEST']._serialized_end=1250
-  _globals['_ADOPTCACHERESPONSE']._serialized_start=1252
-  _globals['_ADOPTCACHERESPONSE']._serialized_end=1308
-  _globals['_DELETECACHEREQUEST']._serialized_start=1310
-  _globals['_DELETECACHEREQUEST']._serialized_end=1365
-  _globals['_DELETECACHERESPONSE']._serialized_start=1367
-  _globals['_DELETECACHERESPONSE']._serialized_end=1407
-  _globals['_LISTCACHESREQUEST']._serialized_start=1409
-  _globals['_LISTCACHESREQUEST']._serialized_end=1428
-  _globals['_LISTCACHESRESPONSE']._serialized_start=1430
-  _globals['_LISTCACHESRESPONSE']._serialized_end=1487
-  _globals['_COPYPAGESREQUEST']._serialized_start=1490
-  _globals['_COPYPAGESREQUEST']._serialized_end=1623
-  _globals['_COPYPAGESRESPONSE']._serialized_start=1625
-  _globals['_COPYPAGESRESPONSE']._serialized_end=1663
+  _globals['_CACHECONFIG']._serialized_end=711
+  _globals['_LAYERGROUP']._serialized_start=714
+  _globals['_LAYERGROUP']._serialized_end=1031
+  _globals['_CACHEINFO']._serialized_start=1034
+  _globals['_CACHEINFO']._serialized_end=1241
+  _globals['_CREATECACHEREQUEST']._serialized_start=1243
+  _globals['_CREATECACHEREQUEST']._serialized_end=1344
+  _globals['_CREATECACHERESPONSE']._serialized_start=1346
+  _globals['_CREATECACHERESPONSE']._serialized_end=1403
+  _globals['_RENEWCACHEREQUEST']._serialized_start=1405
+  _globals['_RENEWCACHEREQUEST']._serialized_end=1502
+  _globals['_RENEWCACHERESPONSE']._serialized_start=1504
+  _globals['_RENEWCACHERESPONSE']._serialized_end=1601
+  _globals['_ADOPTCACHEREQUEST']._serialized_start=1603
+  _globals['_ADOPTCACHEREQUEST']._serialized_end=1657
+  _globals['_ADOPTCACHERESPONSE']._serialized_start=1659
+  _globals['_ADOPTCACHERESPONSE']._serialized_end=1715
+  _globals['_DELETECACHEREQUEST']._serialized_start=1717
+  _globals['_DELETECACHEREQUEST']._serialized_end=1772
+  _globals['_DELETECACHERESPONSE']._serialized_start=1774
+  _globals['_DELETECACHERESPONSE']._serialized_end=1814
+  _globals['_LISTCACHESREQUEST']._serialized_start=1816
+  _globals['_LISTCACHESREQUEST']._serialized_end=1835
+  _globals['_LISTCACHESRESPONSE']._serialized_start=1837
+  _globals['_LISTCACHESRESPONSE']._serialized_end=1894
+  _globals['_COPYPAGESREQUEST']._serialized_start=1897
+  _globals['_COPYPAGESREQUEST']._serialized_end=2045
+  _globals['_COPYPAGESRESPONSE']._serialized_start=2047
+  _globals['_COPYPAGESRESPONSE']._serialized_end=2085
 # @@protoc_insertion_point(module_scope)

@@ -157,6 +157,8 @@ class CacheConfig(google.protobuf.message.Message):
     K_SCALES_FIELD_NUMBER: builtins.int
     V_SCALES_FIELD_NUMBER: builtins.int
     KV_SPLIT_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    V_DTYPE_FIELD_NUMBER: builtins.int
     num_layers: builtins.int
     """Layers of the model that share each page; 1..1024."""
     num_kv_heads: builtins.int
@@ -181,6 +183,8 @@ class CacheConfig(google.protobuf.message.Message):
     """Type of K and V in the pages: dtype, or FLOAT8_E4M3FN. Not set: dtype. In FLOAT8_E4M3FN x is stored as x / scale,
     clamped to -448..448 and rounded to the nearest, and read as the stored value times scale.
     """
+    v_dtype: attnd.v1.tensor_pb2.Dtype.ValueType
+    """Type of V in the pages where it is another than kv_dtype, which is K's then. Not set: kv_dtype."""
     @property
     def k_scales(self) -> attnd.v1.tensor_pb2.Tensor:
         """float32 [1] or [num_kv_heads]: scale of K, one for all or one per KV head, positive and finite. Absent: 1. Refused
@@ -194,6 +198,12 @@ class CacheConfig(google.protobuf.message.Message):
     @property
     def kv_split(self) -> global___KvSplit:
         """How the KV of a request is cut into chunks. Absent: automatic."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
+        """Layers that differ. Each layer is in one of them; num_kv_heads, head_dim, head_dim_v, page_size, num_pages, kv_dtype,
+        v_dtype, k_scales and v_scales are absent then. Absent: all layers are alike, and the fields above are theirs.
+        """
 
     def __init__(
         self,
@@ -212,11 +222,84 @@ class CacheConfig(google.protobuf.message.Message):
         k_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
         v_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
         kv_split: global___KvSplit | None = ...,
+        groups: collections.abc.Iterable[global___LayerGroup] | None = ...,
+        v_dtype: attnd.v1.tensor_pb2.Dtype.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["k_scales", b"k_scales", "kv_split", b"kv_split", "v_scales", b"v_scales"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dtype", b"dtype", "head_dim", b"head_dim", "head_dim_v", b"head_dim_v", "k_scales", b"k_scales", "kv_dtype", b"kv_dtype", "kv_split", b"kv_split", "layout", b"layout", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_pages", b"num_pages", "page_size", b"page_size", "precision", b"precision", "v_scales", b"v_scales"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dtype", b"dtype", "groups", b"groups", "head_dim", b"head_dim", "head_dim_v", b"head_dim_v", "k_scales", b"k_scales", "kv_dtype", b"kv_dtype", "kv_split", b"kv_split", "layout", b"layout", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_pages", b"num_pages", "page_size", b"page_size", "precision", b"precision", "v_dtype", b"v_dtype", "v_scales", b"v_scales"]) -> None: ...
 
 global___CacheConfig = CacheConfig
+
+@typing.final
+class LayerGroup(google.protobuf.message.Message):
+    """Layers of a cache that have geometry and page tables in common. Fields that CacheConfig has too mean the same."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: builtins.int
+    NUM_KV_HEADS_FIELD_NUMBER: builtins.int
+    HEAD_DIM_FIELD_NUMBER: builtins.int
+    HEAD_DIM_V_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    NUM_PAGES_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
+    V_DTYPE_FIELD_NUMBER: builtins.int
+    K_SCALES_FIELD_NUMBER: builtins.int
+    V_SCALES_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    LATENT_FIELD_NUMBER: builtins.int
+    num_kv_heads: builtins.int
+    """KV heads per layer; 1..1024."""
+    head_dim: builtins.int
+    """Elements per head of K and of queries."""
+    head_dim_v: builtins.int
+    """Elements per head of V and of outputs; 0 means head_dim."""
+    page_size: builtins.int
+    """Token slots per page; 1..1024."""
+    num_pages: builtins.int
+    """Pages of the group, at least 1. Each group has page ids of its own, from 0 on."""
+    kv_dtype: attnd.v1.tensor_pb2.Dtype.ValueType
+    """Type of K in the pages, and of V unless v_dtype is set. Not set: dtype."""
+    v_dtype: attnd.v1.tensor_pb2.Dtype.ValueType
+    """Type of V in the pages. Not set: kv_dtype."""
+    window: builtins.int
+    """Tokens of the sliding window that all its layers have; 0: none. Pages that it hides need not be there; see Step.window."""
+    latent: builtins.bool
+    """A token's row in the pages is K, and its first head_dim_v elements are V, as latent attention (MLA) has it: calls bring
+    no v, and the group takes no memory for it. num_kv_heads is 1, and head_dim may be up to 1024.
+    """
+    @property
+    def layers(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_layers]: the layers of the cache that are in it, rising; at least one."""
+
+    @property
+    def k_scales(self) -> attnd.v1.tensor_pb2.Tensor:
+        """float32 [1] or [num_kv_heads], of FLOAT8_E4M3FN pages."""
+
+    @property
+    def v_scales(self) -> attnd.v1.tensor_pb2.Tensor:
+        """Likewise for V."""
+
+    def __init__(
+        self,
+        *,
+        layers: attnd.v1.tensor_pb2.Tensor | None = ...,
+        num_kv_heads: builtins.int = ...,
+        head_dim: builtins.int = ...,
+        head_dim_v: builtins.int = ...,
+        page_size: builtins.int = ...,
+        num_pages: builtins.int = ...,
+        kv_dtype: attnd.v1.tensor_pb2.Dtype.ValueType = ...,
+        v_dtype: attnd.v1.tensor_pb2.Dtype.ValueType = ...,
+        k_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
+        v_scales: attnd.v1.tensor_pb2.Tensor | None = ...,
+        window: builtins.int = ...,
+        latent: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["k_scales", b"k_scales", "layers", b"layers", "v_scales", b"v_scales"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["head_dim", b"head_dim", "head_dim_v", b"head_dim_v", "k_scales", b"k_scales", "kv_dtype", b"kv_dtype", "latent", b"latent", "layers", b"layers", "num_kv_heads", b"num_kv_heads", "num_pages", b"num_pages", "page_size", b"page_size", "v_dtype", b"v_dtype", "v_scales", b"v_scales", "window", b"window"]) -> None: ...
+
+global___LayerGroup = LayerGroup
 
 @typing.final
 class CacheInfo(google.protobuf.message.Message):
@@ -239,7 +322,7 @@ class CacheInfo(google.protobuf.message.Message):
     num_bytes: builtins.int
     """Bytes of KV memory that the cache holds."""
     num_pages_written: builtins.int
-    """Pages that were written to at least once since the cache was created."""
+    """Pages that were written to at least once since the cache was created, those of all layer groups together."""
     name: builtins.str
     """A label for people, as given at creation."""
     awaits_adoption: builtins.bool
@@ -334,8 +417,11 @@ class RenewCacheRequest(google.protobuf.message.Message):
 
     CACHE_FIELD_NUMBER: builtins.int
     WITH_WRITTEN_PAGES_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
     with_written_pages: builtins.bool
     """Also tell which pages were written to."""
+    group: builtins.int
+    """Index of the layer group whose pages are told."""
     @property
     def cache(self) -> global___CacheRef:
         """The cache whose lease starts again."""
@@ -345,9 +431,10 @@ class RenewCacheRequest(google.protobuf.message.Message):
         *,
         cache: global___CacheRef | None = ...,
         with_written_pages: builtins.bool = ...,
+        group: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "with_written_pages", b"with_written_pages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "group", b"group", "with_written_pages", b"with_written_pages"]) -> None: ...
 
 global___RenewCacheRequest = RenewCacheRequest
 
@@ -365,7 +452,7 @@ class RenewCacheResponse(google.protobuf.message.Message):
 
     @property
     def written_pages(self) -> attnd.v1.tensor_pb2.Tensor:
-        """If asked for: int32 [CacheInfo.num_pages_written], the ids of these pages, rising."""
+        """If asked for: int32 [pages of the layer group that were written to], their ids, rising."""
 
     def __init__(
         self,
@@ -505,6 +592,9 @@ class CopyPagesRequest(google.protobuf.message.Message):
     CACHE_FIELD_NUMBER: builtins.int
     SOURCE_PAGES_FIELD_NUMBER: builtins.int
     TARGET_PAGES_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    group: builtins.int
+    """Index of the layer group of these pages."""
     @property
     def cache(self) -> global___CacheRef:
         """The cache in which pages are copied."""
@@ -523,9 +613,10 @@ class CopyPagesRequest(google.protobuf.message.Message):
         cache: global___CacheRef | None = ...,
         source_pages: attnd.v1.tensor_pb2.Tensor | None = ...,
         target_pages: attnd.v1.tensor_pb2.Tensor | None = ...,
+        group: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache", "source_pages", b"source_pages", "target_pages", b"target_pages"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cache", b"cache", "source_pages", b"source_pages", "target_pages", b"target_pages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "group", b"group", "source_pages", b"source_pages", "target_pages", b"target_pages"]) -> None: ...
 
 global___CopyPagesRequest = CopyPagesRequest
 
@@ -537,7 +628,7 @@ class CopyPagesResponse(google.protobuf.message.Message):
 
     NUM_PAGES_FIELD_NUMBER: builtins.int
     num_pages: builtins.int
-    """Pages that were copied, each in every layer."""
+    """Pages that were copied, each in every layer of the group."""
     def __init__(
         self,
         *,

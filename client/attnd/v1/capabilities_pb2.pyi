@@ -12,10 +12,63 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
 
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
+
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Feature:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FeatureEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Feature.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FEATURE_UNSPECIFIED: _Feature.ValueType  # 0
+    """Not set."""
+    FEATURE_STORE_FIRST: _Feature.ValueType  # 1
+    """Step.store_first."""
+    FEATURE_STEP_WINDOW: _Feature.ValueType  # 2
+    """Step.window."""
+    FEATURE_ATTEND_NEW: _Feature.ValueType  # 3
+    """Step.attend_new."""
+    FEATURE_FIRST_POSITION: _Feature.ValueType  # 4
+    """Step.first_position."""
+    FEATURE_PADDED_ROWS: _Feature.ValueType  # 5
+    """Step.context_lens of rows that an engine padded its batch with, and requests of a decode step without new tokens."""
+    FEATURE_LAYER_GROUPS: _Feature.ValueType  # 6
+    """CacheConfig.groups and Step.groups."""
+    FEATURE_V_DTYPE: _Feature.ValueType  # 7
+    """CacheConfig.v_dtype."""
+
+class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
+    """What later versions of the contract let steps and caches say. A server ignores fields that it does not know: whoever sends
+    one of these asks first whether the server has it.
+    """
+
+FEATURE_UNSPECIFIED: Feature.ValueType  # 0
+"""Not set."""
+FEATURE_STORE_FIRST: Feature.ValueType  # 1
+"""Step.store_first."""
+FEATURE_STEP_WINDOW: Feature.ValueType  # 2
+"""Step.window."""
+FEATURE_ATTEND_NEW: Feature.ValueType  # 3
+"""Step.attend_new."""
+FEATURE_FIRST_POSITION: Feature.ValueType  # 4
+"""Step.first_position."""
+FEATURE_PADDED_ROWS: Feature.ValueType  # 5
+"""Step.context_lens of rows that an engine padded its batch with, and requests of a decode step without new tokens."""
+FEATURE_LAYER_GROUPS: Feature.ValueType  # 6
+"""CacheConfig.groups and Step.groups."""
+FEATURE_V_DTYPE: Feature.ValueType  # 7
+"""CacheConfig.v_dtype."""
+global___Feature = Feature
 
 @typing.final
 class GetCapabilitiesRequest(google.protobuf.message.Message):
@@ -207,6 +260,7 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
     PLANES_FIELD_NUMBER: builtins.int
     LIMITS_FIELD_NUMBER: builtins.int
     KV_DTYPES_FIELD_NUMBER: builtins.int
+    FEATURES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The server's version."""
     epoch: builtins.int
@@ -243,6 +297,10 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
     def kv_dtypes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[attnd.v1.tensor_pb2.Dtype.ValueType]:
         """Types that pages may have besides that of calls."""
 
+    @property
+    def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Feature.ValueType]:
+        """What the server has of later versions of the contract."""
+
     def __init__(
         self,
         *,
@@ -256,8 +314,9 @@ class GetCapabilitiesResponse(google.protobuf.message.Message):
         planes: collections.abc.Iterable[global___PlaneState] | None = ...,
         limits: global___Limits | None = ...,
         kv_dtypes: collections.abc.Iterable[attnd.v1.tensor_pb2.Dtype.ValueType] | None = ...,
+        features: collections.abc.Iterable[global___Feature.ValueType] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backends", b"backends", "devices", b"devices", "dtypes", b"dtypes", "epoch", b"epoch", "kv_dtypes", b"kv_dtypes", "layouts", b"layouts", "limits", b"limits", "masks", b"masks", "planes", b"planes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backends", b"backends", "devices", b"devices", "dtypes", b"dtypes", "epoch", b"epoch", "features", b"features", "kv_dtypes", b"kv_dtypes", "layouts", b"layouts", "limits", b"limits", "masks", b"masks", "planes", b"planes", "version", b"version"]) -> None: ...
 
 global___GetCapabilitiesResponse = GetCapabilitiesResponse

@@ -7,7 +7,9 @@ import attnd.v1.backend_pb2
 import attnd.v1.cache_pb2
 import attnd.v1.tensor_pb2
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import sys
@@ -31,7 +33,7 @@ class _StepKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     STEP_KIND_PREFILL: _StepKind.ValueType  # 1
     """Any lengths, mixed batches too."""
     STEP_KIND_DECODE: _StepKind.ValueType  # 2
-    """Every request has the same number of new tokens; anything else is INVALID_ARGUMENT."""
+    """Every request has the same number of new tokens, or none; anything else is INVALID_ARGUMENT."""
 
 class StepKind(_StepKind, metaclass=_StepKindEnumTypeWrapper):
     """The shape of a step."""
@@ -41,7 +43,7 @@ STEP_KIND_UNSPECIFIED: StepKind.ValueType  # 0
 STEP_KIND_PREFILL: StepKind.ValueType  # 1
 """Any lengths, mixed batches too."""
 STEP_KIND_DECODE: StepKind.ValueType  # 2
-"""Every request has the same number of new tokens; anything else is INVALID_ARGUMENT."""
+"""Every request has the same number of new tokens, or none; anything else is INVALID_ARGUMENT."""
 global___StepKind = StepKind
 
 class _Mask:
@@ -64,7 +66,9 @@ class _MaskEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeW
     """
 
 class Mask(_Mask, metaclass=_MaskEnumTypeWrapper):
-    """Which new tokens a new token sees. Position p of new token i is context_lens[r] + i; kp is the other's."""
+    """Which new tokens a new token sees. Position p of new token i is first_position[r] + context_lens[r] + i; kp is the
+    other's.
+    """
 
 MASK_UNSPECIFIED: Mask.ValueType  # 0
 """Not set: refused with INVALID_ARGUMENT."""
@@ -105,6 +109,11 @@ class Step(google.protobuf.message.Message):
     PAGE_TABLE_DELTA_FIELD_NUMBER: builtins.int
     CALL_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    STORE_FIRST_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    ATTEND_NEW_FIELD_NUMBER: builtins.int
+    FIRST_POSITION_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
     id: builtins.int
     """Chosen by the client, greater than that of every earlier step of the stream. A stream keeps its last 8 steps."""
     kind: global___StepKind.ValueType
@@ -129,6 +138,16 @@ class Step(google.protobuf.message.Message):
     Trace Context: "00-" and 32, 16 and 2 hexadecimal digits. Nothing is traced unless its flag "sampled" is set and the
     server traces, and not more than it has the means for. What is no such header is ignored.
     """
+    store_first: builtins.bool
+    """All new tokens are stored first, and then every key is read from pages: what other requests of the step store in pages
+    that a request's table names is part of its context, and in FP8 pages new tokens are read as they were rounded. A token
+    whose slot is -1 is seen by nobody. Not in a cache-only or store-only step.
+    """
+    window: builtins.int
+    """Tokens of the sliding window of every call of the step, and 0: each call's own. Calls say the same window, or 0. Pages
+    that it hides may be absent or another request's already. That of the cache's layer group if it has one.
+    Absent where groups is given.
+    """
     @property
     def cache(self) -> attnd.v1.cache_pb2.CacheRef:
         """The cache that the step reads and writes. Its lease starts again."""
@@ -141,19 +160,24 @@ class Step(google.protobuf.message.Message):
 
     @property
     def context_lens(self) -> attnd.v1.tensor_pb2.Tensor:
-        """int32 [num_reqs]: tokens of each request in its pages before this step; from 0 to Limits.max_context_len."""
+        """int32 [num_reqs]: tokens of each request in its pages before this step; from 0 to Limits.max_context_len. Or minus the
+        request's new tokens, if it has any: together there are none, so it is a row that an engine padded its batch with. Its
+        rows give zeros, and its slots are -1.
+        """
 
     @property
     def page_tables(self) -> attnd.v1.tensor_pb2.Tensor:
         """int32 [num_reqs, max_pages]: cached position j of request r is in page page_tables[r, j / page_size].
         0 <= id < num_pages, or -1: no page, its positions are not seen. Context that the table does not cover is refused.
-        Absent where page_table_delta is given.
+        Pages that the window hides from all new tokens are not looked at: they may hold any number.
+        Absent where page_table_delta or groups is given.
         """
 
     @property
     def slot_mapping(self) -> attnd.v1.tensor_pb2.Tensor:
-        """int32 or int64 [num_tokens]: slot of each new token, page * page_size + offset, or -1: attended, not stored.
-        No slot twice, and none that the step reads as context (a store-only step reads nothing). Absent: nothing is stored.
+        """int32 or int64 [num_tokens]: slot of each new token, page * page_size + offset, or -1: attended, not stored; in a
+        store-first step not attended either. No slot twice, and none that the step reads as context unless it is store-first
+        (a store-only step reads nothing). Absent: nothing is stored. Absent where groups is given.
         """
 
     @property
@@ -178,6 +202,23 @@ class Step(google.protobuf.message.Message):
     def page_table_delta(self) -> global___PageTableDelta:
         """On the Attend stream, instead of page_tables: what the table differs in from that of an open step."""
 
+    @property
+    def attend_new(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_reqs]: 1, or 0: the request's new tokens are stored, but see its context alone, and no sinks: somebody else
+        attends to the rest, and the parts are merged by lse. Absent: 1. Not in a cache-only or store-only step.
+        """
+
+    @property
+    def first_position(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_reqs]: position of the first token of each request's context; >= 0. Position p of new token i is
+        first_position[r] + context_lens[r] + i, and page_tables begins with the page of first_position. A multiple of
+        block_size where the request's mask is block-causal or prefix-full. Absent: 0.
+        """
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StepGroup]:
+        """Of a cache whose config has layer groups: what differs between them, in their order."""
+
     def __init__(
         self,
         *,
@@ -200,11 +241,58 @@ class Step(google.protobuf.message.Message):
         page_table_delta: global___PageTableDelta | None = ...,
         call_timeout_ms: builtins.int = ...,
         traceparent: builtins.str = ...,
+        store_first: builtins.bool = ...,
+        window: builtins.int = ...,
+        attend_new: attnd.v1.tensor_pb2.Tensor | None = ...,
+        first_position: attnd.v1.tensor_pb2.Tensor | None = ...,
+        groups: collections.abc.Iterable[global___StepGroup] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cache", b"cache", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "valid_lens", b"valid_lens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "call_timeout_ms", b"call_timeout_ms", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_only", b"store_only", "traceparent", b"traceparent", "valid_lens", b"valid_lens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attend_new", b"attend_new", "cache", b"cache", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "first_position", b"first_position", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "valid_lens", b"valid_lens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attend_new", b"attend_new", "block_size", b"block_size", "cache", b"cache", "cache_only", b"cache_only", "call_timeout_ms", b"call_timeout_ms", "context_lens", b"context_lens", "cu_seqlens_q", b"cu_seqlens_q", "first_position", b"first_position", "groups", b"groups", "id", b"id", "kind", b"kind", "mask", b"mask", "mask_prefix_hole", b"mask_prefix_hole", "masks", b"masks", "padded_prefix_lens", b"padded_prefix_lens", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "prefix_lens", b"prefix_lens", "slot_mapping", b"slot_mapping", "store_first", b"store_first", "store_only", b"store_only", "traceparent", b"traceparent", "valid_lens", b"valid_lens", "window", b"window"]) -> None: ...
 
 global___Step = Step
+
+@typing.final
+class StepGroup(google.protobuf.message.Message):
+    """What a step says of one layer group: see the fields of Step with these names."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_TABLES_FIELD_NUMBER: builtins.int
+    PAGE_TABLE_DELTA_FIELD_NUMBER: builtins.int
+    SLOT_MAPPING_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    TABLES_OF_FIELD_NUMBER: builtins.int
+    window: builtins.int
+    """Tokens. 0: that of the layer group."""
+    tables_of: builtins.int
+    """Index of an earlier group of the step that gives page tables and slots: they are this group's too."""
+    @property
+    def page_tables(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 [num_reqs, max_pages]. Absent where page_table_delta or tables_of is given."""
+
+    @property
+    def page_table_delta(self) -> global___PageTableDelta:
+        """Instead of page_tables: what the table differs in from that of the same group of an open step."""
+
+    @property
+    def slot_mapping(self) -> attnd.v1.tensor_pb2.Tensor:
+        """int32 or int64 [num_tokens]. Absent: nothing is stored, or tables_of is given."""
+
+    def __init__(
+        self,
+        *,
+        page_tables: attnd.v1.tensor_pb2.Tensor | None = ...,
+        page_table_delta: global___PageTableDelta | None = ...,
+        slot_mapping: attnd.v1.tensor_pb2.Tensor | None = ...,
+        window: builtins.int = ...,
+        tables_of: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_tables_of", b"_tables_of", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "slot_mapping", b"slot_mapping", "tables_of", b"tables_of"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_tables_of", b"_tables_of", "page_table_delta", b"page_table_delta", "page_tables", b"page_tables", "slot_mapping", b"slot_mapping", "tables_of", b"tables_of", "window", b"window"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_tables_of", b"_tables_of"]) -> typing.Literal["tables_of"] | None: ...
+
+global___StepGroup = StepGroup
 
 @typing.final
 class PageTableDelta(google.protobuf.message.Message):
@@ -271,7 +359,9 @@ class AttentionOptions(google.protobuf.message.Message):
     softcap: builtins.float
     """score becomes softcap * tanh(score / softcap); 0 is off. Finite, >= 0."""
     window: builtins.int
-    """A token at p sees no position j with p - j >= window; 0 is off. One wider than any context hides nothing."""
+    """A token at p sees no position j with p - j >= window; 0 is the window of the step or its layer group, and off where
+    these have none. Of a step that has one, any other is refused. One wider than any context hides nothing.
+    """
     return_lse: builtins.bool
     """Also return lse, the natural logarithm of the softmax's denominator, sinks included."""
     backend: attnd.v1.backend_pb2.Backend.ValueType
@@ -336,7 +426,7 @@ class Call(google.protobuf.message.Message):
 
     @property
     def v(self) -> attnd.v1.tensor_pb2.Tensor:
-        """[num_tokens, num_kv_heads, head_dim_v] of the cache's dtype. Absent in a cache-only step."""
+        """[num_tokens, num_kv_heads, head_dim_v] of the cache's dtype. Absent in a cache-only step, and of a latent group."""
 
     @property
     def reply(self) -> attnd.v1.tensor_pb2.Region:
