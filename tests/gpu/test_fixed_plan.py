@@ -139,7 +139,7 @@ CASES = {
     "plain": PLAIN,
     "one_head": replace(PLAIN, num_kv_heads=1, group=8, head_dim=64, head_dim_v=64, page_size=32),
     "options": replace(PLAIN, num_kv_heads=8, group=3, softcap=20.0, window=700, alibi=True, sinks=True),
-    "fp8": replace(PLAIN, kv_dtype=FP8, k_scales=(0.5,), v_scales=(2.0,)),
+    "fp8": replace(PLAIN, kv_dtype=FP8, v_dtype=None, k_scales=(0.5,), v_scales=(2.0,)),
     "wide": replace(PLAIN, group=1, head_dim=256, head_dim_v=256, dtype=torch.float16),
 }
 SPLITS = {

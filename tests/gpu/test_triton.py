@@ -173,7 +173,11 @@ def test_a_cache_of_more_than_two_to_the_31_elements(layout: Layout) -> None:
 @pytest.mark.parametrize("name", ["decode", "speculative", "blocks", "prefill"])
 def test_fp8_pages_as_exact_as_what_they_hold(name: str) -> None:
     case = STEPS[name]
-    config, opts, device = replace(case.config(), kv_dtype=FP8, k_scales=(0.5,)), options(case), torch.device("cuda")
+    config, opts, device = (
+        replace(case.config(), kv_dtype=FP8, v_dtype=None, k_scales=(0.5,)),
+        options(case),
+        torch.device("cuda"),
+    )
     q, k, v, pages = arrays(case)
     scales = [torch.full([case.num_kv_heads], 0.5, device=device), torch.ones(case.num_kv_heads, device=device)]
     stored = LayerPages((pages.k / 0.5).clamp(-448, 448).to(FP8), pages.v.to(FP8), *scales)

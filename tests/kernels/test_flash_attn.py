@@ -159,7 +159,7 @@ def test_limits_of_single_packages() -> None:
 def test_quantised_pages_are_refused_where_they_are_read() -> None:
     kernel = FlashAttention(LIBRARIES["flash_attn_3"])
     for case, is_refused in ((step(DECODE), True), (step([Request(0, 4, 4, [])]), False)):
-        config = replace(case.config(), kv_dtype=FP8)
+        config = replace(case.config(), kv_dtype=FP8, v_dtype=None)
         reason = kernel.supports(config, case.metadata(), oracle.options(case, oracle.tensors(case)))
         assert ("kv_dtype is torch.float8_e4m3fn" in (reason or "")) == is_refused
 

@@ -100,7 +100,7 @@ def test_fp8_numbers_are_multiplied_by_their_scale(
     device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
 ) -> None:
     """Normal numbers, as Triton's interpreter gets the others wrong."""
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
     k_pages, v_pages = (fp8_pages(shape, 0x08, 0x7E).to(device) for shape in (config.k_shape, config.v_shape))
     compare(k_pages, v_pages, some_slots(config), layout, dtype, *scales)
@@ -114,7 +114,7 @@ def test_any_fp8_number_is_read_as_in_torch(
 ) -> None:
     if device == "cpu":
         pytest.skip("Triton's interpreter has neither FP8's NaN nor its subnormal numbers, nor rounds to bfloat16")
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
     k_pages, v_pages = (fp8_pages(shape, 0x00, 0x7F).to(device) for shape in (config.k_shape, config.v_shape))
     compare(k_pages, v_pages, some_slots(config), layout, dtype, *scales)
@@ -161,7 +161,7 @@ def test_caches_take_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch)
     from attnd_server.attention.kernels import gather, store
 
     plain = config_of(Layout.UNIFIED, torch.bfloat16, 2, 16, 16)
-    fp8, gpu, none = replace(plain, kv_dtype=FP8), torch.device("cuda", 0), (None, None)
+    fp8, gpu, none = replace(plain, kv_dtype=FP8, v_dtype=None), torch.device("cuda", 0), (None, None)
     both = (store.store_kv, gather.read_kv)
     monkeypatch.setattr(caches, "availability", lambda device: None)
     for capability, expected in (((8, 6), (both, none)), ((8, 9), (both, both)), ((10, 0), (both, both))):

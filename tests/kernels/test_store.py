@@ -68,7 +68,7 @@ def test_fp8_numbers_find_their_place_and_scale(
         numbers = torch.randint(8, 127, shape, dtype=torch.uint8) | torch.randint(2, shape, dtype=torch.uint8) << 7
         return (numbers.view(FP8).float() * scale * 32.0 ** (torch.rand(shape) < 0.1)).to(device, dtype)
 
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
     k, v = exact(head_dim, scales[0]), exact(head_dim_v, scales[1])
     compare(config, k, v, tuple(scales[:, :, 0].contiguous().to(device)))
 
@@ -85,7 +85,7 @@ def test_any_number_is_rounded_to_fp8_as_in_torch(
     v = torch.randn(13, num_kv_heads, head_dim_v).to(dtype)
     v[1, :, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
     compare(config, k.to(device), v.to(device), tuple(scales))
 
 

@@ -216,7 +216,7 @@ def test_what_is_refused(device: str) -> None:
     assert not kernel.supports_context_length(MAX_CONTEXT_LEN + 1)
     too_long = replace(metadata, context_lens=metadata.context_lens + MAX_CONTEXT_LEN)
     assert "must have at most" in str(kernel.supports(config, too_long, options))
-    halves = kernel.supports(replace(config, dtype=torch.bfloat16, kv_dtype=None), metadata, options)
+    halves = kernel.supports(replace(config, dtype=torch.bfloat16, kv_dtype=None, v_dtype=None), metadata, options)
     assert halves == (None if ON_GPU else "Triton's interpreter cannot multiply bfloat16")
     with pytest.raises(ValueError, match="must be TRITON or TRITON_GROUPED"):
         TritonPagedAttention(AttentionBackend.SDPA)

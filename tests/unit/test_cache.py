@@ -33,7 +33,7 @@ def table() -> CacheTable:
 
 def test_num_bytes_counts_what_is_allocated(table: CacheTable) -> None:
     for layout, kv_dtype in ((Layout.UNIFIED, None), (Layout.DISTINCT, FP8)):
-        config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype)
+        config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype, v_dtype=None)
         cache = table.create(config, principal="a", ttl_s=9, name="")
         assert cache.k_pages.nbytes + cache.v_pages.nbytes == config.num_bytes
 
@@ -46,7 +46,7 @@ def test_pages_start_as_zeros(table: CacheTable) -> None:
 
 @pytest.mark.parametrize("layout", Layout)
 def test_fp8_pages_hold_what_their_scales_make_of_it(table: CacheTable, layout: Layout) -> None:
-    config = replace(CONFIG, layout=layout, kv_dtype=FP8, k_scales=(0.5,), v_scales=(0.1, 3.0))
+    config = replace(CONFIG, layout=layout, kv_dtype=FP8, v_dtype=None, k_scales=(0.5,), v_scales=(0.1, 3.0))
     cache = table.create(config, principal="a", ttl_s=9, name="")
     assert cache.k_pages.dtype is cache.v_pages.dtype is FP8
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
@@ -69,7 +69,7 @@ def test_info_gives_back_what_was_created(table: CacheTable) -> None:
     assert plain.kv_dtype == plain.dtype == tensor_pb2.DTYPE_FLOAT32
     assert not plain.HasField("k_scales")
     assert plain.kv_split == cache_pb2.KvSplit(max_splits=128)
-    config = replace(CONFIG, kv_dtype=FP8, v_scales=(0.125, 3.0), layout=Layout.DISTINCT)
+    config = replace(CONFIG, kv_dtype=FP8, v_dtype=None, v_scales=(0.125, 3.0), layout=Layout.DISTINCT)
     info = table.create(config, principal="a", ttl_s=9, name="").info()
     assert info.num_bytes == CONFIG.num_bytes // 4
     assert validation.cache_config(info.config) == config

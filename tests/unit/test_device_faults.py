@@ -344,7 +344,7 @@ def test_half_a_cache_takes_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     table = CacheTable(ServerConfig(), CPU, kv_bytes=10 * CONFIG.num_bytes)
     monkeypatch.setattr(cache_module, "_scales", no_memory)
     with pytest.raises(Exhausted, match="no more"):
-        table.create(replace(CONFIG, kv_dtype=FP8), principal="a", ttl_s=9, name="")
+        table.create(replace(CONFIG, kv_dtype=FP8, v_dtype=None), principal="a", ttl_s=9, name="")
     assert not table._spaces._spaces
     assert not table._reserved
 

@@ -33,7 +33,7 @@ def spaces(num_bytes: int = 1 << 20) -> PageSpaces:
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("kv_dtype", [None, FP8])
 def test_pages_are_views_of_the_space_from_their_first_on(layout: Layout, kv_dtype: torch.dtype | None) -> None:
-    config = replace(CONFIG, layout=layout, kv_dtype=kv_dtype, head_dim_v=24)
+    config = replace(CONFIG, layout=layout, kv_dtype=kv_dtype, v_dtype=None, head_dim_v=24)
     held = spaces()
     for pages in (held.take(config), held.take(replace(config, num_pages=2, num_layers=1))):
         num_layers = len(pages.k)
@@ -55,7 +55,7 @@ def test_caches_of_one_geometry_share_a_space_and_others_do_not() -> None:
     others = [
         replace(CONFIG, head_dim=24),
         replace(CONFIG, page_size=8),
-        replace(CONFIG, dtype=torch.float16, kv_dtype=None),
+        replace(CONFIG, dtype=torch.float16, kv_dtype=None, v_dtype=None),
         replace(CONFIG, layout=Layout.DISTINCT),
     ]
     assert len({held.take(config).space.id for config in others} | {first.id}) == 5

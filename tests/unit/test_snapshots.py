@@ -48,11 +48,20 @@ CONFIG = AttentionConfig(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=9,
 PAGES = [1, 2, 7]
 GEOMETRIES = {
     "float32": CONFIG,
-    "float16-distinct": replace(CONFIG, dtype=torch.float16, kv_dtype=None, layout=Layout.DISTINCT, head_dim_v=8),
-    "bfloat16": replace(CONFIG, dtype=torch.bfloat16, kv_dtype=None, precision=PrecisionMode.FP32),
-    "fp8": replace(CONFIG, kv_dtype=FP8, k_scales=(0.1,), v_scales=(1e-3, 7.0), backend=AttentionBackend.NAIVE),
+    "float16-distinct": replace(
+        CONFIG, dtype=torch.float16, kv_dtype=None, v_dtype=None, layout=Layout.DISTINCT, head_dim_v=8
+    ),
+    "bfloat16": replace(CONFIG, dtype=torch.bfloat16, kv_dtype=None, v_dtype=None, precision=PrecisionMode.FP32),
+    "fp8": replace(
+        CONFIG, kv_dtype=FP8, v_dtype=None, k_scales=(0.1,), v_scales=(1e-3, 7.0), backend=AttentionBackend.NAIVE
+    ),
     "fp8-distinct": replace(
-        CONFIG, kv_dtype=FP8, dtype=torch.bfloat16, layout=Layout.DISTINCT, kv_split=KVSplitConfig(64, 3, True)
+        CONFIG,
+        kv_dtype=FP8,
+        v_dtype=None,
+        dtype=torch.bfloat16,
+        layout=Layout.DISTINCT,
+        kv_split=KVSplitConfig(64, 3, True),
     ),
 }
 

@@ -131,6 +131,11 @@ def _config_to_json(config: Geometry) -> dict[str, Any]:
     said = {field.name: getattr(config, field.name) for field in fields(config)}
     split = config.kv_split
     invariant = None if split.batch_invariant is None else bool(split.batch_invariant)
+    later: dict[str, Any] = {"v_dtype": dtype_name(config.v_dtype)} if config.v_dtype != config.kv_dtype else {}
+    if config.window:
+        later["window"] = int(config.window)
+    if config.latent:
+        later["latent"] = True
     return {
         **{name: int(value) for name, value in said.items() if name in _COUNTS},
         **{name: said[name].value for name in _ENUMS},
@@ -141,6 +146,7 @@ def _config_to_json(config: Geometry) -> dict[str, Any]:
             "max_splits": int(split.max_splits),
             "batch_invariant": invariant,
         },
+        **later,  # what earlier versions of attnd do not know: written only where a cache has it
     }
 
 
