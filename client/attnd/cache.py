@@ -15,6 +15,7 @@ from attnd.planes.open_stream import OpenedStream, open_stream
 from attnd.planes.transport import Transport
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.features import MissingFeatures
 from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
 from attnd.sessions import Sessions
 from attnd.v1 import cache_pb2
@@ -28,10 +29,24 @@ class Cache(Sessions):
         config: geometry, as created.
     """
 
-    def __init__(self, client: Connection, info: cache_pb2.CacheInfo, renew: bool = True) -> None:
-        """Wraps what CreateCache answered; `renew`: whether the client renews the lease by itself."""
+    def __init__(
+        self,
+        client: Connection,
+        info: cache_pb2.CacheInfo,
+        renew: bool = True,
+        missing: MissingFeatures | None = None,
+    ) -> None:
+        """Wraps what CreateCache answered.
+
+        Args:
+            client: that asked.
+            info: the answer.
+            renew: whether the client renews the lease by itself.
+            missing: what the server lacks that steps may say; None: nothing.
+        """
         self.ref = info.cache
         self.config = info.config
+        self.missing = missing
         self.ttl_s = info.ttl_s
         self.timeout_s = client.timeout_s
         self.default_plane = client.plane
@@ -83,6 +98,7 @@ class Cache(Sessions):
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
         data = self._client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data).cache
+        self.missing = self._client.missing_in(info.cache.epoch)
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renew:
             self._client.renewal.add(self)

@@ -10,7 +10,7 @@ from attnd import traces
 from attnd.cache import Cache
 from attnd.connection import Connection
 from attnd.credentials import Credentials
-from attnd.errors import AttndError
+from attnd.errors import AttndError, Unsupported
 from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes.addresses import open_transport
 from attnd.planes.choice import check_plane
@@ -18,6 +18,7 @@ from attnd.planes.grpc_options import KEEPALIVE_S
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cache_spec import CacheSpec, takes_fields_of
+from attnd.protocol.features import needs_features
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.v1 import cache_pb2
 
@@ -78,9 +79,23 @@ class Client(Connection):
         Raises:
             InvalidRequest: a value is out of its range.
             Exhausted: the server has not enough memory, or too many caches.
+            Unsupported: the server is of a version that does not know what is asked for.
         """
-        data = self.transport.unary("CreateCache", spec.to_request(), self.timeout_s, wait=True)
-        return Cache(self, frames.parse(cache_pb2.CreateCacheResponse, data).cache, spec.renew)
+        request = spec.to_message()
+        if needs_features(request):
+            self.capabilities()  # the server may be another by now
+            if self.missing is not None:
+                self.missing.check_cache(request)
+        data = self.transport.unary("CreateCache", request.SerializeToString(), self.timeout_s, wait=True)
+        info = frames.parse(cache_pb2.CreateCacheResponse, data).cache
+        cache = Cache(self, info, spec.renew, self.missing_in(info.cache.epoch))
+        try:
+            if cache.missing is not None:
+                cache.missing.check_cache(request)
+        except Unsupported:  # the server was replaced by an older one meanwhile, and has not read all of the request
+            with cache:
+                raise
+        return cache
 
     def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> Cache:
         """A cache that somebody else created, with its lease renewed in the background like one's own.
@@ -98,7 +113,8 @@ class Client(Connection):
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
         data = self.transport.unary(method, request, self.timeout_s)
-        return Cache(self, frames.parse(response, data).cache)
+        info = frames.parse(response, data).cache
+        return Cache(self, info, missing=self.missing_in(info.cache.epoch))
 
     def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
@@ -137,6 +153,8 @@ class Client(Connection):
         metadata = as_step_metadata(metadata)
         check_options(metadata, options)
         step = metadata.to_message(0, cache.ref)
+        if cache.missing is not None:
+            cache.missing.check_step(step)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = self.transport.unary(kind.capitalize(), request, self.timeout_s)

@@ -69,7 +69,8 @@ class Session:
         Raises:
             InvalidRequest: the metadata cannot be sent.
             Disconnected: the server is draining.
-            Unsupported: the plane that was asked for cannot be had; the message says why.
+            Unsupported: the plane that was asked for cannot be had, or the server is of a version that does not know
+                what the step says; the message says why.
         """
         self._begin()
         try:
@@ -80,7 +81,7 @@ class Session:
             if self._stream is None:
                 self._steps.forget()
             metadata = as_step_metadata(metadata)
-            message = self._steps.message(metadata, self.cache.ref, self.timeout_s)
+            message = self._steps.message(metadata, self.cache.ref, self.timeout_s, self.cache.missing)
             stream = self._stream
             if stream is None:
                 stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)

@@ -87,7 +87,7 @@ def test_the_keys_of_json(planes_address: str) -> None:
             assert told["epoch"] == str(cache.ref.epoch)
     assert set(told) == {
         *("address", "version", "epoch", "devices", "backends", "planes"),
-        *("dtypes", "kv_dtypes", "layouts", "masks", "limits", "caches"),
+        *("dtypes", "kv_dtypes", "layouts", "masks", "features", "limits", "caches"),
     }
     (shown,) = told["caches"]
     assert shown["name"] == ":smile: \x1b[31m[red]"

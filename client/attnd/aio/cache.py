@@ -14,6 +14,7 @@ from attnd.planes.choice import PlaneOptions
 from attnd.planes.grpc_options import checked_seconds
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.features import MissingFeatures
 from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
 from attnd.v1 import cache_pb2
 
@@ -26,10 +27,24 @@ class AsyncCache(AsyncSessions):
         config: geometry, as created.
     """
 
-    def __init__(self, client: AsyncConnection, info: cache_pb2.CacheInfo, renew: bool = True) -> None:
-        """Wraps what CreateCache answered; `renew`: whether the client renews the lease by itself."""
+    def __init__(
+        self,
+        client: AsyncConnection,
+        info: cache_pb2.CacheInfo,
+        renew: bool = True,
+        missing: MissingFeatures | None = None,
+    ) -> None:
+        """Wraps what CreateCache answered.
+
+        Args:
+            client: that asked.
+            info: the answer.
+            renew: whether the client renews the lease by itself.
+            missing: what the server lacks that steps may say; None: nothing.
+        """
         self.ref = info.cache
         self.config = info.config
+        self.missing = missing
         self.ttl_s = info.ttl_s
         self.timeout_s = client.timeout_s
         self.default_plane = client.plane
@@ -81,6 +96,7 @@ class AsyncCache(AsyncSessions):
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
         data = await self._client.wait_for_answer("AdoptCache", request)
         info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data).cache
+        self.missing = await self._client.missing_in(info.cache.epoch)
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renew:
             self._client.renewal.add(self)

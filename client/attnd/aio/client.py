@@ -10,12 +10,13 @@ from attnd.aio.cache import AsyncCache
 from attnd.aio.choice import check_plane
 from attnd.aio.connection import AsyncConnection
 from attnd.credentials import Credentials
-from attnd.errors import AttndError
+from attnd.errors import AttndError, Unsupported
 from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes.grpc_options import KEEPALIVE_S
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cache_spec import CacheSpec, takes_fields_of
+from attnd.protocol.features import needs_features
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.v1 import cache_pb2
 
@@ -74,9 +75,23 @@ class AsyncClient(AsyncConnection):
         Raises:
             InvalidRequest: a value is out of its range.
             Exhausted: the server has not enough memory, or too many caches.
+            Unsupported: the server is of a version that does not know what is asked for.
         """
-        data = await self.transport.unary("CreateCache", spec.to_request(), self.timeout_s, wait=True)
-        return AsyncCache(self, frames.parse(cache_pb2.CreateCacheResponse, data).cache, spec.renew)
+        request = spec.to_message()
+        if needs_features(request):
+            await self.capabilities()  # the server may be another by now
+            if self.missing is not None:
+                self.missing.check_cache(request)
+        data = await self.transport.unary("CreateCache", request.SerializeToString(), self.timeout_s, wait=True)
+        info = frames.parse(cache_pb2.CreateCacheResponse, data).cache
+        cache = AsyncCache(self, info, spec.renew, await self.missing_in(info.cache.epoch))
+        try:
+            if cache.missing is not None:
+                cache.missing.check_cache(request)
+        except Unsupported:  # the server was replaced by an older one meanwhile, and has not read all of the request
+            async with cache:
+                raise
+        return cache
 
     async def open_cache(self, cache_id: bytes | str, *, epoch: int | None = None) -> AsyncCache:
         """A cache that somebody else created, with its lease renewed in the background like one's own.
@@ -94,7 +109,8 @@ class AsyncClient(AsyncConnection):
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
         data = await self.transport.unary(method, request, self.timeout_s)
-        return AsyncCache(self, frames.parse(response, data).cache)
+        info = frames.parse(response, data).cache
+        return AsyncCache(self, info, missing=await self.missing_in(info.cache.epoch))
 
     async def list_caches(self) -> list[cache_pb2.CacheInfo]:
         """This principal's caches on the server, oldest first, without their ids."""
@@ -133,6 +149,8 @@ class AsyncClient(AsyncConnection):
         metadata = as_step_metadata(metadata)
         check_options(metadata, options)
         step = metadata.to_message(0, cache.ref)
+        if cache.missing is not None:
+            cache.missing.check_step(step)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = await self.transport.unary(kind.capitalize(), request, self.timeout_s)

@@ -14,6 +14,7 @@ from attnd.aio.transport import AsyncTransport
 from attnd.planes.choice import PlaneOptions, plane_refusals
 from attnd.planes.grpc_options import checked_seconds
 from attnd.protocol import frames
+from attnd.protocol.features import MissingFeatures, missing_features
 from attnd.v1 import capabilities_pb2, status_pb2
 
 Self = TypeVar("Self", bound="AsyncConnection")
@@ -28,6 +29,7 @@ class AsyncConnection:
         plane: how the tensors of a session's calls travel, unless the session says otherwise.
         renewal: what renews the leases of the caches.
         caches: those that somebody has, by their `id`.
+        missing: what the server lacked when it was last asked; None: nothing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class AsyncConnection:
         self._connect_timeout_s = checked_seconds(connect_timeout_s, "connect_timeout_s")
         self._epoch = 0
         self._refusals: Mapping[str, str] | None = None
+        self.missing: MissingFeatures | None = None
 
     @property
     def epoch(self) -> int:
@@ -64,6 +67,7 @@ class AsyncConnection:
         message: capabilities_pb2.GetCapabilitiesResponse = frames.parse(capabilities_pb2.GetCapabilitiesResponse, data)
         self._epoch = message.epoch
         self._refusals = plane_refusals(message)
+        self.missing = missing_features(message)
         return message
 
     async def status(self) -> status_pb2.GetStatusResponse:
@@ -82,6 +86,12 @@ class AsyncConnection:
         if self._refusals is None:
             await self.capabilities()
         return self.refusals
+
+    async def missing_in(self, epoch: int) -> MissingFeatures | None:
+        """What the server lacks in its life of this epoch; None: nothing. Asks it, if it was another that was asked."""
+        if epoch != self._epoch:
+            await self.capabilities()
+        return self.missing
 
     async def wait_for_answer(self, method: str, request: bytes) -> bytes:
         """Calls a unary method that may be sent twice; waits for a server that restarts, and not for one that ends.

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from attnd.aio.open_stream import AsyncOpenedStream
 from attnd.aio.transport import AsyncTransport
 from attnd.planes.choice import PlaneOptions
+from attnd.protocol.features import MissingFeatures
 from attnd.v1 import cache_pb2
 
 
@@ -18,12 +19,14 @@ class AsyncLease(Protocol):
         config: geometry, as created.
         timeout_s: deadline of each request, in seconds.
         default_plane: of sessions that ask for none.
+        missing: what the server lacks that steps may say; None: nothing.
     """
 
     ref: cache_pb2.CacheRef
     config: cache_pb2.CacheConfig
     timeout_s: float
     default_plane: PlaneOptions
+    missing: MissingFeatures | None
 
     @property
     def transport(self) -> AsyncTransport:

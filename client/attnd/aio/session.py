@@ -70,7 +70,7 @@ class AsyncSession:
             await stream.finish(timeout_s)
             raise Disconnected(f"{stream.going_away}; the next step reconnects")
         metadata = as_step_metadata(metadata)
-        message = self._steps.message(metadata, self.cache.ref, timeout_s)
+        message = self._steps.message(metadata, self.cache.ref, timeout_s, self.cache.missing)
         span = None
         if traces.tracer is not None:
             span = traces.begin(message, range(self.cache.config.num_layers), stream.plane)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.open_stream import OpenedStream
 from attnd.planes.transport import Transport
+from attnd.protocol.features import MissingFeatures
 from attnd.v1 import cache_pb2
 
 
@@ -20,12 +21,14 @@ class Lease(Protocol):
         config: geometry, as created.
         timeout_s: deadline of each request, in seconds.
         default_plane: of sessions that ask for none.
+        missing: what the server lacks that steps may say; None: nothing.
     """
 
     ref: cache_pb2.CacheRef
     config: cache_pb2.CacheConfig
     timeout_s: float
     default_plane: PlaneOptions
+    missing: MissingFeatures | None
 
     @property
     def transport(self) -> Transport:

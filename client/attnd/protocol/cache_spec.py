@@ -61,15 +61,18 @@ class CacheSpec:
     name: str = ""
     renew: bool = True
 
-    def to_request(self) -> bytes:
+    def to_message(self) -> cache_pb2.CreateCacheRequest:
         """The request of CreateCache. It may be sent twice, and creates one cache.
 
         Raises:
             InvalidRequest: a field holds what the message cannot carry. Ranges are left to the server.
         """
         key = secrets.token_bytes(16)
-        request = cache_pb2.CreateCacheRequest(config=self._config(), ttl_s=self.ttl_s, name=self.name, key=key)
-        return request.SerializeToString()
+        return cache_pb2.CreateCacheRequest(config=self._config(), ttl_s=self.ttl_s, name=self.name, key=key)
+
+    def to_request(self) -> bytes:
+        """The bytes of `to_message`."""
+        return self.to_message().SerializeToString()
 
     def _config(self) -> cache_pb2.CacheConfig:
         counts = {

@@ -108,6 +108,7 @@ def _kinds(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> list[tuple
             ("kv_dtypes", "more KV dtypes", tensor_pb2.Dtype),
             ("layouts", "layouts", cache_pb2.Layout),
             ("masks", "masks", step_pb2.Mask),
+            ("features", "features", capabilities_pb2.Feature),
         )
     ]
 

@@ -13,6 +13,17 @@ from attnd_server.execution.executor import Executor
 from attnd_server.kv.caches import CacheTable
 from attnd_server.service.plane_offer import PlaneReasons
 
+# What a client asks for before it says what a server of 0.1.0 would not see.
+FEATURES = [
+    capabilities_pb2.FEATURE_STORE_FIRST,
+    capabilities_pb2.FEATURE_STEP_WINDOW,
+    capabilities_pb2.FEATURE_ATTEND_NEW,
+    capabilities_pb2.FEATURE_FIRST_POSITION,
+    capabilities_pb2.FEATURE_PADDED_ROWS,
+    capabilities_pb2.FEATURE_LAYER_GROUPS,
+    capabilities_pb2.FEATURE_V_DTYPE,
+]
+
 
 def capabilities(
     config: ServerConfig, executor: Executor, caches: CacheTable, reasons: PlaneReasons
@@ -40,6 +51,7 @@ def capabilities(
             step_pb2.MASK_BIDIRECTIONAL,
             step_pb2.MASK_PREFIX_FULL,
         ],
+        features=FEATURES,
         planes=[
             capabilities_pb2.PlaneState(plane=plane, available=plane not in reasons, reason=reasons.get(plane, ""))
             for plane in planes

@@ -129,6 +129,8 @@ class CudaSession:
             check_options(step.metadata, each)
         self._layers = num_heads, options
         message = step.metadata.to_message(step.id, self.cache.ref, self._tables)
+        if self.cache.missing is not None:
+            self.cache.missing.check_step(message)
         if traces.tracer is not None:
             step.span = traces.begin(message, range(self.cache.config.num_layers), "cuda")
         num_tokens = memoryview(message.cu_seqlens_q.data).cast("i")[-1] if message.cu_seqlens_q.data else 0
