@@ -39,6 +39,7 @@ CLIENT = [
     "ServerFault",
     "Session",
     "Step",
+    "StepGroup",
     "StepMetadata",
     "Timings",
     "Unauthenticated",

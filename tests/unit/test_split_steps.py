@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,3 +230,24 @@ def test_what_cannot_be_split_is_refused_before_anything_is_sent(
 def test_a_call_of_which_no_token_fits_is_refused() -> None:
     with pytest.raises(attnd.Exhausted, match="has no room for one token"):
         split(one(2), WIDE._replace(tokens=0), PAGE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"store_first": True}, {"window": 4}, {"attend_new": np.array([1])}, {"first_position": [0]}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_a_part_cannot_say_is_not_split(changes: dict) -> None:
+    metadata = attnd.StepMetadata(cu_seqlens_q=[0, 9], seq_lens=[9], page_tables=[[1, 2, 3]], **changes)
+    assert [part.metadata for part in split(metadata, Most(9, 100, 100), PAGE)] == [metadata]
+    with pytest.raises(attnd.Unsupported) as caught:
+        split(metadata, Most(8, 100, 100), PAGE)
+    assert caught.value.field == next(iter(changes))
+
+
+def test_lengths_as_engines_have_them_are_split_too() -> None:
+    metadata = attnd.StepMetadata(cu_seqlens_q=np.array([0, 1, 3]), seq_lens=[4, 2], page_tables=[[1], [2]])
+    first, second = split(metadata, Most(2, 100, 100), PAGE)
+    assert (first.metadata.query_lens, first.metadata.context_lens, first.rows) == ([1], [3], slice(0, 1))
+    assert (second.metadata.query_lens, second.metadata.context_lens, second.rows) == ([2], [0], slice(1, 3))
+    assert second.metadata.num_tokens == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from array import array
 
@@ -27,10 +28,18 @@ KINDS_OF_ARRAYS = {
     "tuple": lambda values: tuple(tuple(v) if isinstance(v, list) else v for v in values),
     "numpy_int32": lambda values: np.array(values, np.int32),
     "numpy_int64": lambda values: np.array(values, np.int64),
+    "numpy_int16": lambda values: np.array(values, np.int16),
+    "numpy_strided": lambda values: np.repeat(np.array(values, np.int64), 2, -1)[..., ::2],
+    "numpy_big_endian": lambda values: np.array(values, ">i8"),
     "torch_int32": lambda values: torch.tensor(values, dtype=torch.int32),
     "torch_int64": lambda values: torch.tensor(values, dtype=torch.int64),
+    "torch_int16": lambda values: torch.tensor(values, dtype=torch.int16),
     "torch_strided": lambda values: torch.tensor(values, dtype=torch.int32).repeat_interleave(2, -1)[..., ::2],
+    "torch_strided_int64": lambda values: torch.tensor(values).repeat_interleave(2, -1)[..., ::2],
     "attnd_array": _attnd_array,
+    "memoryview": lambda values: memoryview(np.array(values, np.int32)),
+    "memoryview_int64": lambda values: memoryview(np.array(values, np.int64)),
+    "memoryview_strided": lambda values: memoryview(np.repeat(np.array(values, np.int64), 2, -1)[..., ::2]),
 }
 
 
@@ -44,17 +53,22 @@ def _metadata(make=lambda values: values, **changes) -> StepMetadata:
     return StepMetadata(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("make", KINDS_OF_ARRAYS.values(), ids=KINDS_OF_ARRAYS)
-def test_every_kind_of_array_says_the_same(make) -> None:
-    metadata = _metadata(
+def everything(make) -> StepMetadata:
+    """A step that gives every array."""
+    return _metadata(
         make,
         mask="prefix_full",
         block_size=4,
         valid_lens=make([2, 0]),
         prefix_lens=make([1, 2]),
         padded_prefix_lens=make([4, 4]),
+        attend_new=make([0, 1]),
+        first_position=make([8, 0]),
     )
-    message = metadata.to_message(9, REF)
+
+
+def test_every_array_has_its_field() -> None:
+    message = everything(lambda values: values).to_message(9, REF)
     assert message.id == 9
     assert message.cache == REF
     assert message.kind == step_pb2.STEP_KIND_PREFILL
@@ -69,9 +83,27 @@ def test_every_kind_of_array_says_the_same(make) -> None:
         "valid_lens": [2, 0],
         "prefix_lens": [1, 2],
         "padded_prefix_lens": [4, 4],
+        "attend_new": [0, 1],
+        "first_position": [8, 0],
     }
-    for name in set(values) - {"slot_mapping"}:
-        assert getattr(message, name).dtype == tensor_pb2.DTYPE_INT32, name
+    assert {getattr(message, name).dtype for name in values} == {tensor_pb2.DTYPE_INT32}
+
+
+@pytest.mark.parametrize("make", KINDS_OF_ARRAYS.values(), ids=KINDS_OF_ARRAYS)
+@pytest.mark.parametrize("has_numpy", [True, False], ids=["", "without_numpy"])
+def test_every_kind_of_array_gives_the_same_message(make, has_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = everything(make)
+    if not has_numpy:
+        if isinstance(metadata.query_lens, np.ndarray):
+            pytest.skip("an array of numpy comes with numpy")
+        monkeypatch.delitem(sys.modules, "numpy")
+    assert metadata.to_message(9, REF) == everything(lambda values: values).to_message(9, REF)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_truth_values_say_who_attends_to_new_tokens(make) -> None:
+    message = _metadata(attend_new=make([True, False])).to_message(1, REF)
+    assert elements(message.attend_new) == [1, 0]
 
 
 def test_what_is_not_given_is_absent() -> None:
@@ -80,11 +112,18 @@ def test_what_is_not_given_is_absent() -> None:
     assert message.mask == step_pb2.MASK_CAUSAL
     for name in ("slot_mapping", "valid_lens", "masks", "prefix_lens", "padded_prefix_lens"):
         assert not message.HasField(name)
-    assert not any((message.mask_prefix_hole, message.cache_only, message.store_only))
+    for name in ("attend_new", "first_position", "page_table_delta"):
+        assert not message.HasField(name)
+    assert not any((message.mask_prefix_hole, message.cache_only, message.store_only, message.store_first))
+    assert message.window == 0
+    assert not message.groups
 
 
 def test_flags_travel() -> None:
-    message = _metadata(mask_prefix_hole=True, cache_only=True, store_only=True).to_message(1, REF)
+    metadata = _metadata(mask_prefix_hole=True, cache_only=True, store_only=True, store_first=True, window=3)
+    message = metadata.to_message(1, REF)
+    assert message.store_first
+    assert message.window == 3
     assert message.mask_prefix_hole
     assert message.cache_only
     assert message.store_only
@@ -132,18 +171,29 @@ REFUSED = {
     "mask_of_request": ({"mask": ["causal", 3]}, "mask[1] is 3, but must be one of"),
     "block_size": ({"block_size": -1}, "block_size is -1, but must be an integer in 0..4294967295"),
     "block_size_float": ({"block_size": 1.5}, "block_size is 1.5, but must be an integer"),
-    "float_lens": ({"query_lens": [1.0, 2.0]}, "query_lens must hold integers"),
+    "float_lens": ({"query_lens": [1.0, 2.0]}, "query_lens must hold 32-bit integers"),
     "float_array": ({"context_lens": np.array([1.0], np.float32)}, "context_lens has dtype float32"),
     "text": ({"context_lens": "12"}, "context_lens is a str"),
     "bytes": ({"context_lens": b"12345678"}, "context_lens has format"),
     "too_big": ({"context_lens": [1 << 31]}, "context_lens must hold 32-bit integers"),
+    "too_small": ({"context_lens": [-(1 << 31) - 1]}, "context_lens must hold 32-bit integers"),
+    "too_small_numpy": ({"context_lens": np.array([0, -(1 << 31) - 1])}, "context_lens must hold 32-bit integers"),
+    "too_big_torch": ({"context_lens": torch.tensor([1 << 31])}, "context_lens must hold 32-bit integers"),
+    "too_big_view": ({"context_lens": array("q", [1 << 31])}, "context_lens must hold 32-bit integers"),
+    "too_big_pages": ({"page_tables": np.array([[1 << 31]])}, "page_tables must hold 32-bit integers"),
+    "unsigned": ({"slot_mapping": np.array([1 << 63], np.uint64)}, "slot_mapping must hold 64-bit integers"),
+    "float_tensor": ({"context_lens": torch.zeros(2)}, "context_lens has dtype float32, but must be int32 or int64"),
+    "rows_without_length": ({"page_tables": [iter([1]), iter([2])]}, "page_tables must hold rows of one length"),
+    "window": ({"window": -1}, "window is -1, but must be an integer in 0..4294967295"),
+    "attend_new": ({"attend_new": [0.5, 1]}, "attend_new must hold 32-bit integers"),
+    "first_position": ({"first_position": [1 << 31, 0]}, "first_position must hold 32-bit integers"),
     "too_big_array": ({"context_lens": np.array([1 << 31])}, "context_lens must hold 32-bit integers"),
-    "too_long": ({"query_lens": [1 << 30, 1 << 30]}, "query_lens must hold 32-bit integers"),
+    "too_long": ({"query_lens": [1 << 30, 1 << 30]}, "query_lens is 2147483648 in all, but must be at most 2147483647"),
     "two_dimensions": ({"query_lens": np.zeros((2, 2), np.int32)}, "query_lens has shape [2, 2], but must be 1-D"),
     "page_too_big": ({"page_tables": [[1 << 31], [0]]}, "page_tables[0] must hold 32-bit integers"),
     "flat_tables": ({"page_tables": [1, 2]}, "page_tables[0] must hold 32-bit integers"),
     "ragged": ({"page_tables": [[1, 2], [3]]}, "page_tables[1] has 1 pages, but must have 2 as page_tables[0]"),
-    "missing": ({"page_tables": None}, "page_tables is a NoneType, but must be an array or a tensor"),
+    "missing": ({"page_tables": None}, "page_tables is None, but must be given where groups is not"),
     "no elements": (
         {"page_tables": torch.zeros(1, 1, dtype=torch.int32, device="meta")},
         "page_tables has device meta, but must have elements",

@@ -19,7 +19,6 @@ from attnd.integrations.model_runs import MOST_OPEN_STEPS, CudaRun, Left, Model,
 from attnd.integrations.split_steps import Most, split
 from attnd.planes.choice import REFUSALS, check_plane
 from attnd.protocol import frames
-from attnd.protocol.packing import ints
 from attnd.timings import Timings, summed
 from attnd.v1 import capabilities_pb2
 
@@ -225,7 +224,7 @@ class ModelSession:
         why = self.model.why_no_cuda or self._server_refusal or of.why_no_cuda(device, num_layers)
         if why and is_pinned:
             raise Unsupported(f"plane is cuda, but {why}", field="plane")
-        num_tokens = sum(ints(of.metadata.query_lens, "query_lens"))
+        num_tokens = of.metadata.num_tokens
         if why or len(split(of.metadata, self._most(), self._cache.config.page_size)) > 1:
             return why or f"a pass of {num_tokens} tokens takes several steps, and must be one"
         if self._cuda is None:

@@ -12,6 +12,8 @@ import dataclasses
 from typing import NamedTuple
 
 from attnd.errors import Exhausted, InvalidRequest, Unsupported
+from attnd.protocol.batch_lens import query_lens_of
+from attnd.protocol.integers import elements_of
 from attnd.protocol.packing import ints, page_tables_array
 from attnd.protocol.step_metadata import StepMetadata
 
@@ -66,15 +68,29 @@ def split(metadata: StepMetadata, most: Most, page_size: int) -> list[Part]:
         Unsupported: a request is too long, and no cut keeps its meaning.
         Exhausted: not even one token fits.
     """
-    lens = ints(metadata.query_lens, "query_lens")
-    num_columns = page_tables_array(metadata.page_tables, "page_tables").shape[-1]
+    given = metadata.lens
+    lens = query_lens_of(given)
+    tables = [metadata.page_tables] if metadata.groups is None else [group.page_tables for group in metadata.groups]
+    num_columns = max(page_tables_array(table, "page_tables").shape[-1] for table in tables if table is not None)
     if sum(lens) <= most.tokens and len(lens) <= most.reqs and len(lens) * num_columns <= most.elements:
         return [Part(slice(0, sum(lens)), metadata)]
     if most.tokens < 1:
         raise Exhausted(
             "a step has one token at least, but a message, or the plane's region, has no room for one token"
         )
-    return _Splitting(metadata, lens, most, page_size).parts()
+    _check_can_split(metadata, most)
+    contexts = elements_of(given.context_lens, "context_lens")
+    of_lens = dataclasses.replace(metadata, query_lens=lens, context_lens=contexts, cu_seqlens_q=None, seq_lens=None)
+    return _Splitting(of_lens, lens, most, page_size).parts()
+
+
+def _check_can_split(metadata: StepMetadata, most: Most) -> None:
+    given = {"store_first": metadata.store_first, "window": metadata.window != 0}
+    given |= {field: getattr(metadata, field) is not None for field in ("attend_new", "first_position", "groups")}
+    for field, is_given in given.items():
+        if is_given:
+            size = f"{most.tokens} tokens, {most.reqs} requests or {most.elements} elements of its page table"
+            raise Unsupported(f"{field} is given, but must be absent in a step of more than {size}", field=field)
 
 
 class _Splitting:

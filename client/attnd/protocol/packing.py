@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import chain
 from operator import index
-from typing import Any
+from typing import Any, NoReturn
 
 from attnd.errors import InvalidRequest
-from attnd.protocol.tensors import DTYPE_NAMES, Array, to_array
+from attnd.protocol.integers import elements_of, integers, is_sequence
+from attnd.protocol.tensors import ITEM_SIZES, Array, to_array
 from attnd.v1 import tensor_pb2
 
 
@@ -34,20 +35,12 @@ def ints(values: Any, field: str) -> list[int]:
     Raises:
         InvalidRequest: not integers, or not 1-D.
     """
-    if _is_sequence(values):
+    if is_sequence(values):
         try:
             return list(map(index, values))
         except TypeError as error:
             raise InvalidRequest(f"{field} must hold integers: {error}", field=field) from None
-    elements = _integers(values, field)
-    if len(elements.shape) != 1:
-        raise InvalidRequest(f"{field} has shape {list(elements.shape)}, but must be 1-D", field=field)
-    return _to_list(elements)
-
-
-def cumulated(lens: Any, field: str) -> tensor_pb2.Tensor:
-    """Int32 `[num + 1]`: where each request's tokens start, and where the last one's end."""
-    return tensor(_int32_array(list(accumulate(ints(lens, field), initial=0)), field))
+    return elements_of(integers(values, field, is_wide=True), field)
 
 
 def int32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
@@ -56,18 +49,37 @@ def int32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
     Raises:
         InvalidRequest: not integers, or beyond 32 bits.
     """
-    return None if values is None else tensor(_int32_array(values, field))
+    return None if values is None else tensor(integers(values, field))
 
 
-def slots_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
-    """As `int32_tensor`, but int64 arrays stay so, and a sequence becomes int64 where it must."""
+def slots_tensor(values: Any, field: str, num_tokens: int | None = None) -> tensor_pb2.Tensor | None:
+    """As `int32_tensor`, but int64 where it must be: a cache may have 2^31 slots or more.
+
+    Args:
+        values: slot of each token.
+        field: the name to use in errors.
+        num_tokens: of the step; more slots are cut off if they are -1. None: as many as there are.
+
+    Raises:
+        InvalidRequest: not integers, or a slot of no token.
+    """
     if values is None:
         return None
-    if _is_sequence(values):
-        slots = ints(values, field)
-        # A cache of 2^31 slots or more needs int64; all others save the bytes.
-        return tensor(_packed("i" if max(slots, default=0) < 1 << 31 else "q", slots, field))
-    return tensor(_integers(values, field))
+    slots = integers(values, field, is_wide=True)
+    if num_tokens is not None and len(slots.shape) == 1 and slots.shape[0] > num_tokens:
+        slots = _cut(slots, num_tokens, field)
+    return tensor(slots)
+
+
+def _cut(slots: Array, num_tokens: int, field: str) -> Array:
+    size = num_tokens * ITEM_SIZES[slots.dtype]
+    rest = slots.data[size:]
+    if rest != b"\xff" * rest.nbytes:  # -1 in int32 and int64
+        further = elements_of(slots, field)[num_tokens:]
+        token, slot = next((token, slot) for token, slot in enumerate(further, num_tokens) if slot != -1)
+        rule = f"must be -1 past the step's {num_tokens} tokens"
+        raise InvalidRequest(f"{field}[{token}] is {slot}, but {rule}", field=field)
+    return Array(slots.dtype, (num_tokens,), slots.data[:size])
 
 
 def page_tables_array(tables: Any, field: str) -> Array:
@@ -76,23 +88,31 @@ def page_tables_array(tables: Any, field: str) -> Array:
     Raises:
         InvalidRequest: rows that differ in length, not integers, or beyond 32 bits.
     """
-    if not _is_sequence(tables):
-        return _int32_array(tables, field)
-    flat = array("i")
+    if not is_sequence(tables):
+        return integers(tables, field)
+    try:
+        lens = set(map(len, tables))
+        flat = array("i", list(chain.from_iterable(tables)))
+    except (TypeError, OverflowError):
+        _refuse_rows(tables, field)
+    if len(lens) > 1:
+        _refuse_rows(tables, field)
+    return Array(tensor_pb2.DTYPE_INT32, (len(tables), max(lens, default=0)), memoryview(flat).cast("B"))
+
+
+def _refuse_rows(tables: Sequence[Any], field: str) -> NoReturn:
+    """Says which row of page tables is wrong."""
     num_pages = 0
     for request, row in enumerate(tables):
         try:
-            flat.fromlist(row if type(row) is list else list(row))
+            packed = array("i", list(row))
         except (TypeError, OverflowError) as error:
             raise InvalidRequest(f"{field}[{request}] must hold 32-bit integers: {error}", field=field) from None
-        if request == 0:
-            num_pages = len(flat)
-        elif len(row) != num_pages:
-            raise InvalidRequest(
-                f"{field}[{request}] has {len(row)} pages, but must have {num_pages} as {field}[0]; pad with -1",
-                field=field,
-            )
-    return Array(tensor_pb2.DTYPE_INT32, (len(tables), num_pages), memoryview(flat.tobytes()))
+        num_pages = len(packed) if request == 0 else num_pages
+        if len(packed) != num_pages:
+            rule = f"must have {num_pages} as {field}[0]; pad with -1"
+            raise InvalidRequest(f"{field}[{request}] has {len(packed)} pages, but {rule}", field=field)
+    raise InvalidRequest(f"{field} must hold rows of one length, but its rows have none", field=field)
 
 
 def float32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
@@ -111,45 +131,6 @@ def float32_tensor(values: Any, field: str) -> tensor_pb2.Tensor | None:
         return tensor(to_array(array("f", listed), field))
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{field} must hold one number for each head: {error}", field=field) from None
-
-
-def _is_sequence(values: Any) -> bool:
-    """Whether `values` is a list or the like, to be packed; anything else is an array, or an error of `to_array`."""
-    return isinstance(values, Sequence) and not isinstance(values, Array | array | memoryview | str | bytes | bytearray)
-
-
-def _int32_array(values: Any, field: str) -> Array:
-    """An int32 Array of a flat sequence of ints, or of any integer array."""
-    if _is_sequence(values):
-        return _packed("i", values, field)
-    elements = _integers(values, field)
-    if elements.dtype == tensor_pb2.DTYPE_INT64:
-        return _packed("i", _to_list(elements), field)._replace(shape=elements.shape)
-    return elements
-
-
-def _packed(code: str, values: Sequence[int], field: str) -> Array:
-    try:
-        # Not a ctypes array: that takes six times as long, and wraps what does not fit.
-        return to_array(array(code, values), field)
-    except (TypeError, OverflowError) as error:
-        bits = 8 * array(code).itemsize
-        raise InvalidRequest(f"{field} must hold {bits}-bit integers: {error}", field=field) from None
-
-
-def _integers(values: Any, field: str) -> Array:
-    elements = to_array(values, field)
-    if elements.dtype not in (tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_INT64):
-        name = DTYPE_NAMES.get(elements.dtype, elements.dtype)
-        raise InvalidRequest(f"{field} has dtype {name}, but must be int32 or int64", field=field)
-    return elements
-
-
-def _to_list(elements: Array) -> list[int]:
-    if not elements.data.nbytes:
-        return []
-    listed: list[int] = elements.data.cast("i" if elements.dtype == tensor_pb2.DTYPE_INT32 else "q").tolist()
-    return listed
 
 
 def tensor(elements: Array) -> tensor_pb2.Tensor:

@@ -36,14 +36,12 @@ class PageTable:
         num_reqs: rows.
         max_pages: columns.
         data: int32 `[num_reqs, max_pages]`.
-        takes_deltas: whether the server has it and said that it may be built upon.
     """
 
     step_id: int
     num_reqs: int
     max_pages: int
     data: bytes
-    takes_deltas: bool = False
 
     def row(self, row: int, max_pages: int) -> bytes:
         """A row, cut or filled with -1 to `max_pages`; row -1 has no pages."""
@@ -66,19 +64,35 @@ class PageTable:
         return by_page
 
 
+@dataclass(eq=False)
+class _SentStep:
+    """The page tables of one step.
+
+    Attributes:
+        step_id: of the step.
+        tables: by layer group, those that it gave.
+        takes_deltas: whether the server has them and said that they may be built upon.
+    """
+
+    step_id: int
+    tables: dict[int, PageTable]
+    takes_deltas: bool = False
+
+
 class SentPageTables:
     """What the server knows of a stream's page tables, and what it has yet to be told."""
 
     def __init__(self) -> None:
         """Nothing is known: the first table goes in full."""
-        self._tables: deque[PageTable] = deque(maxlen=KEPT_TABLES)
+        self._steps: deque[_SentStep] = deque(maxlen=KEPT_TABLES)
 
-    def delta(self, step_id: int, table: Array) -> step_pb2.PageTableDelta | None:
+    def delta(self, step_id: int, table: Array, group: int = 0) -> step_pb2.PageTableDelta | None:
         """Notes the table that a step sends next, and says how to tell it by one that the server has.
 
         Args:
             step_id: the step's.
             table: int32 `[num_reqs, max_pages]`.
+            group: index of the layer group that it is of.
 
         Returns:
             The delta, or None where the table itself is shorter or the server has none like it.
@@ -86,33 +100,36 @@ class SentPageTables:
         if len(table.shape) != 2 or min(table.shape) < 0 or table.num_bytes != table.data.nbytes:
             return None  # for the server to refuse
         new = PageTable(step_id, *table.shape, bytes(table.data))
-        delta = self._shortest(new)
-        self._tables.append(new)
+        known = [step.tables[group] for step in reversed(self._steps) if step.takes_deltas and group in step.tables]
+        delta = _shortest(new, known)
+        if not self._steps or self._steps[-1].step_id != step_id:
+            self._steps.append(_SentStep(step_id, {}))
+        self._steps[-1].tables[group] = new
         return delta
 
     def accept(self, step_id: int) -> None:
-        """The server took the step, and the next 8 may build upon its table."""
-        for table in self._tables:
-            table.takes_deltas |= table.step_id == step_id
+        """The server took the step, and the next 8 may build upon its tables."""
+        for step in self._steps:
+            step.takes_deltas |= step.step_id == step_id
 
     def forget(self) -> None:
         """The server may know nothing: a new stream, or a step that it refused."""
-        self._tables.clear()
+        self._steps.clear()
 
-    def _shortest(self, new: PageTable) -> step_pb2.PageTableDelta | None:
-        """Against the last table that hardly differs; else against the likeliest, if that is shorter than the table."""
-        most = (len(new.data) - _FIXED_BYTES - _ITEM * new.num_reqs) // _BYTES_PER_CHANGE
-        bases = [table for table in reversed(self._tables) if table.takes_deltas]
-        if most < 0 or not bases:
-            return None
-        for base in bases:
-            delta = _difference(base, new, min(most, _FEW_CHANGES * new.num_reqs))
-            if delta is not None:
-                return delta
-        likeliest = max(bases, key=lambda base: len(base.first_pages & new.first_pages))
-        if 2 * len(likeliest.first_pages & new.first_pages) < len(new.first_pages):
-            return None  # most rows are new, and a change takes the bytes of two elements: spare the comparison
-        return _difference(likeliest, new, most)
+
+def _shortest(new: PageTable, bases: list[PageTable]) -> step_pb2.PageTableDelta | None:
+    """Against the first base that hardly differs; else against the likeliest, if that is shorter than the table."""
+    most = (len(new.data) - _FIXED_BYTES - _ITEM * new.num_reqs) // _BYTES_PER_CHANGE
+    if most < 0 or not bases:
+        return None
+    for base in bases:
+        delta = _difference(base, new, min(most, _FEW_CHANGES * new.num_reqs))
+        if delta is not None:
+            return delta
+    likeliest = max(bases, key=lambda base: len(base.first_pages & new.first_pages))
+    if 2 * len(likeliest.first_pages & new.first_pages) < len(new.first_pages):
+        return None  # most rows are new, and a change takes the bytes of two elements: spare the comparison
+    return _difference(likeliest, new, most)
 
 
 def _difference(base: PageTable, new: PageTable, most_changes: int) -> step_pb2.PageTableDelta | None:

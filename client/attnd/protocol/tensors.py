@@ -98,7 +98,7 @@ def _torch() -> Any:
 
 
 def to_array(value: Any, field: str) -> Array:
-    """Views `value` as an Array, without a copy where it is dense and on the host.
+    """Views `value` as an Array, without a copy where it is dense and on the host; one whose rows lie apart is copied.
 
     Args:
         value: a torch tensor (any device), an Array, or an object with the buffer protocol, such as a numpy array.
@@ -119,11 +119,11 @@ def to_array(value: Any, field: str) -> Array:
             f"{field} is a {type(value).__name__}, but must be an array or a tensor", field=field
         ) from None
     dtype = _FORMATS.get(view.format.lstrip("<="))
-    if dtype is None or not view.c_contiguous:
-        raise InvalidRequest(
-            f"{field} has format {view.format!r}, but must be dense and one of {', '.join(DTYPES)}", field=field
-        )
-    return Array(dtype, view.shape or (), view.cast("B") if view.nbytes else memoryview(b""))
+    if dtype is None:
+        raise InvalidRequest(f"{field} has format {view.format!r}, but must be one of {', '.join(DTYPES)}", field=field)
+    if not view.nbytes:
+        return Array(dtype, view.shape or (), memoryview(b""))
+    return Array(dtype, view.shape or (), view.cast("B") if view.c_contiguous else memoryview(view.tobytes()))
 
 
 @cache

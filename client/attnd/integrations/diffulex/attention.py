@@ -17,7 +17,7 @@ from attnd.integrations.model_session import ModelSession
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
-from attnd.protocol.packing import ints
+from attnd.protocol.batch_lens import query_lens_of
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.session import Session
 from attnd.steps import Step
@@ -232,7 +232,7 @@ class _Steps:
         """Has the server warm up for the open step, if it is a decode step of a shape that is new."""
         if self._opened.kind != "decode" or self._opened.cache_only:
             return
-        lens = ints(self._opened.query_lens, "query_lens")
+        lens = query_lens_of(self._opened.lens)
         shape = (options.encoded, num_heads, lens[0], len(lens))
         if shape not in self._warm:
             self._session.cache.warm_up(num_heads=num_heads, query_len=lens[0], max_reqs=len(lens), options=options)
