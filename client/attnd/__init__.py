@@ -47,8 +47,8 @@ from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cache_spec import CacheSpec
 from attnd.protocol.kv_split import KVSplit
 from attnd.protocol.requests import WarmUp
-from attnd.protocol.step_groups import StepGroup
 from attnd.protocol.step_metadata import StepMetadata
+from attnd.protocol.steps.step_groups import StepGroup
 from attnd.protocol.tensors import Array
 from attnd.session import Session
 from attnd.steps import PendingCall, Step

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnd import Array, StepMetadata
-from attnd.protocol.packing import page_tables_array
 from attnd.protocol.page_table_deltas import KEPT_TABLES, SentPageTables
+from attnd.protocol.steps.page_tables import page_tables_array
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
 from attnd_server.config import ServerConfig
 from attnd_server.service import validation

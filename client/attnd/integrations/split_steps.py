@@ -12,10 +12,11 @@ import dataclasses
 from typing import NamedTuple
 
 from attnd.errors import Exhausted, InvalidRequest, Unsupported
-from attnd.protocol.batch_lens import query_lens_of
 from attnd.protocol.integers import elements_of
-from attnd.protocol.packing import ints, page_tables_array
+from attnd.protocol.packing import ints
 from attnd.protocol.step_metadata import StepMetadata
+from attnd.protocol.steps.batch_lens import query_lens_of
+from attnd.protocol.steps.page_tables import page_tables_array
 
 
 class Most(NamedTuple):

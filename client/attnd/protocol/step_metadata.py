@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnd.errors import InvalidRequest
-from attnd.protocol.batch_lens import BatchLens, batch_lens
-from attnd.protocol.packing import int32_tensor, page_tables_array, slots_tensor, tensor, uint32
+from attnd.protocol.packing import int32_tensor, slots_tensor, tensor, uint32
 from attnd.protocol.page_table_deltas import SentPageTables
-from attnd.protocol.step_groups import StepGroup, group_messages
+from attnd.protocol.steps.batch_lens import BatchLens, batch_lens
+from attnd.protocol.steps.page_tables import page_tables_array
+from attnd.protocol.steps.step_groups import StepGroup, group_messages
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
 
 KINDS: dict[str, step_pb2.StepKind.ValueType] = {

@@ -17,8 +17,8 @@ from attnd.integrations.model_session import ModelSession
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import BACKENDS, AttentionOptions
-from attnd.protocol.batch_lens import query_lens_of
 from attnd.protocol.step_metadata import StepMetadata
+from attnd.protocol.steps.batch_lens import query_lens_of
 from attnd.session import Session
 from attnd.steps import Step
 

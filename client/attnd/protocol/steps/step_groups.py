@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from attnd.errors import InvalidRequest
-from attnd.protocol.packing import page_tables_array, slots_tensor, tensor, uint32
+from attnd.protocol.packing import slots_tensor, tensor, uint32
 from attnd.protocol.page_table_deltas import SentPageTables
+from attnd.protocol.steps.page_tables import page_tables_array
 from attnd.protocol.tensors import Array
 from attnd.v1 import step_pb2, tensor_pb2
 
