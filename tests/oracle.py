@@ -80,7 +80,7 @@ def sees(case: Case, request: Request, row: int, key: int, is_new: bool) -> bool
         if case.mask_prefix_hole and request.prefix_len <= key < request.padded_prefix_len:
             return False
         return request.pages[key // case.page_size] != -1
-    if case.cache_only or key >= request.valid_len:
+    if case.cache_only or key >= request.valid_len or not request.is_key(key):
         return False
     if request.mask == CAUSAL:
         return key_position <= position
@@ -158,6 +158,12 @@ def _write(case: Case, result: Tensors, slot: int, k: torch.Tensor, v: torch.Ten
         result.v_pages[page, :, :, offset] = v
 
 
+def _rounded(tokens: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
+    """What FP8 pages make of new tokens `[num_tokens, num_kv_heads, head_dim]`."""
+    codes = (tokens.float() / scales[:, None]).clamp(-448, 448).to(FP8)
+    return (codes.double() * scales[:, None]).numpy()
+
+
 def _operand(case: Case, tensor: torch.Tensor) -> np.ndarray:
     """What a backend multiplies: the tensor, rounded to the precision that the cache asks for."""
     return tensor.to(case.precision.dtype(case.dtype)).double().numpy()
@@ -168,6 +174,8 @@ def attend(case: Case, given: Tensors) -> tuple[np.ndarray, np.ndarray]:
     output = np.zeros((case.num_tokens, case.num_heads, case.head_dim_v))
     lse = np.full((case.num_tokens, case.num_heads), -np.inf)
     q, k, v = (None if tensor is None else _operand(case, tensor) for tensor in (given.q, given.k, given.v))
+    if case.store_first and given.k_scales is not None and k is not None and v is not None:
+        k, v = _rounded(given.k, given.k_scales), _rounded(given.v, given.v_scales)
     start = 0
     for request in case.requests:
         for row in range(request.query_len):
@@ -189,7 +197,7 @@ def attend(case: Case, given: Tensors) -> tuple[np.ndarray, np.ndarray]:
                     if given.alibi_slopes is not None:
                         score += float(given.alibi_slopes[head]) * (key_position - request.context_len - row)
                     scores.append(score)
-                sink = -math.inf if given.sinks is None else float(given.sinks[head])
+                sink = -math.inf if given.sinks is None or not request.attend_new else float(given.sinks[head])
                 largest = max([*scores, sink])
                 if largest == -math.inf:
                     continue  # no key, and no sink

@@ -29,6 +29,13 @@ class Request:
     block_size: int = 1
     prefix_len: int = 0
     padded_prefix_len: int = 0
+    # Which new tokens are keys; empty: all. And whether it has sinks and new keys at all.
+    keys: tuple[bool, ...] = ()
+    attend_new: bool = True
+
+    def is_key(self, new: int) -> bool:
+        """Whether new token `new` may be seen."""
+        return self.attend_new and (not self.keys or self.keys[new])
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Case:
     return_lse: bool = False
     mask_prefix_hole: bool = False
     cache_only: bool = False
+    store_first: bool = False
     kv_dtype: torch.dtype | None = None
     k_scales: tuple[float, ...] = (1.0,)
     v_scales: tuple[float, ...] = (1.0,)
@@ -112,7 +120,17 @@ class Case:
             hole_starts=column([request.prefix_len if hole else 0 for request in requests]),
             hole_ends=column([request.padded_prefix_len if hole else 0 for request in requests]),
             cache_only=self.cache_only,
+            store_first=self.store_first,
+            seen_new=self._seen_new(),
+            without_sinks=None
+            if all(request.attend_new for request in requests)
+            else torch.tensor([not request.attend_new for request in requests]),
         )
+
+    def _seen_new(self) -> torch.Tensor | None:
+        seen = [request.is_key(new) for request in self.requests for new in range(request.query_len)]
+        needed = [request.is_key(new) for request in self.requests for new in range(request.valid_len)]
+        return None if all(needed) or self.cache_only else torch.tensor(seen)
 
 
 @st.composite
@@ -138,6 +156,10 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
     columns = max(-(-length // page_size) for length in context_lens) + draw(st.integers(0, 2))
     block_size = draw(st.sampled_from([1, 2, 4, 32]))
     requests = []
+    cache_only = draw(st.sampled_from([False, False, False, True]))
+    store_first = not cache_only and draw(st.booleans())
+    # Chances that a new token is no key, and that a request does not attend to its new ones.
+    holes_in_new, elsewhere = (draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])) if store_first else 0.0 for _ in "ab")
     for context_len, query_len in zip(context_lens, query_lens, strict=True):
         used = -(-context_len // page_size)
         table = [pages.pop() for _ in range(used)]
@@ -154,6 +176,8 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
                 block_size=block_size,
                 prefix_len=prefix_len,
                 padded_prefix_len=prefix_len + random_.randint(0, 6),
+                keys=tuple(random_.random() >= holes_in_new for _ in range(query_len)),
+                attend_new=random_.random() >= elsewhere,
             )
         )
     head_dim = draw(st.sampled_from([8, 32, 40, 64]))
@@ -184,7 +208,8 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
         sinks=draw(flag),
         return_lse=draw(flag),
         mask_prefix_hole=hole,
-        cache_only=draw(st.sampled_from([False, False, False, True])),
+        cache_only=cache_only,
+        store_first=store_first,
         kv_dtype=FP8 if is_quantised else None,
         k_scales=scales[0],
         v_scales=scales[1],

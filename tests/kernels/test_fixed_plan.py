@@ -73,9 +73,10 @@ def metadata_of(context_lens: list[int], query_len: int = SHAPE.query_len, **cha
 def make(device: torch.device, kv_split: KVSplitConfig | None = None, window: int = 0) -> FixedTritonPlan:
     # Only here: whether kernels are interpreted is decided when they load.
     from attnd_server.attention.backends.triton.fixed_plan import FixedTritonPlan
+    from attnd_server.attention.backends.triton.launches import Keys, LaunchShape
 
     config = config_of(kv_split or KVSplitConfig())
-    return FixedTritonPlan(config, SHAPE, replace(OPTIONS, window=window), 16, True, device)
+    return FixedTritonPlan(config, SHAPE, replace(OPTIONS, window=window), LaunchShape(None, 16, True, Keys()), device)
 
 
 def check_holds(plan: FixedTritonPlan, metadata: AttentionMetadata, device: torch.device) -> None:

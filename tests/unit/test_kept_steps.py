@@ -44,7 +44,7 @@ def test_many_small_steps_are_kept_and_few_big_ones() -> None:
     assert [opened(big, step_id, BIG) for step_id in range(1, 7)] == [[], [], [], [], [1], [2]]
     assert str(big) == "3, 4, 5, 6"
     assert big.get(2) is None
-    assert big.metadata() == {step_id: f"metadata {step_id}" for step_id in range(3, 7)}
+    assert big.metadata() == {step_id: (f"metadata {step_id}",) for step_id in range(3, 7)}
     assert room.num_bytes == MOST * SMALL + LEAST_OPEN_STEPS * BIG
     small.clear()
     big.clear()

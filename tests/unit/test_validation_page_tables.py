@@ -19,8 +19,8 @@ def open_steps():
     """The steps of a stream: 4 has BASE, 6 has one row without pages."""
     one = {"cu_seqlens_q": tensor([0, 1]), "context_lens": tensor([0]), "slot_mapping": None}
     return {
-        4: validation.step(step(page_tables=tensor(BASE)), CONFIG, LIMITS),
-        6: validation.step(step(**one, page_tables=tensor([[]])), CONFIG, LIMITS),
+        4: (validation.step(step(page_tables=tensor(BASE)), CONFIG, LIMITS),),
+        6: (validation.step(step(**one, page_tables=tensor([[]])), CONFIG, LIMITS),),
     }
 
 
@@ -87,8 +87,8 @@ def test_the_base_stays_as_it_is():
     tables(changed_step(), steps).fill_(-7)
     unchanged = {"source_rows": tensor([0, 1]), "max_pages": 2, "indices": tensor([]), "pages": tensor([])}
     same = tables(changed_step(**unchanged), steps)
-    assert same.data_ptr() == steps[4].page_tables.data_ptr()  # held once: what was checked is not written to
-    assert steps[4].page_tables.tolist() == BASE
+    assert same.data_ptr() == steps[4][0].page_tables.data_ptr()  # held once: what was checked is not written to
+    assert steps[4][0].page_tables.tolist() == BASE
 
 
 def refuse(message, field, text, config=CONFIG, steps=None):
@@ -97,7 +97,7 @@ def refuse(message, field, text, config=CONFIG, steps=None):
         validation.step(message, config, LIMITS, steps)
     assert str(caught.value) == text
     assert caught.value.field == field
-    assert steps.get(4) is None or steps[4].page_tables.tolist() == BASE
+    assert steps.get(4) is None or steps[4][0].page_tables.tolist() == BASE
 
 
 REFUSED = {

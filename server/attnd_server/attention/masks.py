@@ -81,6 +81,8 @@ def visible(
             int(metadata.padded_prefix_lens[request]),
         )
         seen_new = (context_len + new[None, :] < limits[:, None]) & (new[None, :] < valid_len)
+        if metadata.seen_new is not None:
+            seen_new &= metadata.seen_new[new + metadata.cu_seqlens_q[request]]
         seen = torch.cat([seen, seen_new], dim=1)
         keys = torch.cat([cached, context_len + new])
     if window:

@@ -17,6 +17,9 @@ MOST_COLUMN = (1 << 30) - 1
 MOST_WINDOW = (1 << 31) - 1
 """Greatest window: lengths are int32, so a wider one hides nothing."""
 
+NONE_SEEN, SOME_SEEN, ALL_SEEN = 0, 1, 2
+"""Of a request's new tokens, as keys."""
+
 REQUEST_COLUMNS = (
     "valid_lens",
     "context_lens",
@@ -51,6 +54,15 @@ class AttentionMetadata:
         hole_ends: int64 `[num_reqs]`.
         cache_only: new tokens are neither seen nor stored; calls have q only.
         store_only: calls have k and v only and return nothing.
+        store_first: keys are what lies in pages once all new tokens are stored. Of new tokens that is what calls bring,
+            rounded if pages are FP8: see `kernels.pages.as_stored`.
+        reads_stored: whether a request's context has a slot that the step stores, so that calls must store before they
+            attend; in store-first steps alone.
+        window: tokens of the window of every call, or 0: each call's own. Pages before it that were no page of the
+            cache are page 0 in `page_tables`: kernels look at no position there.
+        seen_new: bool `[num_tokens]`, whether a valid new token is a key; None: each is, unless the step is cache-only.
+        without_sinks: bool `[num_reqs]`, whose rows have no sinks; None: none.
+        sent_page_tables: int32 `[num_reqs_sent, max_pages]` as the client sent them; None: these are `page_tables`.
     """
 
     is_decode: bool
@@ -67,6 +79,32 @@ class AttentionMetadata:
     hole_ends: torch.Tensor
     cache_only: bool = False
     store_only: bool = False
+    store_first: bool = False
+    reads_stored: bool = False
+    window: int = 0
+    seen_new: torch.Tensor | None = None
+    without_sinks: torch.Tensor | None = None
+    sent_page_tables: torch.Tensor | None = None
+
+    @property
+    def tables_as_sent(self) -> torch.Tensor:
+        """The page tables that a later step may be told by."""
+        return self.page_tables if self.sent_page_tables is None else self.sent_page_tables
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every valid new token is a key, and every request has the sinks."""
+        return self.seen_new is None and self.without_sinks is None
+
+    @cached_property
+    def new_keys(self) -> npt.NDArray[np.int8]:
+        """Of each request, which of its valid new tokens are keys: int8 `[num_reqs]`, of NONE, SOME and ALL."""
+        if self.cache_only or self.seen_new is None:
+            return np.full(self.num_reqs, NONE_SEEN if self.cache_only else ALL_SEEN, np.int8)
+        starts, valid = self.cu_seqlens_q.numpy()[:-1], self.valid_lens.numpy()
+        before = np.append(0, np.cumsum(self.seen_new.numpy()))
+        counts = before[starts + valid] - before[starts]
+        return np.where(counts == valid, ALL_SEEN, np.where(counts == 0, NONE_SEEN, SOME_SEEN)).astype(np.int8)
 
     @property
     def num_reqs(self) -> int:

@@ -20,7 +20,8 @@ from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.cost import LONG_WORK
-from attnd_server.execution.step import MAX_OPTIONS, Call, Result, ShareKey, Step
+from attnd_server.execution.share_key import ShareKey
+from attnd_server.execution.step import MAX_OPTIONS, Call, Result, Step
 from attnd_server.execution.work import Work
 from attnd_server.kv.page_spaces import CachePages
 
@@ -98,6 +99,8 @@ def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: Tr
     metadata, config = step.metadata, step.cache.config
     if not metadata.is_decode or metadata.has_absent_pages(config.page_size):
         return None
+    if metadata.reads_stored or not metadata.is_plain or (metadata.store_first and config.is_quantised):
+        return None  # what is joined attends first, and reads all new tokens as calls bring them
     query_len = metadata.num_tokens // metadata.num_reqs
     split = config.kv_split
     by_own_length = query_len == 1 if split.batch_invariant is None else split.batch_invariant

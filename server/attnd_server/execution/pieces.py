@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES
-from attnd_server.execution.step import Call, Result, attend, store
+from attnd_server.execution.step import Call, Result, attend, store, stored_before
 
 
 def attend_in_pieces(call: Call, ops: TritonAttentionOps) -> Generator[None, None, Result]:
@@ -21,7 +22,9 @@ def attend_in_pieces(call: Call, ops: TritonAttentionOps) -> Generator[None, Non
         return attend(call, ops)
     output = q.new_empty(*q.shape[:2], step.cache.config.head_dim_v)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if options.return_lse else None
-    for _ in plan.kernel.pieces(plan.state, output, lse, q, k, v, step.cache.layers[layer]):  # type: ignore[attr-defined]
-        yield
-        step.cache.refuse_if_closed()
-    return Result(output, lse, plan.backend, NO_COPIES, partial(store, call, k, v, ops))
+    stores_first = step.metadata.reads_stored
+    with stored_before(call, k, v, ops) if stores_first else nullcontext():
+        for _ in plan.kernel.pieces(plan.state, output, lse, q, k, v, step.cache.layers[layer]):  # type: ignore[attr-defined]
+            yield
+            step.cache.refuse_if_closed()
+    return Result(output, lse, plan.backend, NO_COPIES, None if stores_first else partial(store, call, k, v, ops))

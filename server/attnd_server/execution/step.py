@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,28 +22,17 @@ from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.execution.kept_plans import KeptPlans, Plans, most_bytes, tensor_bytes
+from attnd_server.execution.replaced_slots import replaced
+from attnd_server.execution.share_key import ShareKey
 from attnd_server.execution.step_observers import StepCounts, StepTrace
 from attnd_server.kv.cache import Cache
 
-# Tokens that a call of a small step attends to, over all its rows: on the processor, and on a GPU, where it takes half
-# a millisecond at most.
+# Tokens that a call of a small step attends to, over all its rows. On a GPU it takes half a millisecond at most.
 SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
 # Elements of the page tables of a small step.
 SMALL_STEP_PAGES = 1 << 17
-# Options that a step keeps something for: a model may have others in every layer.
+# Options that a step keeps something for.
 MAX_OPTIONS = 1_024
-
-
-class ShareKey(NamedTuple):
-    """Equal for calls that can share a launch; see `batch`.
-
-    Attributes:
-        has_graphs: whether each would be the replay of a CUDA graph.
-        rest: what else must be equal.
-    """
-
-    has_graphs: bool
-    rest: tuple[object, ...]
 
 
 @dataclass(eq=False)
@@ -63,7 +53,7 @@ class Step:
         stored: its slots on the device, for layers without graphs.
         share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
         is_marked: whether the cache was told which pages it writes.
-        counts: of whoever sent it; None: its calls are nobody's.
+        counts: of whoever sent it, or None.
         trace: of the step; None: it has none.
         held: what it holds for as long as it lives: room for its arrays.
     """
@@ -87,10 +77,7 @@ class Step:
 
     @cached_property
     def is_small(self) -> bool:
-        """Whether what comes before its first call takes no longer than a few switches of thread.
-
-        Calls may take longer all the same: ask `Call.is_small`.
-        """
+        """Whether what comes before its first call takes no longer than a few switches of thread; see `Call`'s too."""
         most, metadata = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS, self.metadata
         is_short = metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
         return is_short and metadata.page_tables.numel() <= SMALL_STEP_PAGES
@@ -147,6 +134,13 @@ class Step:
         else:
             graphs.load(self.metadata)
 
+    def stored_on(self, device: torch.device) -> StoredTokens:
+        """Its slots, which it has, on the device."""
+        if self.stored is None:
+            assert self.metadata.slot_mapping is not None
+            self.stored = stored_tokens(self.metadata.slot_mapping, device)
+        return self.stored
+
     def mark_written(self) -> None:
         """Tells the cache once which pages the step writes."""
         if not self.is_marked and self.metadata.slot_mapping is not None:
@@ -184,7 +178,7 @@ class Call(NamedTuple):
 
     @property
     def cache_id(self) -> bytes:
-        """The id of its cache."""
+        """Of its cache."""
         return self.step.cache.id
 
     @property
@@ -249,6 +243,10 @@ def _attend_on_processor(call: Call, plan: Plan | None, ops: TritonAttentionOps)
     step, layer, _, q, k, v, *_ = call
     if plan is None:
         return Result(None, None, None, NO_COPIES, partial(store, call, k, v, ops))
+    if step.metadata.reads_stored:
+        with stored_before(call, k, v, ops):
+            output, lse = plan.run(q, k, v, step.cache.layers[layer])
+        return Result(output, lse, plan.kernel.backend, NO_COPIES)
     if not plan.reads_stored:
         output, lse = plan.run(q, k, v, step.cache.layers[layer])
         return Result(output, lse, plan.kernel.backend, NO_COPIES, partial(store, call, k, v, ops))
@@ -276,20 +274,27 @@ def _attend_on_gpu(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Re
     if plan is None:
         store(call, k, v, ops)
         return Result(None, None, None, timer.copied())
-    output, lse = plan.run(q, k, v, call.step.cache.layers[call.layer])
-    store(call, k, v, ops)
+    stores_first = call.step.metadata.reads_stored
+    with stored_before(call, k, v, ops) if stores_first else nullcontext():
+        output, lse = plan.run(q, k, v, call.step.cache.layers[call.layer])
+    if not stores_first:
+        store(call, k, v, ops)
     timer.mark()
     output, lse = on_host(output, lse, None if call.is_sampled else call.into)
     return Result(output, lse, plan.kernel.backend, timer.waited())
 
 
+def stored_before(
+    call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps
+) -> AbstractContextManager[None]:
+    """Stores K and V, for attention that reads them in pages; if that fails, what lay there comes back."""
+    return replaced(call.step.cache, call.layer, call.step.stored_on(ops.device), partial(store, call, k, v, ops))
+
+
 def store(call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps) -> None:
     """Stores what is to be stored of K and V, on the device."""
     step = call.step
-    slots = step.metadata.slot_mapping
-    if slots is None or k is None or v is None:
+    if step.metadata.slot_mapping is None or k is None or v is None:
         return
-    if step.stored is None:
-        step.stored = stored_tokens(slots, ops.device)
     step.mark_written()
-    step.cache.store(call.layer, k, v, step.stored)
+    step.cache.store(call.layer, k, v, step.stored_on(ops.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from attnd.errors import Exhausted
 from attnd.v1 import step_pb2
@@ -124,9 +124,9 @@ class KeptSteps(OrderedDict[int, Step]):
         """Their ids, for people."""
         return ", ".join(map(str, self)) or "none"
 
-    def metadata(self) -> Mapping[int, AttentionMetadata]:
-        """Of each by its id."""
-        return {step_id: step.metadata for step_id, step in self.items()}
+    def metadata(self) -> Mapping[int, Sequence[AttentionMetadata]]:
+        """Of the layer groups of each by its id."""
+        return {step_id: (step.metadata,) for step_id, step in self.items()}
 
     def take(
         self, base_id: int | None, num_bytes: int, forget: Callable[[list[int]], None] = lambda step_ids: None

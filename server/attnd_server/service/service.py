@@ -16,7 +16,7 @@ from attnd.protocol import frames
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Step
@@ -197,7 +197,7 @@ class AttentionService:
         self,
         message: step_pb2.Step,
         principal: str,
-        open_steps: Mapping[int, AttentionMetadata] = validation.NO_STEPS,
+        open_steps: validation.OpenSteps = validation.NO_STEPS,
         plane: str = "inline",
         take: Callable[[int], HeldBytes] | None = None,
     ) -> Step:
@@ -223,22 +223,24 @@ class AttentionService:
         step.cache.renew()
         config = step.cache.config
         checked = validation.call(message, tensors, config, step.metadata)
-        options = self.checked_options(message.options, config, checked.num_heads)
+        options = self.checked_options(message.options, config, checked.num_heads, step.metadata.window)
         step.cost(options)  # or it is refused
         return Call(step, message.layer, options, checked.q, checked.k, checked.v)
 
     def checked_options(
-        self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int
+        self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int, window: int = 0
     ) -> AttentionOptions:
         """The options of a layer, checked unless the same bytes were before: layers send the same few again and again.
+
+        `window`: that of the step, which is that of its calls.
 
         Raises:
             InvalidRequest: they are wrong.
         """
-        key = (message.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend)
+        key = (message.SerializeToString(), num_heads, config.num_kv_heads, config.head_dim, config.backend, window)
         options = self._options.get(key)
         if options is None:
-            options = validation.options(message, config, num_heads)
+            options = validation.options(message, config, num_heads, window)
             if len(self._options) >= MAX_KEPT_OPTIONS:
                 self._options.clear()
             if len(key[0]) <= MAX_KEPT_OPTION_BYTES:

@@ -14,7 +14,7 @@ from attnd.protocol import frames
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.plan_ahead import plan_ahead
@@ -71,7 +71,7 @@ class Checks(Protocol):
         self,
         message: step_pb2.Step,
         principal: str,
-        open_steps: Mapping[int, AttentionMetadata] = ...,
+        open_steps: validation.OpenSteps = ...,
         plane: str = ...,
         take: Callable[[int], HeldBytes] | None = None,
     ) -> Step:

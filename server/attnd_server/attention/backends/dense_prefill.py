@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from attnd_server.attention.backends import plain_masks
-from attnd_server.attention.backends.gather import PLAIN_ROWS, Part, rows_of
+from attnd_server.attention.backends.gather import PLAIN_ROWS, Part
+from attnd_server.attention.backends.part_rows import rows_of
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
@@ -20,7 +21,7 @@ def is_dense_prefill(
 
     On a GPU only if the step is in a type and head dim for which torch has a kernel that does not hold all scores.
     """
-    if metadata.max_context_len or metadata.cache_only or config.head_dim != config.head_dim_v:
+    if metadata.max_context_len or metadata.cache_only or not metadata.is_plain or config.head_dim != config.head_dim_v:
         return False
     if device.type != "cpu":
         dtype = config.precision.dtype(config.dtype)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from attnd_server.attention.backends.part_rows import Rows, num_of, rows_of
 from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionConfig, Layout
 from attnd_server.attention.masks import new_token_limits
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.metadata import ALL_SEEN, AttentionMetadata, AttentionOptions
 from attnd_server.attention.tiles import EXP_PRODUCTS
 
 # Requests with more new tokens than this get parts of their own: batching no longer pays.
@@ -34,9 +35,6 @@ MAX_PRODUCTS_IN_PLACE = 1 << 30
 KEPT_BYTES = 1 << 24
 # Contexts of a part differ at most by a factor of two from here on, in tokens: padding costs what context costs.
 SHORT_CONTEXT = 256
-
-Rows = slice | torch.Tensor
-"""Rows of q, k or v: a range, or int64 indices on the device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +118,8 @@ def _slots_of_one_token(
     Returns:
         int64 `[context_len + 1]`, the last for the token itself; None for any other step.
     """
-    if metadata.num_tokens != 1 or metadata.num_reqs != 1 or options.window or metadata.cache_only:
+    is_alone = metadata.num_tokens == metadata.num_reqs == 1
+    if not is_alone or options.window or metadata.cache_only or metadata.seen_new is not None:
         return None
     # In numpy, whose operations on a few numbers take a third of torch's.
     context_len = metadata.max_context_len
@@ -202,6 +201,8 @@ def _plain_causal(
     plain &= rows <= (most_rows or PLAIN_ROWS)
     if metadata.cache_only:
         return torch.zeros_like(plain)
+    if metadata.seen_new is not None:
+        plain &= torch.from_numpy(metadata.new_keys == ALL_SEEN)
     if options.window:
         plain &= rows <= options.window
     if config.head_dim != config.head_dim_v:  # torch then holds all scores at once: keep tiles small
@@ -241,7 +242,10 @@ def _part(
     pages = _pages(metadata.page_tables[chosen], cached // config.page_size)
     in_hole = (cached >= metadata.hole_starts[chosen, None]) & (cached < metadata.hole_ends[chosen, None])
     seen_cached = ((cached < context) & (pages >= 0) & ~in_hole)[:, None, :]
-    seen_new = ((context + new)[:, None, :] < limits[:, :, None]) & (new < valid)[:, None, :]
+    is_key = new < valid
+    if metadata.seen_new is not None:
+        is_key = is_key & metadata.seen_new[metadata.cu_seqlens_q[chosen, None] + new]
+    seen_new = ((context + new)[:, None, :] < limits[:, :, None]) & is_key[:, None, :]
     mask = torch.cat([seen_cached.expand(-1, len(tokens), -1), seen_new], dim=2)
     if options.window:
         keys = torch.cat([cached, context + new], dim=1)
@@ -282,19 +286,3 @@ def _pages(page_tables: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     if last < 0:
         return torch.full_like(columns, -1)
     return page_tables.gather(1, columns.clamp(max=last)).long().masked_fill(columns > last, -1)
-
-
-def num_of(rows: Rows) -> int:
-    """How many rows these are."""
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
-def rows_of(metadata: AttentionMetadata, requests: list[int], tokens: torch.Tensor, device: torch.device) -> Rows:
-    """Where the tokens `tokens`, consecutive ones, of each request lie among all new tokens of the step."""
-    if not len(tokens):
-        return slice(0, 0)
-    rows = (metadata.cu_seqlens_q[requests][:, None] + tokens).flatten()
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows):  # rows ascend, so these are all in between
-        return slice(first, last + 1)
-    return rows.to(device)

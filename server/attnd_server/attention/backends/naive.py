@@ -13,7 +13,7 @@ from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.reference import reference_torch_attention
 from attnd_server.attention.backends.window import first_visible_pages
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
-from attnd_server.attention.kernels.pages import gather_pages, of_kv_heads
+from attnd_server.attention.kernels.pages import as_stored, gather_pages, of_kv_heads
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.masks import visible
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
@@ -189,8 +189,13 @@ class NaiveAttention:
         num_tokens = cached.stop - cached.start
         if k is None or v is None:
             return keys[:num_tokens], values[:num_tokens]
+        k_scales, v_scales = pages[2:] if plan.metadata.store_first else (None, None)
         new = slice(max(columns.start, num_cached) - num_cached, max(columns.stop, num_cached) - num_cached)
-        return torch.cat([keys[:num_tokens], k[new].to(dtype)]), torch.cat([values[:num_tokens], v[new].to(dtype)])
+        new_keys, new_values = (
+            each[new].to(dtype) if scales is None else as_stored(each[new], scales, torch.float32)
+            for each, scales in ((k, k_scales), (v, v_scales))
+        )
+        return torch.cat([keys[:num_tokens], new_keys]), torch.cat([values[:num_tokens], new_values])
 
     def _rows_by_tiles(
         self,
@@ -217,7 +222,8 @@ class NaiveAttention:
                     keys, values = self._some_keys_and_values(plan, request, some_k, some_v, some_pages, columns)
                     merged.add(*self._rows(plan, request, rows, start, some_q, keys, values, columns, heads.query))
                     yield
-            merged.add_sinks(None if plan.sinks is None else plan.sinks[heads.query])
+            sinks = _sinks(plan, request)
+            merged.add_sinks(None if sinks is None else sinks[heads.query])
             output[rows, heads.query] = merged.output.to(output.dtype)
             if lse is not None:
                 lse[rows, heads.query] = _of_valid_rows(plan, request, rows, start, merged.lse.float())
@@ -252,7 +258,7 @@ class NaiveAttention:
         Of all heads with their sinks, or of `heads` without.
         """
         context_len, first_position = int(plan.metadata.context_lens[request]), plan.first_positions[request]
-        slopes, sinks = plan.alibi_slopes, plan.sinks
+        slopes, sinks = plan.alibi_slopes, _sinks(plan, request)
         if heads is not None:
             slopes, sinks = None if slopes is None else slopes[heads], None
         return reference_torch_attention(
@@ -275,6 +281,12 @@ def _of_valid_rows(plan: _Plan, request: int, rows: slice, start: int, lse: torc
     """The lse `[num_rows, num_heads]` of rows `rows`, with -inf past the valid ones: sinks do not count there."""
     lse[max(0, start + int(plan.metadata.valid_lens[request]) - rows.start) :] = -torch.inf
     return lse
+
+
+def _sinks(plan: _Plan, request: int) -> torch.Tensor | None:
+    """Those of a request: another server may have them."""
+    without = plan.metadata.without_sinks
+    return None if without is not None and without[request] else plan.sinks
 
 
 def _num_cached(plan: _Plan, request: int) -> int:

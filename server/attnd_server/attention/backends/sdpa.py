@@ -19,7 +19,7 @@ from attnd_server.attention.backends.dense_prefill import dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
 from attnd_server.attention.backends.part_costs import FEW_KEYS, PartCosts, longest, part_costs
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
-from attnd_server.attention.kernels.pages import of_kv_heads, read_kv
+from attnd_server.attention.kernels.pages import as_stored, of_kv_heads, read_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.scales import MIN_SCALE, plain_scale, refusal
@@ -44,6 +44,7 @@ class _Plan:
     head_dim_v: int
     enable_gqa: bool
     is_dense_on_gpu: bool
+    reads_rounded: bool  # new tokens as FP8 pages have them
 
 
 class SdpaAttention:
@@ -102,6 +103,7 @@ class SdpaAttention:
             head_dim_v=config.head_dim_v,
             enable_gqa=enable_gqa,
             is_dense_on_gpu=device.type != "cpu" and dense is not None,
+            reads_rounded=metadata.store_first and config.is_quantised,
         )
 
     def reads_stored(self, plan: _Plan) -> bool:
@@ -189,6 +191,8 @@ def _run_part(
     pages: LayerPages,
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
+    if plan.reads_rounded and k is not None and v is not None:
+        k, v = as_stored(k, pages.k_scales, k.dtype), as_stored(v, pages.v_scales, v.dtype)
     if part.side_by_side is not None:
         return _attend_in_place(plan, part.side_by_side, q, pages)
     if part.slots is not None:

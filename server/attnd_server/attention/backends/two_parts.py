@@ -79,6 +79,10 @@ def refusal(config: AttentionConfig, metadata: AttentionMetadata, options: Atten
     reason = scales.refusal(options)
     if reason is not None:
         return reason
+    if not metadata.is_plain:
+        return "it has new tokens that are no keys, or requests without sinks"
+    if metadata.store_first and config.is_quantised:
+        return "it reads new tokens as FP8 pages have them"
     if not plain_masks.all_valid(metadata):
         return "valid_lens leaves new tokens out, but all must be valid"
     causal, bidirectional = plain_masks.causal(metadata).all(), plain_masks.bidirectional(metadata).all()

@@ -90,17 +90,19 @@ def _store_output(
 def _paged_attention_kernel(
     output, lse, partial_output, partial_lse, counters,
     q, k, v,
-    k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
+    k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, seen_tokens,
     scale, softcap, window,
     NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, DIMS_V: tl.constexpr, COMPUTE: tl.constexpr,
     NEW_TOKENS: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, SCALED: tl.constexpr,
+    SOME_NEW: tl.constexpr, NEW_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Grid: items * NUM_HEADS / HEADS. The tensors are `paged_attention`'s.
 
     FEW: no request has more than `_FEW` new tokens. SPLIT: some have more than one chunk. SCALED: pages have scales.
+    SOME_NEW: only new tokens whose `seen_tokens` is not 0 are keys. NEW_SCALED: they have the scales of pages.
     """
     # What to do: an item of the work list, for HEADS query heads of one KV head. All loads at once.
     GROUPS: tl.constexpr = NUM_HEADS // HEADS
@@ -160,6 +162,8 @@ def _paged_attention_kernel(
     if NEW_TOKENS and FEW:
         # On their way while the cached keys are worked on.
         seen_new = new_keys < end_new
+        if SOME_NEW:
+            seen_new &= tl.load(seen_tokens + q_row + tl.arange(0, _FEW), mask=seen_new, other=0) != 0
         k_new, v_new = load_new(
             k, v, q_row + tl.arange(0, _FEW), kv_head, seen_new, dims, dims_v, KV_HEADS, HEAD_DIM, HEAD_DIM_V, DIMS,
             DIMS_V, True,
@@ -174,6 +178,7 @@ def _paged_attention_kernel(
     if SCALED:
         k_scale = scale * tl.load(k_scales + kv_head)
         v_scale = tl.load(v_scales + kv_head)
+    new_scale = k_scale if NEW_SCALED else scale
 
     accumulator = tl.zeros([ROWS, DIMS_V], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -222,9 +227,9 @@ def _paged_attention_kernel(
         visible = seen_new[None, :] & (new_keys[None, :] < limits[:, None])
         if WINDOW:
             visible = visible & (positions[:, None] - new_keys[None, :] < window)
-        scores = score(q_tile, k_new.to(COMPUTE), positions, new_keys, slopes, scale, softcap, SOFTCAP, ALIBI)
+        scores = score(q_tile, k_new.to(COMPUTE), positions, new_keys, slopes, new_scale, softcap, SOFTCAP, ALIBI)
         accumulator, row_max, row_sum = attend(
-            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), 1.0, True, False
+            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), v_scale, True, NEW_SCALED
         )
     elif NEW_TOKENS:
         first_new = context_len
@@ -239,16 +244,26 @@ def _paged_attention_kernel(
             for start in tl.range(full_new if phase == 1 else first_new, end_new if phase == 1 else full_new, KEYS):
                 keys = start + tl.arange(0, KEYS)
                 seen = keys < end_new
+                if SOME_NEW:
+                    seen &= tl.load(seen_tokens + q_row + (keys - context_len), mask=seen, other=0) != 0
                 k_tile, v_tile = load_new(
                     k, v, q_row + (keys - context_len), kv_head, seen, dims, dims_v, KV_HEADS, HEAD_DIM, HEAD_DIM_V,
-                    DIMS, DIMS_V, phase == 1,
+                    DIMS, DIMS_V, SOME_NEW or phase == 1,
                 )  # fmt: skip
                 visible = seen[None, :] & (keys[None, :] < limits[:, None])
                 if WINDOW:
                     visible = visible & (positions[:, None] - keys[None, :] < window)
                 scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, scale, softcap, SOFTCAP, ALIBI)
                 accumulator, row_max, row_sum = attend(
-                    accumulator, row_max, row_sum, scores, visible, v_tile.to(COMPUTE), 1.0, phase == 1, False
+                    accumulator,
+                    row_max,
+                    row_sum,
+                    scores,
+                    visible,
+                    v_tile.to(COMPUTE),
+                    1.0,
+                    SOME_NEW or phase == 1,
+                    False,
                 )
 
     if SPLIT:
@@ -295,10 +310,12 @@ def paged_attention(
     items: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    seen_tokens: torch.Tensor | None = None,
     *,
     tile: Tile,
     heads: int,
     is_few: bool,
+    new_is_scaled: bool = False,
     compute: torch.dtype,
     scale: float,
     softcap: float,
@@ -321,9 +338,11 @@ def paged_attention(
         items: int32 `[num_items, ITEM_FIELDS]`; see `items.py`.
         alibi_slopes: float32 `[num_heads]` times LOG2E, or None.
         sinks: float32 `[num_heads]` times LOG2E, or None.
+        seen_tokens: int32 `[num_tokens]`, 0 for new tokens that are no keys; None: all are.
         tile: the launch shape.
         heads: query heads that share a program: 1, or num_heads // num_kv_heads.
         is_few: no request of the items has more than FEW_NEW_TOKENS new tokens.
+        new_is_scaled: k and v are numbers of FP8 pages, to be multiplied by their scales.
         compute: type of the products.
         scale: factor of q.k.
         softcap: 0 is off.
@@ -338,12 +357,13 @@ def paged_attention(
     _paged_attention_kernel[(len(items) * (num_heads // heads),)](
         output, lse, partial_output, partial_lse, counters,
         q, k, v,
-        k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
+        k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, seen_tokens,
         *log2_numbers(scale, softcap), window,
         NUM_HEADS=num_heads, KV_HEADS=num_kv_heads, HEADS=heads,
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
         ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
         NEW_TOKENS=k is not None, FEW=is_few, SPLIT=partial_output is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
         ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None, SCALED=k_scales is not None,
+        SOME_NEW=seen_tokens is not None, NEW_SCALED=new_is_scaled,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

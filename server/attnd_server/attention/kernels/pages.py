@@ -89,6 +89,11 @@ def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) 
     return (tokens.float() * scales[:, None]).to(dtype)
 
 
+def as_stored(tokens: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What new tokens are read as once they are stored in pages with `scales`, in `dtype`; without scales, the same."""
+    return tokens.to(dtype) if scales is None else dequantised(quantised(tokens, scales), scales, dtype)
+
+
 def store_kv(
     pages: LayerPages,
     k: torch.Tensor,
@@ -123,6 +128,33 @@ def store_kv(
     page, offset = _split(slots, v_pages.shape[3])
     k_pages[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
     v_pages[page, :, :, offset] = v
+
+
+def kept_slots(pages: LayerPages, stored: StoredTokens, layout: Layout) -> Callable[[], None]:
+    """Copies what lies in the slots of some tokens.
+
+    Returns:
+        What puts it back.
+    """
+    slots = stored.slots if stored.tokens is None else stored.slots[stored.tokens]
+    parts = [_bytes(each) for each in (pages.k, pages.v)]
+    if layout is Layout.UNIFIED:
+        rows = [_rows(each) for each in parts]
+        kept = [each.index_select(0, slots) for each in rows]
+
+        def put_back() -> None:
+            for each, old in zip(rows, kept, strict=True):
+                each.index_copy_(0, slots, old)
+
+        return put_back
+    page, offset = _split(slots, pages.v.shape[3])
+    kept = [each[page, :, :, offset] for each in parts]
+
+    def put_back_distinct() -> None:
+        for each, old in zip(parts, kept, strict=True):
+            each[page, :, :, offset] = old
+
+    return put_back_distinct
 
 
 def replace_slot(pages: LayerPages, k: torch.Tensor, v: torch.Tensor, slot: int) -> Callable[[], None]:

@@ -108,6 +108,9 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
     precision = sample.config.precision.dtype(sample.q.dtype)
     q = sample.q[part.rows, head : head + 1].to(precision)
     slopes, sinks = (None if x is None else x[head : head + 1] for x in (options.alibi_slopes, options.sinks))
+    without = part.sample.metadata.without_sinks
+    if without is not None and without[index]:
+        sinks = None
     expected, expected_lse = reference_torch_attention(
         q,
         keys,

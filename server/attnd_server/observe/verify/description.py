@@ -21,6 +21,7 @@ def described(sample: Sample, verdict: Verdict) -> dict[str, object]:
         "seed": sample.seed,
         "is_decode": step.is_decode,
         "cache_only": step.cache_only,
+        "store_first": step.store_first,
         "num_reqs": step.num_reqs,
         "num_tokens": step.num_tokens,
         "requests": requests,

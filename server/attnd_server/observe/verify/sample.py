@@ -59,7 +59,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     """Copies a part of a call that has run and has an output.
 
     With the device, before anything else runs. The pages are then still what the call read: a step never
-    stores into a slot that it reads.
+    stores into a slot that it reads, or has stored before it read.
     """
     step, layer, options, q, k, v = call[:6]
     cache, metadata = step.cache, step.metadata
@@ -159,6 +159,8 @@ def _requests(metadata: AttentionMetadata, chosen: list[int], tables: torch.Tens
     """Some requests of a step as a step that stores nothing."""
     index = torch.tensor(chosen)
     lens = torch.tensor([metadata.query_lens[request] for request in chosen])
+    bounds = metadata.cu_seqlens_q.tolist()
+    tokens = [slice(bounds[request], bounds[request + 1]) for request in chosen]
     names = ("context_lens", "valid_lens", "block_sizes", "prefix_lens", "padded_prefix_lens", "hole_starts")
     columns = {name: getattr(metadata, name)[index] for name in (*names, "hole_ends")}
     return AttentionMetadata(
@@ -168,5 +170,8 @@ def _requests(metadata: AttentionMetadata, chosen: list[int], tables: torch.Tens
         page_tables=tables,
         slot_mapping=None,
         cache_only=metadata.cache_only,
+        store_first=metadata.store_first,
+        seen_new=None if metadata.seen_new is None else torch.cat([metadata.seen_new[part] for part in tokens]),
+        without_sinks=None if metadata.without_sinks is None else metadata.without_sinks[index],
         **columns,
     )

@@ -9,12 +9,13 @@ q, k and v are views of the received bytes.
 from attnd_server.service.validation.caches import cache_config, create_cache
 from attnd_server.service.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
 from attnd_server.service.validation.pages import copy_pages, slots
-from attnd_server.service.validation.steps import NO_STEPS, step
+from attnd_server.service.validation.steps import NO_STEPS, OpenSteps, step, steps
 from attnd_server.service.validation.warm_ups import warm_up
 
 __all__ = [
     "NO_STEPS",
     "CallTensors",
+    "OpenSteps",
     "StoreTensors",
     "cache_config",
     "call",
@@ -25,6 +26,7 @@ __all__ = [
     "read_kv",
     "slots",
     "step",
+    "steps",
     "store_kv",
     "warm_up",
 ]

@@ -154,27 +154,33 @@ def read_kv(message: attention_pb2.ReadKvRequest, config: AttentionConfig) -> tu
     return layer(message.layer, config), sources
 
 
-def options(message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int) -> AttentionOptions:
+def options(
+    message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int, window: int = 0
+) -> AttentionOptions:
     """What a layer computes besides plain attention, with every default filled in.
 
     Args:
         message: the options; an empty message gives every default.
         config: the cache.
         num_heads: query heads of the call; 0 in a store-only step, where arrays count for nothing.
+        window: of the step, in tokens: pages that it hides may be others' by now. 0: the call's own counts.
 
     Raises:
-        InvalidRequest: a number is not finite or out of its range, or an array is not float32 `[num_heads]`.
+        InvalidRequest: the window is not that of the step, a number is not finite or out of its range, or an array is
+            not float32 `[num_heads]`.
     """
     scale = message.scale if message.HasField("scale") else config.head_dim**-0.5
     if not math.isfinite(scale):
         refuse("scale", f"scale is {scale}, but must be finite")
     if not (math.isfinite(message.softcap) and message.softcap >= 0):
         refuse("softcap", f"softcap is {message.softcap:g}, but must be finite and at least 0")
+    if window and message.window not in (0, window):
+        refuse("window", f"window is {message.window}, but must be 0 or {window}, that of the step or its layer group")
     return AttentionOptions(
         num_heads=num_heads,
         scale=scale,
         softcap=message.softcap,
-        window=message.window,
+        window=window or message.window,
         alibi_slopes=_per_head(message, "alibi_slopes", num_heads, "must be finite"),
         sinks=_per_head(message, "sinks", num_heads, "must be finite or -inf", besides=-math.inf),
         return_lse=message.return_lse,

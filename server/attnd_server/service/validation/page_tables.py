@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from google.protobuf.message import Message
 
 from attnd.v1 import step_pb2
+from attnd_server.attention.backends.window import first_visible_pages
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.config import ServerConfig
 from attnd_server.service.validation.arrays import INT32, check_range, refuse, refuse_first, required, view
 from attnd_server.service.validation.pages import Int32s, Int64s
 
+OpenTables = Mapping[int, Sequence[AttentionMetadata]]
 
-def page_tables(
-    message: step_pb2.Step,
-    context_lens: Int64s,
-    config: AttentionConfig,
-    limits: ServerConfig,
-    open_steps: Mapping[int, AttentionMetadata],
+
+GroupMessage = step_pb2.Step | step_pb2.StepGroup
+"""What gives page tables and slots: a step, or a layer group of one."""
+
+
+def page_tables_of(
+    group: GroupMessage, num_reqs: int, limits: ServerConfig, open_steps: OpenTables, index: int
 ) -> Int32s:
-    """The page tables of a step, or those of another that it has in common; the same rules hold however they were sent.
+    """The page tables of a layer group as they are meant, or those of another step that it has in common.
 
     Args:
-        message: the step.
-        context_lens: `[num_reqs]`.
-        config: the cache.
+        group: the step, or what it says of the group.
+        num_reqs: of the step.
         limits: what one step may take.
         open_steps: by id, the steps that a delta may name.
+        index: of the layer group.
 
     Returns:
-        int32 `[num_reqs, max_pages]`: `-1 <= id < config.num_pages`, and the context is covered.
+        int32 `[num_reqs, max_pages]`, any numbers.
 
     Raises:
         InvalidRequest: the step breaks a rule of step.proto.
     """
-    if message.HasField("page_table_delta"):
-        if message.HasField("page_tables"):
-            refuse("page_table_delta", "page_table_delta is given, but must be absent where page_tables is given")
-        tables = _changed(message.page_table_delta, len(context_lens), limits, open_steps)
-    else:
-        tables = _sent(message, len(context_lens), limits)
+    if not group.HasField("page_table_delta"):
+        return _sent(group, num_reqs, limits)
+    if group.HasField("page_tables"):
+        refuse("page_table_delta", "page_table_delta is given, but must be absent where page_tables is given")
+    return _changed(group.page_table_delta, num_reqs, limits, open_steps, index)
+
+
+def checked_page_tables(sent: Int32s, context_lens: Int64s, window: int, config: AttentionConfig) -> Int32s:
+    """Page tables that kernels may follow; the same rules hold however they were sent.
+
+    Args:
+        sent: int32 `[num_reqs, max_pages]`.
+        context_lens: `[num_reqs]`.
+        window: tokens of every call's window; 0: anything may be read.
+        config: of the layer group.
+
+    Returns:
+        int32 `[num_reqs, max_pages]`: `-1 <= id < config.num_pages`, and the context is covered. `sent` itself, unless
+        there are other numbers, or -1, before the window: these are 0.
+
+    Raises:
+        InvalidRequest: an entry that may be read is no page of the cache, or the context is not covered.
+    """
+    tables = _without_hidden(sent, context_lens, window, config)
     rule = f"the cache has pages 0..{config.num_pages - 1}, and -1 is no page"
     check_range(tables, -1, config.num_pages - 1, "page_tables", rule)
     num_covered = tables.shape[1] * config.page_size
@@ -51,8 +73,23 @@ def page_tables(
     return tables
 
 
-def _sent(message: step_pb2.Step, num_reqs: int, limits: ServerConfig) -> Int32s:
-    values = view(required(message, "page_tables"), "page_tables", INT32, (num_reqs, "max_pages"))
+def _without_hidden(sent: Int32s, context_lens: Int64s, window: int, config: AttentionConfig) -> Int32s:
+    """The page tables with page 0 for what is no page and lies before the window of all new tokens."""
+    if not window or not sent.size:
+        return sent
+    first_pages = first_visible_pages(torch.from_numpy(context_lens), window, config.page_size).numpy()
+    num_columns = min(int(first_pages.max()), sent.shape[1])
+    hidden = sent[:, :num_columns]
+    if not hidden.size or (hidden.min() >= 0 and hidden.max() < config.num_pages):
+        return sent
+    no_page = (hidden < 0) | (hidden >= config.num_pages)
+    tables = sent.copy()
+    tables[:, :num_columns][no_page & (np.arange(num_columns) < first_pages[:, None])] = 0
+    return tables
+
+
+def _sent(group: GroupMessage, num_reqs: int, limits: ServerConfig) -> Int32s:
+    values = view(required(group, "page_tables"), "page_tables", INT32, (num_reqs, "max_pages"))
     if values.size > limits.max_page_table_elements:
         rule = f"must have at most {limits.max_page_table_elements}"
         refuse("page_tables", f"page_tables has {values.size} elements, but {rule}")
@@ -60,7 +97,7 @@ def _sent(message: step_pb2.Step, num_reqs: int, limits: ServerConfig) -> Int32s
 
 
 def _changed(
-    delta: step_pb2.PageTableDelta, num_reqs: int, limits: ServerConfig, open_steps: Mapping[int, AttentionMetadata]
+    delta: step_pb2.PageTableDelta, num_reqs: int, limits: ServerConfig, open_steps: OpenTables, index: int
 ) -> Int32s:
     """What the delta gives. A few bytes may ask for a large table, so its size is checked before there is one."""
     base_step = open_steps.get(delta.base_step_id)
@@ -75,7 +112,7 @@ def _changed(
     if delta.max_pages > most_pages:
         rule = f"must be at most {most_pages}: page tables have at most {limits.max_page_table_elements} elements"
         refuse("page_table_delta.max_pages", f"page_table_delta.max_pages is {delta.max_pages}, but {rule}")
-    base: Int32s = base_step.page_tables.numpy()
+    base: Int32s = base_step[index].tables_as_sent.numpy()
     rows = _part(delta, "source_rows", num_reqs)
     rule = f"the table of step {delta.base_step_id} has rows 0..{len(base) - 1}, and -1 is no row"
     check_range(rows, -1, len(base) - 1, "page_table_delta.source_rows", rule)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from attnd.v1 import cache_pb2, tensor_pb2
+from attnd_server.attention.backends.window import first_visible_positions
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.service.validation.arrays import (
     INT32,
@@ -85,75 +87,99 @@ def copy_pages(message: cache_pb2.CopyPagesRequest, config: AttentionConfig) -> 
     return torch.from_numpy(sources.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
 
-def check_stores(
-    slot_mapping: Int64s,
-    page_tables: Int32s | None,
-    context_lens: Int64s,
-    hole_starts: Int64s,
-    hole_ends: Int64s,
-    config: AttentionConfig,
-) -> None:
-    """Refuses a step that stores one slot twice, or stores into a slot that it reads as context.
+class ReadLengths(Protocol):
+    """Of each request, `[num_reqs]`: its context, and the hole in it."""
 
-    Position j of request r is read if `j < context_lens[r]`, its page id is not -1, and it is not in
-    `[hole_starts[r], hole_ends[r])`. The cost does not follow the context: pages that are stored into are marked, the
-    table is looked up in the marks, and only entries that hit are compared with the stored slots.
+    @property
+    def context_lens(self) -> Int64s:
+        """Tokens."""
+
+    @property
+    def hole_starts(self) -> Int64s:
+        """Position, at least 0."""
+
+    @property
+    def hole_ends(self) -> Int64s:
+        """Position, at least hole_starts."""
+
+
+class Read(NamedTuple):
+    """What a step reads as context.
+
+    Position j of request r if `j < context_lens[r]`, its page id is not -1, it is not in
+    `[hole_starts[r], hole_ends[r])`, and the window does not hide it.
+
+    Attributes:
+        page_tables: `[num_reqs, max_pages]`, -1 is no page; in range, and covers the context.
+        lengths: of each request.
+        window: of all calls, in tokens; 0: nothing is hidden.
+    """
+
+    page_tables: Int32s
+    lengths: ReadLengths
+    window: int
+
+
+def check_stores(slot_mapping: Int64s, read: Read | None, config: AttentionConfig, *, may_read: bool) -> bool:
+    """Refuses a step that stores one slot twice, or stores into a slot that it reads as context unless it may.
+
+    The cost does not follow the context: pages that are stored into are marked, the table is looked up in the marks,
+    and only entries that hit are compared with the stored slots.
 
     Args:
         slot_mapping: `[num_tokens]`, -1 is not stored; in range.
-        page_tables: `[num_reqs, max_pages]`, -1 is no page; in range, and covers the context. None: nothing is read.
-        context_lens: `[num_reqs]`.
-        hole_starts: `[num_reqs]`.
-        hole_ends: `[num_reqs]`, at least hole_starts.
+        read: what the step reads; None: nothing.
         config: the cache.
+        may_read: whether the step may read what it stores.
+
+    Returns:
+        Whether it does.
 
     Raises:
         InvalidRequest: as said.
     """
     stored = np.sort(slot_mapping[slot_mapping >= 0])
     check_unique(slot_mapping, stored, "slot_mapping")
-    if page_tables is None or not stored.size:
-        return
-    for requests, starts, ends in _read_intervals(
-        stored // config.page_size, page_tables, context_lens, hole_starts, hole_ends, config
-    ):
+    if read is None or not stored.size:
+        return False
+    for requests, starts, ends in _read_intervals(stored // config.page_size, read, config):
         is_read = starts < ends  # few, unless the step is to be refused: the others are in a hole or past the context
         requests, starts, ends = requests[is_read], starts[is_read], ends[is_read]
         first = stored.searchsorted(starts)
         conflict = first < stored.searchsorted(ends)
         if conflict.any():
+            if may_read:
+                return True
             hit = conflict.argmax()
             slot = stored[first[hit]]
             index = np.flatnonzero(slot_mapping == slot)[0]
             reader = f"request {requests[hit]} of the step"
             refuse("slot_mapping", f"slot_mapping[{index}] is {slot}, but must not be a slot that {reader} reads")
+    return False
 
 
 def _read_intervals(
-    stored_pages: Int64s,
-    page_tables: Int32s,
-    context_lens: Int64s,
-    hole_starts: Int64s,
-    hole_ends: Int64s,
-    config: AttentionConfig,
+    stored_pages: Int64s, read: Read, config: AttentionConfig
 ) -> Iterator[tuple[Int64s, Int64s, Int64s]]:
     """The slots that are read in pages of `stored_pages`, as arrays of request, first slot and end.
 
     An interval that ends before it starts is empty.
     """
-    page_size = config.page_size
-    num_columns = -(-int(context_lens.max()) // page_size)
+    page_size, page_tables, lengths = config.page_size, read.page_tables, read.lengths
+    num_columns = -(-int(lengths.context_lens.max()) // page_size)
     marks = np.zeros(config.num_pages + 1, dtype=np.bool_)  # the last one is for page id -1 and stays false
     marks[stored_pages] = True
     hits = marks[page_tables[:, :num_columns]].ravel().nonzero()[0]
+    visible = first_visible_positions(torch.from_numpy(lengths.context_lens), read.window).numpy()
     for begin in range(0, len(hits), _CHUNK):
         requests, columns = np.divmod(hits[begin : begin + _CHUNK], num_columns)
-        # Positions that are read: [starts, ends) without the hole. A page past its request's context ends before it
-        # starts: empty.
-        starts = columns * page_size
-        ends = np.minimum(starts + page_size, context_lens[requests])
-        slots_from_positions = page_tables[requests, columns].astype(np.int64) * page_size - starts
-        before_hole = np.minimum(ends, hole_starts[requests])
-        after_hole = np.maximum(starts, hole_ends[requests])
+        # Positions that are read: [starts, ends) without the hole. A page past its request's context, or before its
+        # window, ends before it starts: empty.
+        page_starts = columns * page_size
+        ends = np.minimum(page_starts + page_size, lengths.context_lens[requests])
+        starts = np.maximum(page_starts, visible[requests])
+        slots_from_positions = page_tables[requests, columns].astype(np.int64) * page_size - page_starts
+        before_hole = np.minimum(ends, lengths.hole_starts[requests])
+        after_hole = np.maximum(starts, lengths.hole_ends[requests])
         yield requests, starts + slots_from_positions, before_hole + slots_from_positions
         yield requests, after_hole + slots_from_positions, ends + slots_from_positions

@@ -14,7 +14,7 @@ import torch
 
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
-from attnd_server.attention.backends.triton.launches import fits_hopper, launches_of, multiprocessors
+from attnd_server.attention.backends.triton.launches import LaunchShape, fits_hopper, launches_of, multiprocessors
 from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.backends.triton.plan import Launch, TritonPlan
 from attnd_server.attention.backends.triton.staged_step import StagedStep
@@ -56,10 +56,10 @@ def make_fixed_plan(
     request = np.zeros((1, ITEM_FIELDS), np.int32)
     request[:, NUM_NEW.value] = shape.query_len
     group = options.num_heads // config.num_kv_heads
-    ((tile, rows, is_few, _),) = launches_of(request, config, group, dtype, hopper=True)
-    if tile is not None:
+    ((launch, _),) = launches_of(request, config, group, dtype, hopper=True)
+    if launch.tile is not None:
         return "Hopper's kernels do not serve this shape"
-    return FixedTritonPlan(config, shape, options, rows, is_few, device)
+    return FixedTritonPlan(config, shape, options, launch, device)
 
 
 class FixedTritonPlan:
@@ -69,8 +69,7 @@ class FixedTritonPlan:
         config: the cache's.
         shape: the steps.
         options: the layers'.
-        rows: of a program.
-        is_few: see `Launch`.
+        launch: of its only launch.
         device: of pages and tensors. Planning runs in Triton's interpreter too, `launch` on a Hopper GPU alone.
 
     Attributes:
@@ -83,12 +82,11 @@ class FixedTritonPlan:
         config: AttentionConfig,
         shape: DecodeShape,
         options: AttentionOptions,
-        rows: int,
-        is_few: bool,
+        launch: LaunchShape,
         device: torch.device,
     ) -> None:
         group = options.num_heads // config.num_kv_heads
-        sizes = Rows(group, config.num_kv_heads, rows, HOPPER_KEYS, multiprocessors(device))
+        sizes = Rows(group, config.num_kv_heads, launch.rows, HOPPER_KEYS, multiprocessors(device))
         tables = -(-(STEP_HEADER + len(REQUEST_COLUMNS) * shape.num_reqs) // _ALIGNMENT) * _ALIGNMENT
         # Page tables that nobody reads are still a pointer.
         num_pages = max(1, shape.num_reqs * -(-shape.max_context_len // config.page_size))
@@ -102,7 +100,7 @@ class FixedTritonPlan:
             config=config,
             options=options,
             group=group,
-            launches=[Launch(None, rows, is_few, num_partial_rows, items, merges_if_any, None, shape.query_len)],
+            launches=[Launch(launch, num_partial_rows, items, merges_if_any, None, shape.query_len)],
             page_tables=step[tables : tables + num_pages],
             alibi_slopes=_log2(options.alibi_slopes, device),
             sinks=_log2(options.sinks, device),
@@ -120,7 +118,7 @@ class FixedTritonPlan:
             query_len=shape.query_len,
             group=group,
             num_groups=sizes.num_groups,
-            rows=rows,
+            rows=launch.rows,
             num_multiprocessors=sizes.num_multiprocessors,
             num_looked_at=min(len(items), most_looked_at),
             kv_split=config.kv_split,
@@ -145,6 +143,10 @@ class FixedTritonPlan:
             return f"it has {metadata.num_tokens} new tokens, but must have {shape.query_len} for each request"
         if metadata.max_context_len > shape.max_context_len:
             return f"a context has {metadata.max_context_len} tokens, but must have at most {shape.max_context_len}"
+        if not metadata.is_plain:
+            return "it has new tokens that are no keys, or requests without sinks"
+        if metadata.store_first and self.plan.config.is_quantised:
+            return "it reads new tokens as FP8 pages have them"
         if metadata.has_absent_pages(self._page_size):
             return "page_tables has -1 within a context, but every page must be there"
         return None

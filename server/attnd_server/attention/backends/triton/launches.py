@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,7 @@ from attnd_server.attention.kernels.launch_shapes import (
     fits_hopper_fp8,
     launch_shape,
 )
+from attnd_server.attention.metadata import ALL_SEEN, NONE_SEEN, SOME_SEEN, AttentionMetadata
 
 log = logging.getLogger(__name__)
 
@@ -60,42 +62,105 @@ def fits_hopper(config: AttentionConfig, dtype: torch.dtype, device: torch.devic
     )
 
 
+class Keys(NamedTuple):
+    """What requests of a launch see beside their context.
+
+    Attributes:
+        new: NONE_SEEN, SOME_SEEN or ALL_SEEN of their new tokens.
+        sinks: whether they have those of the options.
+    """
+
+    new: int = ALL_SEEN
+    sinks: bool = True
+
+
+class LaunchShape(NamedTuple):
+    """Of a launch.
+
+    Attributes:
+        tile: its launch shape; None: Hopper's kernels.
+        rows: of a program.
+        is_few: whether no request has more than FEW_NEW_TOKENS new tokens.
+        keys: what its requests see.
+    """
+
+    tile: Tile | None
+    rows: int
+    is_few: bool
+    keys: Keys
+
+
 def launches_of(
-    table: Ints, config: AttentionConfig, group: int, dtype: torch.dtype, hopper: bool
-) -> Iterator[tuple[Tile | None, int, bool, Ints]]:
-    """Launch shape (None: Hopper's kernels), rows, whether new tokens are few, and requests of each launch.
+    table: Ints,
+    config: AttentionConfig,
+    group: int,
+    dtype: torch.dtype,
+    hopper: bool,
+    metadata: AttentionMetadata | None = None,
+) -> Iterator[tuple[LaunchShape, Ints]]:
+    """The shape of each launch, and its requests.
 
     A request's launch shape depends on nothing but itself, so that its bits do not depend on the batch either.
+
+    Args:
+        table: the requests of a step.
+        config: of the cache.
+        group: query heads that share a program.
+        dtype: to multiply in.
+        hopper: whether Hopper's kernels serve the cache.
+        metadata: the step; None: one of which every valid new token is a key.
     """
+    if metadata is not None and metadata.store_first and config.is_quantised:
+        hopper = False
     num_new = table[:, NUM_NEW.value]
     has_absent_pages = table[:, HAS_ABSENT_PAGES.value] != 0
     least, most = num_new.min(initial=EVERYTHING), num_new.max(initial=0)
-    if least == most > 0 and not has_absent_pages.any():
-        yield (*_launch(int(most), False, config, group, dtype, hopper), table)
+    is_plain = metadata is None or metadata.is_plain
+    if is_plain and least == most > 0 and not has_absent_pages.any():
+        keys = Keys(NONE_SEEN if metadata is not None and metadata.cache_only else ALL_SEEN)
+        yield _launch(int(most), False, keys, config, group, dtype, hopper), table
         return
     # By launch shape, in an order that does not matter.
-    alike: dict[tuple[Tile | None, int, bool], list[int]] = {}
+    alike: dict[LaunchShape, list[int]] = {}
+    keys_of = _keys_of(len(table), metadata)
     for request, (new, absent) in enumerate(zip(num_new.tolist(), has_absent_pages.tolist(), strict=True)):
         if new:
-            alike.setdefault(_launch(new, absent, config, group, dtype, hopper), []).append(request)
-    for launch, requests in alike.items():
-        yield (*launch, table[requests])
+            shape = _launch(new, absent, keys_of[request], config, group, dtype, hopper)
+            alike.setdefault(shape, []).append(request)
+    for shape, requests in alike.items():
+        yield shape, table[requests]
+
+
+def _keys_of(num_reqs: int, metadata: AttentionMetadata | None) -> list[Keys]:
+    """What each request sees beside its context."""
+    if metadata is None:
+        return [Keys()] * num_reqs
+    without = metadata.without_sinks
+    sinks = [True] * num_reqs if without is None else (~without).tolist()
+    return list(map(Keys, metadata.new_keys.tolist(), sinks))
 
 
 def _launch(
-    num_new: int, has_absent_pages: bool, config: AttentionConfig, group: int, dtype: torch.dtype, hopper: bool
-) -> tuple[Tile | None, int, bool]:
-    """Launch shape, rows and whether new tokens are few, for a request.
+    num_new: int,
+    has_absent_pages: bool,
+    keys: Keys,
+    config: AttentionConfig,
+    group: int,
+    dtype: torch.dtype,
+    hopper: bool,
+) -> LaunchShape:
+    """The launch shape of a request.
 
-    Hopper's kernels take every page id for one of a page.
+    Hopper's kernels take every page id for one of a page, and see all new tokens or none, as calls bring them.
     """
+    hopper = hopper and keys.new != SOME_SEEN
     few = num_new <= FEW_NEW_TOKENS
     rows = min(max(16, 1 << (num_new * group - 1).bit_length()), HOPPER_ROWS)
     if hopper and not has_absent_pages and not config.is_quantised:
         fits_decode = rows <= HOPPER_DECODE_ROWS and max(config.head_dim, config.head_dim_v) <= 128
-        return None, rows if fits_decode else HOPPER_ROWS, few
+        return LaunchShape(None, rows if fits_decode else HOPPER_ROWS, few, keys)
     if hopper and not has_absent_pages and few and fits_hopper_fp8(rows, config.head_dim):
-        return None, rows, few
+        return LaunchShape(None, rows, few, keys)
     dims = max(16, 1 << (max(config.head_dim, config.head_dim_v) - 1).bit_length())
     tile = launch_shape(num_new, group, dims, 1 if config.is_quantised else dtype.itemsize)
-    return tile, tile.rows, few
+    return LaunchShape(tile, tile.rows, few, keys)

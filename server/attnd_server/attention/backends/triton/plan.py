@@ -7,14 +7,15 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from attnd_server.attention.backends.triton.launches import multiprocessors
+from attnd_server.attention.backends.triton.launches import LaunchShape, multiprocessors
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.launch_shapes import Tile
 from attnd_server.attention.kernels.merge import merge
 from attnd_server.attention.kernels.paged_attention import paged_attention
+from attnd_server.attention.kernels.pages import quantised
 from attnd_server.attention.layer_pages import LayerPages
-from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.metadata import NONE_SEEN, SOME_SEEN, AttentionOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +23,7 @@ class Launch:
     """One launch of an attention kernel.
 
     Attributes:
-        tile: its launch shape; None: Hopper's kernel.
-        rows: of a program.
-        is_few: no request has more than FEW_NEW_TOKENS new tokens.
+        shape: of the launch.
         num_partial_rows: rows of partial results; 0: none.
         items: int32 `[num_items, ITEM_FIELDS]` on the device.
         merges: int32 `[num_merges, MERGE_FIELDS]` on the device, for a launch of `merge`; None without.
@@ -32,9 +31,7 @@ class Launch:
         max_tokens: most new tokens of a request.
     """
 
-    tile: Tile | None
-    rows: int
-    is_few: bool
+    shape: LaunchShape
     num_partial_rows: int
     items: torch.Tensor
     merges: torch.Tensor | None
@@ -73,6 +70,8 @@ class TritonPlan:
         page_tables: int32 on the device; the items say where each request's begins.
         alibi_slopes: float32 `[num_heads]` times LOG2E on the device, or None.
         sinks: likewise.
+        seen_new: int32 `[num_tokens]` on the device, whether a new token is a key; None: all are.
+        reads_rounded: whether new tokens are read as FP8 pages have them.
         planned_tables: the page tables without the offsets of `shifted`; None: there are none.
         partials: by the index of the launch; made when they are first needed.
     """
@@ -84,6 +83,8 @@ class TritonPlan:
     page_tables: torch.Tensor
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
+    seen_new: torch.Tensor | None = None
+    reads_rounded: bool = False
     planned_tables: torch.Tensor | None = None
     partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -118,13 +119,18 @@ class TritonPlan:
         pages: LayerPages,
     ) -> None:
         """As `run`, into `output` and `lse`. All tensors are contiguous."""
+        if self.reads_rounded and k is not None and v is not None:
+            k, v = _codes(k, pages.k_scales), _codes(v, pages.v_scales)
         with torch.cuda.device_of(q):
             for index, launch in enumerate(self.launches):
                 results = _Results(output, lse, *self._partials(index, launch, q))
-                if launch.tile is None:
-                    self._run_on_hopper(launch, results, q, k, v, pages)
+                shape = launch.shape
+                new_k, new_v = (None, None) if shape.keys.new == NONE_SEEN else (k, v)
+                sinks = self.sinks if shape.keys.sinks else None
+                if shape.tile is None:
+                    self._run_on_hopper(launch, results, q, new_k, new_v, pages, sinks)
                 else:
-                    self._run(launch, launch.tile, results, q, k, v, pages)
+                    self._run(launch, shape.tile, results, q, new_k, new_v, pages, sinks)
 
     def _run(
         self,
@@ -135,6 +141,7 @@ class TritonPlan:
         k: torch.Tensor | None,
         v: torch.Tensor | None,
         pages: LayerPages,
+        sinks: torch.Tensor | None,
     ) -> None:
         paged_attention(
             results.output,
@@ -149,10 +156,12 @@ class TritonPlan:
             self.page_tables,
             launch.items,
             self.alibi_slopes,
-            self.sinks,
+            sinks,
+            self.seen_new if launch.shape.keys.new == SOME_SEEN else None,
             tile=tile,
             heads=self.group,
-            is_few=launch.is_few,
+            is_few=launch.shape.is_few,
+            new_is_scaled=self.reads_rounded,
             compute=self.config.precision.dtype(q.dtype),
             scale=self.options.scale,
             softcap=self.options.softcap,
@@ -167,11 +176,12 @@ class TritonPlan:
         k: torch.Tensor | None,
         v: torch.Tensor | None,
         pages: LayerPages,
+        sinks: torch.Tensor | None,
     ) -> None:
         output, lse, partial_output, partial_lse = results
-        step = (self.page_tables, launch.items, self.alibi_slopes, self.sinks)
+        step = (self.page_tables, launch.items, self.alibi_slopes, sinks)
         numbers: _Numbers = {
-            "rows": launch.rows,
+            "rows": launch.shape.rows,
             "num_multiprocessors": multiprocessors(q.device),
             "scale": self.options.scale,
             "softcap": self.options.softcap,
@@ -193,7 +203,7 @@ class TritonPlan:
                 partial_output,
                 partial_lse,
                 launch.merges,
-                self.sinks,
+                sinks,
                 heads=self.group,
                 max_tokens=launch.max_tokens,
             )
@@ -209,3 +219,8 @@ class TritonPlan:
                 q.new_empty(num_rows, q.shape[1], dtype=torch.float32),
             )
         return self.partials[index]
+
+
+def _codes(tokens: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """New tokens as the numbers that pages have for them, which any type holds; without scales, as they are."""
+    return tokens if scales is None else quantised(tokens, scales).to(tokens.dtype)

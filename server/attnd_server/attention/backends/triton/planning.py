@@ -35,20 +35,20 @@ def make_plan(
     num_pages = max(1, -(-metadata.max_context_len // config.page_size))
     tables = metadata.page_tables[:, :num_pages].numpy()
     table = request_table(metadata, tables, config.page_size)
-    chosen = list(launches_of(table, config, group, dtype, hopper))
+    chosen = list(launches_of(table, config, group, dtype, hopper, metadata))
     works = []
-    for tile, num_rows, _, requests in chosen:
-        keys = HOPPER_KEYS if tile is None else tile.keys
-        rows = Rows(group, options.num_heads // group, num_rows, keys, multiprocessors(device))
-        works.append(
-            (hopper_schedule if tile is None else split_schedule)(requests, config.kv_split, options.window, rows)
-        )
+    for shape, requests in chosen:
+        keys = HOPPER_KEYS if shape.tile is None else shape.tile.keys
+        rows = Rows(group, options.num_heads // group, shape.rows, keys, multiprocessors(device))
+        schedule = hopper_schedule if shape.tile is None else split_schedule
+        works.append(schedule(requests, config.kv_split, options.window, rows))
+    seen_new = None if metadata.seen_new is None else metadata.seen_new.numpy().astype(np.int32)
     # Page tables first: kernels prefetch a little past their end.
-    host: list[Ints | None] = [tables, _bits(options.alibi_slopes), _bits(options.sinks)]
+    host: list[Ints | None] = [tables, _bits(options.alibi_slopes), _bits(options.sinks), seen_new]
     for work in works:
         counters = np.zeros(work.num_counters * (options.num_heads // group), np.int32) if work.num_counters else None
         host += [work.items, work.merges if len(work.merges) else None, counters]
-    page_tables, slopes, sinks, *arrays = _upload(host, device)
+    page_tables, slopes, sinks, seen_new, *arrays = _upload(host, device)
     assert page_tables is not None
     return TritonPlan(
         config=config,
@@ -56,22 +56,22 @@ def make_plan(
         group=group,
         launches=[
             Launch(
-                tile,
-                num_rows,
-                is_few,
+                shape,
                 work.num_partial_rows,
                 items,
                 merges,
                 counters,
                 int(requests[:, NUM_NEW.value].max()),
             )
-            for (tile, num_rows, is_few, requests), work, items, merges, counters in zip(
+            for (shape, requests), work, items, merges, counters in zip(
                 chosen, works, arrays[0::3], arrays[1::3], arrays[2::3], strict=True
             )
         ],
         page_tables=page_tables,
         alibi_slopes=None if slopes is None else slopes.view(torch.float32),
         sinks=None if sinks is None else sinks.view(torch.float32),
+        seen_new=seen_new,
+        reads_rounded=metadata.store_first and config.is_quantised,
     )
 
 
