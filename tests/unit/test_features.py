@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import zipfile
 from typing import Any
 
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
 
 import attnd
 from attnd.errors import Unsupported
@@ -13,6 +17,7 @@ from attnd.protocol.features import KNOWN, MissingFeatures, missing_features, ne
 from attnd.protocol.packing import int32_tensor
 from attnd.v1 import attention_pb2, cache_pb2, capabilities_pb2, step_pb2, tensor_pb2
 from attnd_server.service.capabilities import FEATURES
+from tests.released.versions import WHEELS
 
 OLD = missing_features(capabilities_pb2.GetCapabilitiesResponse(version="0.1.0"))
 REF = cache_pb2.CacheRef(id=b"x", epoch=1)
@@ -37,6 +42,19 @@ NOTHING_NEW = attnd.StepMetadata([0, 2], [0, 0], [[0], [1]], [16, 17])
 CACHE_ONLY = attnd.StepMetadata([1, 1], [5, 8], [[0, 3], [1, 2]], cache_only=True)
 STORE_ONLY = attnd.StepMetadata([1, 1], [5, 8], [[0, 3], [1, 2]], [13, 16], store_only=True)
 OF_OLD = [PREFILL, DECODE, BLOCKS, NOTHING_NEW, CACHE_ONLY, STORE_ONLY]
+# What messages of 0.1.0 did not have: what a server must know, and what it may as well not see.
+NEEDY = {
+    *(f"attnd.v1.Step.{field}" for field in ("store_first", "window", "attend_new", "first_position", "groups")),
+    *(f"attnd.v1.CacheConfig.{field}" for field in ("groups", "v_dtype")),
+}
+HARMLESS = {
+    "attnd.v1.Step.traceparent",
+    "attnd.v1.GetCapabilitiesResponse.features",
+    # Of caches with layer groups, which no such server has.
+    "attnd.v1.CopyPagesRequest.group",
+    "attnd.v1.RenewCacheRequest.group",
+    "attnd.v1.WarmUpRequest.group",
+}
 GROUP = cache_pb2.LayerGroup(num_kv_heads=1, head_dim=8, page_size=4, num_pages=2)
 
 
@@ -45,6 +63,30 @@ def test_an_old_server_lacks_everything() -> None:
     assert OLD.version == "0.1.0"
     assert OLD.features == KNOWN
     assert set(capabilities_pb2.Feature.values()) - {capabilities_pb2.FEATURE_UNSPECIFIED} == KNOWN
+
+
+def released_fields(version: str) -> dict[str, set[str]]:
+    """Names of the fields of each message, as the wheel of a release has them."""
+    fields: dict[str, set[str]] = {}
+    with zipfile.ZipFile(WHEELS[version]) as wheel:
+        for name in wheel.namelist():
+            if name.startswith("attnd/v1/") and name.endswith("_pb2.py"):
+                (literal,) = re.findall(r"AddSerializedFile\((b'.*')\)", wheel.read(name).decode())
+                file = descriptor_pb2.FileDescriptorProto.FromString(ast.literal_eval(literal))
+                for message in file.message_type:
+                    fields[f"{file.package}.{message.name}"] = {field.name for field in message.field}
+    return fields
+
+
+def test_every_later_field_needs_a_feature_or_none() -> None:
+    pool = descriptor_pool.Default()
+    later = {
+        f"{message}.{field.name}"
+        for message, known in released_fields("0.1.0").items()
+        for field in pool.FindMessageTypeByName(message).fields
+        if field.name not in known
+    }
+    assert later == NEEDY | HARMLESS
 
 
 def test_a_server_of_this_version_lacks_nothing() -> None:

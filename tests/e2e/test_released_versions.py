@@ -1,0 +1,100 @@
+"""Released versions beside today's: their clients with today's server, and today's clients with their servers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attnd
+import attnd.aio
+from tests.released import calls, versions
+from tests.servers import ServerProcess
+
+OPTIONS = ["--device", "cpu", "--socket-dir"]
+# What is refused, by what was asked: the class, and its text with "..." for what differs each time.
+REFUSALS = {
+    "layer": "InvalidRequest: layer is 9, but the cache has layers 0..1",
+    "page": "InvalidRequest: page_tables[0, 0] is 40, but the cache has pages 0..39, and -1 is no page",
+    "slot that is read": "InvalidRequest: slot_mapping[0] is 12, but must not be a slot that request 0 ...",
+    "slot twice": "InvalidRequest: slot_mapping[1] is 1, but must differ from slot_mapping[0]",
+    "backend": "Unsupported: backend is flash_attn, but must be one that can serve this step: ...",
+    "type": "InvalidRequest: q has dtype float16, but must be float32",
+    "context that no page covers": "InvalidRequest: context_lens[0] is 5, but page_tables covers 4: ...",
+    "head_dim": "InvalidRequest: head_dim is 7, but must be 8..512",
+    "memory": "Exhausted: num_pages is 2147483647, which takes ...",
+    "another life": "EpochMismatch: cache.epoch is ...",
+    "deleted": "CacheLost: cache.id is ..., but no such cache exists: deleted, expired or never created",
+    "deleted twice": "CacheLost: cache.id is ..., but no such cache exists: deleted, expired or never created",
+    "deleted, attended": "CacheLost: cache.id is ..., but no such cache exists: deleted, expired or never created",
+}
+NUM_ERRORS = 472  # outputs, lse and tensors read
+DELTA_BYTES = 200  # a step takes no more whose page tables are told by a delta; they alone would take 960
+
+
+@pytest.fixture(scope="module", params=versions.WHEELS)
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def packages(version: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return versions.unpack(version, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def old_server(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("old")
+    with versions.ReleasedServer(packages, folder / "log", *OPTIONS, str(folder / "s")) as server:
+        yield server
+        log = server.log
+    assert "internal error" not in log, log
+
+
+@pytest.fixture(scope="module")
+def new_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("new")
+    with ServerProcess(folder / "log", *OPTIONS, str(folder / "s")) as server:
+        yield server
+        log = server.log
+    assert "internal error" not in log, log
+
+
+def check(found: dict[str, Any]) -> None:
+    """What both found: every result is right, every refusal is as it was."""
+    assert len(found["errors"]) == NUM_ERRORS
+    assert {place: error for place, error in found["errors"].items() if not error <= 1} == {}
+    for client in ("Client", "AsyncClient"):
+        for what, expected in REFUSALS.items():
+            pattern = re.escape(expected).replace(re.escape("..."), ".*")
+            assert re.fullmatch(pattern, found["refusals"].pop(f"{client}, {what}"))
+        assert found["told"].pop(f"{client}, list") == 1
+    assert found["refusals"] == {}
+    for place, told in found["told"].items():
+        where, _, what = place.rpartition(", ")
+        cache = where.partition(", ")[2].partition(", ")[2]
+        if what == "plane":
+            assert where.split(", ")[1] == told
+        elif what == "bytes of a step":
+            assert told < DELTA_BYTES
+        else:
+            ttl_s = calls.CACHES[cache][0].get("ttl_s", 60.0)
+            expected = {"stored": 4, "info": [cache, 40, 40, ttl_s], "written pages": 40, "graphs": 0}
+            assert told == expected[what], place
+
+
+def test_released_client_with_todays_server(packages: Path, version: str, new_server: ServerProcess) -> None:
+    found = versions.make_calls(packages, new_server.address)
+    assert found["version"] == version
+    assert found["told"].pop("server") == attnd.__version__
+    check(found)
+
+
+def test_todays_client_with_released_server(version: str, old_server: ServerProcess) -> None:
+    found = asdict(calls.make_calls(old_server.address))
+    assert found["told"].pop("server") == version
+    check(found)
