@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import attnd
 import attnd.aio
 from tests.released import calls, versions
+from tests.released.calls import settled
+from tests.released.later import CONTEXT_SLOTS, CONTEXTS, LATER, ORDINARY, STEP, Later
+from tests.released.plain import PlainCache
 from tests.servers import ServerProcess
 
 OPTIONS = ["--device", "cpu", "--socket-dir"]
@@ -98,3 +103,72 @@ def test_todays_client_with_released_server(version: str, old_server: ServerProc
     found = asdict(calls.make_calls(old_server.address))
     assert found["told"].pop("server") == version
     check(found)
+
+
+@pytest.fixture(params=[("sync", "inline"), ("sync", "shm"), ("sync", "unary"), ("aio", "inline"), ("aio", "unary")])
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Client and plane of today's."""
+    first, second = request.param
+    return first, second
+
+
+async def say(address: str, way: tuple[str, str], later: Later) -> tuple[Any, float]:
+    """What a step of a later version gives: the error that it raises, or None and how far its output is wrong.
+
+    What is in the cache is the same as before if it raised, and an ordinary step is served as ever.
+    """
+    client_kind, plane = way
+    connecting = attnd.connect(address) if client_kind == "sync" else attnd.aio.connect(address)
+    client: Any = await settled(connecting)
+    cache = await settled(client.create_cache(**calls.GEOMETRY, dtype="float32", backend="naive"))
+    session = None if plane == "unary" else cache.session(plane=plane)
+
+    async def attend(said: dict[str, Any], qkv: Any) -> Any:
+        metadata = attnd.StepMetadata(**said)
+        if session is None:
+            method = client.decode if metadata.kind == "decode" else client.prefill
+            return await settled(method(cache, metadata, 0, *qkv))
+        return await settled((await settled(session.step(metadata))).attend(0, *qkv))
+
+    async def stored() -> torch.Tensor:
+        everywhere = list(range(calls.NUM_PAGES * calls.PAGE_SIZE))
+        return torch.stack(await settled(cache.read_kv(0, everywhere, torch.empty(0))))
+
+    context = PlainCache()
+    _, k, v = calls.inputs(CONTEXTS, calls.HEAD_DIM, torch.float32, 1)
+    await attend(CONTEXTS | {"slot_mapping": CONTEXT_SLOTS, "store_only": True}, (None, k, v))
+    context.store(0, CONTEXT_SLOTS, k, v)
+    if later.says.get("context_lens") == [3, 5]:  # one more, behind the window's page
+        await settled(cache.store_kv(0, [36], k[:1], v[:1]))
+        context.store(0, [36], k[:1], v[:1])
+    before, qkv = await stored(), later.inputs(2)
+    try:
+        output = await attend(dict(later.says), qkv)
+        refusal, wrong = None, later.error(output, context, 0, qkv)
+    except attnd.AttndError as error:
+        refusal = error
+        assert torch.equal(await stored(), before)
+        ordinary = Later("", "", STEP, ORDINARY)
+        qkv = ordinary.inputs(3)
+        wrong = ordinary.error(await attend(STEP, qkv), context, 0, qkv)
+    await settled(client.close())
+    return refusal, wrong
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_released_server_is_asked_nothing_that_it_does_not_know(
+    version: str, old_server: ServerProcess, way: tuple[str, str], name: str
+) -> None:
+    later = LATER[name]
+    refusal, wrong = asyncio.run(say(old_server.address, way, later))
+    server = f"the server is of version {version}, which has no {later.words}: upgrade it"
+    assert type(refusal) is attnd.Unsupported
+    assert str(refusal) == f"{later.field} is given, but {server}"
+    assert wrong <= 1
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_todays_server_answers_what_is_new(new_server: ServerProcess, way: tuple[str, str], name: str) -> None:
+    refusal, wrong = asyncio.run(say(new_server.address, way, LATER[name]))
+    assert refusal is None
+    assert wrong <= 1
