@@ -1,0 +1,109 @@
+"""What engines say of a step: stored first, windows, owners, padded rows. Random steps against plain lines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import attnd
+from attnd_server.attention.config import FP8
+from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal
+from tests.servers import ServerProcess
+from tests.tolerances import assert_close
+
+HEADS, KV_HEADS, DIM, DIM_V, PAGE, PAGES = 4, 2, 8, 16, 4, 24
+SCALE, FP8_SCALE = 0.4, 3 / 128
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[attnd.Client]:
+    """Of a server with a shm plane."""
+    folder = tmp_path_factory.mktemp("kinds")
+    with ServerProcess(folder / "log", "--device", "cpu", "--socket-dir", str(folder / "s")) as process:
+        with attnd.connect(process.address) as connected:
+            yield connected
+        assert "internal error" not in process.log
+
+
+def rounded(token: np.ndarray) -> np.ndarray:
+    """What FP8 pages make of K or V of a token."""
+    codes = (torch.from_numpy(token).float() / FP8_SCALE).clamp(-448, 448).to(FP8)
+    return (codes.double() * FP8_SCALE).numpy()
+
+
+class World:
+    """A cache of a server, and what lies in its slots."""
+
+    def __init__(self, client: attnd.Client, seed: int, *, kv_dtype: str | None = None, **plane: str) -> None:
+        scales = {"k_scales": FP8_SCALE, "v_scales": FP8_SCALE} if kv_dtype else {}
+        self.cache = client.create_cache(
+            num_layers=1, num_kv_heads=KV_HEADS, head_dim=DIM, head_dim_v=DIM_V, page_size=PAGE, num_pages=PAGES,
+            dtype="float32", kv_dtype=kv_dtype, **scales,
+        )  # fmt: skip
+        self.session = self.cache.session(**plane)
+        self.random = np.random.default_rng(seed)
+        self.rounded = rounded if kv_dtype else lambda token: token
+        k, v = self.tokens(PAGES * PAGE, KV_HEADS, DIM), self.tokens(PAGES * PAGE, KV_HEADS, DIM_V)
+        self.cache.store_kv(0, range(PAGES * PAGE), k, v)
+        self.lies: Slots = {i: (self.rounded(k[i]), self.rounded(v[i])) for i in range(PAGES * PAGE)}
+
+    def tokens(self, *shape: int) -> np.ndarray:
+        return self.random.standard_normal(shape).astype(np.float32)
+
+    def run(self, step: PlainStep, backend: str, *, lse: bool = True, sinks: bool = True) -> None:
+        """Runs a step there and here; the verdict and the numbers must be the same."""
+        num = sum(step.query_lens)
+        q, k, v = self.tokens(num, HEADS, DIM), self.tokens(num, KV_HEADS, DIM), self.tokens(num, KV_HEADS, DIM_V)
+        extra = [0.5, -1.0, 2.0, -np.inf] if sinks else None
+        options = attnd.AttentionOptions(scale=SCALE, backend=backend, return_lse=lse, sinks=extra)
+        wrong = refusal(step, PAGE)
+        try:
+            given = self.session.step(metadata(step)).attend(0, q, k, v, options)
+        except attnd.InvalidRequest as error:
+            assert wrong == error.field, (step, error)
+            return
+        assert not wrong, step
+        output, all_lse, self.lies = attend(step, q, k, v, self.lies, PAGE, SCALE, extra, self.rounded)
+        assert_close(torch.tensor(given[0] if lse else given), output, torch.float32)
+        if lse:
+            assert_close(torch.tensor(given[1]), all_lse, torch.float32)
+
+    def check_slots(self) -> None:
+        """Every slot holds what it is to hold, those that no step named too."""
+        k, v = self.cache.read_kv(0, range(PAGES * PAGE), self.tokens(0))
+        expected = [np.stack([self.lies[slot][part] for slot in range(PAGES * PAGE)]) for part in (0, 1)]
+        np.testing.assert_array_equal(k, expected[0].astype(np.float32))
+        np.testing.assert_array_equal(v, expected[1].astype(np.float32))
+
+
+def metadata(step: PlainStep) -> attnd.StepMetadata:
+    in_blocks = "block_causal" in step.masks
+    return attnd.StepMetadata(
+        step.query_lens, step.context_lens, step.page_tables, step.slots, kind=step.kind, mask=step.masks,
+        block_size=step.block_size if in_blocks else 0, store_first=step.store_first, window=step.window,
+        attend_new=None if all(step.owners) else step.owners, first_position=step.first_position,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("backend", ["naive", "auto"])
+def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) -> None:
+    """1,250 of each of four kinds, some over the shm plane; sdpa has no lse and no sinks, so that auto takes it."""
+    chance = random.Random(f"{backend} {kv_dtype}")
+    worlds = [World(client, seed, kv_dtype=kv_dtype, plane=plane) for seed, plane in enumerate(["inline", "shm"])]
+    num_refused = 0
+    for index in range(1_250):
+        step = random_step(chance, PAGES, PAGE)
+        num_refused += bool(refusal(step, PAGE))
+        is_plain = backend == "auto"
+        worlds[index % 2].run(step, backend, lse=not is_plain, sinks=not is_plain)
+        if index % 250 < 2:
+            worlds[index % 2].check_slots()
+    for world in worlds:
+        world.check_slots()
+        world.cache.delete()
+    assert 20 < num_refused < 600
