@@ -182,7 +182,7 @@ class CudaSession:
             rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
             raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
         messages = list(request.options) or [step_pb2.AttentionOptions()]
-        options = [service.checked_options(each, config, heads) for each in messages]
+        options = [service.checked_options(each, config, heads, step.metadata.window) for each in messages]
         layers = layer_options(options, config.num_layers)
         if (work := sum(step.cost(each).work for each in layers)) > service.executor.most_work:
             raise too_costly(work, service.executor.most_work)
