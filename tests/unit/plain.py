@@ -21,6 +21,18 @@ def elements(tensor: tensor_pb2.Tensor) -> list:
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tuple(tensor.shape)).tolist()
 
 
+def with_narrow_slots(step: step_pb2.Step) -> step_pb2.Step:
+    """The same step, with slots that were given as int64 in int32."""
+    same = step_pb2.Step()
+    same.CopyFrom(step)
+    for part in (same, *same.groups):
+        slots = part.slot_mapping
+        if slots.dtype == tensor_pb2.DTYPE_INT64:
+            slots.data = torch.tensor(elements(slots), dtype=torch.int32).numpy().tobytes()
+            slots.dtype = tensor_pb2.DTYPE_INT32
+    return same
+
+
 def seen(step: step_pb2.Step, request: int, i: int) -> tuple[list[int], list[int]]:
     """What new token `i` of a request sees: cached positions, and indices of new tokens of the request."""
     bounds = elements(step.cu_seqlens_q)

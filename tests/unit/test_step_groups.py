@@ -10,7 +10,7 @@ from attnd import StepGroup, StepMetadata
 from attnd.errors import InvalidRequest
 from attnd.protocol.page_table_deltas import KEPT_TABLES, SentPageTables
 from attnd.v1 import cache_pb2, step_pb2
-from tests.unit.plain import elements
+from tests.unit.plain import elements, with_narrow_slots
 from tests.unit.test_step_metadata import KINDS_OF_ARRAYS
 
 REF = cache_pb2.CacheRef(id=b"0" * 16)
@@ -74,7 +74,7 @@ def rows(first: int, num_pages: int = 40) -> np.ndarray:
 @pytest.mark.parametrize("make", KINDS_OF_ARRAYS.values(), ids=KINDS_OF_ARRAYS)
 def test_every_kind_of_array_gives_the_same_message(make) -> None:
     message = step(StepGroup(make(TABLES), make(SLOTS), window=4), StepGroup(make(OTHERS), make([*SLOTS, -1])))
-    assert message == step(StepGroup(TABLES, SLOTS, window=4), StepGroup(OTHERS, SLOTS))
+    assert with_narrow_slots(message) == step(StepGroup(TABLES, SLOTS, window=4), StepGroup(OTHERS, SLOTS))
     assert not message.HasField("page_tables")
     assert not message.HasField("slot_mapping")
     first, second = message.groups

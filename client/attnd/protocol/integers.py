@@ -31,7 +31,7 @@ def integers(values: Any, field: str, *, is_wide: bool = False) -> Array:
     Args:
         values: a sequence, a numpy array, a torch tensor on any device, an Array, or what has the buffer protocol.
         field: the name to use in errors.
-        is_wide: int64 where 32 bits are too few.
+        is_wide: int64 where 32 bits are too few, and of arrays that are int64, as releases have sent them.
 
     Raises:
         InvalidRequest: not integers, or beyond 32 bits.
@@ -45,8 +45,8 @@ def integers(values: Any, field: str, *, is_wide: bool = False) -> Array:
         elements = to_array(_of_numpy(numpy, values, field, is_wide), field)
     else:
         elements = to_array(values, field)
-        if elements.dtype == tensor_pb2.DTYPE_INT64:
-            return _narrowed(elements, field, is_wide)
+        if elements.dtype == tensor_pb2.DTYPE_INT64 and not is_wide:
+            return _narrowed(elements, field)
     if elements.dtype not in (tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_INT64):
         name = DTYPE_NAMES.get(elements.dtype, elements.dtype)
         raise InvalidRequest(f"{field} has dtype {name}, but must be int32 or int64", field=field)
@@ -85,28 +85,32 @@ def _of_torch(torch: Any, numpy: Any, values: Any, field: str, is_wide: bool) ->
     if host.dtype != torch.int64:
         is_narrow = str(host.dtype).removeprefix("torch.") in _NARROW
         return host.to(torch.int32) if is_narrow else host
+    if is_wide:
+        return host
     if numpy is not None:  # one thread of numpy's is there before those of torch's have woken up
-        return _of_numpy(numpy, host.numpy(), field, is_wide)
+        return _of_numpy(numpy, host.numpy(), field, False)
     least, most = map(int, host.aminmax()) if host.numel() else (0, 0)
-    return host.to(torch.int32) if _fits(least, most, field, is_wide) else host
+    return host.to(torch.int32) if _fits(least, most, field, False) else host
 
 
 def _of_numpy(numpy: Any, values: Any, field: str, is_wide: bool) -> Any:
     """An array as dense int32; one of another kind is left to `to_array` to refuse."""
     if values.dtype.kind not in "biu":
         return values
+    if is_wide and values.dtype == numpy.int64:
+        return numpy.ascontiguousarray(values)
     narrow = values.dtype == numpy.int32 or values.dtype.itemsize < 4 or not values.size
     if not narrow and not _fits(int(values.min()), int(values.max()), field, is_wide):
         return numpy.ascontiguousarray(values, numpy.int64)
     return numpy.ascontiguousarray(values, numpy.int32)
 
 
-def _narrowed(elements: Array, field: str, is_wide: bool) -> Array:
-    """An int64 Array as int32, if it may be."""
+def _narrowed(elements: Array, field: str) -> Array:
+    """An int64 Array as int32."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
-        return packed(_listed(elements), field, is_wide=is_wide)._replace(shape=elements.shape)
-    narrow = _of_numpy(numpy, numpy.frombuffer(elements.data, numpy.int64), field, is_wide)
+        return packed(_listed(elements), field)._replace(shape=elements.shape)
+    narrow = _of_numpy(numpy, numpy.frombuffer(elements.data, numpy.int64), field, False)
     return to_array(narrow, field)._replace(shape=elements.shape)
 
 

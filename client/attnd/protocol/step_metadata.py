@@ -31,7 +31,7 @@ class StepMetadata:
     """One forward pass over a batch of requests, as the worker sees it.
 
     Every array may be a sequence of ints, a numpy array, a torch tensor on any device, an `attnd.Array`, or what else
-    has the buffer protocol; all of them give the same message. The server checks all values.
+    has the buffer protocol; all of them give the same message, but int64 slots stay so. The server checks all values.
 
     Lengths are given as they are at hand: new tokens as `query_lens` or `cu_seqlens_q`, cached ones as `context_lens`,
     or as `seq_lens` together with the new ones.
