@@ -49,7 +49,7 @@ COLUMNS = {
     "absent_ratio": "ratio",
 }
 CAPTION = (
-    "us: microseconds of a layer, median of turns. freed: pages before the window are -1, in a step that says its window. "
+    "us: microseconds of a layer, median of turns. freed: pages before the window are -1, in a step with that window. "
     "absent: the same in a step that does not, so that the kernels must look."
 )
 
