@@ -172,3 +172,40 @@ def test_todays_server_answers_what_is_new(new_server: ServerProcess, way: tuple
     refusal, wrong = asyncio.run(say(new_server.address, way, LATER[name]))
     assert refusal is None
     assert wrong <= 1
+
+
+def test_snapshots_go_on_and_back_behind_one_address(packages: Path, version: str, tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--snapshot-dir", str(tmp_path / "snapshots"), "--restore"]
+    later = LATER["store_first"]
+    _, k, v = calls.inputs(CONTEXTS, calls.HEAD_DIM, torch.float32, 1)
+    context = PlainCache()
+    context.store(0, CONTEXT_SLOTS, k, v)
+    server: ServerProcess = versions.ReleasedServer(packages, tmp_path / "log", *options)
+    try:
+        with attnd.connect(server.address, plane="inline") as client:
+            caches = [
+                client.create_cache(**(calls.GEOMETRY | {"backend": "naive"} | more))
+                for more, _, _ in calls.CACHES.values()
+            ]
+            for cache, (_, dtype, plain) in zip(caches, calls.CACHES.values(), strict=True):
+                wide_v = v.repeat(1, 1, 2)[..., : plain.head_dim_v]
+                cache.store_kv(0, CONTEXT_SLOTS, k.to(dtype), wide_v.to(dtype))
+            before = [cache.read_kv(0, CONTEXT_SLOTS, torch.empty(0)) for cache in caches]
+            for is_released in (False, True):
+                server.stop()
+                if is_released:
+                    server = versions.ReleasedServer(packages, tmp_path / "log", *options, port=server.port)
+                else:
+                    server = ServerProcess(tmp_path / "log", *options, port=server.port)
+                for cache, stored in zip(caches, before, strict=True):
+                    cache.adopt()
+                    for read, expected in zip(cache.read_kv(0, CONTEXT_SLOTS, torch.empty(0)), stored, strict=True):
+                        assert torch.equal(read, expected)
+                metadata, qkv = attnd.StepMetadata(**later.says), later.inputs(2)
+                if is_released:
+                    with pytest.raises(attnd.Unsupported, match=f"of version {re.escape(version)}, which has no"):
+                        client.prefill(caches[0], metadata, 0, *qkv)
+                else:
+                    assert later.error(client.prefill(caches[0], metadata, 0, *qkv), context, 0, qkv) <= 1
+    finally:
+        server.stop()
