@@ -155,11 +155,23 @@ async def say(address: str, way: tuple[str, str], later: Later) -> tuple[Any, fl
     return refusal, wrong
 
 
-@pytest.mark.parametrize("name", LATER)
+GROUPED = Later(
+    "groups",
+    "layer groups",
+    {
+        "query_lens": STEP["query_lens"],
+        "context_lens": STEP["context_lens"],
+        "groups": [attnd.StepGroup(STEP["page_tables"], STEP["slot_mapping"], window=3)],
+    },
+)
+REFUSED = {**LATER, "groups": GROUPED}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_released_server_is_asked_nothing_that_it_does_not_know(
     version: str, old_server: ServerProcess, way: tuple[str, str], name: str
 ) -> None:
-    later = LATER[name]
+    later = REFUSED[name]
     refusal, wrong = asyncio.run(say(old_server.address, way, later))
     server = f"the server is of version {version}, which has no {later.words}: upgrade it"
     assert type(refusal) is attnd.Unsupported

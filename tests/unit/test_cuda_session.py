@@ -14,6 +14,7 @@ import torch
 import attnd
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
+from attnd.protocol.features import KNOWN, MissingFeatures
 from attnd_server import inproc
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.triton.attention import TritonPagedAttention
@@ -111,6 +112,20 @@ def test_a_step_that_refines_in_place_has_no_window(opened: tuple[attnd.Client, 
                 refining, num_heads=HEADS, options=[attnd.AttentionOptions(), attnd.AttentionOptions(window=6)]
             )
         step = session.step(refining, num_heads=HEADS, options=attnd.AttentionOptions())
+        for layer in range(3):
+            step.attend(layer, *new_tokens(4))
+        step.finish()
+        assert cache.written_pages() == [0]
+
+
+def test_nothing_new_is_asked_of_an_older_server(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
+    client, _ = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        cache.missing = MissingFeatures("0.1.0", KNOWN)
+        with pytest.raises(attnd.Unsupported, match="of version 0.1.0, which has no store-first steps"):
+            session.step(metadata(0, 4, store_first=True), num_heads=HEADS)
+        assert session.timings().bytes_sent == 0
+        step = session.step(metadata(0, 4), num_heads=HEADS)
         for layer in range(3):
             step.attend(layer, *new_tokens(4))
         step.finish()
