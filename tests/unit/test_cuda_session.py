@@ -122,7 +122,7 @@ def test_nothing_new_is_asked_of_an_older_server(opened: tuple[attnd.Client, hos
     client, _ = opened
     with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
         cache.missing = MissingFeatures("0.1.0", KNOWN)
-        with pytest.raises(attnd.Unsupported, match="of version 0.1.0, which has no store-first steps"):
+        with pytest.raises(attnd.Unsupported, match=r"of version 0\.1\.0, which has no store-first steps"):
             session.step(metadata(0, 4, store_first=True), num_heads=HEADS)
         assert session.timings().bytes_sent == 0
         step = session.step(metadata(0, 4), num_heads=HEADS)
