@@ -66,6 +66,7 @@ class Case:
         head_dim: of K and V.
         tokens: of each request.
         kv_dtype: of the pages; None: `dtype`.
+        v_dtype: of V's pages; None: `kv_dtype`.
         group: query heads of a KV head.
         layout: of the pages.
         cached_only: without new tokens.
@@ -82,10 +83,13 @@ class Case:
     cached_only: bool = False
     options: bool = False
     split: bool = True
+    v_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         names = [NAMES[self.dtype], f"dim {self.head_dim}", f"{self.tokens} x {self.group} rows", self.layout.value]
-        names += ["fp8 pages"] * (self.kv_dtype is FP8) + ["cached only"] * self.cached_only
+        is_mixed = self.v_dtype not in (None, self.kv_dtype)
+        names += [f"fp8 {'K' if is_mixed else 'pages'}"] * (self.kv_dtype is FP8) + ["fp8 V"] * (self.v_dtype is FP8)
+        names += ["cached only"] * self.cached_only
         return ", ".join(names + ["split"] * self.split + ["options"] * self.options)
 
     def outputs(self) -> tuple[torch.Tensor | None, ...]:
@@ -102,14 +106,15 @@ class Case:
 
     def pages(self) -> LayerPages:
         """Of a layer."""
-        dtype = self.kv_dtype or self.dtype
-        scales = (empty(NUM_KV_HEADS, dtype=FP32) if self.kv_dtype is FP8 else None,) * 2
+        k_dtype = self.kv_dtype or self.dtype
+        dtypes = k_dtype, self.v_dtype or k_dtype
+        scales = [empty(NUM_KV_HEADS, dtype=FP32) if dtype is FP8 else None for dtype in dtypes]
         if self.layout is Layout.UNIFIED:
             shape = NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, self.head_dim
-            return LayerPages(empty(*shape, dtype=dtype), empty(*shape, dtype=dtype), *scales)
+            return LayerPages(*(empty(*shape, dtype=dtype) for dtype in dtypes), *scales)
         shape = NUM_PAGES, NUM_KV_HEADS, self.head_dim // DISTINCT_LANES, PAGE_SIZE, DISTINCT_LANES
         v_shape = *shape[:2], self.head_dim, PAGE_SIZE
-        return LayerPages(empty(*shape, dtype=dtype), empty(*v_shape, dtype=dtype), *scales)
+        return LayerPages(empty(*shape, dtype=dtypes[0]), empty(*v_shape, dtype=dtypes[1]), *scales)
 
     def query(self) -> torch.Tensor:
         """Of the call."""
@@ -137,7 +142,8 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 def launch_paged(case: Case) -> None:
     """Decode if a request has one token, else prefill; as `TritonPlan` launches it."""
     is_few = case.tokens <= 16
-    dims, item_size = max(16, triton.next_power_of_2(case.head_dim)), (case.kv_dtype or case.dtype).itemsize
+    dims = max(16, triton.next_power_of_2(case.head_dim))
+    item_size = 1 if case.kv_dtype is FP8 and case.v_dtype in (None, FP8) else case.dtype.itemsize
     heads = case.group * NUM_KV_HEADS
     paged_attention(
         *case.outputs(), empty(64, dtype=torch.int32) if case.split else None, case.query(),
@@ -211,7 +217,7 @@ def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:
     moves = [Case(BF16, 128), Case(FP32, 80, layout=distinct)]
     if capability >= 89:
         paged += [Case(BF16, 64, kv_dtype=FP8)]
-        moves += [Case(BF16, 128, kv_dtype=FP8)]
+        moves += [Case(BF16, 128, kv_dtype=FP8), Case(BF16, 128, v_dtype=FP8)]
     if capability <= 89:
         paged += [Case(BF16, 256), Case(FP32, 128)]
     if capability == 89:
@@ -219,6 +225,7 @@ def cases(capability: int) -> list[tuple[Callable[[Case], None], Case]]:
         paged += [Case(BF16, 128, some, FP8, options=True), Case(BF16, 256, some, FP8)]
         paged += [Case(BF16, 128, some, layout=distinct, options=True)]
         paged += [Case(BF16, 80, few, FP8, layout=distinct)]
+        paged += [Case(BF16, 128, some, v_dtype=FP8), Case(BF16, 256, few, FP8, v_dtype=BF16, options=True)]
     chosen = [(launch_paged, case) for case in paged]
     chosen += [(launch, case) for launch in (launch_store, launch_gather) for case in moves]
     chosen += [(launch_merge, Case(BF16, 128)), (launch_merge, Case(BF16, 80, few, options=True))]

@@ -15,6 +15,7 @@ import torch
 
 from attnd_server.attention.backends.base import AttentionKernel
 from attnd_server.attention.config import FP8, Layout
+from attnd_server.attention.kernels.pages import is_latent
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, DTYPES, PREFIX_FULL, Case, Request, cases
@@ -57,7 +58,7 @@ class Tensors:
     v_pages: torch.Tensor
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
-    k_scales: torch.Tensor | None  # float32 [num_kv_heads], as v_scales
+    k_scales: torch.Tensor | None  # float32 [num_kv_heads], as v_scales; None: its pages are not FP8
     v_scales: torch.Tensor | None
     # K and V of each slot that something sees: float64 [num_kv_heads, head_dim].
     slots: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -101,16 +102,20 @@ def tensors(case: Case) -> Tensors:
         return torch.randn(*shape, generator=generator).to(case.dtype)
 
     config = case.config()
+    q = normal(case.num_tokens, case.num_heads, case.head_dim)
+    k = normal(case.num_tokens, case.num_kv_heads, case.head_dim)
+    v = k[..., : case.head_dim_v] if case.latent else normal(case.num_tokens, case.num_kv_heads, case.head_dim_v)
+    k_pages = _poisoned(case, config.k_shape, config.kv_dtype)
     result = Tensors(
-        q=normal(case.num_tokens, case.num_heads, case.head_dim),
-        k=None if case.cache_only else normal(case.num_tokens, case.num_kv_heads, case.head_dim),
-        v=None if case.cache_only else normal(case.num_tokens, case.num_kv_heads, case.head_dim_v),
-        k_pages=_poisoned(case, config.k_shape),
-        v_pages=_poisoned(case, config.v_shape),
+        q=q,
+        k=None if case.cache_only else k,
+        v=None if case.cache_only else v,
+        k_pages=k_pages,
+        v_pages=k_pages[..., : case.head_dim_v] if case.latent else _poisoned(case, config.v_shape, config.v_dtype),
         alibi_slopes=torch.rand(case.num_heads, generator=generator) if case.alibi else None,
         sinks=torch.randn(case.num_heads, generator=generator) * 3 if case.sinks else None,
-        k_scales=_scales(case, case.k_scales),
-        v_scales=_scales(case, case.v_scales),
+        k_scales=_scales(case, case.k_scales, config.kv_dtype),
+        v_scales=_scales(case, config.v_scales, config.v_dtype),
     )
     if result.sinks is not None and case.num_heads > 1:
         result.sinks[1] = -torch.inf
@@ -120,8 +125,8 @@ def tensors(case: Case) -> Tensors:
             if not any(sees(case, request, row, key, False) for row in range(request.query_len)):
                 continue
             slot = request.pages[key // case.page_size] * case.page_size + key % case.page_size
-            k, v = normal(case.num_kv_heads, case.head_dim), normal(case.num_kv_heads, case.head_dim_v)
-            _write(case, result, slot, k, v)
+            new_k, new_v = normal(case.num_kv_heads, case.head_dim), normal(case.num_kv_heads, case.head_dim_v)
+            _write(case, result, slot, new_k, new_k[:, : case.head_dim_v] if case.latent else new_v)
         for tensor in (result.q, result.k, result.v):
             if tensor is not None:
                 tensor[start + request.valid_len : start + request.query_len] = case.poison
@@ -129,25 +134,22 @@ def tensors(case: Case) -> Tensors:
     return result
 
 
-def _poisoned(case: Case, shape: tuple[int, ...]) -> torch.Tensor:
-    if case.kv_dtype is FP8:  # it has no infinities
+def _poisoned(case: Case, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is FP8:  # it has no infinities
         return torch.full(shape, math.nan).to(FP8)
     return torch.full(shape, case.poison, dtype=case.dtype)
 
 
-def _scales(case: Case, scales: tuple[float, ...]) -> torch.Tensor | None:
-    if case.kv_dtype is not FP8:
+def _scales(case: Case, scales: tuple[float, ...], dtype: torch.dtype | None) -> torch.Tensor | None:
+    if dtype is not FP8:
         return None
     return torch.tensor(scales if len(scales) > 1 else scales * case.num_kv_heads, dtype=torch.float32)
 
 
 def _write(case: Case, result: Tensors, slot: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Puts K and V of a slot into the pages, and what they are worth there into `result.slots`."""
-    worth = [_operand(case, k), _operand(case, v)]
-    if result.k_scales is not None and result.v_scales is not None:
-        k, v = ((x / s[:, None]).clamp(-448, 448).to(FP8) for x, s in ((k, result.k_scales), (v, result.v_scales)))
-        worth = [(x.double() * s[:, None]).numpy() for x, s in ((k, result.k_scales), (v, result.v_scales))]
-    result.slots[slot] = worth[0], worth[1]
+    (k, k_worth), (v, v_worth) = _stored(case, k, result.k_scales), _stored(case, v, result.v_scales)
+    result.slots[slot] = k_worth, v_worth
     page, offset = divmod(slot, case.page_size)
     if case.layout is Layout.UNIFIED:
         result.k_pages[page, offset] = k
@@ -158,10 +160,12 @@ def _write(case: Case, result: Tensors, slot: int, k: torch.Tensor, v: torch.Ten
         result.v_pages[page, :, :, offset] = v
 
 
-def _rounded(tokens: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
-    """What FP8 pages make of new tokens `[num_tokens, num_kv_heads, head_dim]`."""
-    codes = (tokens.float() / scales[:, None]).clamp(-448, 448).to(FP8)
-    return (codes.double() * scales[:, None]).numpy()
+def _stored(case: Case, tokens: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
+    """K or V of tokens as pages hold it, and what that is worth."""
+    if scales is None:
+        return tokens, _operand(case, tokens)
+    tokens = (tokens.float() / scales[:, None]).clamp(-448, 448).to(FP8)
+    return tokens, (tokens.double() * scales[:, None]).numpy()
 
 
 def _operand(case: Case, tensor: torch.Tensor) -> np.ndarray:
@@ -174,8 +178,8 @@ def attend(case: Case, given: Tensors) -> tuple[np.ndarray, np.ndarray]:
     output = np.zeros((case.num_tokens, case.num_heads, case.head_dim_v))
     lse = np.full((case.num_tokens, case.num_heads), -np.inf)
     q, k, v = (None if tensor is None else _operand(case, tensor) for tensor in (given.q, given.k, given.v))
-    if case.store_first and given.k_scales is not None and k is not None and v is not None:
-        k, v = _rounded(given.k, given.k_scales), _rounded(given.v, given.v_scales)
+    if case.store_first and given.k is not None and given.v is not None:
+        (_, k), (_, v) = _stored(case, given.k, given.k_scales), _stored(case, given.v, given.v_scales)
     start = 0
     for request in case.requests:
         for row in range(request.query_len):
@@ -236,6 +240,9 @@ def _on(device: str, given: Tensors) -> tuple[Any, Any, Any, LayerPages]:
     q, k, v, *pages = (
         None if tensor is None else tensor.to(device) for tensor in (given.q, given.k, given.v, *given.pages)
     )
+    if is_latent(given.pages):  # as a cache has them
+        k, v = (None, None) if k is None else (k, k[..., : given.v_pages.shape[3]])
+        pages[1] = pages[0][..., : given.v_pages.shape[3]]
     return q, k, v, LayerPages(*pages)
 
 

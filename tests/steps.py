@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -64,6 +65,8 @@ class Case:
     kv_dtype: torch.dtype | None = None
     k_scales: tuple[float, ...] = (1.0,)
     v_scales: tuple[float, ...] = (1.0,)
+    v_dtype: torch.dtype | None = None
+    latent: bool = False
     poison: float = math.nan
     seed: int = 0
 
@@ -81,6 +84,11 @@ class Case:
         precision = self.precision.dtype(self.dtype)
         return max(self.dtype, precision, key=lambda dtype: torch.finfo(dtype).eps)
 
+    def of_type(self, dtype: torch.dtype, **changes: Any) -> Case:
+        """The case with calls of another type, and pages of that where they are not FP8."""
+        v_dtype = self.v_dtype if self.v_dtype in (None, FP8) else dtype
+        return replace(self, dtype=dtype, v_dtype=v_dtype, **changes)
+
     def config(self) -> AttentionConfig:
         return AttentionConfig(
             num_layers=1,
@@ -95,6 +103,8 @@ class Case:
             kv_dtype=self.kv_dtype,
             k_scales=self.k_scales,
             v_scales=self.v_scales,
+            v_dtype=self.v_dtype,
+            latent=self.latent,
         )
 
     def metadata(self) -> AttentionMetadata:
@@ -181,25 +191,30 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
             )
         )
     head_dim = draw(st.sampled_from([8, 32, 40, 64]))
-    num_kv_heads = draw(st.integers(1, 3))
-    is_quantised = draw(st.sampled_from([False, False, True]))
-    scales = [(1.0,)] * 2
-    if is_quantised:  # one for all heads, or one for each; some so small that numbers are clamped
-        scales = [
-            tuple(random_.choice([0.004, 0.1, 0.73]) for _ in range(draw(st.sampled_from([1, num_kv_heads]))))
-            for _ in "kv"
-        ]
+    head_dim_v = draw(st.sampled_from([head_dim, head_dim, 16, 48]))
+    dtype = draw(st.sampled_from(DTYPES))
+    latent = draw(st.sampled_from([False] * 7 + [True]))
+    num_kv_heads = 1 if latent else draw(st.integers(1, 3))
+    kinds = [(dtype, dtype), (FP8, FP8)] + [(dtype, FP8), (FP8, dtype)] * (not latent)
+    kv_dtype, v_dtype = draw(st.sampled_from(kinds[:1] * 4 + kinds[1:2] * 2 + kinds[2:]))
+    # Of FP8 one for all heads, or one for each; some so small that numbers are clamped.
+    k_scales, v_scales = (
+        tuple(random_.choice([0.004, 0.1, 0.73]) for _ in range(draw(st.sampled_from([1, num_kv_heads]))))
+        if pages is FP8
+        else (1.0,)
+        for pages in (kv_dtype, v_dtype)
+    )
     flag = st.just(False) if plain else st.booleans()
     return Case(
         requests=requests,
         num_kv_heads=num_kv_heads,
         group=draw(st.sampled_from([1, 2, 3, 5, 7])),
         head_dim=head_dim,
-        head_dim_v=draw(st.sampled_from([head_dim, head_dim, 16, 48])),
+        head_dim_v=min(head_dim, head_dim_v) if latent else head_dim_v,
         num_pages=NUM_PAGES,
         page_size=page_size,
-        dtype=draw(st.sampled_from(DTYPES)),
-        layout=draw(st.sampled_from(list(Layout))),
+        dtype=dtype,
+        layout=Layout.UNIFIED if latent else draw(st.sampled_from(list(Layout))),
         precision=draw(st.sampled_from([PrecisionMode.AUTO] * 3 + list(PrecisionMode))),
         scale=draw(st.sampled_from([head_dim**-0.5, 0.05, 0.3, 0.0, -0.3])),
         softcap=5.0 if draw(flag) else 0.0,
@@ -210,9 +225,11 @@ def cases(draw: st.DrawFn, plain: bool = False) -> Case:
         mask_prefix_hole=hole,
         cache_only=cache_only,
         store_first=store_first,
-        kv_dtype=FP8 if is_quantised else None,
-        k_scales=scales[0],
-        v_scales=scales[1],
+        kv_dtype=FP8 if kv_dtype is FP8 else None,
+        k_scales=k_scales,
+        v_scales=k_scales if latent else v_scales,
+        v_dtype=None if v_dtype is kv_dtype else v_dtype,
+        latent=latent,
         poison=draw(st.sampled_from([math.nan, math.inf, -math.inf])),
         seed=random_.randrange(2**16),
     )

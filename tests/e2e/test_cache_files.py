@@ -27,6 +27,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16", "kv_split": attnd.KVSplit(chunk_size=64, batch_invariant=True), "backend": "naive"},
     "fp8": {"dtype": "bfloat16", "kv_dtype": "float8_e4m3fn", "k_scales": [0.0123, 7.0], "v_scales": 1e-3},
     "fp8-distinct": {"dtype": "float16", "kv_dtype": "float8_e4m3fn", "k_scales": 0.07, "layout": "distinct"},
+    "fp8-k-distinct": {
+        "dtype": "bfloat16",
+        "kv_dtype": "float8_e4m3fn",
+        "v_dtype": "bfloat16",
+        "k_scales": 0.07,
+        "layout": "distinct",
+    },
+    "fp8-v": {"dtype": "float16", "v_dtype": "float8_e4m3fn", "v_scales": [0.01, 2.0]},
 }
 
 

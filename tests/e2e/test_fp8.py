@@ -58,6 +58,31 @@ def test_cached_tokens_are_rounded_and_new_ones_are_not(any_client: attnd.Client
             history = torch.cat([history[0], read[0]]), torch.cat([history[1], read[1]])
 
 
+@pytest.mark.parametrize("layout", ["unified", "distinct"])
+@pytest.mark.parametrize("backend", ["auto", "naive", "sdpa"])
+@pytest.mark.parametrize("is_k", [True, False])
+def test_k_or_v_alone_is_rounded(any_client: attnd.Client, is_k: bool, backend: str, layout: str) -> None:
+    kinds = {"kv_dtype": FP8, "v_dtype": "float32", "v_scales": None}
+    if not is_k:
+        kinds = {"kv_dtype": None, "v_dtype": FP8, "k_scales": None}
+    pages = torch.randperm(32)[:4].tolist()
+    with any_client.create_cache(**GEOMETRY | kinds, backend=backend, layout=layout) as cache:
+        assert cache.info().num_bytes == 2 * (1 + 4) * KV_HEADS * HEAD_DIM * 32 * PAGE
+        history = [torch.empty(0, KV_HEADS, HEAD_DIM)] * 2
+        with cache.session() as session:
+            for context_len, num_new in ((0, 6), (6, 1), (7, 1), (8, 5)):
+                slots = [pages[p // PAGE] * PAGE + p % PAGE for p in range(context_len, context_len + num_new)]
+                step = session.step(attnd.StepMetadata([num_new], [context_len], [pages], slots))
+                q, k, v = qkv(num_new)
+                expected = dense_attention(q, torch.cat([history[0], k]), torch.cat([history[1], v]))
+                torch.testing.assert_close(step.attend(1, q, k, v), expected)
+                read = cache.read_kv(1, slots, like=k)
+                stored = (kept(k, v)[0], v) if is_k else (k, kept(k, v)[1])
+                for actual, wanted in zip(read, stored, strict=True):
+                    assert torch.equal(actual, wanted)
+                history = [torch.cat([old, new]) for old, new in zip(history, read, strict=True)]
+
+
 def test_kv_is_stored_and_read_in_the_type_of_calls(any_client: attnd.Client) -> None:
     _, k, v = (tensor.bfloat16() for tensor in qkv(PAGE))
     with any_client.create_cache(**GEOMETRY | {"dtype": "bfloat16"}) as cache:

@@ -52,7 +52,7 @@ DECODE = [Request(512, 1, 1, [3, 1]), Request(256, 1, 1, [6, -1])]
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=oracle.cases())
 def test_any_step_that_it_supports(package: str, case: Case) -> None:
-    half = replace(case, dtype=torch.float16, precision=PrecisionMode.AUTO, layout=Layout.UNIFIED, alibi=False)
+    half = case.of_type(torch.float16, precision=PrecisionMode.AUTO, layout=Layout.UNIFIED, alibi=False)
     check(half, package, is_supported=False)
 
 
@@ -67,11 +67,13 @@ def test_plain_steps_are_supported(package: str, case: Case) -> None:
             valid_len=request.query_len,
             context_len=request.context_len if package != "flash_attn_2" else 0,
             pages=[page if page >= 0 else 150 for page in request.pages],
+            keys=(),
+            attend_new=True,
         )
         for request in case.requests
     ]
     plain = {"alibi": False, "window": 0, "mask_prefix_hole": False, "head_dim_v": case.head_dim}
-    plain |= {"kv_dtype": None, "k_scales": (1.0,), "v_scales": (1.0,)}
+    plain |= {"kv_dtype": None, "v_dtype": None, "k_scales": (1.0,), "v_scales": (1.0,), "latent": False}
     changed = replace(case, requests=requests, dtype=torch.float16, precision=PrecisionMode.AUTO, **plain)
     check(replace(changed, layout=Layout.UNIFIED), package)
 
@@ -139,6 +141,8 @@ def test_no_new_tokens_at_all(request_: Request) -> None:
         ({"requests": [*DECODE, Request(0, 2, 2, [1, 1])], "window": 9}, "equally many new tokens"),
         ({"window": 1}, "window is 1, but must be more than the 1 new tokens"),
         ({"requests": [Request(255, 1, 1, [1])]}, "past the context's end"),
+        ({"v_dtype": FP8}, "v_dtype is torch.float8_e4m3fn, but must be torch.float16 as dtype"),
+        ({"latent": True, "num_kv_heads": 1}, "the cache is latent"),
     ],
 )
 def test_what_it_cannot_serve_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:

@@ -14,7 +14,7 @@ from attnd_server.attention.kernels import pages
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.kv import cache as caches
 from tests import interpreter
-from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
+from tests.kernels.slots import GEOMETRIES, LAYOUTS, QUANTISED, config_of, only, types
 from tests.steps import DTYPES
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
@@ -38,7 +38,7 @@ def compare(
     slots: list[int],
     layout: Layout,
     dtype: torch.dtype,
-    *scales: torch.Tensor,
+    *scales: torch.Tensor | None,
 ) -> None:
     """Reads slots both ways, into memory full of NaN, and compares."""
     from attnd_server.attention.kernels.gather import read_kv
@@ -95,29 +95,49 @@ def test_few_slots(device: str, layout: Layout, num_slots: int) -> None:
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@QUANTISED
 @GEOMETRIES
 def test_fp8_numbers_are_multiplied_by_their_scale(
-    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+    device: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantised: tuple[bool, bool],
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int,
 ) -> None:
     """Normal numbers, as Triton's interpreter gets the others wrong."""
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), **types(dtype, quantised))
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
-    k_pages, v_pages = (fp8_pages(shape, 0x08, 0x7E).to(device) for shape in (config.k_shape, config.v_shape))
-    compare(k_pages, v_pages, some_slots(config), layout, dtype, *scales)
+    k_pages, v_pages = (
+        fp8_pages(shape, 0x08, 0x7E).to(device) if is_fp8 else torch.randn(shape).to(device, dtype)
+        for shape, is_fp8 in zip((config.k_shape, config.v_shape), quantised, strict=True)
+    )
+    compare(k_pages, v_pages, some_slots(config), layout, dtype, *only(quantised, scales))
 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
+@QUANTISED
 @GEOMETRIES
 def test_any_fp8_number_is_read_as_in_torch(
-    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+    device: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantised: tuple[bool, bool],
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int,
 ) -> None:
     if device == "cpu":
         pytest.skip("Triton's interpreter has neither FP8's NaN nor its subnormal numbers, nor rounds to bfloat16")
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), **types(dtype, quantised))
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
-    k_pages, v_pages = (fp8_pages(shape, 0x00, 0x7F).to(device) for shape in (config.k_shape, config.v_shape))
-    compare(k_pages, v_pages, some_slots(config), layout, dtype, *scales)
+    k_pages, v_pages = (
+        fp8_pages(shape, 0x00, 0x7F).to(device) if is_fp8 else torch.randn(shape).to(device, dtype)
+        for shape, is_fp8 in zip((config.k_shape, config.v_shape), quantised, strict=True)
+    )
+    compare(k_pages, v_pages, some_slots(config), layout, dtype, *only(quantised, scales))
 
 
 @LAYOUTS
@@ -167,6 +187,9 @@ def test_caches_take_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch)
     for capability, expected in (((8, 6), (both, none)), ((8, 9), (both, both)), ((10, 0), (both, both))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert (caches._triton_kernels(plain, gpu), caches._triton_kernels(fp8, gpu)) == expected
+        mixed = replace(plain, v_dtype=FP8)
+        assert caches._triton_kernels(mixed, gpu) == expected[1]
+    assert caches._triton_kernels(replace(plain, num_kv_heads=1, latent=True), gpu) == none
     assert caches._triton_kernels(plain, torch.device("cpu")) == none
     monkeypatch.setattr(caches, "availability", lambda device: "triton is too old")
     assert caches._triton_kernels(plain, gpu) == none

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
-from attnd_server.attention.kernels.pages import copy_pages, gather_pages, read_kv, store_kv, stored_tokens
+from attnd_server.attention.kernels.pages import (
+    copy_pages,
+    gather_pages,
+    is_latent,
+    read_kv,
+    replace_slot,
+    store_kv,
+    stored_tokens,
+)
 from attnd_server.attention.layer_pages import LayerPages
 from tests.oracle import DTYPES, devices
 
@@ -165,3 +173,83 @@ def test_offsets_beyond_two_to_the_31(layout: Layout) -> None:
     assert torch.equal(k_read, k)
     assert torch.equal(v_read, v)
     assert torch.equal(gather_pages(k_pages, torch.tensor([num_pages - 1]), layout, torch.uint8)[-1:], k)
+
+
+@DEVICES
+@LAYOUTS
+@pytest.mark.parametrize("is_k", [True, False])
+@pytest.mark.parametrize("slot_mapping", [[7, 8, 9], [7, -1, 3]])
+def test_fp8_of_k_or_of_v_alone(device: str, layout: Layout, is_k: bool, slot_mapping: list[int]) -> None:
+    plain = empty_pages(layout, device)[1:]
+    k, v = torch.randn(3, HEADS, DIM, device=device), torch.randn(3, HEADS, DIM_V, device=device)
+    scales = torch.tensor([0.5, 0.03, 2.0], device=device)
+    stored = stored_tokens(torch.tensor(slot_mapping), device)
+    slots = torch.tensor([slot for slot in slot_mapping if slot >= 0], device=device)
+    fp8 = [pages.to(FP8) for pages in plain]
+    both = LayerPages(*fp8, scales, scales)
+    store_kv(LayerPages(*plain), k, v, stored, layout)
+    store_kv(both, k, v, stored, layout)
+    mixed = empty_pages(layout, device)[1:]
+    mixed = [mixed[0].to(FP8), mixed[1]] if is_k else [mixed[0], mixed[1].to(FP8)]
+    pages = LayerPages(*mixed, *((scales, None) if is_k else (None, scales)))
+    store_kv(pages, k, v, stored, layout)
+    expected = (both.k, plain[1]) if is_k else (plain[0], both.v)
+    for actual, wanted in zip(pages[:2], expected, strict=True):
+        assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+    all_fp8, all_plain = (read_kv(each, slots, layout, torch.float32) for each in (both, LayerPages(*plain)))
+    for actual, wanted in zip(
+        read_kv(pages, slots, layout, torch.float32),
+        (all_fp8[0], all_plain[1]) if is_k else (all_plain[0], all_fp8[1]),
+        strict=True,
+    ):
+        assert torch.equal(actual, wanted)
+
+
+def latent_pages(device: str, dtype: torch.dtype, scale: float | None = None) -> LayerPages:
+    """Latent pages full of NaN."""
+    k_pages = torch.full((10, PAGE_SIZE, 1, DIM_V), math.nan, device=device).to(dtype)
+    scales = None if scale is None else torch.tensor([scale], device=device)
+    return LayerPages(k_pages, k_pages[..., :DIM], scales, scales)
+
+
+@DEVICES
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("slot_mapping", [[7, 8, 9, 10], [38, -1, 0, 3], [39, 0, 2, 1]])
+def test_a_latent_row_is_stored_once_and_has_v_in_it(device: str, scale: float | None, slot_mapping: list[int]) -> None:
+    pages = latent_pages(device, torch.float32 if scale is None else FP8, scale)
+    assert is_latent(pages)
+    k, slots = torch.randn(4, 1, DIM_V, device=device), torch.tensor(slot_mapping)
+    store_kv(pages, k, torch.full((4, 1, DIM), math.nan), stored_tokens(slots, device), Layout.UNIFIED)
+    is_stored = slots >= 0
+    read_k, read_v = read_kv(pages, slots[is_stored].to(device), Layout.UNIFIED, torch.float32)
+    expected = k[is_stored.to(device)]
+    if scale is not None:
+        expected = (expected / scale).to(FP8).float() * scale
+    torch.testing.assert_close(read_k, expected, rtol=1e-6, atol=0)
+    assert torch.equal(read_v, read_k[..., :DIM])
+    assert pages.k.float().isfinite().sum() == is_stored.sum() * DIM_V
+    first = gather_pages(pages.v, torch.tensor([slot_mapping[0] // 4], device=device), Layout.UNIFIED, torch.float32)
+    assert first.is_contiguous()
+    assert first.shape == (PAGE_SIZE, 1, DIM)
+    assert torch.equal(first[slot_mapping[0] % 4], pages.k.float()[slot_mapping[0] // 4, slot_mapping[0] % 4, :, :DIM])
+
+
+def test_a_latent_row_is_put_back_whole() -> None:
+    pages = latent_pages("cpu", torch.float32)
+    pages.k.copy_(torch.arange(pages.k.numel()).view(pages.k.shape))
+    before = pages.k.clone()
+    k = torch.full((1, 1, DIM_V), -1.0)
+    put_back = replace_slot(pages, k, k[..., :DIM], 17)
+    assert (pages.k.flatten(0, 1)[17] == -1).all()
+    changed = (pages.k != before).sum()
+    assert changed == DIM_V
+    put_back()
+    assert torch.equal(pages.k, before)
+
+
+def test_latent_pages_are_copied_once() -> None:
+    k_pages = torch.randn(2, 10, PAGE_SIZE, 1, DIM_V)
+    before = k_pages.clone()
+    copy_pages(k_pages, None, torch.tensor([3, 5]), torch.tensor([9, 0]))
+    assert torch.equal(k_pages[:, [9, 0]], before[:, [3, 5]])
+    assert torch.equal(k_pages[:, 1:9], before[:, 1:9])

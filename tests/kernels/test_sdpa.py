@@ -88,14 +88,15 @@ def test_one_token_that_sees_everything_has_no_mask() -> None:
     assert parts(Case([Request(30, 1, 1, [1, 2]), Request(29, 1, 1, [3, 4])])) == [(2, True, False)]
 
 
-@pytest.mark.parametrize("head_dim_v", [8, 16])
+@pytest.mark.parametrize(("head_dim_v", "latent"), [(8, False), (16, False), (24, True), (32, True)])
 @pytest.mark.parametrize("context_len", [1, 15, 16, 17, 31, 32, 33])
 def test_one_token_behind_pages_that_follow_each_other_reads_them_where_they_lie(
-    context_len: int, head_dim_v: int
+    context_len: int, head_dim_v: int, latent: bool
 ) -> None:
     def with_slots(pages: list[int]) -> tuple[Case, list[Part], torch.Tensor]:
         """The step with a slot for its token, its parts, and its output where the token is stored."""
         case = Case([Request(context_len, 1, 1, pages)], group=3, head_dim_v=head_dim_v, poison=math.nan, num_pages=12)
+        case = replace(case, num_kv_heads=1 if latent else 2, latent=latent)
         slot = pages[context_len // 16] * 16 + context_len % 16
         metadata = replace(case.metadata(), slot_mapping=torch.tensor([slot]))
         given = oracle.tensors(case)
@@ -123,6 +124,8 @@ def test_one_token_behind_pages_that_follow_each_other_reads_them_where_they_lie
         ({}, 81),  # stored elsewhere
         ({"layout": Layout.DISTINCT}, 80),
         ({"kv_dtype": FP8}, 80),
+        ({"v_dtype": FP8}, 80),
+        ({"kv_dtype": FP8, "v_dtype": torch.float32}, 80),
         ({"window": 100}, 80),
     ],
 )
@@ -262,3 +265,33 @@ def test_a_part_of_many_requests_gathers_a_bounded_number_of_tokens(monkeypatch:
 @pytest.mark.parametrize("lens", [(17,), (17, 1, 5)])
 def test_results_can_be_written_into_tensors_that_are_there(lens: tuple[int, ...]) -> None:
     oracle.check_launch(SdpaAttention(), Case(prefill(*lens), group=3), "cpu")
+
+
+@DEVICES
+@pytest.mark.parametrize("kernel", [NaiveAttention(), SdpaAttention()], ids=["naive", "sdpa"])
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(576, 512), (40, 40), (1024, 8)])
+def test_latent_rows(
+    device: str, kernel: NaiveAttention | SdpaAttention, kv_dtype: torch.dtype | None, head_dim: int, head_dim_v: int
+) -> None:
+    """V is the first part of K's rows: decode, a block, a prompt without context, and chunks behind some."""
+    for query_lens, mask in (([1, 1, 1], CAUSAL), ([4, 4, 4], BLOCK_CAUSAL), ([9, 0, 20], CAUSAL), ([70], CAUSAL)):
+        contexts = [0, 16, 37] if len(query_lens) == 3 else [0]
+        tables = [[-1, -1, -1], [7, -1, -1], [3, 9, 1]]
+        case = Case(
+            [
+                Request(context_len, query_len, query_len, table, mask, block_size=4)
+                for context_len, query_len, table in zip(contexts, query_lens, tables, strict=False)
+            ],
+            num_kv_heads=1,
+            group=5,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            num_pages=12,
+            kv_dtype=kv_dtype,
+            k_scales=(0.02,) if kv_dtype else (1.0,),
+            scale=head_dim**-0.5,
+            latent=True,
+        )
+        assert kernel.supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case))) is None
+        oracle.check(kernel, case, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels import pages
 from attnd_server.attention.layer_pages import LayerPages
 from tests import interpreter
-from tests.kernels.slots import GEOMETRIES, LAYOUTS, config_of
+from tests.kernels.slots import GEOMETRIES, LAYOUTS, QUANTISED, config_of, only, types
 from tests.steps import DTYPES
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
@@ -25,16 +25,16 @@ def device() -> Iterator[str]:
         yield device
 
 
-def compare(config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: tuple[torch.Tensor | None, ...]) -> None:
+def compare(
+    config: AttentionConfig, k: torch.Tensor, v: torch.Tensor, scales: Sequence[torch.Tensor | None] = (None, None)
+) -> None:
     """Stores some of the tokens both ways, in pages full of NaN, and compares the pages' bytes."""
     from attnd_server.attention.kernels.store import store_kv
 
     slots = torch.randperm(config.num_slots)[: len(k)]
     slots[[0, 5]] = -1
-    shapes = (config.k_shape, config.v_shape)
-    filled, expected = (
-        [torch.full(shape, math.nan).to(k.device, config.kv_dtype) for shape in shapes] for _ in range(2)
-    )
+    kinds = (config.k_shape, config.kv_dtype), (config.v_shape, config.v_dtype)
+    filled, expected = ([torch.full(shape, math.nan).to(k.device, dtype) for shape, dtype in kinds] for _ in range(2))
     store_kv(LayerPages(*filled, *scales), k, v, slots.to(k.device), config.layout)
     stored = pages.stored_tokens(slots, k.device)
     pages.store_kv(LayerPages(*expected, *scales), k, v, stored, config.layout)
@@ -51,14 +51,21 @@ def test_same_pages_as_torch(
     config = config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v)
     k = torch.randn(13, num_kv_heads, head_dim, device=device).to(dtype)
     v = torch.randn(13, num_kv_heads, head_dim_v, device=device).to(dtype)
-    compare(config, k, v, (None, None))
+    compare(config, k, v)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
+@QUANTISED
 @GEOMETRIES
 def test_fp8_numbers_find_their_place_and_scale(
-    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+    device: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantised: tuple[bool, bool],
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int,
 ) -> None:
     """Numbers that need no rounding, which Triton's interpreter gets wrong: normal ones, some of them clamped."""
     scales = 2.0 ** torch.randint(-2, 3, (2, num_kv_heads, 1))
@@ -68,16 +75,23 @@ def test_fp8_numbers_find_their_place_and_scale(
         numbers = torch.randint(8, 127, shape, dtype=torch.uint8) | torch.randint(2, shape, dtype=torch.uint8) << 7
         return (numbers.view(FP8).float() * scale * 32.0 ** (torch.rand(shape) < 0.1)).to(device, dtype)
 
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), **types(dtype, quantised))
     k, v = exact(head_dim, scales[0]), exact(head_dim_v, scales[1])
-    compare(config, k, v, tuple(scales[:, :, 0].contiguous().to(device)))
+    compare(config, k, v, only(quantised, scales[:, :, 0].contiguous().to(device)))
 
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
+@QUANTISED
 @GEOMETRIES
 def test_any_number_is_rounded_to_fp8_as_in_torch(
-    device: str, layout: Layout, dtype: torch.dtype, num_kv_heads: int, head_dim: int, head_dim_v: int
+    device: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantised: tuple[bool, bool],
+    num_kv_heads: int,
+    head_dim: int,
+    head_dim_v: int,
 ) -> None:
     if device == "cpu":
         pytest.skip("Triton's interpreter rounds FP8 down, and has neither its NaN nor its subnormal numbers")
@@ -85,8 +99,8 @@ def test_any_number_is_rounded_to_fp8_as_in_torch(
     v = torch.randn(13, num_kv_heads, head_dim_v).to(dtype)
     v[1, :, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     scales = torch.rand(2, num_kv_heads, device=device) + 0.1
-    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), kv_dtype=FP8, v_dtype=None)
-    compare(config, k.to(device), v.to(device), tuple(scales))
+    config = replace(config_of(layout, dtype, num_kv_heads, head_dim, head_dim_v), **types(dtype, quantised))
+    compare(config, k.to(device), v.to(device), only(quantised, scales))
 
 
 def test_no_tokens(device: str) -> None:

@@ -19,7 +19,7 @@ from attnd_server.attention.backends.triton.attention import (
     triton_grouped_attention,
 )
 from attnd_server.attention.backends.window import SlidingWindowAttention
-from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
+from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
 from attnd_server.attention.kv_split import KVSplitConfig
 from tests import interpreter, oracle
 from tests.steps import BIDIRECTIONAL, BLOCK_CAUSAL, CAUSAL, NUM_PAGES, PREFIX_FULL, Case, Request, cases
@@ -78,8 +78,27 @@ def requests(page_size: int, context_lens: list[int], query_len: int = 1) -> lis
 @given(case=cases())
 def test_any_step(device: str, kernel: Kernel, case: Case) -> None:
     if not ON_GPU and case.coarsest is torch.bfloat16:
-        case = replace(case, dtype=torch.float16, precision=PrecisionMode.AUTO)
+        case = case.of_type(torch.float16, precision=PrecisionMode.AUTO)
     oracle.check(kernel, case, device)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize(("layout", "dtype"), [(Layout.UNIFIED, torch.float16), (Layout.DISTINCT, torch.float32)])
+@pytest.mark.parametrize("parts", ["k", "v", "kv"])
+@pytest.mark.parametrize("store_first", [False, True])
+def test_fp8_of_k_or_of_v_alone(
+    device: str, kernel: Kernel, store_first: bool, parts: str, dtype: torch.dtype, layout: Layout
+) -> None:
+    """Decode and prefill over pages of two types, each with its scales or none, and new tokens that are read so too."""
+    kinds = {"kv_dtype": FP8 if "k" in parts else dtype, "v_dtype": FP8 if "v" in parts else dtype}
+    scales = {f"{part}_scales": (0.1, 0.73) for part in parts}
+    for query_len in (1, 20):
+        case = Case(
+            requests(4, [0, 1, 3, 4, 5, 37], query_len), head_dim_v=24, page_size=4, dtype=dtype, layout=layout,
+            return_lse=True, window=30, seed=query_len, store_first=store_first, **kinds, **scales,
+        )  # fmt: skip
+        assert kernel.supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case))) is None
+        oracle.check(kernel, case, device)
 
 
 @pytest.mark.parametrize("page_size", [1, 5, 16])
@@ -218,6 +237,9 @@ def test_what_is_refused(device: str) -> None:
     assert "must have at most" in str(kernel.supports(config, too_long, options))
     halves = kernel.supports(replace(config, dtype=torch.bfloat16, kv_dtype=None, v_dtype=None), metadata, options)
     assert halves == (None if ON_GPU else "Triton's interpreter cannot multiply bfloat16")
+    latent = replace(case, num_kv_heads=1, latent=True).config()
+    reason = "the cache is latent, but its kernels read K and V from memory of their own"
+    assert kernel.supports(latent, metadata, options) == reason
     with pytest.raises(ValueError, match="must be TRITON or TRITON_GROUPED"):
         TritonPagedAttention(AttentionBackend.SDPA)
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from attnd_server.attention.backends import xformers
 from attnd_server.attention.backends.xformers import Xformers, XformersAttention
-from attnd_server.attention.config import Layout, PrecisionMode
+from attnd_server.attention.config import FP8, Layout, PrecisionMode
 from tests import oracle
 from tests.oracle import BIDIRECTIONAL, CAUSAL, Case, Request
 
@@ -128,8 +128,8 @@ MIXED = [Request(0, 3, 3, [-1, 99]), Request(100, 5, 5, [3, 1]), Request(64, 0, 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=oracle.cases())
 def test_any_step_that_it_supports(case: Case) -> None:
-    changes = {"dtype": torch.float16, "head_dim_v": case.head_dim, "softcap": 0.0, "alibi": False}
-    oracle.check(KERNEL, replace(case, precision=PrecisionMode.AUTO, layout=Layout.UNIFIED, **changes), "cpu")
+    changes = {"head_dim_v": case.head_dim, "softcap": 0.0, "alibi": False, "precision": PrecisionMode.AUTO}
+    oracle.check(KERNEL, case.of_type(torch.float16, layout=Layout.UNIFIED, **changes), "cpu")
 
 
 @pytest.mark.parametrize("cache_only", [False, True])
@@ -157,6 +157,9 @@ def test_context_and_new_tokens(mask: str, cache_only: bool) -> None:
         ({"head_dim": 40, "head_dim_v": 40}, "head_dim is 40 and head_dim_v 40"),
         ({"head_dim_v": 16}, "head_dim is 32 and head_dim_v 16"),
         ({"requests": [Request(9, 2, 1, [1])]}, "valid_lens"),
+        ({"kv_dtype": FP8, "v_dtype": torch.float16}, "kv_dtype is torch.float8_e4m3fn"),
+        ({"v_dtype": FP8}, "v_dtype is torch.float8_e4m3fn, but must be torch.float16 as dtype"),
+        ({"latent": True, "num_kv_heads": 1}, "the cache is latent"),
     ],
 )
 def test_what_it_cannot_serve_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:

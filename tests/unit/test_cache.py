@@ -15,7 +15,7 @@ import attnd_server.kv.caches
 from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest
 from attnd.v1 import cache_pb2, tensor_pb2
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
-from attnd_server.attention.kernels.pages import stored_tokens
+from attnd_server.attention.kernels.pages import is_latent, stored_tokens
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import Cache
@@ -32,10 +32,30 @@ def table() -> CacheTable:
 
 
 def test_num_bytes_counts_what_is_allocated(table: CacheTable) -> None:
-    for layout, kv_dtype in ((Layout.UNIFIED, None), (Layout.DISTINCT, FP8)):
-        config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype, v_dtype=None)
+    for layout, kv_dtype, v_dtype in ((Layout.UNIFIED, None, FP8), (Layout.DISTINCT, FP8, None)):
+        config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype, v_dtype=v_dtype)
         cache = table.create(config, principal="a", ttl_s=9, name="")
         assert cache.k_pages.nbytes + cache.v_pages.nbytes == config.num_bytes
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+def test_a_latent_cache_has_v_in_the_memory_of_k(table: CacheTable, kv_dtype: torch.dtype | None) -> None:
+    config = replace(CONFIG, num_kv_heads=1, head_dim=24, head_dim_v=16, kv_dtype=kv_dtype, v_dtype=None, latent=True)
+    cache = table.create(config, principal="a", ttl_s=9, name="")
+    assert table.num_bytes == config.num_bytes == cache.k_pages.nbytes
+    assert cache.v_pages.shape == (2, *config.v_shape)
+    assert all(is_latent(pages) for pages in cache.layers)
+    k, slots = torch.randn(3, 1, 24), torch.tensor([9, 2, 7])
+    cache.store(1, k, k[..., :16], stored_tokens(slots, CPU))
+    read_k, read_v = cache.read(1, slots)
+    torch.testing.assert_close(read_k, k, rtol=0 if kv_dtype is None else 2**-4, atol=0 if kv_dtype is None else 2**-10)
+    assert torch.equal(read_v, read_k[..., :16])
+    cache.copy_pages(torch.tensor([2]), torch.tensor([3]))
+    assert torch.equal(cache.read(1, slots[:1] + 4)[0], read_k[:1])
+    assert not cache.read(0, slots)[0].any()
+    cache.close()
+    other = table.create(config, principal="a", ttl_s=9, name="")
+    assert not other.k_pages.view(torch.uint8).any()
 
 
 def test_pages_start_as_zeros(table: CacheTable) -> None:
@@ -72,6 +92,19 @@ def test_info_gives_back_what_was_created(table: CacheTable) -> None:
     config = replace(CONFIG, kv_dtype=FP8, v_dtype=None, v_scales=(0.125, 3.0), layout=Layout.DISTINCT)
     info = table.create(config, principal="a", ttl_s=9, name="").info()
     assert info.num_bytes == CONFIG.num_bytes // 4
+    assert not info.config.v_dtype
+    assert validation.cache_config(info.config) == config
+
+
+@pytest.mark.parametrize("is_k", [True, False])
+def test_info_says_vs_type_where_it_is_another(table: CacheTable, is_k: bool) -> None:
+    kinds = {"kv_dtype": FP8, "k_scales": (0.5, 2.0)} if is_k else {"v_dtype": FP8, "v_scales": (0.5, 2.0)}
+    config = replace(CONFIG, **kinds)
+    info = table.create(config, principal="a", ttl_s=9, name="").info()
+    fp8, plain = tensor_pb2.DTYPE_FLOAT8_E4M3FN, tensor_pb2.DTYPE_FLOAT32
+    assert (info.config.kv_dtype, info.config.v_dtype) == ((fp8, plain) if is_k else (plain, fp8))
+    assert (info.config.HasField("k_scales"), info.config.HasField("v_scales")) == (is_k, not is_k)
+    assert info.num_bytes == CONFIG.num_bytes * 5 // 8
     assert validation.cache_config(info.config) == config
 
 

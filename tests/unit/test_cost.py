@@ -6,6 +6,7 @@ import errno
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,15 @@ def test_a_call_is_small_by_all_that_it_asks_for() -> None:
     assert not small(8, context_len=0, num_reqs=4_000)
     assert small(32, CUDA, num_reqs=64, context_len=4_096)
     assert not small(1 << 16, CUDA)
+
+
+def test_v_of_a_latent_row_is_neither_gathered_nor_stored_again() -> None:
+    options, metadata = AttentionOptions(16, 1.0), decode_step(4, 1, 512, 16)
+    plain = AttentionConfig(1, 1, 512, 128, head_dim_v=256)
+    for device in (CPU, CUDA):
+        works = [cost_of(replace(plain, latent=latent), metadata, options, device).work for latent in (False, True)]
+        of_v = 256 * (cost.GATHERED_WORK * 4 * 516 + cost.COPIED_WORK * 4 * 2)
+        assert works[0] - works[1] == of_v
 
 
 def test_scores_of_few_dims_cost_more_than_their_products() -> None:

@@ -18,6 +18,7 @@ from attnd_server.device import gpu_addresses
 from attnd_server.device.indexed import with_index
 from attnd_server.kv import addresses
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.page_space import SharedSpace
 from attnd_server.kv.page_spaces import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
 
@@ -32,8 +33,11 @@ def spaces(num_bytes: int = 1 << 20) -> PageSpaces:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("kv_dtype", [None, FP8])
-def test_pages_are_views_of_the_space_from_their_first_on(layout: Layout, kv_dtype: torch.dtype | None) -> None:
-    config = replace(CONFIG, layout=layout, kv_dtype=kv_dtype, v_dtype=None, head_dim_v=24)
+@pytest.mark.parametrize("v_dtype", [None, FP8])
+def test_pages_are_views_of_the_space_from_their_first_on(
+    layout: Layout, kv_dtype: torch.dtype | None, v_dtype: torch.dtype | None
+) -> None:
+    config = replace(CONFIG, layout=layout, kv_dtype=kv_dtype, v_dtype=v_dtype, head_dim_v=24)
     held = spaces()
     for pages in (held.take(config), held.take(replace(config, num_pages=2, num_layers=1))):
         num_layers = len(pages.k)
@@ -44,7 +48,44 @@ def test_pages_are_views_of_the_space_from_their_first_on(layout: Layout, kv_dty
                 assert tensor[layer].is_contiguous()
                 assert not tensor[layer].view(torch.uint8).any()
         assert (pages.k.dtype, pages.k.shape[2:]) == (config.kv_dtype, config.k_shape[1:])
-        assert (pages.v.dtype, pages.v.shape[2:]) == (config.kv_dtype, config.v_shape[1:])
+        assert (pages.v.dtype, pages.v.shape[2:]) == (config.v_dtype, config.v_shape[1:])
+
+
+def test_a_latent_space_has_no_memory_for_v() -> None:
+    config = replace(CONFIG, num_kv_heads=1, head_dim_v=8, latent=True)
+    held = spaces()
+    first, second = held.take(config), held.take(config)
+    for pages in (first, second):
+        assert pages.space.v.data_ptr() == pages.space.k.data_ptr()
+        assert pages.v.shape == (3, *config.v_shape)
+        for layer in range(3):
+            assert pages.v[layer].data_ptr() == pages.k[layer].data_ptr()
+        pages.k.fill_(7.0)
+        assert (pages.v == 7).all()
+    held.give_back(first, config)
+    assert (second.k == 7).all()
+    assert not held.take(config).k.any()
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_what_memory_came_before_one_that_fails_is_given_back(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    held = spaces()
+    space = held.take(CONFIG).space
+    if not isinstance(space, SharedSpace):
+        pytest.skip("caches lie alone here")
+    given_back: list[int] = []
+    for index, part in enumerate(space._parts):
+        monkeypatch.setattr(part, "give_back", lambda start, end, index=index: given_back.append(index))
+
+    def fail(start: int, end: int) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(space._parts[fails_at], "commit", fail)
+    free = list(space._free)
+    with pytest.raises(torch.OutOfMemoryError):
+        held.take(CONFIG)
+    assert given_back == list(range(fails_at))
+    assert space._free == free
 
 
 @ONLY_LINUX
@@ -57,8 +98,10 @@ def test_caches_of_one_geometry_share_a_space_and_others_do_not() -> None:
         replace(CONFIG, page_size=8),
         replace(CONFIG, dtype=torch.float16, kv_dtype=None, v_dtype=None),
         replace(CONFIG, layout=Layout.DISTINCT),
+        replace(CONFIG, v_dtype=FP8),
+        replace(CONFIG, num_kv_heads=1, latent=True),
     ]
-    assert len({held.take(config).space.id for config in others} | {first.id}) == 5
+    assert len({held.take(config).space.id for config in others} | {first.id}) == 7
 
 
 def overlap(one: CachePages, other: CachePages) -> bool:
@@ -203,6 +246,7 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPat
         raise Stop
 
     monkeypatch.setattr("attnd_server.kv.cache._scales", note)
+    config = replace(CONFIG, kv_dtype=FP8)
     with pytest.raises(Stop):
-        Cache(CONFIG, epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
+        Cache(config, epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
     assert seen == [torch.device("cuda", 3)]

@@ -63,6 +63,10 @@ GEOMETRIES = {
         layout=Layout.DISTINCT,
         kv_split=KVSplitConfig(64, 3, True),
     ),
+    "fp8-k": replace(CONFIG, kv_dtype=FP8, k_scales=(0.1, 0.2), window=7),
+    "fp8-v-distinct": replace(CONFIG, v_dtype=FP8, v_scales=(0.1,), layout=Layout.DISTINCT, head_dim_v=8),
+    "latent": replace(CONFIG, num_kv_heads=1, head_dim_v=8, latent=True),
+    "latent-fp8": replace(CONFIG, num_kv_heads=1, kv_dtype=FP8, v_dtype=None, k_scales=(0.5,), latent=True),
 }
 
 
@@ -74,7 +78,7 @@ def filled(caches: CacheTable, config: AttentionConfig = CONFIG, pages: list[int
     """A cache with random bits, NaNs among them, in some of its pages."""
     cache = caches.create(config, **{"principal": "alice", "ttl_s": 90.5, "name": "a b\u00e9\n"} | lease)
     for layer in range(config.num_layers):
-        for part in (cache.k_pages[layer], cache.v_pages[layer]):
+        for part in (cache.k_pages[layer],) if config.latent else (cache.k_pages[layer], cache.v_pages[layer]):
             part.view(config.num_pages, -1).view(torch.uint8)[pages] = torch.randint(
                 256, (len(pages), part[0].nbytes), dtype=torch.uint8
             )
@@ -83,7 +87,7 @@ def filled(caches: CacheTable, config: AttentionConfig = CONFIG, pages: list[int
 
 
 def bits(cache: Cache) -> list[bytes]:
-    return [pages.view(torch.uint8).numpy().tobytes() for pages in (cache.k_pages, cache.v_pages)]
+    return [pages.contiguous().view(torch.uint8).numpy().tobytes() for pages in (cache.k_pages, cache.v_pages)]
 
 
 @contextmanager
@@ -130,11 +134,12 @@ def test_the_file_is_safetensors(tmp_path: Path, config: AttentionConfig) -> Non
     (folder,) = written(tmp_path, cache)
     tensors = load_file(folder / TENSORS)
     assert tensors.pop("pages").tolist() == PAGES
-    assert sorted(tensors) == ["layers.0.k", "layers.0.v", "layers.1.k", "layers.1.v"]
+    kinds = [("k", cache.k_pages, config.kv_dtype), ("v", cache.v_pages, config.v_dtype)][: 1 if config.latent else 2]
+    assert sorted(tensors) == [f"layers.{layer}.{name}" for layer in range(2) for name, _, _ in kinds]
     for layer in range(2):
-        for name, pages in (("k", cache.k_pages), ("v", cache.v_pages)):
+        for name, pages, dtype in kinds:
             tensor = tensors[f"layers.{layer}.{name}"]
-            assert tensor.dtype is config.kv_dtype
+            assert tensor.dtype is dtype
             assert tensor.shape == (len(PAGES), *pages.shape[2:])
             assert torch.equal(tensor.view(torch.uint8), pages[layer].view(torch.uint8)[PAGES])
 

@@ -130,6 +130,22 @@ FP8 = "DTYPE_FLOAT8_E4M3FN"
         ({"kv_dtype": 3}, "kv_dtype", f"kv_dtype is DTYPE_BFLOAT16, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
         ({"kv_dtype": 99}, "kv_dtype", f"kv_dtype is 99, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
         ({"k_scales": scales(1.0)}, "k_scales", f"k_scales is given, but must be absent unless kv_dtype is {FP8}"),
+        ({"v_dtype": 3}, "v_dtype", f"v_dtype is DTYPE_BFLOAT16, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
+        ({"v_dtype": 99}, "v_dtype", f"v_dtype is 99, but must be DTYPE_FLOAT16 as dtype, or {FP8}"),
+        (
+            {"v_dtype": tensor_pb2.DTYPE_FLOAT8_E4M3FN, "k_scales": scales(1.0)},
+            "k_scales",
+            f"k_scales is given, but must be absent unless kv_dtype is {FP8}",
+        ),
+        (
+            {
+                "kv_dtype": tensor_pb2.DTYPE_FLOAT8_E4M3FN,
+                "v_dtype": tensor_pb2.DTYPE_FLOAT16,
+                "v_scales": scales(1.0),
+            },
+            "v_scales",
+            f"v_scales is given, but must be absent unless v_dtype is {FP8}",
+        ),
         ({"num_pages": 2**32 - 1}, "num_pages", "num_pages is 4294967295, but must be 1..2147483647"),
     ],
 )
@@ -151,6 +167,21 @@ def test_pages_have_the_type_of_calls_or_fp8_with_scales():
     message.v_scales.CopyFrom(scales(0.25, 2.0, 3.0))
     config = validation.cache_config(message)
     assert (config.k_scales, config.v_scales) == ((0.5,), (0.25, 2.0, 3.0))
+
+
+def test_v_has_the_type_of_k_unless_it_is_given():
+    half, fp8 = tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_FLOAT8_E4M3FN
+    for given, kv_dtype, v_dtype in (
+        ({}, torch.float16, torch.float16),
+        ({"v_dtype": half}, torch.float16, torch.float16),
+        ({"kv_dtype": fp8}, torch.float8_e4m3fn, torch.float8_e4m3fn),
+        ({"kv_dtype": fp8, "v_dtype": half, "k_scales": scales(0.5)}, torch.float8_e4m3fn, torch.float16),
+        ({"v_dtype": fp8, "v_scales": scales(0.5)}, torch.float16, torch.float8_e4m3fn),
+    ):
+        config = validation.cache_config(cache_config(**given))
+        assert (config.kv_dtype, config.v_dtype) == (kv_dtype, v_dtype)
+        assert config.k_scales == ((0.5,) if "k_scales" in given else (1.0,))
+        assert config.v_scales == ((0.5,) if "v_scales" in given else (1.0,))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,25 @@ def test_a_store_only_call_has_no_q():
     assert tensors.q is None
     assert tensors.num_heads == 0
     assert tensors.k.shape == (4, 2, 16)
+
+
+LATENT = replace(CONFIG, num_kv_heads=1, head_dim_v=8, latent=True)
+
+
+def test_v_of_a_latent_call_is_a_view_of_k():
+    given = payloads(k=array("float32", 4, 1, 16), v=None)
+    tensors = validation.call(step_pb2.Call(), given, LATENT, validation.step(step(), LATENT, LIMITS))
+    assert tensors.v.shape == (4, 1, 8)
+    assert tensors.v.data_ptr() == tensors.k.data_ptr()
+    assert torch.equal(tensors.v, tensors.k[..., :8])
+    message = attention_pb2.StoreKvRequest(layer=0, slot_mapping=tensor([0, 5, 3, 2], "int32"))
+    stored = validation.store_kv(message, payloads(q=None, v=None, k=array("float32", 4, 1, 16)), LATENT)
+    assert stored.v.data_ptr() == stored.k.data_ptr()
+    for refused in (payloads(k=array("float32", 4, 1, 16), v=array("float32", 4, 1, 8)),):
+        with pytest.raises(InvalidRequest, match=r"^v is given, but must be absent: it is the first 8 elements of k$"):
+            validation.call(step_pb2.Call(), refused, LATENT, validation.step(step(), LATENT, LIMITS))
+        with pytest.raises(InvalidRequest, match=r"^v is given, but must be absent"):
+            validation.store_kv(message, refused, LATENT)
 
 
 @pytest.mark.parametrize(

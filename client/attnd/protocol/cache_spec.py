@@ -35,6 +35,7 @@ class CacheSpec:
         k_scales: of "float8_e4m3fn" pages, one number or one for each KV head: K is stored as k / scale, clamped to
             -448..448 and rounded, and read as the stored value times scale. None is 1.
         v_scales: likewise for V.
+        v_dtype: of V's pages, where it is another than K's: "float8_e4m3fn", or `dtype`. None: `kv_dtype`.
         kv_split: how the KV of a request is cut into chunks, and whether output bits may depend on the batch; None is
             automatic.
         ttl_s: seconds after the client's last sign of life when the server frees the cache.
@@ -60,6 +61,7 @@ class CacheSpec:
     ttl_s: float = 60.0
     name: str = ""
     renew: bool = True
+    v_dtype: object = None
 
     def to_message(self) -> cache_pb2.CreateCacheRequest:
         """The request of CreateCache. It may be sent twice, and creates one cache.
@@ -82,7 +84,6 @@ class CacheSpec:
         for field, value in counts.items():
             if not 0 <= value < 1 << 32:
                 raise InvalidRequest(f"{field} is {value}, but must be 0..{(1 << 32) - 1}", field=field)
-        kv_dtype = self.kv_dtype
         return cache_pb2.CacheConfig(
             **counts,
             dtype=dtype_of(self.dtype),
@@ -91,7 +92,8 @@ class CacheSpec:
             precision=cache_pb2.Precision.ValueType(
                 _number(cache_pb2.Precision, "PRECISION", self.precision, "precision")
             ),
-            kv_dtype=tensor_pb2.DTYPE_UNSPECIFIED if kv_dtype is None else dtype_of(kv_dtype, "kv_dtype", KV_DTYPES),
+            kv_dtype=_kv_dtype(self.kv_dtype, "kv_dtype"),
+            v_dtype=_kv_dtype(self.v_dtype, "v_dtype"),
             k_scales=_scales(self.k_scales, "k_scales"),
             v_scales=_scales(self.v_scales, "v_scales"),
             kv_split=None if self.kv_split is None else self.kv_split.to_message(),
@@ -105,6 +107,10 @@ def _number(enum: Any, prefix: str, name: str, field: str) -> int:
     except ValueError:
         names = ", ".join(key.removeprefix(f"{prefix}_").lower() for key in enum.keys()[1:])
         raise InvalidRequest(f"{field} is {name!r}, but must be one of {names}", field=field) from None
+
+
+def _kv_dtype(dtype: object, field: str) -> tensor_pb2.Dtype.ValueType:
+    return tensor_pb2.DTYPE_UNSPECIFIED if dtype is None else dtype_of(dtype, field, KV_DTYPES)
 
 
 def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:

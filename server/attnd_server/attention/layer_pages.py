@@ -12,8 +12,8 @@ class LayerPages(NamedTuple):
 
     Attributes:
         k: contiguous, of shape `AttentionConfig.k_shape`.
-        v: contiguous, of shape `AttentionConfig.v_shape`.
-        k_scales: float32 `[num_kv_heads]`: what K's pages hold is multiplied by it. None: pages are not scaled.
+        v: contiguous, of shape `AttentionConfig.v_shape`; of a latent cache the view `k[..., :head_dim_v]`.
+        k_scales: float32 `[num_kv_heads]`: what K's pages hold is multiplied by it. None: K's pages are not scaled.
         v_scales: likewise for V.
     """
 

@@ -121,7 +121,8 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
         InvalidRequest: the server has what this version of attnd does not know.
     """
     names: dict[int, str] = {number: name for name, number in KV_DTYPES.items()}
-    is_quantised = config.kv_dtype not in (0, config.dtype)
+    kv_dtype = config.kv_dtype or config.dtype
+    v_dtype = config.v_dtype or kv_dtype
     try:
         return Geometry(
             num_layers=config.num_layers,
@@ -131,13 +132,14 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
             page_size=config.page_size,
             num_pages=config.num_pages,
             dtype=names[config.dtype],
-            kv_dtype=names[config.kv_dtype or config.dtype],
+            kv_dtype=names[kv_dtype],
+            v_dtype=names[v_dtype],
             layout=Layout(enum_name(cache_pb2.Layout, config.layout)),
             backend=AttentionBackend(enum_name(backend_pb2.Backend, config.backend)),
             precision=PrecisionMode(enum_name(cache_pb2.Precision, config.precision)),
             kv_split=_kv_split(config.kv_split),
-            k_scales=_scales(config.k_scales) if is_quantised else (1.0,),
-            v_scales=_scales(config.v_scales) if is_quantised else (1.0,),
+            k_scales=_scales(config.k_scales) if kv_dtype != config.dtype else (1.0,),
+            v_scales=_scales(config.v_scales) if v_dtype != config.dtype else (1.0,),
         )
     except (KeyError, ValueError) as error:
         if isinstance(error, attnd.InvalidRequest):
@@ -174,8 +176,9 @@ def _create(client: attnd.Client, config: Geometry, ttl_s: float, name: str) -> 
         backend=config.backend.value,
         precision=config.precision.value,
         kv_dtype=config.kv_dtype,
-        k_scales=list(config.k_scales) if config.is_quantised else None,
-        v_scales=list(config.v_scales) if config.is_quantised else None,
+        v_dtype=config.v_dtype if config.v_dtype != config.kv_dtype else None,
+        k_scales=list(config.k_scales) if config.k_is_quantised else None,
+        v_scales=list(config.v_scales) if config.v_is_quantised else None,
         kv_split=attnd.KVSplit(split.chunk_size, split.max_splits, split.batch_invariant),
         ttl_s=ttl_s,
         name=name,

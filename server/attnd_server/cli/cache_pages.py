@@ -22,10 +22,11 @@ _WORDS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 def refuse_if_inexact(config: Geometry) -> None:
     """Raises InvalidRequest where some FP8 value does not come back from a call's dtype."""
-    if not config.is_quantised:
-        return
     dtype = dtype_name(config.dtype)
-    for name, scales in (("k_scales", config.k_scales), ("v_scales", config.v_scales)):
+    fp8_scales = {"k_scales": config.k_scales} if config.k_is_quantised else {}
+    if config.v_is_quantised and not config.latent:
+        fp8_scales["v_scales"] = config.v_scales
+    for name, scales in fp8_scales.items():
         for head, scale in enumerate(scales):
             values = [fp8.decoded(fp8.encoded(code, scale, dtype), dtype) for code in range(256)]
             again = [fp8.stored(value, scale) for value in values]
@@ -48,7 +49,7 @@ def slots_of(pages: Sequence[int], config: Geometry) -> array[int]:
 def pages_of(tokens: bytes | memoryview, is_k: bool, config: Geometry) -> bytes:
     """The bytes of whole pages with these tokens, of K or of V."""
     data = bytes(tokens)
-    if config.is_quantised:
+    if _is_quantised(is_k, config):
         data = _quantised(data, is_k, config)
     return _moved(data, is_k, config, to_pages=True)
 
@@ -56,14 +57,18 @@ def pages_of(tokens: bytes | memoryview, is_k: bool, config: Geometry) -> bytes:
 def tokens_of(pages: bytes, is_k: bool, config: Geometry) -> bytes:
     """The tokens of whole pages with these bytes, of K or of V."""
     data = _moved(pages, is_k, config, to_pages=False)
-    return _dequantised(data, is_k, config) if config.is_quantised else data
+    return _dequantised(data, is_k, config) if _is_quantised(is_k, config) else data
+
+
+def _is_quantised(is_k: bool, config: Geometry) -> bool:
+    return config.k_is_quantised if is_k else config.v_is_quantised
 
 
 def _moved(data: bytes, is_k: bool, config: Geometry, *, to_pages: bool) -> bytes:
     """From token order to the layout of pages, or back; the two are alike in the unified one."""
     if config.layout is Layout.UNIFIED or not data:
         return data
-    item, size = ITEM_SIZES[config.kv_dtype], config.page_size
+    item, size = ITEM_SIZES[config.kv_dtype if is_k else config.v_dtype], config.page_size
     # In a page the two orders of units are [page_size, num_units] and [num_units, page_size]: of K a unit is the lanes
     # of a group, of V an element.
     unit = DISTINCT_LANES * item if is_k else item

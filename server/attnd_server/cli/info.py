@@ -87,6 +87,7 @@ def _cache_json(cache: cache_pb2.CacheInfo) -> dict[str, Any]:
         **{name: getattr(config, name) for name in numbers},
         "dtype": enum_name(tensor_pb2.Dtype, config.dtype),
         "kv_dtype": enum_name(tensor_pb2.Dtype, config.kv_dtype or config.dtype),
+        "v_dtype": enum_name(tensor_pb2.Dtype, config.v_dtype or config.kv_dtype or config.dtype),
         "layout": enum_name(cache_pb2.Layout, config.layout),
         **{name: getattr(cache, name) for name in lease},
     }
@@ -150,8 +151,10 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
         config = cache.config
         dims = {config.head_dim: "", config.head_dim_v: ""}  # one, or two that differ
         dtype = enum_name(tensor_pb2.Dtype, config.dtype)
-        if config.kv_dtype not in (tensor_pb2.DTYPE_UNSPECIFIED, config.dtype):
-            dtype += f" in {enum_name(tensor_pb2.Dtype, config.kv_dtype)}"
+        kv_dtypes = {config.kv_dtype or config.dtype: ""}  # one, or two that differ
+        kv_dtypes[config.v_dtype or config.kv_dtype or config.dtype] = ""
+        if list(kv_dtypes) != [config.dtype]:
+            dtype += f" in {'/'.join(enum_name(tensor_pb2.Dtype, each) for each in kv_dtypes)}"
         kinds = f"{dtype}, {enum_name(cache_pb2.Layout, config.layout)}"
         table.add_row(
             shown(cache.name or "-"),

@@ -68,14 +68,15 @@ def cost_of(
         Exhausted: the specification was asked for on a GPU, and would have it for too long.
     """
     on_processor, num_tokens = device.type == "cpu", metadata.num_tokens
-    dims = config.head_dim + config.head_dim_v
-    if not on_processor:
-        dims = max(config.head_dim, MIN_GPU_DIM) + max(config.head_dim_v, MIN_GPU_DIM)
+    least = 0 if on_processor else MIN_GPU_DIM
+    k_dims, v_dims = max(config.head_dim, least), max(config.head_dim_v, least)
+    dims = k_dims + v_dims
+    kv_dims = k_dims if config.latent else dims  # V comes with K's row
     heads, kv_heads = options.num_heads, config.num_kv_heads
     pairs, keys = _pairs_and_keys(metadata, options)
-    copied = num_tokens * dims * (heads + 2 * kv_heads)
+    copied = num_tokens * (dims * heads + kv_dims * 2 * kv_heads)
     backend = options.backend or config.backend
-    work = dims * (pairs * heads + GATHERED_WORK * keys * kv_heads) + COPIED_WORK * copied
+    work = dims * pairs * heads + kv_dims * GATHERED_WORK * keys * kv_heads + COPIED_WORK * copied
     if not on_processor and backend in (AttentionBackend.NAIVE, AttentionBackend.SDPA):
         work *= PLAIN_GPU_FACTOR
     if backend is AttentionBackend.NAIVE or (on_processor and missing_option(options)):  # which naive serves then

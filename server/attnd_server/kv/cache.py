@@ -17,9 +17,10 @@ import torch
 from attnd.errors import CacheLost
 from attnd.protocol.packing import float32_tensor
 from attnd.protocol.tensors import KV_DTYPES
-from attnd.v1 import backend_pb2, cache_pb2
+from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
 from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.geometry import dtype_name
 from attnd_server.attention.kernels.pages import StoredTokens, page_copies, read_kv, store_kv, stored_tokens
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.indexed import with_index
@@ -40,7 +41,7 @@ class Cache:
         principal: who it belongs to.
         config: its geometry.
         k_pages: `[num_layers, *config.k_shape]`.
-        v_pages: `[num_layers, *config.v_shape]`.
+        v_pages: `[num_layers, *config.v_shape]`; a view of k_pages where the config is latent.
         layers: the pages of each layer: to find them by an index takes torch a microsecond.
         pages: where they lie among other caches'.
         restored: what it was before the server was restarted; None: it is of this life.
@@ -86,7 +87,10 @@ class Cache:
         self.key = key
         self.ttl_s = ttl_s
         # Held here too: a step of a cuda plane that is running reads them after `close`.
-        self._scales = _scales(config, config.k_scales, device), _scales(config, config.v_scales, device)
+        self._scales = (
+            _scales(config, config.k_scales, device) if config.k_is_quantised else None,
+            _scales(config, config.v_scales, device) if config.v_is_quantised else None,
+        )
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.is_closed = False
         self._holding = threading.Lock()
@@ -217,7 +221,8 @@ class Cache:
         """As `copy_pages`, but only as far as it is asked to go on. Raises CacheLost: the cache was closed between."""
         self.refuse_if_closed()
         self.mark_pages_written(targets)
-        for _ in page_copies(self.k_pages, self.v_pages, sources.to(self.device), targets.to(self.device)):
+        v_pages = None if self.config.latent else self.v_pages
+        for _ in page_copies(self.k_pages, v_pages, sources.to(self.device), targets.to(self.device)):
             yield
             self.refuse_if_closed()
 
@@ -251,13 +256,17 @@ class Cache:
                 head_dim_v=config.head_dim_v,
                 page_size=config.page_size,
                 num_pages=config.num_pages,
-                dtype=KV_DTYPES[str(config.dtype).removeprefix("torch.")],
+                dtype=KV_DTYPES[dtype_name(config.dtype)],
                 layout=cache_pb2.Layout.Value(f"LAYOUT_{config.layout.name}"),
                 backend=backend_pb2.Backend.Value(f"BACKEND_{config.backend.name}"),
                 precision=cache_pb2.Precision.Value(f"PRECISION_{config.precision.name}"),
-                kv_dtype=KV_DTYPES[str(config.kv_dtype).removeprefix("torch.")],
-                k_scales=float32_tensor(config.k_scales, "k_scales") if config.is_quantised else None,
-                v_scales=float32_tensor(config.v_scales, "v_scales") if config.is_quantised else None,
+                kv_dtype=KV_DTYPES[dtype_name(config.kv_dtype)],
+                k_scales=float32_tensor(config.k_scales, "k_scales") if config.k_is_quantised else None,
+                v_scales=float32_tensor(config.v_scales, "v_scales") if config.v_is_quantised else None,
+                # Absent where it says nothing new: earlier clients need not know it.
+                v_dtype=tensor_pb2.DTYPE_UNSPECIFIED
+                if config.v_dtype is config.kv_dtype
+                else KV_DTYPES[dtype_name(config.v_dtype)],
                 kv_split=cache_pb2.KvSplit(**asdict(config.kv_split)),
             ),
             ttl_s=self.ttl_s,
@@ -278,7 +287,7 @@ class _TritonKernels(NamedTuple):
 
 def _triton_kernels(config: AttentionConfig, device: torch.device) -> _TritonKernels:
     """Store and read in Triton, if they run on `device`."""
-    if device.type != "cuda" or availability(device) is not None:
+    if device.type != "cuda" or availability(device) is not None or config.latent:
         return _TritonKernels()
     if config.is_quantised and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
         return _TritonKernels()
@@ -287,7 +296,5 @@ def _triton_kernels(config: AttentionConfig, device: torch.device) -> _TritonKer
     return _TritonKernels(store.store_kv, gather.read_kv)
 
 
-def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
-    if not config.is_quantised:
-        return None
+def _scales(config: AttentionConfig, scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(scales, dtype=torch.float32).expand(config.num_kv_heads).to(device).contiguous()

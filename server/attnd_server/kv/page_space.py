@@ -10,6 +10,7 @@ A space has far more addresses than there is memory, which comes with a cache an
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -32,20 +33,20 @@ class PageSpace:
         id: no other space of the process has it.
         config: of the space as if it were a cache of one layer.
         k: `config.k_shape`, contiguous.
-        v: `config.v_shape`, contiguous.
+        v: `config.v_shape`, contiguous; a view of k where the config is latent.
     """
 
-    def __init__(self, config: AttentionConfig, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, config: AttentionConfig, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Over pages that exist, of which nobody else takes any; see `SharedSpace` for others.
 
         Args:
             config: of any cache that is to lie in it.
             k: `[num_pages, ...]` as in `config.k_shape`.
-            v: likewise.
+            v: likewise; None where the config is latent.
         """
         self.id = next(_ids)
         self.config = replace(config, num_layers=1, num_pages=len(k))
-        self.k, self.v = k, v
+        self.k, self.v = k, k[..., : config.head_dim_v] if v is None else v
 
     @property
     def is_empty(self) -> bool:
@@ -79,14 +80,10 @@ class SharedSpace(PageSpace):
             OSError: likewise, or the system has too few of them.
             RuntimeError: likewise.
         """
-        dtype = config.kv_dtype or config.dtype
-        self._page_bytes = [
-            dtype.itemsize * torch.Size(shape[1:]).numel() for shape in (config.k_shape, config.v_shape)
-        ]
+        self._page_bytes = [dtype.itemsize * torch.Size(shape[1:]).numel() for shape, dtype in tensors_of(config)]
         margin = 2 * max(_pages_per_unit(page_bytes, _MOST_UNIT_BYTES) for page_bytes in self._page_bytes)
         num_pages = min(num_pages + margin, MAX_SLOTS // config.page_size)
         space = replace(config, num_layers=1, num_pages=num_pages)
-        shapes = space.k_shape, space.v_shape
         self._parts: list[Addresses] = []
         try:
             for page_bytes in self._page_bytes:
@@ -94,11 +91,15 @@ class SharedSpace(PageSpace):
         except BaseException:
             self.close()
             raise
-        k, v = (
-            part.tensor[: num_pages * page_bytes].view(dtype).view(shape)
-            for part, page_bytes, shape in zip(self._parts, self._page_bytes, shapes, strict=True)
+        super().__init__(
+            config,
+            *(
+                part.tensor[: num_pages * page_bytes].view(dtype).view(shape)
+                for part, page_bytes, (shape, dtype) in zip(
+                    self._parts, self._page_bytes, tensors_of(space), strict=True
+                )
+            ),
         )
-        super().__init__(config, k, v)
         # Pages that fill whole units of memory, in K and V. The first unit is nobody's.
         sizes = zip(self._page_bytes, self._parts, strict=True)
         self._unit = max(_pages_per_unit(page_bytes, part.unit_bytes) for page_bytes, part in sizes)
@@ -142,16 +143,21 @@ class SharedSpace(PageSpace):
             part.close()
 
     def _commit(self, first: int, num_pages: int) -> None:
-        (k_bytes, v_bytes), (k, v) = self._page_bytes, self._parts
-        k.commit(first * k_bytes, (first + num_pages) * k_bytes)
-        try:
-            v.commit(first * v_bytes, (first + num_pages) * v_bytes)
-        except BaseException:
-            k.give_back(first * k_bytes, (first + num_pages) * k_bytes)
-            raise
+        with ExitStack() as committed:
+            for page_bytes, part in zip(self._page_bytes, self._parts, strict=True):
+                start, end = first * page_bytes, (first + num_pages) * page_bytes
+                part.commit(start, end)
+                committed.callback(part.give_back, start, end)
+            committed.pop_all()  # nothing is given back unless one of them fails
 
     def _rounded(self, num_pages: int) -> int:
         return -(-num_pages // self._unit) * self._unit
+
+
+def tensors_of(config: AttentionConfig) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of a layer's tensors of pages: of K, and of V unless it is a part of K's rows."""
+    k, v = (config.k_shape, config.kv_dtype or config.dtype), (config.v_shape, config.v_dtype or config.dtype)
+    return [k] if config.latent else [k, v]
 
 
 def _pages_per_unit(page_bytes: int, unit_bytes: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from attnd.errors import Unsupported
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.device.faults import is_device_fault
-from attnd_server.kv.page_space import MAX_SLOTS, PageSpace, SharedSpace
+from attnd_server.kv.page_space import MAX_SLOTS, PageSpace, SharedSpace, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class CachePages:
         space: where they lie.
         first: page of the space that is page 0 of layer 0.
         k: `[num_layers, *config.k_shape]`, zeros at first.
-        v: `[num_layers, *config.v_shape]`, likewise.
+        v: `[num_layers, *config.v_shape]`, likewise; a view of k where the config is latent.
     """
 
     def __init__(self, space: PageSpace, first: int, config: AttentionConfig) -> None:
@@ -35,7 +35,7 @@ class CachePages:
         self.space = space
         self.first = first
         self.k = space.k[first : first + num_pages].view(config.num_layers, *config.k_shape)
-        self.v = space.v[first : first + num_pages].view(config.num_layers, *config.v_shape)
+        self.v = space.v[first : first + num_pages].unflatten(0, (config.num_layers, config.num_pages))
 
 
 class PageSpaces:
@@ -95,6 +95,5 @@ class PageSpaces:
                 return space, first
             space.close()
         whole = replace(config, num_layers=1, num_pages=num_pages)
-        shapes = whole.k_shape, whole.v_shape
-        k, v = (torch.zeros(shape, dtype=config.kv_dtype, device=self._device) for shape in shapes)
-        return PageSpace(config, k, v), 0
+        tensors = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in tensors_of(whole)]
+        return PageSpace(config, *tensors), 0

@@ -54,7 +54,8 @@ class KvRequests:
         cache = self._caches.get(request.cache, principal)
         layer, slots = validation.read_kv(request, cache.config)
         config = cache.config
-        per_slot = config.num_kv_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
+        dims = config.head_dim + (0 if config.latent else config.head_dim_v)
+        per_slot = config.num_kv_heads * dims * config.dtype.itemsize
         chunk = max(1, READ_CHUNK_BYTES // per_slot)
         return (
             on_cache(cache, partial(self._read_chunk, cache, layer, slots, first, chunk))
@@ -65,7 +66,8 @@ class KvRequests:
         cache.refuse_if_closed()
         k, v = cache.read(layer, slots[first : first + chunk].to(cache.device))
         header = attention_pb2.ReadKvResponse(first=first)
-        return frames.READ_KV_RESPONSE.encode(header, {"k": to_array(k, "k"), "v": to_array(v, "v")})
+        arrays = {"k": to_array(k, "k")} if cache.config.latent else {"k": to_array(k, "k"), "v": to_array(v, "v")}
+        return frames.READ_KV_RESPONSE.encode(header, arrays)
 
     def copy_pages(self, data: bytes, principal: str) -> Work:
         """CopyPages."""

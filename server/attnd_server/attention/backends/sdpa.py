@@ -234,7 +234,7 @@ def _attend_in_place(plan: _Plan, slots: slice, q: torch.Tensor, pages: LayerPag
 def _heads_of_slots(pages: torch.Tensor, slots: slice) -> torch.Tensor:
     """A view of slots that follow each other in unified pages: `[1, num_kv_heads, num_slots, head_dim]`."""
     _, _, num_kv_heads, head_dim = pages.shape
-    slot = num_kv_heads * head_dim
+    slot = pages.stride(1)  # of V in latent pages it is that of K's rows
     shape = (1, num_kv_heads, slots.stop - slots.start, head_dim)
     return pages.as_strided(shape, (0, head_dim, slot, 1), pages.storage_offset() + slots.start * slot)
 

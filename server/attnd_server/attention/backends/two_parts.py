@@ -72,6 +72,8 @@ def refusal(config: AttentionConfig, metadata: AttentionMetadata, options: Atten
     """None if the step is one of two such parts in a type that GPU libraries multiply, or the reason why not."""
     if config.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype is {config.dtype}, but must be float16 or bfloat16"
+    if config.latent:
+        return "the cache is latent, but K and V must have memory of their own"
     if config.precision.dtype(config.dtype) is not config.dtype:
         return f"precision is {config.precision.value}, but must be that of dtype {config.dtype}"
     if options.alibi_slopes is not None:
@@ -94,8 +96,9 @@ def refusal(config: AttentionConfig, metadata: AttentionMetadata, options: Atten
 def _context_refusal(config: AttentionConfig, metadata: AttentionMetadata) -> str | None:
     if config.layout is not Layout.UNIFIED:
         return f"layout is {config.layout.value}, but must be unified"
-    if config.kv_dtype is not config.dtype:
-        return f"kv_dtype is {config.kv_dtype}, but must be {config.dtype} as dtype"
+    for name in ("kv_dtype", "v_dtype"):
+        if getattr(config, name) is not config.dtype:
+            return f"{name} is {getattr(config, name)}, but must be {config.dtype} as dtype"
     holes = metadata.hole_ends.minimum(metadata.context_lens) > metadata.hole_starts
     if holes.any():
         return "it has a prefix hole, but every cached token must be seen"

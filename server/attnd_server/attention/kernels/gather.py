@@ -37,7 +37,8 @@ def _read_kernel(
     k, v,
     k_pages, v_pages, slot_mapping, k_scales, v_scales, num_tokens,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    DISTINCT: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    DISTINCT: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -50,8 +51,8 @@ def _read_kernel(
     # Both loads first, so that they wait for memory together.
     stored_k = tl.load(k_pages + k_offsets, mask=k_exists)
     stored_v = tl.load(v_pages + v_offsets, mask=v_exists)
-    _write_piece(k, stored_k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, SCALED)
-    _write_piece(v, stored_v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, SCALED)
+    _write_piece(k, stored_k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, K_SCALED)
+    _write_piece(v, stored_v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, V_SCALED)
 
 
 def read_kv(
@@ -95,7 +96,8 @@ def read_kv(
             HEAD_DIM_V=head_dim_v,
             PAGE_SIZE=page_size,
             DISTINCT=layout is Layout.DISTINCT,
-            SCALED=pages.k_scales is not None,
+            K_SCALED=pages.k_scales is not None,
+            V_SCALED=pages.v_scales is not None,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,

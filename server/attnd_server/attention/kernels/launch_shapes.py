@@ -107,7 +107,7 @@ def launch_shape(num_new: int, heads: int, dims: int, item_size: int) -> Tile:
         num_new: its new tokens.
         heads: query heads that share a program.
         dims: head dim of K or V, whichever is greater, padded to a power of two.
-        item_size: bytes of an element of the pages if they are quantised, else of the products.
+        item_size: bytes of an element of the pages if K and V are quantised, else of the products.
     """
     tile = TILES[item_size, max(64, dims)][(num_new > FEW_NEW_TOKENS) + (num_new > MAX_SPLIT_TOKENS)]
     return tile._replace(rows=min(tile.rows, max(16, 1 << (num_new * heads - 1).bit_length())))

@@ -96,13 +96,14 @@ def _paged_attention_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, DIMS_V: tl.constexpr, COMPUTE: tl.constexpr,
     NEW_TOKENS: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, SCALED: tl.constexpr,
+    ALIBI: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
     SOME_NEW: tl.constexpr, NEW_SCALED: tl.constexpr,
 ):  # fmt: skip
     """Grid: items * NUM_HEADS / HEADS. The tensors are `paged_attention`'s.
 
-    FEW: no request has more than `_FEW` new tokens. SPLIT: some have more than one chunk. SCALED: pages have scales.
-    SOME_NEW: only new tokens whose `seen_tokens` is not 0 are keys. NEW_SCALED: they have the scales of pages.
+    FEW: no request has more than `_FEW` new tokens. SPLIT: some have more than one chunk. K_SCALED, V_SCALED: K's pages
+    have scales, V's. SOME_NEW: only new tokens whose `seen_tokens` is not 0 are keys. NEW_SCALED: they have the scales
+    of pages.
     """
     # What to do: an item of the work list, for HEADS query heads of one KV head. All loads at once.
     GROUPS: tl.constexpr = NUM_HEADS // HEADS
@@ -175,8 +176,9 @@ def _paged_attention_kernel(
             first_key = tl.maximum(first_key, context_len + first_token - window + 1)
     k_scale = scale
     v_scale = 1.0
-    if SCALED:
+    if K_SCALED:
         k_scale = scale * tl.load(k_scales + kv_head)
+    if V_SCALED:
         v_scale = tl.load(v_scales + kv_head)
     new_scale = k_scale if NEW_SCALED else scale
 
@@ -208,7 +210,15 @@ def _paged_attention_kernel(
                 visible = visible & (positions[:, None] - keys[None, :] < window)
             scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, k_scale, softcap, SOFTCAP, ALIBI)
             accumulator, row_max, row_sum = attend(
-                accumulator, row_max, row_sum, scores, visible, v_tile.to(COMPUTE), v_scale, phase == PHASES - 1, SCALED
+                accumulator,
+                row_max,
+                row_sum,
+                scores,
+                visible,
+                v_tile.to(COMPUTE),
+                v_scale,
+                phase == PHASES - 1,
+                V_SCALED,
             )
             if SPLIT:
                 done = start + KEYS - first_key
@@ -229,7 +239,7 @@ def _paged_attention_kernel(
             visible = visible & (positions[:, None] - new_keys[None, :] < window)
         scores = score(q_tile, k_new.to(COMPUTE), positions, new_keys, slopes, new_scale, softcap, SOFTCAP, ALIBI)
         accumulator, row_max, row_sum = attend(
-            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), v_scale, True, NEW_SCALED
+            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), v_scale, True, NEW_SCALED and V_SCALED
         )
     elif NEW_TOKENS:
         first_new = context_len
@@ -253,7 +263,7 @@ def _paged_attention_kernel(
                 visible = seen[None, :] & (keys[None, :] < limits[:, None])
                 if WINDOW:
                     visible = visible & (positions[:, None] - keys[None, :] < window)
-                scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, scale, softcap, SOFTCAP, ALIBI)
+                scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, new_scale, softcap, SOFTCAP, ALIBI)
                 accumulator, row_max, row_sum = attend(
                     accumulator,
                     row_max,
@@ -261,9 +271,9 @@ def _paged_attention_kernel(
                     scores,
                     visible,
                     v_tile.to(COMPUTE),
-                    1.0,
+                    v_scale,
                     SOME_NEW or phase == 1,
-                    False,
+                    NEW_SCALED and V_SCALED,
                 )
 
     if SPLIT:
@@ -363,7 +373,8 @@ def paged_attention(
         HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
         ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
         NEW_TOKENS=k is not None, FEW=is_few, SPLIT=partial_output is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
-        ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None, SCALED=k_scales is not None,
+        ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
+        K_SCALED=k_scales is not None, V_SCALED=v_scales is not None,
         SOME_NEW=seen_tokens is not None, NEW_SCALED=new_is_scaled,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

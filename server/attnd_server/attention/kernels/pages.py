@@ -4,7 +4,8 @@ Token order is `[num_tokens, num_kv_heads, head_dim]`. Pages lie in one of two l
 one a slot is one row of memory; in the distinct one K is cut into groups of `DISTINCT_LANES` elements and V is
 transposed within a page, so that a slot is scattered. Offsets are int64: a cache may hold more than 2**31 elements.
 
-FP8 pages have scales, float32 `[num_kv_heads]` on their device: see `quantised` and `dequantised`.
+FP8 pages have scales, float32 `[num_kv_heads]` on their device: see `quantised` and `dequantised`. K may be in FP8 and
+V not, and the other way round. In latent pages V is the first part of K's rows: K is stored and copied, V never.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class StoredTokens(NamedTuple):
     slots: torch.Tensor
     tokens: torch.Tensor | None = None
     first_slot: int | None = None
+
+
+def is_latent(pages: LayerPages) -> bool:
+    """Whether V is the first part of K's rows, and has no memory of its own."""
+    return pages.v.data_ptr() == pages.k.data_ptr()
 
 
 def of_kv_heads(pages: LayerPages, heads: slice, layout: Layout) -> LayerPages:
@@ -106,28 +112,43 @@ def store_kv(
     Args:
         pages: of a layer, written in place. Those without scales have k's type.
         k: `[num_tokens, num_kv_heads, head_dim]` on the pages' device.
-        v: `[num_tokens, num_kv_heads, head_dim_v]` on the pages' device.
+        v: `[num_tokens, num_kv_heads, head_dim_v]` on the pages' device. Of latent pages it is not looked at.
         stored: which tokens, and where.
         layout: of the pages.
     """
+    if layout is not Layout.UNIFIED:
+        _store_distinct(pages, k, v, stored)
+        return
+    _store_rows(pages.k, k, pages.k_scales, stored)
+    if not is_latent(pages):
+        _store_rows(pages.v, v, pages.v_scales, stored)
+
+
+def _store_rows(pages: torch.Tensor, new: torch.Tensor, scales: torch.Tensor | None, stored: StoredTokens) -> None:
+    """Stores K or V in unified pages."""
     slots, tokens, first_slot = stored
-    k_pages, v_pages, k_scales, v_scales = pages
-    if first_slot is not None and k_scales is None and layout is Layout.UNIFIED:
-        _copy_rows(k_pages, k, first_slot)
-        _copy_rows(v_pages, v, first_slot)
+    if first_slot is not None and scales is None:
+        _copy_rows(pages, new, first_slot)
         return
     if tokens is not None:
+        new, slots = new[tokens], slots[tokens]
+    if scales is not None:
+        pages, new = _bytes(pages), _all_quantised(new, scales)
+    _rows(pages).index_copy_(0, slots, new)
+
+
+def _store_distinct(pages: LayerPages, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
+    """Stores K and V in distinct pages."""
+    slots, tokens, _ = stored
+    if tokens is not None:
         k, v, slots = k[tokens], v[tokens], slots[tokens]
-    if k_scales is not None and v_scales is not None:
-        k, v = _all_quantised(k, k_scales), _all_quantised(v, v_scales)
-        k_pages, v_pages = _bytes(k_pages), _bytes(v_pages)
-    if layout is Layout.UNIFIED:
-        _rows(k_pages).index_copy_(0, slots, k)
-        _rows(v_pages).index_copy_(0, slots, v)
-        return
-    page, offset = _split(slots, v_pages.shape[3])
-    k_pages[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
-    v_pages[page, :, :, offset] = v
+    if pages.k_scales is not None:
+        k = _all_quantised(k, pages.k_scales)
+    if pages.v_scales is not None:
+        v = _all_quantised(v, pages.v_scales)
+    page, offset = _split(slots, pages.v.shape[3])
+    _bytes(pages.k)[page, :, :, offset] = k.unflatten(2, (-1, DISTINCT_LANES))
+    _bytes(pages.v)[page, :, :, offset] = v
 
 
 def kept_slots(pages: LayerPages, stored: StoredTokens, layout: Layout) -> Callable[[], None]:
@@ -137,7 +158,7 @@ def kept_slots(pages: LayerPages, stored: StoredTokens, layout: Layout) -> Calla
         What puts it back.
     """
     slots = stored.slots if stored.tokens is None else stored.slots[stored.tokens]
-    parts = [_bytes(each) for each in (pages.k, pages.v)]
+    parts = [_bytes(each) for each in ((pages.k,) if is_latent(pages) else (pages.k, pages.v))]
     if layout is Layout.UNIFIED:
         rows = [_rows(each) for each in parts]
         kept = [each.index_select(0, slots) for each in rows]
@@ -163,11 +184,13 @@ def replace_slot(pages: LayerPages, k: torch.Tensor, v: torch.Tensor, slot: int)
     Returns:
         What puts back what was there.
     """
-    old_k, old_v = _replace_row(pages.k, k, slot), _replace_row(pages.v, v, slot)
+    old_k = _replace_row(pages.k, k, slot)
+    old_v = None if is_latent(pages) else _replace_row(pages.v, v, slot)
 
     def put_back() -> None:
         ctypes.memmove(*old_k)
-        ctypes.memmove(*old_v)
+        if old_v is not None:
+            ctypes.memmove(*old_v)
 
     return put_back
 
@@ -206,9 +229,14 @@ def read_kv(
         dtype: of the results.
 
     Returns:
-        New contiguous tensors `[num, num_kv_heads, head_dim]` and `[num, num_kv_heads, head_dim_v]`.
+        New contiguous tensors `[num, num_kv_heads, head_dim]` and `[num, num_kv_heads, head_dim_v]`. Of latent pages
+        the second is a view of the first.
     """
     k_pages, v_pages, k_scales, v_scales = pages
+    if is_latent(pages):
+        k = _rows(_bytes(k_pages)).index_select(0, slots)
+        k = _read(k.view(k_pages.dtype), dtype, k_scales)
+        return k, k[..., : v_pages.shape[3]]
     k, v = _bytes(k_pages), _bytes(v_pages)
     if layout is Layout.UNIFIED:
         k, v = _rows(k).index_select(0, slots), _rows(v).index_select(0, slots)
@@ -247,7 +275,7 @@ def gather_pages(
 
 
 def copy_pages(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+    k_pages: torch.Tensor, v_pages: torch.Tensor | None, source_pages: torch.Tensor, target_pages: torch.Tensor
 ) -> None:
     """Copies whole pages in every layer; see `page_copies`."""
     for _ in page_copies(k_pages, v_pages, source_pages, target_pages):
@@ -255,17 +283,17 @@ def copy_pages(
 
 
 def page_copies(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, source_pages: torch.Tensor, target_pages: torch.Tensor
+    k_pages: torch.Tensor, v_pages: torch.Tensor | None, source_pages: torch.Tensor, target_pages: torch.Tensor
 ) -> Iterator[None]:
     """Copies whole pages in every layer, some of them whenever it is asked to go on.
 
     Args:
         k_pages: K of all layers, `[num_layers, num_pages, ...]` in either layout, written in place.
-        v_pages: V of all layers, likewise.
+        v_pages: V of all layers, likewise; None of a latent cache.
         source_pages: int64 `[num_copies]`, pages to read.
         target_pages: int64 `[num_copies]`, pages to write; none twice and none that is also read.
     """
-    for pages in (_bytes(k_pages), _bytes(v_pages)):
+    for pages in map(_bytes, (k_pages,) if v_pages is None else (k_pages, v_pages)):
         source, target = source_pages.to(pages.device), target_pages.to(pages.device)
         step = max(1, COPIED_BYTES // max(1, pages[:, 0].nbytes))
         for first in range(0, len(source), step):

@@ -61,7 +61,8 @@ def _store_kernel(
     k_pages, v_pages,
     k, v, slot_mapping, k_scales, v_scales, num_tokens,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    DISTINCT: tl.constexpr, QUANTISED: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    DISTINCT: tl.constexpr, K_QUANTISED: tl.constexpr, V_QUANTISED: tl.constexpr,
+    TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -70,8 +71,8 @@ def _store_kernel(
     k_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM)[None, :]
     v_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM_V)[None, :]
     # Both loads first, so that they wait for memory together.
-    new_k = _load_piece(k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, QUANTISED)
-    new_v = _load_piece(v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, QUANTISED)
+    new_k = _load_piece(k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, K_QUANTISED)
+    new_v = _load_piece(v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, V_QUANTISED)
     k_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
     v_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
     tl.store(k_pages + k_targets, new_k, mask=k_exists)
@@ -114,7 +115,8 @@ def store_kv(
             HEAD_DIM_V=v.shape[2],
             PAGE_SIZE=pages.v.shape[3 if layout is Layout.DISTINCT else 1],
             DISTINCT=layout is Layout.DISTINCT,
-            QUANTISED=pages.k.dtype is FP8,
+            K_QUANTISED=pages.k.dtype is FP8,
+            V_QUANTISED=pages.v.dtype is FP8,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,

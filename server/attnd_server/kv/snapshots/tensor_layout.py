@@ -2,7 +2,7 @@
 
 The format (https://huggingface.co/docs/safetensors) is 8 bytes with the length of a header, the header in JSON, and the
 tensors' bytes one after the other. Here these are `pages`, the ids of the pages that were written to, and for each
-layer `layers.N.k` and `layers.N.v`, those pages of it.
+layer `layers.N.k` and `layers.N.v`, those pages of it; in a latent cache `layers.N.k` has V too.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ class TensorLayout:
         header: the file's first bytes.
         num_bytes: of the file.
         num_pages: in it.
-        parts: K and V of each layer, in the order of the file.
+        parts: K and V of each layer, or K alone, in the order of the file.
     """
 
     def __init__(self, config: Geometry, num_pages: int) -> None:
         """Of `num_pages` pages of a cache."""
         self.num_pages = num_pages
-        dtype = dtype_name(config.kv_dtype)
         tensors: dict[str, object] = {"pages": _tensor("I32", (num_pages,), 0, 4 * num_pages)}
         parts: list[Part] = []
         end = 4 * num_pages
-        shapes = {True: config.k_shape[1:], False: config.v_shape[1:]}
+        kinds = {True: (config.k_shape[1:], dtype_name(config.kv_dtype))}
+        if not config.latent:
+            kinds[False] = config.v_shape[1:], dtype_name(config.v_dtype)
         for layer in range(config.num_layers):
-            for is_k, shape in shapes.items():
+            for is_k, (shape, dtype) in kinds.items():
                 page_bytes = math.prod(shape) * ITEM_SIZES[dtype]
                 begin, end = end, end + num_pages * page_bytes
                 name = f"layers.{layer}.{'k' if is_k else 'v'}"

@@ -135,7 +135,7 @@ def _compare_head(part: _Part, position: int, head: int, index: int, verdict: Ve
     span = position + len(q) - part.first_position
     bias = _greatest(slopes) * span + _greatest(sinks)
     dtype = coarsest(sample.q.dtype, precision)
-    off = score_error(dots + options.softcap + bias, precision if sample.config.is_quantised else None)
+    off = score_error(dots + options.softcap + bias, precision if sample.config.k_is_quantised else None)
     off += underflow(options, q_sizes, key_size, sample.config.head_dim)
     actual, blind = sample.output[part.rows, head : head + 1], ~part.seen.any(1)
     bounds = output_bounds(expected, dtype, sample.q.dtype, _greatest(seen_values), off)

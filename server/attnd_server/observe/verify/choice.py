@@ -89,5 +89,6 @@ def _head_bytes(
     """Bytes of one KV head of a request: K and V, and its query heads' q, output and lse."""
     dims, itemsize = config.head_dim + config.head_dim_v, config.dtype.itemsize
     group = options.num_heads // config.num_kv_heads
-    cached = num_cached * dims * (config.kv_dtype or config.dtype).itemsize
+    k_itemsize, v_itemsize = ((each or config.dtype).itemsize for each in (config.kv_dtype, config.v_dtype))
+    cached = num_cached * (config.head_dim * k_itemsize + config.head_dim_v * v_itemsize)
     return cached + query_len * dims * itemsize + num_rows * group * (dims * itemsize + 4)

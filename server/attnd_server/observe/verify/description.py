@@ -35,6 +35,8 @@ def described(sample: Sample, verdict: Verdict) -> dict[str, object]:
         "page_size": config.page_size,
         "dtype": str(config.dtype),
         "kv_dtype": str(config.kv_dtype),
+        "v_dtype": str(config.v_dtype),
+        "latent": config.latent,
         "layout": config.layout.value,
         "precision": config.precision.value,
         "kv_split": str(config.kv_split),

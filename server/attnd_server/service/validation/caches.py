@@ -73,9 +73,8 @@ def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
     if message.dtype not in DTYPES:
         name = _dtype_name(message.dtype)
         refuse("dtype", f"dtype is {name}, but must be DTYPE_FLOAT32, DTYPE_FLOAT16 or DTYPE_BFLOAT16")
-    if message.kv_dtype not in (tensor_pb2.DTYPE_UNSPECIFIED, message.dtype, *KV_DTYPES):
-        rule = f"{_dtype_name(message.dtype)} as dtype, or {' or '.join(map(_dtype_name, KV_DTYPES))}"
-        refuse("kv_dtype", f"kv_dtype is {_dtype_name(message.kv_dtype)}, but must be {rule}")
+    kv_dtype = _kv_dtype("kv_dtype", message.kv_dtype, message.dtype, message.dtype)
+    v_dtype = _kv_dtype("v_dtype", message.v_dtype, message.dtype, kv_dtype)
     if message.layout not in _LAYOUTS:
         refuse("layout", f"layout is {message.layout}, but must be LAYOUT_UNIFIED or LAYOUT_DISTINCT")
     if message.precision not in _PRECISIONS:
@@ -92,10 +91,19 @@ def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
         backend=backend(message.backend, AttentionBackend.AUTO),
         precision=_PRECISIONS[message.precision],
         kv_split=_kv_split(message.kv_split),
-        kv_dtype=KV_DTYPES.get(message.kv_dtype),
-        k_scales=_scales(message, "k_scales", message.kv_dtype in KV_DTYPES),
-        v_scales=_scales(message, "v_scales", message.kv_dtype in KV_DTYPES),
+        kv_dtype=KV_DTYPES.get(kv_dtype) or DTYPES[kv_dtype],
+        v_dtype=KV_DTYPES.get(v_dtype) or DTYPES[v_dtype],
+        k_scales=_scales(message, "k_scales", "kv_dtype", kv_dtype in KV_DTYPES),
+        v_scales=_scales(message, "v_scales", "v_dtype", v_dtype in KV_DTYPES),
     )
+
+
+def _kv_dtype(field: str, value: int, dtype: int, default: int) -> int:
+    """The wire's number of a type of pages: `dtype`, or one of KV_DTYPES."""
+    if value not in (tensor_pb2.DTYPE_UNSPECIFIED, dtype, *KV_DTYPES):
+        rule = f"{_dtype_name(dtype)} as dtype, or {' or '.join(map(_dtype_name, KV_DTYPES))}"
+        refuse(field, f"{field} is {_dtype_name(value)}, but must be {rule}")
+    return value or default
 
 
 def _kv_split(message: cache_pb2.KvSplit) -> KVSplitConfig:
@@ -109,11 +117,11 @@ def _kv_split(message: cache_pb2.KvSplit) -> KVSplitConfig:
         raise InvalidRequest(f"kv_split.{error}", field=f"kv_split.{error.field}") from None
 
 
-def _scales(message: Message, field: str, is_quantised: bool) -> tuple[float, ...]:
+def _scales(message: Message, field: str, dtype_field: str, is_quantised: bool) -> tuple[float, ...]:
     if not message.HasField(field):
         return (1.0,)
     if not is_quantised:
-        rule = f"must be absent unless kv_dtype is {' or '.join(map(_dtype_name, KV_DTYPES))}"
+        rule = f"must be absent unless {dtype_field} is {' or '.join(map(_dtype_name, KV_DTYPES))}"
         refuse(field, f"{field} is given, but {rule}")
     values = view(getattr(message, field), field, (tensor_pb2.DTYPE_FLOAT32,), ("num_scales",))
     if len(values) > MAX_SCALES:

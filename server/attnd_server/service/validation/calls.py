@@ -31,7 +31,7 @@ class CallTensors(NamedTuple):
     Attributes:
         q: `[num_tokens, num_heads, head_dim]`, or None in a store-only step.
         k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
-        v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step.
+        v: `[num_tokens, num_kv_heads, head_dim_v]`, or None in a cache-only step; of a latent cache a view of k.
         num_heads: query heads; 0 in a store-only step.
     """
 
@@ -48,7 +48,7 @@ class StoreTensors(NamedTuple):
         layer: of the cache.
         slots: int64 `[num_tokens]`, none twice.
         k: `[num_tokens, num_kv_heads, head_dim]`, a view of the received bytes: do not write to it.
-        v: `[num_tokens, num_kv_heads, head_dim_v]`, likewise.
+        v: `[num_tokens, num_kv_heads, head_dim_v]`, likewise; of a latent cache a view of k.
     """
 
     layer: int
@@ -126,6 +126,11 @@ def _k_and_v(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = caches.WIRE_DTYPES[config.dtype]
     k = payload(payloads, "k", dtype, (num_tokens, config.num_kv_heads, config.head_dim))
+    if config.latent:
+        if "v" in payloads:
+            refuse("v", f"v is given, but must be absent: it is the first {config.head_dim_v} elements of k")
+        rows = torch_tensor(k)
+        return rows, rows[..., : config.head_dim_v]
     v = payload(payloads, "v", dtype, (num_tokens, config.num_kv_heads, config.head_dim_v))
     return torch_tensor(k), torch_tensor(v)
 

@@ -61,6 +61,8 @@ class TritonPagedAttention:
 
         if not self.supports_context_length(metadata.max_context_len):
             return f"a context has {metadata.max_context_len} tokens, but must have at most {MAX_CONTEXT_LEN}"
+        if config.latent:
+            return "the cache is latent, but its kernels read K and V from memory of their own"
         if knobs.runtime.interpret and config.precision.dtype(config.dtype) is torch.bfloat16:
             return "Triton's interpreter cannot multiply bfloat16"
         if options.softcap > MAX_SOFTCAP:

@@ -55,6 +55,7 @@ def fits_hopper(config: AttentionConfig, dtype: torch.dtype, device: torch.devic
         and dtype in (torch.float16, torch.bfloat16)
         and dtype == config.dtype
         and config.kv_dtype in (dtype, FP8)
+        and config.is_uniform
         and config.layout is Layout.UNIFIED
         and config.page_size % 16 == 0
         and config.head_dim in (HOPPER_FP8_DIMS if config.is_quantised else HOPPER_DIMS)
@@ -162,5 +163,6 @@ def _launch(
     if hopper and not has_absent_pages and few and fits_hopper_fp8(rows, config.head_dim):
         return LaunchShape(None, rows, few, keys)
     dims = max(16, 1 << (max(config.head_dim, config.head_dim_v) - 1).bit_length())
-    tile = launch_shape(num_new, group, dims, 1 if config.is_quantised else dtype.itemsize)
+    both = config.k_is_quantised and config.v_is_quantised
+    tile = launch_shape(num_new, group, dims, 1 if both else dtype.itemsize)
     return LaunchShape(tile, tile.rows, few, keys)
