@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -221,3 +221,39 @@ def test_snapshots_go_on_and_back_behind_one_address(packages: Path, version: st
                     assert later.error(client.prefill(caches[0], metadata, 0, *qkv), context, 0, qkv) <= 1
     finally:
         server.stop()
+
+
+CREATED = {"v_dtype": ({"dtype": "float32", "v_dtype": "float8_e4m3fn"}, "pages whose V has another type than K")}
+
+
+@pytest.mark.parametrize("name", CREATED)
+@pytest.mark.parametrize("connect", [attnd.connect, attnd.aio.connect], ids=["sync", "aio"])
+def test_released_server_makes_no_cache_of_a_part_of_a_request(
+    version: str, old_server: ServerProcess, connect: Callable[[str], Any], name: str
+) -> None:
+    asked, words = CREATED[name]
+
+    async def test() -> None:
+        client = await settled(connect(old_server.address))
+        before = len(await settled(client.list_caches()))
+        with pytest.raises(attnd.Unsupported) as refusal:
+            await settled(client.create_cache(**calls.GEOMETRY, **asked))
+        server = f"the server is of version {version}, which has no {words}: upgrade it"
+        assert str(refusal.value) == f"{name} is given, but {server}"
+        assert len(await settled(client.list_caches())) == before
+        await settled(client.close())
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("name", CREATED)
+def test_todays_server_makes_new_caches(new_server: ServerProcess, name: str) -> None:
+    with (
+        attnd.connect(new_server.address) as client,
+        client.create_cache(**calls.GEOMETRY, **CREATED[name][0]) as cache,
+    ):
+        k, v = torch.full((1, 2, 16), 0.3), torch.full((1, 2, 16), 0.3)
+        cache.store_kv(0, [5], k, v)
+        read_k, read_v = cache.read_kv(0, [5], torch.empty(0))
+        assert torch.equal(read_k, k)
+        assert torch.equal(read_v, v.to(torch.float8_e4m3fn).float())

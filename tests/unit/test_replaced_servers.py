@@ -193,3 +193,30 @@ def test_each_cache_is_of_one_life_of_the_server(client_of: Client) -> None:
             await store_first(later)
 
     run(test)
+
+
+def test_a_new_cache_is_not_asked_of_an_older_server(client_of: Client) -> None:
+    servers = Servers()
+
+    async def test() -> None:
+        client = client_of(servers)
+        await settled(client.capabilities())
+        servers.replace(frozenset())
+        with pytest.raises(Unsupported, match=r"^v_dtype is given, but the server is of version 0\.1\.0"):
+            await settled(client.create_cache(**GEOMETRY, v_dtype="float8_e4m3fn"))
+        assert servers.asked == ["GetCapabilities", "GetCapabilities"]
+        servers.replace(KNOWN)
+        assert (await settled(client.create_cache(**GEOMETRY, v_dtype="float8_e4m3fn"))).missing is None
+
+    run(test)
+
+
+def test_a_cache_that_an_older_server_made_of_a_part_of_the_request_is_deleted(client_of: Client) -> None:
+    servers = Servers(replaced_at="CreateCache")
+
+    async def test() -> None:
+        with pytest.raises(Unsupported, match="v_dtype is given"):
+            await settled(client_of(servers).create_cache(**GEOMETRY, v_dtype="float8_e4m3fn"))
+        assert servers.asked == ["GetCapabilities", "CreateCache", "GetCapabilities", "DeleteCache"]
+
+    run(test)
