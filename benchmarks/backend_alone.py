@@ -16,6 +16,7 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.cuda_graph import captured
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.service import validation
 from benchmarks.graph_timing import synchronize
 from benchmarks.workload import DecodeStep
@@ -33,7 +34,8 @@ class BackendAlone:
         self._step = step
         self._ops = TritonAttentionOps(device)
         config = AttentionConfig(**step.geometry)
-        self._cache = Cache(config, epoch=0, principal="", ttl_s=0.0, name="", device=device)
+        self._cache = Cache(CacheShape.of(config), epoch=0, principal="", ttl_s=0.0, name="", device=device)
+        (self._group,) = self._cache.groups
         self._metadata = validation.step(step.metadata.to_message(1, cache_pb2.CacheRef()), config, ServerConfig())
         self._options = AttentionOptions(num_heads=step.heads.num_heads, scale=step.heads.head_dim**-0.5)
         self._layers = [tuple(tensor.to(device) for tensor in layer) for layer in step.layers]
@@ -67,12 +69,12 @@ class BackendAlone:
         if self._plan is not None:
             self._plan.update(self._metadata)
             return self._replay
-        plan = self._ops.plan(self._cache.config, self._metadata, self._options)
+        plan = self._ops.plan(self._group.config, self._metadata, self._options)
 
         def call(layer: int) -> torch.Tensor:
             q, k, v = self._layers[layer]
-            self._cache.store(layer, k, v, self._stored)
-            output, _ = plan.run(q, k, v, self._cache.layers[layer])
+            self._group.store(layer, k, v, self._stored)
+            output, _ = plan.run(q, k, v, self._group.layers[layer])
             return output
 
         return call
@@ -107,11 +109,11 @@ class BackendAlone:
 
     def store_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """As `attnd.Cache.store_kv`."""
-        self._cache.store(layer, k.to(self._device), v.to(self._device), stored_tokens(slots, self._device))
+        self._group.store(layer, k.to(self._device), v.to(self._device), stored_tokens(slots, self._device))
 
     def read_kv(self, layer: int, slots: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attnd.Cache.read_kv`."""
-        k, v = self._cache.read(layer, slots.to(self._device))
+        k, v = self._group.read(layer, slots.to(self._device))
         return k.to(like.device), v.to(like.device)
 
     def _replay(self, layer: int) -> torch.Tensor:
@@ -120,7 +122,7 @@ class BackendAlone:
 
     def _captured(self) -> FixedPlan | None:
         """Captures every layer; None if the backend has no plan whose launches never change."""
-        config, shape = self._cache.config, DecodeShape(self._step.num_reqs, 1, self._step.context_len)
+        config, shape = self._group.config, DecodeShape(self._step.num_reqs, 1, self._step.context_len)
         kernel = self._ops.kernel_for(config, shape, self._options)
         plan = kernel.fixed_plan(config, shape, self._options, self._device)
         if isinstance(plan, str):
@@ -140,5 +142,5 @@ class BackendAlone:
 
     def _launch(self, plan: FixedPlan, layer: int, output: torch.Tensor) -> None:
         q, k, v = self._layers[layer]
-        self._cache.store_at(layer, k, v, self._slots)
-        plan.launch(output, None, q, k, v, self._cache.layers[layer])
+        self._group.store_at(layer, k, v, self._slots)
+        plan.launch(output, None, q, k, v, self._group.layers[layer])

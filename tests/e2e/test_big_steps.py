@@ -17,8 +17,7 @@ from attnd.protocol.packing import int32_tensor
 from attnd.v1 import attention_pb2, cache_pb2, step_pb2
 from attnd_server.config import ServerConfig
 from attnd_server.rpc import rpcs
-from attnd_server.service import service, validation
-from attnd_server.service import session as attend_session
+from attnd_server.service import kept_steps, service, validation
 from attnd_server.service.session import BigStep
 from tests.e2e.test_overload import Busy, serving
 from tests.servers import wait_for
@@ -41,7 +40,7 @@ class Seen:
         self.threads: list[str] = []
         self.hold = threading.Event()
         self.hold.set()
-        check = validation.step
+        check = validation.steps
 
         def checked(message: step_pb2.Step, *arguments: object) -> object:
             self.threads.append(threading.current_thread().name.partition("_")[0])
@@ -49,7 +48,7 @@ class Seen:
                 assert self.hold.wait(30)
             return check(message, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(service.validation, "step", checked)
+        monkeypatch.setattr(service.validation, "steps", checked)
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_a_stream_waits_for_its_big_step_and_others_do_not(
     with attnd.connect(busy.server.address, plane="inline") as client, ThreadPoolExecutor(1) as threads:
         with client.create_cache(**GEOMETRY) as cache, client.create_cache(**GEOMETRY) as other:
             with cache.session() as session, other.session() as others:
-                monkeypatch.setattr(attend_session, "BIG_STEP_ELEMENTS", 63)
+                monkeypatch.setattr(kept_steps, "BIG_STEP_ELEMENTS", 63)
                 seen.hold.clear()
                 # A call right behind its step: it finds the step open.
                 waiting = threads.submit(lambda: session.step(decode(0)).attend(0, Q, K, V))
@@ -112,21 +111,21 @@ def test_big_messages_of_every_kind_are_checked_beside_the_event_loop(
 
 def test_what_asks_for_a_large_table_is_told_from_its_header() -> None:
     """Of a table as sent and of a delta of 70 bytes; without a look at any element."""
-    limit = attend_session.BIG_STEP_ELEMENTS
+    limit = kept_steps.BIG_STEP_ELEMENTS
     one = int32_tensor([0, 1], "cu_seqlens_q")
     for elements, is_big in ((limit, False), (limit + 1, True)):
         table = int32_tensor(np.zeros((1, elements), np.int32), "page_tables")
-        assert attend_session._is_big(step_pb2.Step(cu_seqlens_q=one, page_tables=table)) is is_big
+        assert kept_steps.is_big(step_pb2.Step(cu_seqlens_q=one, page_tables=table)) is is_big
     for pages, is_big in ((limit // 8, False), (limit, True), (2**32 - 1, True)):
         delta = step_pb2.PageTableDelta(base_step_id=1, max_pages=pages)
-        assert attend_session._is_big(step_pb2.Step(cu_seqlens_q=one, page_table_delta=delta)) is is_big
-    assert not attend_session._is_big(step_pb2.Step())
+        assert kept_steps.is_big(step_pb2.Step(cu_seqlens_q=one, page_table_delta=delta)) is is_big
+    assert not kept_steps.is_big(step_pb2.Step())
 
 
 def test_a_session_asks_its_caller_to_check_big_steps_elsewhere(busy: Busy, monkeypatch: pytest.MonkeyPatch) -> None:
     with attnd.connect(busy.server.address) as client, client.create_cache(**GEOMETRY) as cache:
         session = busy.service.open_session("anybody")
-        monkeypatch.setattr(attend_session, "BIG_STEP_ELEMENTS", 63)
+        monkeypatch.setattr(kept_steps, "BIG_STEP_ELEMENTS", 63)
         data = frames.step_request(decode(0).to_message(1, cache.ref))
         big = session.request_in_parts(data)
         assert isinstance(big, BigStep)

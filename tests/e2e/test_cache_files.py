@@ -101,7 +101,7 @@ def test_it_has_the_bits_that_a_server_writes(client, filled, tmp_path: Path) ->
     with (tmp_path / "folder" / TENSORS).open("rb") as file:
         file.seek(layout.parts[0].offset)
         page = torch.frombuffer(bytearray(file.read(layout.parts[0].page_bytes)), dtype=torch.uint8).view(FP8)
-    k = page.view(4, 2, 16).float() * torch.tensor(manifest.config.k_scales)[:, None]
+    k = page.view(4, 2, 16).float() * torch.tensor(manifest.shape.common.k_scales)[:, None]
     assert manifest.principal is None
     assert torch.equal(k[1].bfloat16(), cache.read_kv(0, [13], like=torch.empty(0))[0][0])
     assert not k[2].any()

@@ -83,9 +83,9 @@ class Pool:
     def __init__(self, cache: Cache) -> None:
         """Expects what is there now."""
         self.cache = cache
-        self.config = cache.config
+        self.config = cache.groups[0].config
         self.info = cache.info()
-        self._actual = [_bytes_of(pages) for pages in (cache.k_pages, cache.v_pages)]
+        self._actual = [_bytes_of(pages) for pages in (cache.groups[0].k_pages, cache.groups[0].v_pages)]
         self._expected = [pages.copy() for pages in self._actual]
 
     @property
@@ -164,7 +164,7 @@ class World:
 
     def _add(self, principal: str, config: AttentionConfig) -> Pool:
         cache = self.service.caches.create(config, principal=principal, ttl_s=86_400, name="")
-        for pages in (cache.k_pages, cache.v_pages):
+        for pages in (cache.groups[0].k_pages, cache.groups[0].v_pages):
             pages.copy_(torch.randn(pages.shape))
         pool = self.pools[cache.id] = Pool(cache)
         return pool
@@ -197,8 +197,8 @@ class World:
             assert self.pool(info.cache).cache.key
             return
         cache = self.service.caches.get(info.cache, CALLER)
-        assert not cache.k_pages.view(torch.uint8).any()
-        assert not cache.v_pages.view(torch.uint8).any()
+        assert not cache.groups[0].k_pages.view(torch.uint8).any()
+        assert not cache.groups[0].v_pages.view(torch.uint8).any()
         self._made.append(Pool(cache))
         self.pools[cache.id] = self._made[-1]
         if len(self._made) > _MAX_MADE:

@@ -12,7 +12,9 @@ import torch
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels import pages
 from attnd_server.attention.layer_pages import LayerPages
-from attnd_server.kv import cache as caches
+from attnd_server.kv import layer_group
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.cache_shape import CacheShape
 from tests import interpreter
 from tests.kernels.slots import GEOMETRIES, LAYOUTS, QUANTISED, config_of, only, types
 from tests.steps import DTYPES
@@ -162,18 +164,18 @@ def test_a_cache_reads_with_it_what_it_stored(device: str, layout: Layout, monke
         launches.append(args)
         return gather.read_kv(*args)
 
-    kernels = caches._TritonKernels(store.store_kv, read_kv)
-    monkeypatch.setattr(caches, "_triton_kernels", lambda config, device: kernels)
+    kernels = layer_group._TritonKernels(store.store_kv, read_kv)
+    monkeypatch.setattr(layer_group, "_triton_kernels", lambda config, device: kernels)
     config = replace(config_of(layout, torch.float32, 3, 40, 24), num_layers=2)
     lease = {"epoch": 1, "principal": "a", "ttl_s": 9.0, "name": ""}
-    cache = caches.Cache(config, **lease, device=torch.device(device))
+    (group,) = Cache(CacheShape.of(config), **lease, device=torch.device(device)).groups
     slots = torch.tensor([7, 29, 0])
     k, v = torch.randn(3, 3, 40, device=device), torch.randn(3, 3, 24, device=device)
-    cache.store(1, k, v, pages.stored_tokens(slots, device))
-    read_k, read_v = cache.read(1, slots.to(device))
+    group.store(1, k, v, pages.stored_tokens(slots, device))
+    read_k, read_v = group.read(1, slots.to(device))
     assert torch.equal(read_k, k)
     assert torch.equal(read_v, v)
-    assert not cache.read(0, slots.to(device))[0].any()
+    assert not group.read(0, slots.to(device))[0].any()
     assert len(launches) == 2
 
 
@@ -183,13 +185,13 @@ def test_caches_take_the_kernels_where_they_run(monkeypatch: pytest.MonkeyPatch)
     plain = config_of(Layout.UNIFIED, torch.bfloat16, 2, 16, 16)
     fp8, gpu, none = replace(plain, kv_dtype=FP8, v_dtype=None), torch.device("cuda", 0), (None, None)
     both = (store.store_kv, gather.read_kv)
-    monkeypatch.setattr(caches, "availability", lambda device: None)
+    monkeypatch.setattr(layer_group, "availability", lambda device: None)
     for capability, expected in (((8, 6), (both, none)), ((8, 9), (both, both)), ((10, 0), (both, both))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert (caches._triton_kernels(plain, gpu), caches._triton_kernels(fp8, gpu)) == expected
+        assert (layer_group._triton_kernels(plain, gpu), layer_group._triton_kernels(fp8, gpu)) == expected
         mixed = replace(plain, v_dtype=FP8)
-        assert caches._triton_kernels(mixed, gpu) == expected[1]
-    assert caches._triton_kernels(replace(plain, num_kv_heads=1, latent=True), gpu) == none
-    assert caches._triton_kernels(plain, torch.device("cpu")) == none
-    monkeypatch.setattr(caches, "availability", lambda device: "triton is too old")
-    assert caches._triton_kernels(plain, gpu) == none
+        assert layer_group._triton_kernels(mixed, gpu) == expected[1]
+    assert layer_group._triton_kernels(replace(plain, num_kv_heads=1, latent=True), gpu) == none
+    assert layer_group._triton_kernels(plain, torch.device("cpu")) == none
+    monkeypatch.setattr(layer_group, "availability", lambda device: "triton is too old")
+    assert layer_group._triton_kernels(plain, gpu) == none

@@ -35,53 +35,55 @@ def test_num_bytes_counts_what_is_allocated(table: CacheTable) -> None:
     for layout, kv_dtype, v_dtype in ((Layout.UNIFIED, None, FP8), (Layout.DISTINCT, FP8, None)):
         config = replace(CONFIG, layout=layout, head_dim_v=8, kv_dtype=kv_dtype, v_dtype=v_dtype)
         cache = table.create(config, principal="a", ttl_s=9, name="")
-        assert cache.k_pages.nbytes + cache.v_pages.nbytes == config.num_bytes
+        assert cache.groups[0].k_pages.nbytes + cache.groups[0].v_pages.nbytes == config.num_bytes
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8])
 def test_a_latent_cache_has_v_in_the_memory_of_k(table: CacheTable, kv_dtype: torch.dtype | None) -> None:
     config = replace(CONFIG, num_kv_heads=1, head_dim=24, head_dim_v=16, kv_dtype=kv_dtype, v_dtype=None, latent=True)
     cache = table.create(config, principal="a", ttl_s=9, name="")
-    assert table.num_bytes == config.num_bytes == cache.k_pages.nbytes
-    assert cache.v_pages.shape == (2, *config.v_shape)
-    assert all(is_latent(pages) for pages in cache.layers)
+    (group,) = cache.groups
+    assert table.num_bytes == config.num_bytes == group.k_pages.nbytes
+    assert group.v_pages.shape == (2, *config.v_shape)
+    assert all(is_latent(pages) for pages in group.layers)
     k, slots = torch.randn(3, 1, 24), torch.tensor([9, 2, 7])
-    cache.store(1, k, k[..., :16], stored_tokens(slots, CPU))
-    read_k, read_v = cache.read(1, slots)
+    group.store(1, k, k[..., :16], stored_tokens(slots, CPU))
+    read_k, read_v = group.read(1, slots)
     torch.testing.assert_close(read_k, k, rtol=0 if kv_dtype is None else 2**-4, atol=0 if kv_dtype is None else 2**-10)
     assert torch.equal(read_v, read_k[..., :16])
-    cache.copy_pages(torch.tensor([2]), torch.tensor([3]))
-    assert torch.equal(cache.read(1, slots[:1] + 4)[0], read_k[:1])
-    assert not cache.read(0, slots)[0].any()
+    group.copy_pages(torch.tensor([2]), torch.tensor([3]))
+    assert torch.equal(group.read(1, slots[:1] + 4)[0], read_k[:1])
+    assert not group.read(0, slots)[0].any()
     cache.close()
     other = table.create(config, principal="a", ttl_s=9, name="")
-    assert not other.k_pages.view(torch.uint8).any()
+    assert not other.groups[0].k_pages.view(torch.uint8).any()
 
 
 def test_pages_start_as_zeros(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
-    assert not cache.k_pages.any()
-    assert not cache.v_pages.any()
+    assert not cache.groups[0].k_pages.any()
+    assert not cache.groups[0].v_pages.any()
 
 
 @pytest.mark.parametrize("layout", Layout)
 def test_fp8_pages_hold_what_their_scales_make_of_it(table: CacheTable, layout: Layout) -> None:
     config = replace(CONFIG, layout=layout, kv_dtype=FP8, v_dtype=None, k_scales=(0.5,), v_scales=(0.1, 3.0))
     cache = table.create(config, principal="a", ttl_s=9, name="")
-    assert cache.k_pages.dtype is cache.v_pages.dtype is FP8
+    assert cache.groups[0].k_pages.dtype is cache.groups[0].v_pages.dtype is FP8
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     k[0, 0, :2] = torch.tensor([1e5, math.nan])
     slots = torch.tensor([9, 2, 7])
-    cache.store(1, k, v, stored_tokens(slots, CPU))
-    read_k, read_v = cache.read(1, slots)
+    (group,) = cache.groups
+    group.store(1, k, v, stored_tokens(slots, CPU))
+    read_k, read_v = group.read(1, slots)
     assert read_k.dtype is read_v.dtype is torch.float32
     k[0, 0, 0] = 0.5 * 448
     # Half a unit in the last of 4 binary places; near zero half of the smallest number, 2^-9 of a scale.
     torch.testing.assert_close(read_k, k, rtol=2**-4, atol=0.5 * 2**-10, equal_nan=True)
     torch.testing.assert_close(read_v, v, rtol=2**-4, atol=3.0 * 2**-10)
-    cache.copy_pages(torch.tensor([2]), torch.tensor([3]))
-    assert torch.equal(cache.read(1, slots[:1] + 4)[1], read_v[:1])
-    assert not cache.read(0, slots)[0].any()
+    group.copy_pages(torch.tensor([2]), torch.tensor([3]))
+    assert torch.equal(group.read(1, slots[:1] + 4)[1], read_v[:1])
+    assert not group.read(0, slots)[0].any()
 
 
 def test_info_gives_back_what_was_created(table: CacheTable) -> None:
@@ -119,7 +121,7 @@ def test_info_gives_back_how_kv_is_cut(table: CacheTable, batch_invariant: bool 
 def test_limits_name_what_is_free(table: CacheTable) -> None:
     small = table.create(CONFIG, principal="a", ttl_s=9, name="")
     big = AttentionConfig(**{**vars(CONFIG), "num_pages": 12})
-    free = table.kv_bytes - small.config.num_bytes
+    free = table.kv_bytes - small.shape.num_bytes
     with pytest.raises(Exhausted, match=f"takes {big.num_bytes} bytes.* {free} are free"):
         table.create(big, principal="a", ttl_s=9, name="")
     table.create(CONFIG, principal="b", ttl_s=9, name="")
@@ -209,7 +211,7 @@ def test_lease_ends_unless_it_is_used(table: CacheTable, monkeypatch: pytest.Mon
     assert table.expire() == []
     now += 0.2
     assert table.expire() == [silent]
-    assert silent.k_pages.numel() == 0
+    assert silent.groups[0].k_pages.numel() == 0
     with pytest.raises(CacheLost, match=r"lease of 20\.5 s has ended"):
         silent.refuse_if_closed()
 
@@ -224,25 +226,25 @@ def test_deleting_frees(table: CacheTable) -> None:
 
 def test_pages_that_somebody_holds_outlive_the_cache(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
-    pages = cache.pages
+    pages = cache.groups[0].pages
     assert pages is not None
     with cache.held(), cache.held():
         pages.k.fill_(1)
         table.delete(cache.info().cache, "a")
         assert (pages.k == 1).all()
         other = table.create(CONFIG, principal="a", ttl_s=9, name="")
-        other.k_pages.fill_(2)
+        other.groups[0].k_pages.fill_(2)
         assert (pages.k == 1).all()
         with pytest.raises(CacheLost), cache.held():
             pass
     again = table.create(CONFIG, principal="a", ttl_s=9, name="")
-    assert again.pages is not None
-    assert again.pages.first == pages.first
-    assert not again.k_pages.any()
-    assert (other.k_pages == 2).all()
+    assert again.groups[0].pages is not None
+    assert again.groups[0].pages.first == pages.first
+    assert not again.groups[0].k_pages.any()
+    assert (other.groups[0].k_pages == 2).all()
 
 
 def test_written_pages_are_counted_once(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
-    cache.mark_written(torch.tensor([0, 1, 5, -1, 3]))
+    cache.groups[0].mark_written(torch.tensor([0, 1, 5, -1, 3]))
     assert cache.info().num_pages_written == 2

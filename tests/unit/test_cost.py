@@ -413,7 +413,7 @@ def test_a_principal_has_one_long_call_begun_so_that_what_it_holds_is_bounded(
 
 def slots_of(cache: Cache, caller: Caller) -> list[Any]:
     slots = torch.tensor([slot for slot in caller.metadata().slot_mapping if slot >= 0])
-    return [each.tolist() for each in cache.read(0, slots)]
+    return [each.tolist() for each in cache.groups[0].read(0, slots)]
 
 
 def slots_before(slots: Slots) -> list[Any]:
@@ -517,13 +517,14 @@ def test_a_step_forgets_options_if_they_are_too_many(server: Waiting, monkeypatc
 def test_pages_that_were_written_are_counted_as_they_come(server: Waiting) -> None:
     caller = Caller(server, [5], seed=1)
     (cache,) = server.service.caches.all()
-    cache._page_was_written[:] = False
-    cache.num_pages_written = 0
+    (group,) = cache.groups
+    group.page_was_written[:] = False
+    group.num_pages_written = 0
     for slots in ([0, 1, PAGE], [2, -1], [PAGE * 3, PAGE * 3 + 1]):
-        cache.mark_written(torch.tensor(slots))
-        assert cache.num_pages_written == len(cache.written_pages)
-    cache.mark_pages_written(torch.tensor([1, 5, 5]))
-    assert cache.written_pages.tolist() == [0, 1, 3, 5]
+        group.mark_written(torch.tensor(slots))
+        assert cache.num_pages_written == len(group.written_pages)
+    group.mark_pages_written(torch.tensor([1, 5, 5]))
+    assert group.written_pages.tolist() == [0, 1, 3, 5]
     assert cache.num_pages_written == 4
     assert caller.cache.info().num_pages_written == 4
 

@@ -21,7 +21,7 @@ from attnd_server.device import faults as device_faults
 from attnd_server.device.faults import DeviceFaults, is_device_fault, watch
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.work import CacheWork, SideWork, Work
-from attnd_server.kv import cache as cache_module
+from attnd_server.kv import layer_group
 from attnd_server.kv.addresses import HostAddresses
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.page_space import SharedSpace
@@ -334,7 +334,7 @@ def test_a_cache_that_cannot_be_made_leaves_nothing(error: Exception, monkeypatc
         table.create(CONFIG, principal="a", ttl_s=9, name="")
     assert (table.num_bytes, table.all(), table._reserved) == (num_bytes, [first], {})
     assert space._free == free
-    assert table.create(CONFIG, principal="a", ttl_s=9, name="").pages.space is space
+    assert table.create(CONFIG, principal="a", ttl_s=9, name="").groups[0].pages.space is space
 
 
 def test_half_a_cache_takes_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_half_a_cache_takes_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("no more")
 
     table = CacheTable(ServerConfig(), CPU, kv_bytes=10 * CONFIG.num_bytes)
-    monkeypatch.setattr(cache_module, "_scales", no_memory)
+    monkeypatch.setattr(layer_group, "_scales", no_memory)
     with pytest.raises(Exhausted, match="no more"):
         table.create(replace(CONFIG, kv_dtype=FP8, v_dtype=None), principal="a", ttl_s=9, name="")
     assert not table._spaces._spaces

@@ -157,7 +157,7 @@ def test_no_plane_opens_a_step_with_a_removed_token(path):
         cache = service.caches.create(config, principal=alice, ttl_s=9, name="")
         ref = cache.info().cache
         message = attnd.StepMetadata([1], [0], [[0]], [0]).to_message(1, ref)
-        assert service.step(message, alice).cache is cache
+        assert service.step(message, alice)[0].cache is cache
         path.write_text(line("bob", "2"))
         file.reload()
         with pytest.raises(Unauthenticated, match="no longer known"):

@@ -31,10 +31,10 @@ class FakeStep:
         self.id, self.held, self.metadata = step_id, held, f"metadata {step_id}"
 
 
-def opened(kept: KeptSteps, step_id: int, num_bytes: int, base_id: int | None = None) -> list[int]:
+def opened(kept: KeptSteps, step_id: int, num_bytes: int, *bases: int) -> list[int]:
     """Opens a step; returns which others had to go."""
-    step: Any = FakeStep(step_id, kept.take(base_id, num_bytes))
-    return kept.add(step)
+    step: Any = FakeStep(step_id, kept.take(bases, num_bytes))
+    return kept.add((step,))
 
 
 def test_many_small_steps_are_kept_and_few_big_ones() -> None:
@@ -44,7 +44,7 @@ def test_many_small_steps_are_kept_and_few_big_ones() -> None:
     assert [opened(big, step_id, BIG) for step_id in range(1, 7)] == [[], [], [], [], [1], [2]]
     assert str(big) == "3, 4, 5, 6"
     assert big.get(2) is None
-    assert big.metadata() == {step_id: (f"metadata {step_id}",) for step_id in range(3, 7)}
+    assert big.metadata() == {step_id: [f"metadata {step_id}"] for step_id in range(3, 7)}
     assert room.num_bytes == MOST * SMALL + LEAST_OPEN_STEPS * BIG
     small.clear()
     big.clear()
@@ -68,7 +68,7 @@ def test_a_principal_leaves_room_for_others() -> None:
     for step_id in range(4):
         opened(other, step_id, BIG)
     with pytest.raises(Exhausted, match=f"open steps take {10 * BIG}, but the server's limit is {10 * BIG}"):
-        KeptSteps(room, "carol", MOST).take(None, 1)
+        KeptSteps(room, "carol", MOST).take((), 1)
     first.clear()
     opened(second, 3, BIG)
     assert room.num_bytes == 7 * BIG
@@ -80,9 +80,11 @@ def test_the_base_of_a_step_does_not_go_for_it() -> None:
     for step_id in range(LEAST_OPEN_STEPS):
         opened(kept, step_id, BIG)
     with pytest.raises(Exhausted):
-        kept.take(0, BIG)
+        kept.take({0}, BIG)
+    with pytest.raises(Exhausted):
+        kept.take({3, 0}, BIG)
     assert kept.get(0) is not None
-    assert opened(kept, 7, BIG, base_id=1) == []
+    assert opened(kept, 7, BIG, 1) == []
     assert kept.get(0) is None
 
 

@@ -300,7 +300,7 @@ class LeaseMachine(RuleBasedStateMachine):
             assert all(not info.cache.id for info in listed)
         for held in there:
             cache = self.service.caches._caches[held.ref.id]
-            for pages, expected in ((cache.k_pages, held.k), (cache.v_pages, held.v)):
+            for pages, expected in ((cache.groups[0].k_pages, held.k), (cache.groups[0].v_pages, held.v)):
                 assert np.array_equal(pages.numpy().reshape(expected.shape), expected)
         num_bytes = 4 * LAYERS * SLOTS * HEADS * 2 * DIM
         assert self.service.caches.num_bytes == num_bytes * len(there)

@@ -154,7 +154,7 @@ def test_every_class_of_error_is_a_reason_from_the_start():
 def test_memory_and_queue_are_what_they_are_when_asked():
     def cache(num_pages, num_pages_written, num_bytes, *num_graphs):
         return types.SimpleNamespace(
-            config=types.SimpleNamespace(num_pages=num_pages),
+            shape=types.SimpleNamespace(num_pages=num_pages),
             num_pages_written=num_pages_written,
             num_bytes=num_bytes,
             num_graph_bytes=100 * len(num_graphs),

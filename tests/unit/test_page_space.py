@@ -18,6 +18,7 @@ from attnd_server.device import gpu_addresses
 from attnd_server.device.indexed import with_index
 from attnd_server.kv import addresses
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.page_space import SharedSpace
 from attnd_server.kv.page_spaces import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
@@ -245,8 +246,8 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPat
         seen.append(device)
         raise Stop
 
-    monkeypatch.setattr("attnd_server.kv.cache._scales", note)
+    monkeypatch.setattr("attnd_server.kv.layer_group._scales", note)
     config = replace(CONFIG, kv_dtype=FP8)
     with pytest.raises(Stop):
-        Cache(config, epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
+        Cache(CacheShape.of(config), epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
     assert seen == [torch.device("cuda", 3)]

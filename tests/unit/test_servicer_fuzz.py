@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from attnd.v1 import tensor_pb2
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.layer_group import LayerGroup
 from tests.fuzz import valid
 from tests.fuzz.attack import Attack, attack
 from tests.fuzz.context import Context, Ended
@@ -98,14 +99,14 @@ def test_a_hole_between_principals_would_be_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_store_beside_its_slots_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Cache.store
+    store = LayerGroup.store
 
-    def store_and_spill(self: Cache, layer: int, k: Any, v: Any, stored: Any) -> None:
+    def store_and_spill(self: LayerGroup, layer: int, k: Any, v: Any, stored: Any) -> None:
         store(self, layer, k, v, stored)
         assert self.pages is not None
         after = self.pages.first + self.config.num_layers * self.config.num_pages
         self.pages.space.k.view(torch.uint8)[after + 4] += 1  # where the next cache begins, more or less
 
-    monkeypatch.setattr(Cache, "store", store_and_spill)
+    monkeypatch.setattr(LayerGroup, "store", store_and_spill)
     with World() as world, pytest.raises(AssertionError, match=r"bytes of .* changed"):
         run(world, random.Random(1), 2_000)

@@ -31,6 +31,7 @@ from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
 from attnd_server.execution.work import on_cache
 from attnd_server.kv.cache import MAX_EPOCHS, Cache
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.snapshots import (
     MANIFEST,
@@ -77,17 +78,21 @@ def table(**limits: object) -> CacheTable:
 def filled(caches: CacheTable, config: AttentionConfig = CONFIG, pages: list[int] = PAGES, **lease: object) -> Cache:
     """A cache with random bits, NaNs among them, in some of its pages."""
     cache = caches.create(config, **{"principal": "alice", "ttl_s": 90.5, "name": "a b\u00e9\n"} | lease)
+    (group,) = cache.groups
     for layer in range(config.num_layers):
-        for part in (cache.k_pages[layer],) if config.latent else (cache.k_pages[layer], cache.v_pages[layer]):
+        for part in (group.k_pages[layer],) if config.latent else (group.k_pages[layer], group.v_pages[layer]):
             part.view(config.num_pages, -1).view(torch.uint8)[pages] = torch.randint(
                 256, (len(pages), part[0].nbytes), dtype=torch.uint8
             )
-    cache.mark_pages_written(torch.tensor(pages, dtype=torch.int64))
+    group.mark_pages_written(torch.tensor(pages, dtype=torch.int64))
     return cache
 
 
 def bits(cache: Cache) -> list[bytes]:
-    return [pages.contiguous().view(torch.uint8).numpy().tobytes() for pages in (cache.k_pages, cache.v_pages)]
+    return [
+        pages.contiguous().view(torch.uint8).numpy().tobytes()
+        for pages in (cache.groups[0].k_pages, cache.groups[0].v_pages)
+    ]
 
 
 @contextmanager
@@ -118,10 +123,10 @@ def test_everything_comes_back(tmp_path: Path, monkeypatch, config: AttentionCon
     before = filled(table(), config)
     written(tmp_path, before)
     (after,) = restored(tmp_path)
-    assert after.config == config
+    assert after.shape == CacheShape.of(config)
     assert bits(after) == bits(before)
     assert (after.id, after.principal, after.name, after.ttl_s) == (before.id, "alice", before.name, 90.5)
-    assert after.written_pages.tolist() == PAGES
+    assert after.groups[0].written_pages.tolist() == PAGES
     assert after.epoch != before.epoch
     assert after.restored.epochs == (before.epoch,)
     assert 80 < after.info().expires_in_s <= 90.5
@@ -134,7 +139,8 @@ def test_the_file_is_safetensors(tmp_path: Path, config: AttentionConfig) -> Non
     (folder,) = written(tmp_path, cache)
     tensors = load_file(folder / TENSORS)
     assert tensors.pop("pages").tolist() == PAGES
-    kinds = [("k", cache.k_pages, config.kv_dtype), ("v", cache.v_pages, config.v_dtype)][: 1 if config.latent else 2]
+    (group,) = cache.groups
+    kinds = [("k", group.k_pages, config.kv_dtype), ("v", group.v_pages, config.v_dtype)][: 1 if config.latent else 2]
     assert sorted(tensors) == [f"layers.{layer}.{name}" for layer in range(2) for name, _, _ in kinds]
     for layer in range(2):
         for name, pages, dtype in kinds:
@@ -148,7 +154,7 @@ def test_size_follows_use_and_only_the_user_reads_it(tmp_path: Path) -> None:
     caches = table()
     big = filled(caches, replace(CONFIG, num_pages=200), pages=[0])
     (folder,) = written(tmp_path / "new" / "folder", big)
-    assert (folder / TENSORS).stat().st_size < big.config.num_bytes / 100
+    assert (folder / TENSORS).stat().st_size < big.shape.num_bytes / 100
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder.parent, folder, *sorted(folder.iterdir()))]
     assert modes == [0o700, 0o700, 0o600, 0o600]
 
@@ -160,7 +166,7 @@ def test_an_unused_cache_and_none_at_all(tmp_path: Path) -> None:
         assert file.get_slice("layers.1.v").get_shape() == [0, *CONFIG.v_shape[1:]]
     (cache,) = restored(tmp_path)
     assert cache.num_pages_written == 0
-    assert not cache.k_pages.any()
+    assert not cache.groups[0].k_pages.any()
 
 
 def test_adoption_knows_the_epoch_and_the_principal(tmp_path: Path) -> None:
@@ -191,10 +197,11 @@ def test_adoption_knows_the_epoch_and_the_principal(tmp_path: Path) -> None:
 
 def store_at(cache: Cache, page: int) -> None:
     """As a call does it: marks, then stores."""
-    slot = torch.tensor([page * cache.config.page_size])
-    cache.mark_written(slot)
-    ones = [torch.ones(1, cache.config.num_kv_heads, dim) for dim in (cache.config.head_dim, cache.config.head_dim_v)]
-    cache.store(0, *(each.to(cache.config.dtype) for each in ones), StoredTokens(slot))
+    (group,) = cache.groups
+    config, slot = group.config, torch.tensor([page * group.config.page_size])
+    group.mark_written(slot)
+    ones = [torch.ones(1, config.num_kv_heads, dim) for dim in (config.head_dim, config.head_dim_v)]
+    group.store(0, *(each.to(config.dtype) for each in ones), StoredTokens(slot))
 
 
 @pytest.mark.parametrize("how", ["store", "copy"])
@@ -202,8 +209,8 @@ def test_an_epoch_is_used_up_once_a_page_of_it_was_changed(tmp_path: Path, how: 
     """Two workers know the cache; the second comes when the first has gone on."""
     before = filled(table())
     known = before.info().cache
-    had = before.written_pages.tolist()
-    free = next(page for page in range(before.config.num_pages) if page not in had)
+    had = before.groups[0].written_pages.tolist()
+    free = next(page for page in range(before.shape.num_pages) if page not in had)
     written(tmp_path, before)
     caches = table()
     (cache,) = restored(tmp_path, caches)
@@ -213,7 +220,7 @@ def test_an_epoch_is_used_up_once_a_page_of_it_was_changed(tmp_path: Path, how: 
     if how == "store":
         store_at(caches.get(now, "alice"), had[-1])
     else:
-        caches.get(now, "alice").copy_pages(torch.tensor([free]), torch.tensor(had[:1]))
+        caches.get(now, "alice").groups[0].copy_pages(torch.tensor([free]), torch.tensor(had[:1]))
     for _ in range(2):
         with pytest.raises(EpochMismatch, match="somebody has adopted it and stored into pages that it had"):
             caches.adopt(known, "alice")
@@ -410,7 +417,8 @@ def to_link(folder: Path) -> None:
 
 
 ALTERED = {
-    "version": (rewrite(version=2), "version is 2, but must be 1 for this version of attnd"),
+    "version": (rewrite(version=3), "version is 3, but must be 1 or 2 for this version of attnd"),
+    "version-of-groups": (rewrite(version=2), "a field is missing or of another type: KeyError\\('groups'\\)"),
     "format": (rewrite(format="other"), "format must be attnd-snapshot"),
     "another-id": (rewrite(id="0" * 32), f"its manifest is of cache {'0' * 32} and epoch"),
     "path-in-id": (rewrite(id="../" + "0" * 29), "id is .* but must be 32 hexadecimal digits"),
@@ -438,7 +446,7 @@ ALTERED = {
     "link": (to_link, f"{TENSORS} is refused: it cannot be opened"),
     "huge-manifest": (
         lambda folder: (folder / MANIFEST).write_bytes(b" " * (manifest.MAX_BYTES + 1)),
-        "it is larger than 1048576 bytes",
+        "it is larger than 67108864 bytes",
     ),
     "deep-manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"[" * 100_000), "it is no JSON"),
     "list": (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "format must be attnd-snapshot"),
@@ -563,7 +571,7 @@ def test_a_call_that_runs_costs_its_own_cache_alone_and_a_fault_all(
 
 def test_a_manifest_is_read_as_it_was_written() -> None:
     for config in GEOMETRIES.values():
-        told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, config, 3, 9, "f" * 64)
+        told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, CacheShape.of(config), (3,), 9, "f" * 64)
         assert Manifest.from_bytes(told.to_bytes(), AttentionConfig) == told
 
 
@@ -578,10 +586,13 @@ JSON = st.recursive(
 @given(st.sampled_from(sorted(GEOMETRIES)), st.randoms(use_true_random=False), JSON)
 def test_a_manifest_that_says_anything_else_is_refused(name: str, random: Random, value: object) -> None:
     """With a checksum that is right: whatever is accepted is well formed."""
-    told = Manifest("0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, GEOMETRIES[name], 3, 9, "f" * 64)
+    told = Manifest(
+        "0123456789abcdef" * 2, (1 << 63, 5), "bob", "", 60, CacheShape.of(GEOMETRIES[name]), (3,), 9, "f" * 64
+    )
     said = json.loads(told.to_bytes())
     del said["checksum"]
-    where = random.choice([said, said["config"], said["config"]["kv_split"]])
+    config = said["config"] if "config" in said else said["groups"][0]
+    where = random.choice([said, config, config["kv_split"]])
     where[random.choice(sorted(where))] = value
     said["checksum"] = manifest._checksum(said)
     try:
@@ -590,8 +601,8 @@ def test_a_manifest_that_says_anything_else_is_refused(name: str, random: Random
     except manifest.ManifestRefused:
         return
     assert read.to_bytes() == data
-    assert type(read.num_bytes) is type(read.num_pages) is type(read.config.page_size) is int
-    tensor_layout.TensorLayout(read.config, read.num_pages)
+    assert type(read.num_bytes) is type(read.num_pages[0]) is type(read.shape.common.page_size) is int
+    tensor_layout.TensorLayout(read.shape, read.num_pages)
 
 
 def test_progress_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:

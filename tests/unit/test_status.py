@@ -197,7 +197,7 @@ def test_pages_are_looked_at_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> N
         looks = 0
 
         def __init__(self, num_pages: int) -> None:
-            self.config = type("Config", (), {"num_pages": num_pages})
+            self.shape = type("Shape", (), {"num_pages": num_pages})
 
         @property
         def num_pages_written(self) -> int:

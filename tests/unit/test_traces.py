@@ -223,7 +223,7 @@ def test_little_is_noted_of_a_step_whatever_is_called() -> None:
     served = Served(Sink())
     cache, session = served.cache(), served.service.open_session("alice")
     served.step(session, cache, TRACEPARENT, layers=1)
-    step = next(iter(session._steps.values()))
+    step = next(iter(session._steps.values()))[0]
     trace: Any = step.trace
     for _ in range(5_000):
         trace.call_served(0, 1, 2, Copies(0, 0), "sdpa")
@@ -267,7 +267,7 @@ def test_spans_of_a_step_say_where_its_time_went() -> None:
     memory, served = Memory(), Served(sink := Sink())
     cache, session = served.cache(), served.service.open_session("alice")
     served.step(session, cache, TRACEPARENT, layers=0)
-    step: Any = next(iter(session._steps.values()))
+    step: Any = next(iter(session._steps.values()))[0]
     trace: Any = step.trace
     began = trace.began_ns
     trace.planned(began)
@@ -301,7 +301,7 @@ def test_a_step_on_a_cuda_plane_is_one_call_of_all_layers() -> None:
     memory, served = Memory(), Served(sink := Sink())
     cache, session = served.cache(), served.service.open_session("alice")
     served.step(session, cache, TRACEPARENT, layers=0)
-    step: Any = next(iter(session._steps.values()))
+    step: Any = next(iter(session._steps.values()))[0]
     step.trace.step_served(7, 900, "triton")
     wait_for(lambda: bool(sink.written), "the step is not told of")
     SpanWriter(memory.provider).write(sink.written[0])

@@ -12,6 +12,7 @@ from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout, PrecisionMode
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.service import validation
 from tests.unit.wire_messages import tensor
 
@@ -224,8 +225,8 @@ def create(**fields):
 
 
 def test_a_lease():
-    config, ttl_s, name = create(ttl_s=1.0, name="x" * 128)
-    assert config == validation.cache_config(cache_config())
+    shape, ttl_s, name = create(ttl_s=1.0, name="x" * 128)
+    assert shape == CacheShape.of(validation.cache_config(cache_config()))
     assert ttl_s == 1.0
     assert name == "x" * 128
     assert create()[1:] == (30.0, "")

@@ -29,9 +29,9 @@ def payloads(**changes):
     return {field: value for field, value in arrays.items() if value is not None}
 
 
-def call(arrays, layer=0, **changes):
+def call(arrays, **changes):
     metadata = validation.step(step(**changes), CONFIG, LIMITS)
-    return validation.call(step_pb2.Call(layer=layer), arrays, CONFIG, metadata)
+    return validation.call(step_pb2.Call(), arrays, CONFIG, metadata)
 
 
 def test_a_call_views_the_received_bytes():
@@ -154,7 +154,7 @@ def test_tensors_that_the_step_has_not_are_refused(arrays, changes, text):
 @pytest.mark.parametrize("layer", [3, 2**32 - 1])
 def test_layers_are_refused(layer):
     with pytest.raises(InvalidRequest) as caught:
-        call(payloads(), layer=layer)
+        validation.layer(layer, CONFIG)
     assert str(caught.value) == f"layer is {layer}, but the cache has layers 0..2"
     assert caught.value.field == "layer"
 
@@ -167,8 +167,7 @@ def test_layers():
 
 def test_store_kv():
     message = attention_pb2.StoreKvRequest(layer=1, slot_mapping=tensor([9, 0, 4, 1]))
-    layer, slots, k, v = validation.store_kv(message, payloads(), CONFIG)
-    assert layer == 1
+    slots, k, v = validation.store_kv(message, payloads(), CONFIG)
     assert slots.tolist() == [9, 0, 4, 1]
     assert k.shape == (4, 2, 16)
     assert v.shape == (4, 2, 24)
@@ -177,7 +176,6 @@ def test_store_kv():
 @pytest.mark.parametrize(
     ("message", "arrays", "text"),
     [
-        ({"layer": 3}, {}, "layer is 3, but the cache has layers 0..2"),
         ({"slot_mapping": None}, {}, "slot_mapping is absent, but must be given"),
         ({"slot_mapping": tensor([1, 2, 3, 1])}, {}, "slot_mapping[3] is 1, but must differ from slot_mapping[0]"),
         ({"slot_mapping": tensor([1, 2, 3])}, {}, "k has shape [4, 2, 16], but must be [3, 2, 16]"),

@@ -45,13 +45,14 @@ FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(Health
 
 
 def call_of(case: Case, tensors: oracle.Tensors) -> Call:
-    """A call of a case, on a cache with its pages as the only layer."""
-    cache = types.SimpleNamespace(
+    """A call of a case, on a layer group with its pages as the only layer."""
+    group = types.SimpleNamespace(
         config=case.config(),
         device=CPU,
         layers=[tensors.pages],
+        layer_numbers=[0],
     )
-    step = types.SimpleNamespace(cache=cache, metadata=case.metadata())
+    step = types.SimpleNamespace(group=group, metadata=case.metadata())
     return Call(step, 0, oracle.options(case, tensors), tensors.q, tensors.k, tensors.v)
 
 

@@ -42,8 +42,8 @@ def verdict_of(case: Case, kernel: Any, change: Change, spoil: float = 0.0) -> V
         return None
     output, lse = oracle.run(kernel, case, tensors, "cpu")
     output[0, 0, 0] += spoil
-    cache = types.SimpleNamespace(config=case.config(), device=CPU, layers=[tensors.pages])
-    step = types.SimpleNamespace(cache=cache, metadata=case.metadata())
+    group = types.SimpleNamespace(config=case.config(), device=CPU, layers=[tensors.pages], layer_numbers=[0])
+    step = types.SimpleNamespace(group=group, metadata=case.metadata())
     choice = choose(step.metadata, case.config(), options, 0, 1 << 30)
     assert choice is not None
     call = Call(step, 0, options, tensors.q, tensors.k, tensors.v)
@@ -221,8 +221,8 @@ def test_a_sampled_call_in_shared_memory_runs_on_copies() -> None:
     """What its client changes while it runs, or before it is looked at again, changes neither."""
     tensors = oracle.tensors(PREFILL)
     options = oracle.options(PREFILL, tensors)
-    cache = types.SimpleNamespace(config=PREFILL.config(), device=CPU, layers=[tensors.pages])
-    step = types.SimpleNamespace(cache=cache, metadata=PREFILL.metadata())
+    group = types.SimpleNamespace(config=PREFILL.config(), device=CPU, layers=[tensors.pages], layer_numbers=[0])
+    step = types.SimpleNamespace(group=group, metadata=PREFILL.metadata())
     call = Call(step, 0, options, tensors.q, tensors.k, tensors.v, plane="shm")  # type: ignore[arg-type]
     verifier = Verifier(1.0, CPU, DeviceFaults(CPU))
     observer = CallObserver(None, verifier)

@@ -56,10 +56,10 @@ def export_cache(
     def run(client: attnd.Client, advance: transfer.Advance) -> None:
         manifest = transfer.export_cache(client, cache_id, Path(folder), advance)
         if as_json:
-            sizes = {"num_pages": manifest.num_pages, "num_bytes": manifest.num_bytes}
+            sizes = {"num_pages": sum(manifest.num_pages), "num_bytes": manifest.num_bytes}
             typer.echo(json.dumps({"id": manifest.id, "folder": folder, **sizes}))
             return
-        pages = f"{manifest.num_pages:,} of {manifest.config.num_pages:,} pages"
+        pages = f"{sum(manifest.num_pages):,} of {manifest.shape.num_pages:,} pages"
         typer.echo(shown(f"{pages}, {bytes_text(manifest.num_bytes)}, to {folder}").plain)
 
     _with_client("export", address, timeout_s, credentials, check, run)

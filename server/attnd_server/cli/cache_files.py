@@ -13,10 +13,16 @@ from attnd.v1 import backend_pb2, cache_pb2
 from attnd_server.attention.geometry import AttentionBackend, Geometry, KVSplitRule, Layout, PrecisionMode
 from attnd_server.cli.cache_pages import pages_of, refuse_if_inexact, slots_of, tokens_of
 from attnd_server.cli.texts import enum_name
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.snapshots.folder import TENSORS, open_regular, read_manifest, refused, write_folder
 from attnd_server.kv.snapshots.manifest import Manifest
 from attnd_server.kv.snapshots.page_ids import TensorFileRefused, page_bytes, page_ids
 from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
+
+_NOT_YET = (
+    "the cache has layer groups, or V of another type than K, but must have neither to go through a client: a server "
+    "itself writes and reads snapshots of both (serve --snapshot-dir)"
+)
 
 Advance = Callable[[int, int], None]
 """Is told how many bytes more are done, and how many there are in all."""
@@ -32,7 +38,7 @@ def export_cache(client: attnd.Client, cache_id: str, target: Path, advance: Adv
         advance: is told how far it is.
 
     Raises:
-        InvalidRequest: `cache_id` is no id, or the cache's FP8 values do not all survive the way.
+        InvalidRequest: `cache_id` is no id, the cache has layer groups, or its FP8 values do not all survive the way.
         AttndError: the server refused, or is away.
         OSError: the folder cannot be written.
     """
@@ -41,7 +47,8 @@ def export_cache(client: attnd.Client, cache_id: str, target: Path, advance: Adv
     config = geometry(info.config)
     refuse_if_inexact(config)
     pages = cache.written_pages()
-    layout = TensorLayout(config, len(pages))
+    shape = CacheShape.of(config)
+    layout = TensorLayout(shape, (len(pages),))
 
     def write(file: BinaryIO) -> Manifest:
         file.write(layout.header)
@@ -60,8 +67,8 @@ def export_cache(client: attnd.Client, cache_id: str, target: Path, advance: Adv
             principal=None,
             name=info.name,
             ttl_s=info.ttl_s,
-            config=config,
-            num_pages=len(pages),
+            shape=shape,
+            num_pages=(len(pages),),
             num_bytes=layout.num_bytes,
             sha256=_sha256(file),
         )
@@ -86,7 +93,7 @@ def import_cache(
         AttndError: the server refused, or is away. What was leased is deleted, if it can be.
     """
     manifest, layout = read_manifest(folder)
-    config = manifest.config
+    config = _only(manifest.shape)
     refuse_if_inexact(config)
     with open_regular(folder / TENSORS) as file:
         if (sha256 := _sha256(file)) != manifest.sha256:
@@ -95,7 +102,7 @@ def import_cache(
         if file.read(len(layout.header)) != layout.header:
             raise refused(folder / TENSORS, "its header is not that of the manifest's geometry")
         try:
-            pages = page_ids(file.read(4 * layout.num_pages), config.num_pages)
+            pages = page_ids(file.read(4 * layout.num_pages[0]), config.num_pages)
         except TensorFileRefused as error:
             raise refused(folder / TENSORS, str(error)) from None
         cache = _create(client, config, ttl_s or manifest.ttl_s, manifest.name if name is None else name)
@@ -118,8 +125,10 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
     """That of a cache, as a server tells it.
 
     Raises:
-        InvalidRequest: the server has what this version of attnd does not know.
+        InvalidRequest: it has layer groups, or the server has what this version of attnd does not know.
     """
+    if config.groups or config.v_dtype not in (0, config.kv_dtype):
+        raise attnd.InvalidRequest(_NOT_YET, field="config")
     names: dict[int, str] = {number: name for name, number in KV_DTYPES.items()}
     kv_dtype = config.kv_dtype or config.dtype
     v_dtype = config.v_dtype or kv_dtype
@@ -145,6 +154,13 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
         if isinstance(error, attnd.InvalidRequest):
             raise
         raise attnd.InvalidRequest(f"config has what attnd {attnd.__version__} does not know: {error}") from None
+
+
+def _only(shape: CacheShape[Geometry]) -> Geometry:
+    """The geometry of all layers. Raises InvalidRequest: they differ, or K and V do."""
+    if not shape.is_flat or not shape.common.is_uniform:
+        raise attnd.InvalidRequest(_NOT_YET, field="config")
+    return shape.common
 
 
 def _kv_split(message: cache_pb2.KvSplit) -> KVSplitRule:
@@ -188,8 +204,8 @@ def _create(client: attnd.Client, config: Geometry, ttl_s: float, name: str) -> 
 def _chunks(config: Geometry, layout: TensorLayout) -> list[tuple[int, slice]]:
     """Layers, and pages of each by the megabytes."""
     step = max(1, CHUNK_BYTES * config.num_layers * config.num_pages // config.num_bytes)
-    firsts = range(0, layout.num_pages, step)
-    chunks = [slice(first, min(first + step, layout.num_pages)) for first in firsts]
+    (num_pages,) = layout.num_pages
+    chunks = [slice(first, min(first + step, num_pages)) for first in range(0, num_pages, step)]
     return [(layer, chunk) for layer in range(config.num_layers) for chunk in chunks]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -80,16 +80,30 @@ def to_json(
 
 def _cache_json(cache: cache_pb2.CacheInfo) -> dict[str, Any]:
     config = cache.config
-    numbers = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
     lease = ("num_pages_written", "num_bytes", "ttl_s", "expires_in_s", "awaits_adoption")
     return {
         "name": cache.name,
-        **{name: getattr(config, name) for name in numbers},
+        "num_layers": config.num_layers,
+        **(_geometry_json(config, config.dtype) if not config.groups else {}),
         "dtype": enum_name(tensor_pb2.Dtype, config.dtype),
-        "kv_dtype": enum_name(tensor_pb2.Dtype, config.kv_dtype or config.dtype),
-        "v_dtype": enum_name(tensor_pb2.Dtype, config.v_dtype or config.kv_dtype or config.dtype),
         "layout": enum_name(cache_pb2.Layout, config.layout),
         **{name: getattr(cache, name) for name in lease},
+        **({"groups": [_group_json(group, config.dtype) for group in config.groups]} if config.groups else {}),
+    }
+
+
+def _group_json(group: cache_pb2.LayerGroup, dtype: int) -> dict[str, Any]:
+    layers = list(memoryview(group.layers.data).cast("i"))
+    return {"layers": layers, **_geometry_json(group, dtype), "window": group.window, "latent": group.latent}
+
+
+def _geometry_json(part: cache_pb2.CacheConfig | cache_pb2.LayerGroup, dtype: int) -> dict[str, Any]:
+    numbers = ("num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
+    kv_dtype = part.kv_dtype or dtype
+    types = {"kv_dtype": kv_dtype, "v_dtype": part.v_dtype or kv_dtype}
+    return {
+        **{name: getattr(part, name) for name in numbers},
+        **{name: enum_name(tensor_pb2.Dtype, value) for name, value in types.items()},
     }
 
 
@@ -149,21 +163,38 @@ def cache_table(caches: list[cache_pb2.CacheInfo]) -> Table:
     table = _table("Caches", "name", "KV", "pages in use", "memory", "lease left")
     for cache in caches:
         config = cache.config
-        dims = {config.head_dim: "", config.head_dim_v: ""}  # one, or two that differ
-        dtype = enum_name(tensor_pb2.Dtype, config.dtype)
-        kv_dtypes = {config.kv_dtype or config.dtype: ""}  # one, or two that differ
-        kv_dtypes[config.v_dtype or config.kv_dtype or config.dtype] = ""
-        if list(kv_dtypes) != [config.dtype]:
-            dtype += f" in {'/'.join(enum_name(tensor_pb2.Dtype, each) for each in kv_dtypes)}"
-        kinds = f"{dtype}, {enum_name(cache_pb2.Layout, config.layout)}"
+        parts = [_Part(config.num_layers, config)]
+        if config.groups:
+            parts = [_Part(len(group.layers.data) // 4, group) for group in config.groups]
+        num_pages = sum(part.geometry.num_pages for part in parts)
+        page_sizes = dict.fromkeys(part.geometry.page_size for part in parts)
         table.add_row(
             shown(cache.name or "-"),
-            f"{config.num_layers} layers x {config.num_kv_heads} heads x {'/'.join(map(str, dims))}, {kinds}",
-            f"{cache.num_pages_written:,} of {config.num_pages:,}, {config.page_size} tokens each",
+            "; ".join(_kind(part, config) for part in parts),
+            f"{cache.num_pages_written:,} of {num_pages:,}, {'/'.join(map(str, page_sizes))} tokens each",
             bytes_text(cache.num_bytes),
             f"{cache.expires_in_s:.0f} of {cache.ttl_s:.0f} s" + (", not adopted" if cache.awaits_adoption else ""),
         )
     return table
+
+
+class _Part(NamedTuple):
+    """Layers of a cache that are alike."""
+
+    num_layers: int
+    geometry: cache_pb2.CacheConfig | cache_pb2.LayerGroup
+
+
+def _kind(part: _Part, config: cache_pb2.CacheConfig) -> str:
+    geometry = part.geometry
+    dims = {geometry.head_dim: "", geometry.head_dim_v: ""}  # one, or two that differ
+    dtype = enum_name(tensor_pb2.Dtype, config.dtype)
+    kv_dtypes = {geometry.kv_dtype or config.dtype: ""}  # one, or two that differ
+    kv_dtypes[geometry.v_dtype or geometry.kv_dtype or config.dtype] = ""
+    if list(kv_dtypes) != [config.dtype]:
+        dtype += f" in {'/'.join(enum_name(tensor_pb2.Dtype, each) for each in kv_dtypes)}"
+    kinds = f"{dtype}, {enum_name(cache_pb2.Layout, config.layout)}"
+    return f"{part.num_layers} layers x {geometry.num_kv_heads} heads x {'/'.join(map(str, dims))}, {kinds}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -61,7 +61,7 @@ class Batch:
         return self._num_calls >= (MIN_CALLS_WITH_GRAPHS if self._key.has_graphs else 2)
 
     def _add(self, call: Call) -> bool:
-        metadata, config = call.step.metadata, call.step.cache.config
+        metadata, config = call.step.metadata, call.step.group.config
         num_heads = call.options.num_heads + config.num_kv_heads
         num_bytes = metadata.num_tokens * num_heads * (config.head_dim + config.head_dim_v) * config.dtype.itemsize
         work, num_bytes = self._work + call.step.cost(call.options).work, self._num_bytes + num_bytes
@@ -86,17 +86,17 @@ def batch_of(call: Call, ops: TritonAttentionOps, limits: ServerConfig) -> Batch
 def _key_of(call: Call, ops: TritonAttentionOps) -> ShareKey | None:
     """Equal for calls that can share a launch, of any layers; None: none can. Kept in the step for each options."""
     step, options = call.step, call.options
-    if step.cache.pages is None or call.q is None or call.k is None or call.v is None:
+    if step.group.pages is None or call.q is None or call.k is None or call.v is None:
         return None
     if options not in step.share_keys:
         if len(step.share_keys) >= MAX_OPTIONS:
             step.share_keys.clear()
-        step.share_keys[options] = _share_key(step, step.cache.pages, options, ops)
+        step.share_keys[options] = _share_key(step, step.group.pages, options, ops)
     return step.share_keys[options]
 
 
 def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: TritonAttentionOps) -> ShareKey | None:
-    metadata, config = step.metadata, step.cache.config
+    metadata, config = step.metadata, step.group.config
     if not metadata.is_decode or metadata.has_absent_pages(config.page_size):
         return None
     if metadata.reads_stored or not metadata.is_plain or (metadata.store_first and config.is_quantised):
@@ -121,15 +121,15 @@ class _SharedStep:
     """The requests of several steps as one step on the space of their caches."""
 
     def __init__(self, steps: list[Step], options: AttentionOptions, ops: TritonAttentionOps) -> None:
-        cache = steps[0].cache
-        assert cache.pages is not None
-        space = cache.pages.space
+        group = steps[0].group
+        assert group.pages is not None
+        space = group.pages.space
         metadata = _joined([step.metadata for step in steps])
-        kernel = ops.choose(cache.config, steps[0].metadata, options)
+        kernel = ops.choose(group.config, steps[0].metadata, options)
         assert isinstance(kernel, ShiftsPages)
         self._steps = steps  # held, so that their ids are not given to others
-        self._cache, self._space, self._kernel = cache, space, kernel
-        self._pages = cache.layers[0]._replace(k=space.k, v=space.v)  # scales are those of the whole cache
+        self._group, self._space, self._kernel = group, space, kernel
+        self._pages = group.layers[0]._replace(k=space.k, v=space.v)  # scales are those of the whole group
         self._state = kernel.plan(space.config, metadata, options, ops.device)
         self._num_reqs = torch.tensor([step.metadata.num_reqs for step in steps])
         self._num_tokens = torch.tensor([step.metadata.num_tokens for step in steps])
@@ -162,7 +162,7 @@ class _SharedStep:
         if self._slots is not None:  # now that the launch has its memory
             for step in self._steps:
                 step.mark_written()
-            self._cache.store_in(self._pages, k, v, StoredTokens(slots, self._stored))
+            self._group.store_in(self._pages, k, v, StoredTokens(slots, self._stored))
         tensors = [output] if lse is None else [lse, output]
         if timer is not None:
             timer.mark()
@@ -193,9 +193,9 @@ class _SharedStep:
 
 
 def _first_page(call: Call) -> int:
-    cache = call.step.cache
-    assert cache.pages is not None
-    return cache.pages.first + call.layer * cache.config.num_pages
+    group = call.step.group
+    assert group.pages is not None
+    return group.pages.first + call.layer * group.config.num_pages
 
 
 def _joined(steps: list[AttentionMetadata]) -> AttentionMetadata:

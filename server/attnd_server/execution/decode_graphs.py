@@ -24,7 +24,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.staging import Buffer, Head, call_fields, offsets_of
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.device.cuda_graph import Launches, captured
-from attnd_server.kv.cache import Cache
+from attnd_server.kv.layer_group import LayerGroup
 
 Capture = Callable[[Launches], Launches]
 """Runs launches in a way that only records them, and returns what launches them all at once."""
@@ -50,7 +50,7 @@ def buffer_bytes(config: AttentionConfig, options: AttentionOptions, shape: Deco
 
 
 class _Memory(NamedTuple):
-    """What graphs have the addresses of, beside the cache's pages."""
+    """What graphs have the addresses of, beside the group's pages."""
 
     plan: FixedPlan
     inputs: Buffer
@@ -76,7 +76,7 @@ class _Loaded:
 
 
 class DecodeGraphs:
-    """Decode steps of one cache that fit one shape, of layers with the same options.
+    """Decode steps of one layer group that fit one shape, of layers with the same options.
 
     Attributes:
         shape: the steps that fit.
@@ -85,18 +85,23 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, cache: Cache, options: AttentionOptions, plan: FixedPlan, backend: AttentionBackend, shape: DecodeShape
+        self,
+        group: LayerGroup,
+        options: AttentionOptions,
+        plan: FixedPlan,
+        backend: AttentionBackend,
+        shape: DecodeShape,
     ) -> None:
         """Takes the memory."""
         num_rows = shape.num_reqs * shape.query_len
-        inputs, results = (Buffer(num_rows, fields, cache.device) for fields in call_fields(cache.config, options))
+        inputs, results = (Buffer(num_rows, fields, group.device) for fields in call_fields(group.config, options))
         for slots in (inputs.device[0], inputs.host[0]):
             slots.fill_(-1)  # what is launched before the first call stores nothing
         self.shape = shape
         self.backend = backend
-        self.num_bytes = plan.num_bytes + buffer_bytes(cache.config, options, shape)
+        self.num_bytes = plan.num_bytes + buffer_bytes(group.config, options, shape)
         self._memory: _Memory | None = _Memory(plan, inputs, results)
-        self._device = cache.device
+        self._device = group.device
         self._replays: list[Launches] = []
         self._loaded: _Loaded | None = None
         self._has_copies = sum(tensor.nbytes for tensor in inputs.device[1:]) < DIRECT_BYTES
@@ -119,21 +124,21 @@ class DecodeGraphs:
         """Whether the graphs serve a step."""
         return self._held.plan.refusal(metadata) is None
 
-    def launch(self, cache: Cache, layer: int) -> None:
+    def launch(self, group: LayerGroup, layer: int) -> None:
         """Stores and attends one layer of the step in the buffers."""
         plan, inputs, results = self._held
         slots, k, v, q = inputs.device
         *lse, output = results.device
         if self._has_copies:
             inputs.fetch()
-        cache.store_at(layer, k, v, slots)
-        plan.launch(output, lse[0] if lse else None, q, k, v, cache.layers[layer])
+        group.store_at(layer, k, v, slots)
+        plan.launch(output, lse[0] if lse else None, q, k, v, group.layers[layer])
         if self._has_copies:
             results.send()
 
-    def capture_next(self, cache: Cache, capture: Capture) -> None:
+    def capture_next(self, group: LayerGroup, capture: Capture) -> None:
         """Captures the first layer that was not yet, after a step was loaded. On the executor's thread."""
-        launches = partial(self.launch, cache, len(self._replays))
+        launches = partial(self.launch, group, len(self._replays))
         launches()  # a kernel that is not on the device yet cannot be captured
         if self._has_copies and not self._replays and self._device.type == "cuda":
             self._copies_of_graph = self._timed_copies()
@@ -161,7 +166,7 @@ class DecodeGraphs:
 
         Args:
             metadata: the step.
-            layer: of the cache.
+            layer: index among those of the group.
             q: `[num_tokens, num_heads, head_dim]` on the host.
             k: `[num_tokens, num_kv_heads, head_dim]` on the host.
             v: `[num_tokens, num_kv_heads, head_dim_v]` on the host.

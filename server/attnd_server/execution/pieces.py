@@ -20,11 +20,11 @@ def attend_in_pieces(call: Call, ops: TritonAttentionOps) -> Generator[None, Non
     plan = None if q is None else step.plan_for(options, ops)
     if q is None or plan is None or not plan.runs_in_pieces:
         return attend(call, ops)
-    output = q.new_empty(*q.shape[:2], step.cache.config.head_dim_v)
+    output = q.new_empty(*q.shape[:2], step.group.config.head_dim_v)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if options.return_lse else None
     stores_first = step.metadata.reads_stored
     with stored_before(call, k, v, ops) if stores_first else nullcontext():
-        for _ in plan.kernel.pieces(plan.state, output, lse, q, k, v, step.cache.layers[layer]):  # type: ignore[attr-defined]
+        for _ in plan.kernel.pieces(plan.state, output, lse, q, k, v, step.group.layers[layer]):  # type: ignore[attr-defined]
             yield
             step.cache.refuse_if_closed()
     return Result(output, lse, plan.backend, NO_COPIES, None if stores_first else partial(store, call, k, v, ops))

@@ -260,7 +260,7 @@ def _note(call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
     trace = call.step.trace
     if trace is not None:
         backend = "" if result.backend is None else result.backend.value
-        trace.call_served(call.layer, queue_us, kernel_us, result.copies, backend)
+        trace.call_served(call.step.group.layer_numbers[call.layer], queue_us, kernel_us, result.copies, backend)
 
 
 def _waited_us(job: Job, started: float) -> int:

@@ -26,22 +26,22 @@ from attnd_server.execution.replaced_slots import replaced
 from attnd_server.execution.share_key import ShareKey
 from attnd_server.execution.step_observers import StepCounts, StepTrace
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.layer_group import LayerGroup
 
 # Tokens that a call of a small step attends to, over all its rows. On a GPU it takes half a millisecond at most.
 SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
-# Elements of the page tables of a small step.
-SMALL_STEP_PAGES = 1 << 17
-# Options that a step keeps something for.
-MAX_OPTIONS = 1_024
+# Elements of the page tables of a small step, and options that a step keeps something for.
+SMALL_STEP_PAGES, MAX_OPTIONS = 1 << 17, 1_024
 
 
 @dataclass(eq=False)
 class Step:
-    """A validated step of one cache. Its methods fill in what calls share, for whoever has the device.
+    """A validated step of one layer group. Its methods fill in what calls share, for whoever has the device.
 
     Attributes:
         id: the client's number for it.
         cache: the cache that it reads and writes.
+        group: the cache's layer group whose layers it has: each group has a step of its own.
         metadata: lengths, page tables, slots, masks.
         call_timeout_s: seconds within which a call must have started; None is forever.
         captured: the graphs of the device; None: there are none.
@@ -52,7 +52,7 @@ class Step:
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
         share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
-        is_marked: whether the cache was told which pages it writes.
+        is_marked: whether the group was told which pages it writes.
         counts: of whoever sent it, or None.
         trace: of the step; None: it has none.
         held: what it holds for as long as it lives: room for its arrays.
@@ -60,6 +60,7 @@ class Step:
 
     id: int
     cache: Cache
+    group: LayerGroup
     metadata: AttentionMetadata
     call_timeout_s: float | None = None
     captured: CapturedGraphs | None = None
@@ -78,21 +79,20 @@ class Step:
     @cached_property
     def is_small(self) -> bool:
         """Whether what comes before its first call takes no longer than a few switches of thread; see `Call`'s too."""
-        most, metadata = SMALL_STEP_TOKENS if self.cache.device.type == "cpu" else SMALL_GPU_STEP_TOKENS, self.metadata
+        most, metadata = SMALL_STEP_TOKENS if self.group.device.type == "cpu" else SMALL_GPU_STEP_TOKENS, self.metadata
         is_short = metadata.is_decode and metadata.num_tokens * (metadata.max_context_len + 1) <= most
         return is_short and metadata.page_tables.numel() <= SMALL_STEP_PAGES
 
     @cached_property
     def only_slot(self) -> int:
         """Of its only token, which has one."""
-        assert self.metadata.slot_mapping is not None
-        return int(self.metadata.slot_mapping[0])
+        return int(self.metadata.slot_mapping[0])  # type: ignore[index]
 
     def cost(self, options: AttentionOptions) -> Cost:
         """The cost of a call with these options. On any thread. Raises Exhausted: it is above `most_work`."""
         cost = self.costs.get(options)
         if cost is None:
-            cost = cost_of(self.cache.config, self.metadata, options, self.cache.device)
+            cost = cost_of(self.group.config, self.metadata, options, self.group.device)
             if cost.work > self.most_work:
                 raise too_costly(cost.work, self.most_work)
             if len(self.costs) >= MAX_OPTIONS:
@@ -105,8 +105,8 @@ class Step:
         if options not in self.graphs:
             if len(self.graphs) >= MAX_OPTIONS:
                 self.graphs.clear()
-            captured = self.captured
-            self.graphs[options] = None if captured is None else captured.find(self.cache, options, self.metadata)
+            found = None if (graphs := self.captured) is None else graphs.find(self.group, options, self.metadata)
+            self.graphs[options] = found
         return self.graphs[options]
 
     def plan_for(self, options: AttentionOptions, ops: TritonAttentionOps) -> Plan:
@@ -114,7 +114,7 @@ class Step:
         plan = self.plans.get(options)
         if plan is None:
             began_ns = time.time_ns()
-            plan = ops.plan(self.cache.config, self.metadata, options)
+            plan = ops.plan(self.group.config, self.metadata, options)
             if self.trace is not None:
                 self.trace.planned(began_ns)
             if self.kept is None:
@@ -142,9 +142,9 @@ class Step:
         return self.stored
 
     def mark_written(self) -> None:
-        """Tells the cache once which pages the step writes."""
+        """Tells the group once which pages the step writes."""
         if not self.is_marked and self.metadata.slot_mapping is not None:
-            self.cache.mark_written(self.metadata.slot_mapping)
+            self.group.mark_written(self.metadata.slot_mapping)
             self.is_marked = True
 
 
@@ -153,7 +153,7 @@ class Call(NamedTuple):
 
     Attributes:
         step: the step.
-        layer: of the step's cache.
+        layer: index among the layers of the step's group.
         options: of the layer.
         q: `[num_tokens, num_heads, head_dim]`, or None in a store-only step.
         k: `[num_tokens, num_kv_heads, head_dim]`, or None in a cache-only step.
@@ -245,17 +245,17 @@ def _attend_on_processor(call: Call, plan: Plan | None, ops: TritonAttentionOps)
         return Result(None, None, None, NO_COPIES, partial(store, call, k, v, ops))
     if step.metadata.reads_stored:
         with stored_before(call, k, v, ops):
-            output, lse = plan.run(q, k, v, step.cache.layers[layer])
+            output, lse = plan.run(q, k, v, step.group.layers[layer])
         return Result(output, lse, plan.kernel.backend, NO_COPIES)
     if not plan.reads_stored:
-        output, lse = plan.run(q, k, v, step.cache.layers[layer])
+        output, lse = plan.run(q, k, v, step.group.layers[layer])
         return Result(output, lse, plan.kernel.backend, NO_COPIES, partial(store, call, k, v, ops))
     assert k is not None
     assert v is not None
     step.mark_written()
-    put_back = replace_slot(step.cache.layers[layer], k, v, step.only_slot)
+    put_back = replace_slot(step.group.layers[layer], k, v, step.only_slot)
     try:
-        output, lse = plan.run(q, k, v, step.cache.layers[layer])
+        output, lse = plan.run(q, k, v, step.group.layers[layer])
     except BaseException:
         put_back()
         raise
@@ -276,7 +276,7 @@ def _attend_on_gpu(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Re
         return Result(None, None, None, timer.copied())
     stores_first = call.step.metadata.reads_stored
     with stored_before(call, k, v, ops) if stores_first else nullcontext():
-        output, lse = plan.run(q, k, v, call.step.cache.layers[call.layer])
+        output, lse = plan.run(q, k, v, call.step.group.layers[call.layer])
     if not stores_first:
         store(call, k, v, ops)
     timer.mark()
@@ -288,7 +288,7 @@ def stored_before(
     call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps
 ) -> AbstractContextManager[None]:
     """Stores K and V, for attention that reads them in pages; if that fails, what lay there comes back."""
-    return replaced(call.step.cache, call.layer, call.step.stored_on(ops.device), partial(store, call, k, v, ops))
+    return replaced(call.step.group, call.layer, call.step.stored_on(ops.device), partial(store, call, k, v, ops))
 
 
 def store(call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: TritonAttentionOps) -> None:
@@ -297,4 +297,4 @@ def store(call: Call, k: torch.Tensor | None, v: torch.Tensor | None, ops: Trito
     if step.metadata.slot_mapping is None or k is None or v is None:
         return
     step.mark_written()
-    step.cache.store(call.layer, k, v, step.stored_on(ops.device))
+    step.group.store(call.layer, k, v, step.stored_on(ops.device))

@@ -14,6 +14,7 @@ from attnd.v1 import cache_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.config import ServerConfig
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.limits import CacheLimits, Holding
 from attnd_server.kv.page_spaces import PageSpaces
 from attnd_server.kv.restored import Restored
@@ -28,9 +29,9 @@ def _no_such_cache(cache_id: bytes) -> CacheLost:
     )
 
 
-def _refuse_if_different(made: Cache, config: AttentionConfig, ttl_s: float, name: str) -> None:
+def _refuse_if_different(made: Cache, shape: CacheShape[AttentionConfig], ttl_s: float, name: str) -> None:
     """Refuses a request that has the key of another one."""
-    if (made.config, made.ttl_s, made.name) != (config, ttl_s, name):
+    if (made.shape, made.ttl_s, made.name) != (shape, ttl_s, name):
         rule = "must be of one request alone, sent twice: another cache was created with it"
         raise InvalidRequest(f"key is {made.key.hex()}, but {rule}", field="key")
 
@@ -71,7 +72,7 @@ class CacheTable:
 
     def create(
         self,
-        config: AttentionConfig,
+        asked_for: AttentionConfig | CacheShape[AttentionConfig],
         *,
         principal: str,
         ttl_s: float,
@@ -81,26 +82,27 @@ class CacheTable:
     ) -> Cache:
         """Leases a new cache, the one that was made with the same key, or one that was `restored` and is to be filled.
 
-        On the executor's thread.
+        On the executor's thread. Without layer groups a geometry says all.
 
         Raises:
             InvalidRequest: that one is different.
             Exhausted: too many caches, or not enough memory, of the server or of the principal's share.
         """
+        shape = asked_for if isinstance(asked_for, CacheShape) else CacheShape.of(asked_for)
         if key and (made := self._keyed.get((principal, key))) is not None:
-            _refuse_if_different(made, config, ttl_s, name)
+            _refuse_if_different(made, shape, ttl_s, name)
             made.renew()
             return made
-        asked = f"num_pages is {config.num_pages}, which takes"
+        asked = f"{shape}, which takes"
         reservation = object()
         with self._lock:
             holdings = self._holdings()
             self._limits.refuse_if_too_many(holdings, principal)
-            used = self._limits.refuse_if_full(holdings, principal, config.num_bytes, asked, field="num_pages")
-            self._reserved[reservation] = Holding(principal, config.num_bytes)
+            used = self._limits.refuse_if_full(holdings, principal, shape.num_bytes, asked, field="num_pages")
+            self._reserved[reservation] = Holding(principal, shape.num_bytes)
         try:
             cache = Cache(
-                config,
+                shape,
                 epoch=self.epoch,
                 principal=principal,
                 ttl_s=ttl_s,
@@ -112,7 +114,7 @@ class CacheTable:
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
-                f"{asked} {config.num_bytes} bytes: of the server's {self.kv_bytes} bytes of KV memory {used} are in "
+                f"{asked} {shape.num_bytes} bytes: of the server's {self.kv_bytes} bytes of KV memory {used} are in "
                 f"use and {self.kv_bytes - used} are free, but {self._device} cannot allocate them: {error}",
                 field="num_pages",
             ) from None
@@ -234,7 +236,7 @@ class CacheTable:
                 self._forget(cache)
         for cache in ended:
             log.info(
-                "lease ended", extra={"cache": cache.id.hex(), "label": cache.name, "num_bytes": cache.config.num_bytes}
+                "lease ended", extra={"cache": cache.id.hex(), "label": cache.name, "num_bytes": cache.shape.num_bytes}
             )
             cache.close()
         return ended

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,18 +20,19 @@ class Restored:
         """It is to be filled."""
         self.id = cache_id
         self.epochs = epochs
-        self._pages: npt.NDArray[np.bool_] | None = None  # that it had then, while none of them has changed
+        # Of each layer group the pages that it had then, while none of all has changed.
+        self._pages: list[npt.NDArray[np.bool_]] | None = None
 
     @property
     def adoptable_epochs(self) -> tuple[int, ...]:
         """Under which it may be adopted: none once a page that it had then was stored into."""
         return () if self._pages is None else self.epochs
 
-    def filled(self, pages: npt.NDArray[np.bool_]) -> None:
-        """All that its snapshot has lies in the pages whose elements are true."""
-        self._pages = pages.copy()
+    def filled(self, pages: Sequence[npt.NDArray[np.bool_]]) -> None:
+        """All that its snapshot has lies in the pages whose elements are true, an array for each layer group."""
+        self._pages = [each.copy() for each in pages]
 
-    def changed(self, pages: npt.NDArray[np.int64]) -> None:
-        """Something is stored into these pages."""
-        if self._pages is not None and self._pages[pages].any():
+    def changed(self, group: int, pages: npt.NDArray[np.int64]) -> None:
+        """Something is stored into these pages of a layer group."""
+        if self._pages is not None and self._pages[group][pages].any():
             self._pages = None

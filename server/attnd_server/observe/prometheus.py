@@ -120,7 +120,7 @@ class ServerCollector(Collector):
         gauges: dict[str, tuple[str, int]] = {
             "attnd_caches": ("Caches that are leased.", len(caches)),
             "attnd_caches_limit": ("Most caches at one time.", self._config.max_caches),
-            "attnd_pages": ("Pages of all caches.", sum(cache.config.num_pages for cache in caches)),
+            "attnd_pages": ("Pages of all caches.", sum(cache.shape.num_pages for cache in caches)),
             "attnd_pages_in_use": (
                 "Pages into which something was stored.",
                 sum(each.num_pages_written for each in caches),

@@ -155,6 +155,6 @@ def answer_bytes(work: bytes | Work) -> int:
     """Bytes of the tensors that some work will answer with, known before it starts."""
     if not isinstance(work, Call) or work.q is None:
         return 0
-    config = work.step.cache.config
+    config = work.step.group.config
     num_rows = work.q.numel() // config.head_dim
     return num_rows * (config.head_dim_v * config.dtype.itemsize + 4 * work.options.return_lse)

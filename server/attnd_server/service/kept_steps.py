@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from attnd.errors import Exhausted
 from attnd.v1 import step_pb2
@@ -19,24 +19,53 @@ LEAST_OPEN_STEPS = 4
 LAST_STEPS = 3
 # Bytes up to which it keeps more.
 MANY_STEPS_BYTES = 4 << 20
+# Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
+# it should not wait for that.
+BIG_STEP_ELEMENTS = 1 << 17
 # Bytes that a step takes beside its arrays; bytes of the arrays for each of its requests, in `AttentionMetadata` and
 # for checking them: seven int64 and seven int32, lengths as Python's numbers, and bounds.
 _STEP_BYTES, _REQUEST_BYTES = 8 << 10, 160
 
 
-def step_bytes(message: step_pb2.Step, limits: ServerConfig) -> int:
-    """Bytes that a step takes once it is checked; what is greater than `limits` allow is refused then."""
+def step_bytes(message: step_pb2.Step, limits: ServerConfig, num_groups: int = 1) -> int:
+    """Bytes that a step takes once it is checked; what is greater than `limits` allow is refused then.
+
+    Args:
+        message: the step.
+        limits: the server's.
+        num_groups: layer groups of its cache.
+    """
     # Of tensors the sizes of their messages, which are little more: to ask for their data would copy it.
     num_reqs = min(message.cu_seqlens_q.ByteSize() // 4, limits.max_step_reqs + 1)
-    elements = max(message.page_tables.ByteSize() // 4, num_reqs * message.page_table_delta.max_pages)
-    tables = 4 * min(elements, limits.max_page_table_elements)
-    slots = 8 * min(message.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens)
-    return _STEP_BYTES + _REQUEST_BYTES * num_reqs + tables + slots
+    arrays = 0
+    for part in _parts(message, num_groups):  # more are refused
+        arrays += 4 * min(_table_elements(part, num_reqs), limits.max_page_table_elements)
+        arrays += 8 * min(part.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens)
+    return (_STEP_BYTES + _REQUEST_BYTES * num_reqs) * num_groups + arrays
 
 
-def base_of(message: step_pb2.Step) -> int | None:
-    """The id of the step on which one builds; None: on none."""
-    return message.page_table_delta.base_step_id if message.HasField("page_table_delta") else None
+def _table_elements(part: step_pb2.Step | step_pb2.StepGroup, num_reqs: int) -> int:
+    """Elements of the page tables of a step or of one of its groups, sent or made by a delta of a few bytes."""
+    return max(part.page_tables.ByteSize() // 4, num_reqs * part.page_table_delta.max_pages)
+
+
+def _parts(message: step_pb2.Step, most_groups: int | None = None) -> list[step_pb2.Step | step_pb2.StepGroup]:
+    """What may have page tables: a step, and what it says of each layer group."""
+    return [message, *message.groups[:most_groups]]
+
+
+def is_big(message: step_pb2.Step) -> bool:
+    """Whether the page tables of all layer groups are large, as sent or as deltas of a few bytes may make them."""
+    num_reqs = len(message.cu_seqlens_q.data) // 4
+    sizes = (
+        max(len(part.page_tables.data) // 4, num_reqs * part.page_table_delta.max_pages) for part in _parts(message)
+    )
+    return sum(sizes) > BIG_STEP_ELEMENTS
+
+
+def bases_of(message: step_pb2.Step) -> set[int]:
+    """The ids of the steps on which one builds."""
+    return {part.page_table_delta.base_step_id for part in _parts(message) if part.HasField("page_table_delta")}
 
 
 class HeldBytes:
@@ -109,8 +138,11 @@ class StepRoom:
                 del self._held[principal]
 
 
-class KeptSteps(OrderedDict[int, Step]):
-    """The steps of one stream by their ids: those that its calls may name, and its later steps may build upon."""
+class KeptSteps(OrderedDict[int, tuple[Step, ...]]):
+    """The steps of one stream by their ids: those that its calls may name, and its later steps may build upon.
+
+    Each is there as one for every layer group of its cache.
+    """
 
     def __init__(self, room: StepRoom, principal: str, most: int) -> None:
         """None yet. At most so many, which take `room` as steps of `principal`."""
@@ -126,15 +158,15 @@ class KeptSteps(OrderedDict[int, Step]):
 
     def metadata(self) -> Mapping[int, Sequence[AttentionMetadata]]:
         """Of the layer groups of each by its id."""
-        return {step_id: (step.metadata,) for step_id, step in self.items()}
+        return {step_id: [step.metadata for step in steps] for step_id, steps in self.items()}
 
     def take(
-        self, base_id: int | None, num_bytes: int, forget: Callable[[list[int]], None] = lambda step_ids: None
+        self, base_ids: Collection[int], num_bytes: int, forget: Callable[[list[int]], None] = lambda step_ids: None
     ) -> HeldBytes:
         """Room for one more, for which older ones go if need be.
 
         Args:
-            base_id: of the step on which it builds, which does not go.
+            base_ids: of the steps on which it builds, which do not go.
             num_bytes: that it takes.
             forget: told the ids of those that go: whatever else holds a step holds its room.
 
@@ -145,22 +177,22 @@ class KeptSteps(OrderedDict[int, Step]):
             try:
                 return self._room.take(self._principal, num_bytes)
             except Exhausted:
-                if len(self) < LAST_STEPS or next(iter(self)) == base_id:
+                if len(self) < LAST_STEPS or next(iter(self)) in base_ids:
                     raise
             forget([self._drop()])
 
-    def add(self, step: Step) -> list[int]:
+    def add(self, steps: tuple[Step, ...]) -> list[int]:
         """Keeps one more, which holds its room. Returns the ids of those that are not kept any more."""
-        self[step.id] = step
-        self._num_bytes += _bytes_of(step)
+        self[steps[0].id] = steps
+        self._num_bytes += _bytes_of(steps)
         dropped = []
         while (count := len(self)) > self._most or (count > LEAST_OPEN_STEPS and self._num_bytes > MANY_STEPS_BYTES):
             dropped.append(self._drop())
         return dropped
 
     def _drop(self) -> int:
-        step_id, step = self.popitem(last=False)
-        self._num_bytes -= _bytes_of(step)
+        step_id, steps = self.popitem(last=False)
+        self._num_bytes -= _bytes_of(steps)
         return step_id
 
     def clear(self) -> None:
@@ -169,5 +201,6 @@ class KeptSteps(OrderedDict[int, Step]):
         self._num_bytes = 0
 
 
-def _bytes_of(step: Step) -> int:
-    return step.held.num_bytes if isinstance(step.held, HeldBytes) else 0
+def _bytes_of(steps: tuple[Step, ...]) -> int:
+    held = steps[0].held  # one for all groups
+    return held.num_bytes if isinstance(held, HeldBytes) else 0

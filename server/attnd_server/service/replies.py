@@ -92,14 +92,14 @@ class RegionReplies:
         self, call: Call, rows: tuple[int, ...], reply: tensor_pb2.Region
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The places of output and lse, for a GPU. Raises InvalidRequest: there are none."""
-        config = call.step.cache.config
+        config = call.step.group.config
         tensors = [Array(DTYPES[str(config.dtype).removeprefix("torch.")], (*rows, config.head_dim_v), NOTHING)]
         if call.options.return_lse:
             tensors.append(Array(tensor_pb2.DTYPE_FLOAT32, tuple(rows), NOTHING))
         place = tensor_pb2.Region(id=reply.id, offset=reply.offset)
         num_bytes = sum(aligned(each.num_bytes) for each in tensors[:-1]) + tensors[-1].num_bytes
         self._memory.view(place, num_bytes, "reply")
-        if call.step.cache.device.type != "cuda":
+        if call.step.group.device.type != "cuda":
             return None
         _, views = self._memory.places(tensors, reply.offset, "reply")
         output, *lse = (torch_tensor(each._replace(data=view)) for each, view in zip(tensors, views, strict=True))
@@ -119,7 +119,7 @@ class RegionReplies:
             and last.tensors.fill_with_torch(result.output, result.lse)
         ):
             times = (queue_us, result.copies.in_us, kernel_us, result.copies.out_us)
-            return framing.repeated_reply(call.layer, call.step.id, *times)
+            return framing.repeated_reply(call.step.group.layer_numbers[call.layer], call.step.id, *times)
         arrays = reply_arrays(result, RESULTS)
         reply = call_reply(call, result, queue_us, kernel_us)
         tensors = placed_tensors.place(self._memory, arrays, offset, "reply", reply, RESULTS)
@@ -134,7 +134,7 @@ def call_reply(call: Call, result: Result, queue_us: int, kernel_us: int) -> ste
         backend = backend_pb2.Backend.Value(f"BACKEND_{result.backend.name}")
     return step_pb2.CallReply(
         step_id=call.step.id,
-        layer=call.layer,
+        layer=call.step.group.layer_numbers[call.layer],
         backend=backend,
         queue_us=queue_us,
         copy_in_us=result.copies.in_us,

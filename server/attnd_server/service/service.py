@@ -7,7 +7,7 @@ is touched, the work that gives them, for the executor. Errors are those of `att
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from google.protobuf.message import Message
 
@@ -131,10 +131,10 @@ class AttentionService:
         """CreateCache. Allocates on the executor, so that nothing else runs into a full device meanwhile."""
         self.refuse_if_draining()
         request = frames.parse(cache_pb2.CreateCacheRequest, data)
-        config, ttl_s, name = validation.create_cache(request, self.config)
+        shape, ttl_s, name = validation.create_cache(request, self.config)
 
         def work() -> bytes:
-            cache = self.caches.create(config, principal=principal, ttl_s=ttl_s, name=name, key=request.key)
+            cache = self.caches.create(shape, principal=principal, ttl_s=ttl_s, name=name, key=request.key)
             return cache_pb2.CreateCacheResponse(cache=cache.info()).SerializeToString()
 
         return new_cache(principal, work)
@@ -151,7 +151,7 @@ class AttentionService:
 
         def work() -> bytes:
             cache = self.caches.delete(ref, principal)
-            return cache_pb2.DeleteCacheResponse(num_bytes=cache.config.num_bytes).SerializeToString()
+            return cache_pb2.DeleteCacheResponse(num_bytes=cache.shape.num_bytes).SerializeToString()
 
         return CacheWork(ref.id, principal, work)
 
@@ -165,8 +165,9 @@ class AttentionService:
         self.refuse_if_draining()
         request = frames.parse(attention_pb2.WarmUpRequest, data)
         cache = self.caches.get(request.cache, principal)
-        steps = validation.warm_up(request, cache.config, self.config)
-        return SideWork(principal, WarmUp(self.executor, self.caches, cache, steps, self.config, principal))
+        group = cache.groups[validation.group(request.group, cache.shape)]
+        steps = validation.warm_up(request, group.config, self.config)
+        return SideWork(principal, WarmUp(self.executor, self.caches, cache, group, steps, self.config, principal))
 
     def prefill(self, data: bytes, principal: str) -> Work:
         """Prefill: a step and one call of it."""
@@ -187,9 +188,10 @@ class AttentionService:
         if request.message.step.kind != kind:
             given, must = request.message.step.kind, step_pb2.StepKind.Name(kind)
             raise InvalidRequest(f"step.kind is {given}, but must be {kind} ({must})", field="step.kind")
-        step = self.step(request.message.step, principal)
-        step.counts = self.callers.unary_step(principal, step.metadata.num_tokens).served
-        call = self.call(step, request.message.call, request.tensors)
+        steps = self.step(request.message.step, principal)
+        served = self.callers.unary_step(principal, steps[0].metadata.num_tokens).served
+        call = self.call(steps, request.message.call, request.tensors)
+        call.step.counts = served
         replies = InlineReplies(reply)
         return replies.answered(call, request.message.call)
 
@@ -200,32 +202,42 @@ class AttentionService:
         open_steps: validation.OpenSteps = validation.NO_STEPS,
         plane: str = "inline",
         take: Callable[[int], HeldBytes] | None = None,
-    ) -> Step:
-        """Checks a step that may build on `open_steps` and gets its room by `take`; its cache's lease starts again."""
+    ) -> tuple[Step, ...]:
+        """Checks a step that may build on `open_steps` and gets its room by `take`; its cache's lease starts again.
+
+        Returns:
+            The step, as one for each layer group of its cache.
+        """
         began_ns = time.time_ns()
         self.refuse_if_draining()
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
-        num_bytes = step_bytes(message, self.config)
+        num_bytes = step_bytes(message, self.config, len(cache.groups))
         held = take(num_bytes) if take is not None else self.step_room.take(principal, num_bytes)
-        metadata = validation.step(message, cache.config, self.config, open_steps)
+        metadata = validation.steps(message, cache.shape.groups, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
         executor = self.executor
         # A request's own step has one call, and its plan goes with it.
         kept, most_work = executor.kept_plans if take is not None else None, executor.most_work
-        step = Step(message.id, cache, metadata, timeout_s, executor.graphs, kept, most_work, held=held)
+        steps = tuple(
+            Step(message.id, cache, group, each, timeout_s, executor.graphs, kept, most_work, held=held)
+            for group, each in zip(cache.groups, metadata, strict=True)
+        )
         if self._traces is not None:
-            step.trace = self._traces.begin(message.traceparent, step, plane, began_ns)
-        return step
+            self._traces.begin(message.traceparent, steps, plane, began_ns)
+        return steps
 
-    def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
-        """Checks a call of `step`."""
-        step.cache.renew()
-        config = step.cache.config
+    def call(self, steps: Sequence[Step], message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
+        """Checks a call of a step, which is given for each layer group of its cache."""
+        cache = steps[0].cache
+        cache.renew()
+        group, layer = cache.shape.places[validation.layer(message.layer, cache.shape)]
+        step = steps[group]
+        config = step.group.config
         checked = validation.call(message, tensors, config, step.metadata)
         options = self.checked_options(message.options, config, checked.num_heads, step.metadata.window)
         step.cost(options)  # or it is refused
-        return Call(step, message.layer, options, checked.q, checked.k, checked.v)
+        return Call(step, layer, options, checked.q, checked.k, checked.v)
 
     def checked_options(
         self, message: step_pb2.AttentionOptions, config: AttentionConfig, num_heads: int, window: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,15 +23,12 @@ from attnd_server.execution.work import Work
 from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_until_revoked
 from attnd_server.observe.callers import Callers
 from attnd_server.service import validation
-from attnd_server.service.kept_steps import HeldBytes, KeptSteps, StepRoom, base_of
+from attnd_server.service.kept_steps import HeldBytes, KeptSteps, StepRoom, bases_of, is_big
 from attnd_server.service.replies import Replies
 
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
 # The contract has this number too: at Step.id and at StepReply.takes_deltas.
 MAX_OPEN_STEPS = 8
-# Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
-# it should not wait for that.
-BIG_STEP_ELEMENTS = 1 << 17
 # Bytes of a message beside the tensors of a call from which it must be a step: the options of a call have fewer, with
 # slopes and sinks of thousands of heads, and protobuf copies the rest.
 BIG_HEADER_BYTES = 256 << 10
@@ -74,14 +71,14 @@ class Checks(Protocol):
         open_steps: validation.OpenSteps = ...,
         plane: str = ...,
         take: Callable[[int], HeldBytes] | None = None,
-    ) -> Step:
-        """Checks a step. Raises AttndError: it is refused."""
+    ) -> tuple[Step, ...]:
+        """Checks a step, and makes one for each layer group. Raises AttndError: it is refused."""
 
     def told(self, error: Exception, principal: str = "") -> AttndError:
         """What a client is told, and counts as refused."""
 
-    def call(self, step: Step, message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
-        """Checks a call of a step. Raises AttndError: it is refused."""
+    def call(self, steps: Sequence[Step], message: step_pb2.Call, tensors: Mapping[str, Array]) -> Call:
+        """Checks a call of a step, which is given for each layer group. Raises AttndError: it is refused."""
 
 
 class AttendSession:
@@ -110,7 +107,7 @@ class AttendSession:
         self._unfinished: set[int] = set()
         self._heard_at = 0.0
         self._last_id = -1
-        self._last_options: AttentionOptions | None = None
+        self._last_options: dict[int, AttentionOptions] = {}  # by layer group
 
     def is_under_way(self) -> bool:
         """Whether a step is: its last layer was not called yet, and the stream is not silent. From any thread."""
@@ -141,7 +138,7 @@ class AttendSession:
             return self._call(message.call, tensors, lane)
         if kind == "step":
             step: step_pb2.Step = message.step
-            return BigStep(partial(self._open, step)) if _is_big(step) else self._open(step)
+            return BigStep(partial(self._open, step)) if is_big(step) else self._open(step)
         raise InvalidRequest("message is not set, but must be step or call", field="message")
 
     def repeat(self, layer: int, step_id: int, lane: int) -> Work:
@@ -152,11 +149,14 @@ class AttendSession:
         if last_call is None:
             rule = f"there was no call in lane {lane}, of at most {MAX_KEPT_CALL_BYTES} bytes, that is meant again"
             raise InvalidRequest(f"message is absent, but must be given: {rule}")
-        if last is not None and last.step is self._steps.get(step_id):
-            # What was checked lies in this process and is the same; only the layer is new.
-            last.step.cache.renew()
-            self._called(last.step, layer)
-            return last._replace(layer=validation.layer(layer, last.step.cache.config))
+        if last is not None and last.step in self._steps.get(step_id, ()):
+            cache = last.step.cache
+            group, index = cache.shape.places[validation.layer(layer, cache.shape)]
+            if group == last.step.group.index:
+                # What was checked lies in this process and is the same; only the layer is new.
+                cache.renew()
+                self._called(last.step, layer)
+                return last._replace(layer=index)
         message, tensors = last_call
         message.layer, message.step_id = layer, step_id
         return self._call(message, tensors, lane)
@@ -166,10 +166,10 @@ class AttendSession:
         return self._service.told(error, self._principal)
 
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
-        call = self._service.call(self._step(message.step_id), message, tensors)
+        call = self._service.call(self._of_id(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
-        self._last_options = call.options
-        self._called(call.step, call.layer)
+        self._last_options[call.step.group.index] = call.options
+        self._called(call.step, message.layer)
         if lane in self._last_calls:
             self._last_checked[lane] = call
         return call
@@ -185,7 +185,7 @@ class AttendSession:
     def _called(self, step: Step, layer: int) -> None:
         """A layer of a step was called."""
         self._heard_at = time.monotonic()
-        if layer == step.cache.config.num_layers - 1:
+        if layer == step.cache.shape.num_layers - 1:
             self._unfinished.discard(step.id)
 
     def _open(self, message: step_pb2.Step) -> bytes:
@@ -193,16 +193,19 @@ class AttendSession:
             raise InvalidRequest(
                 f"step.id is {message.id}, but must be greater than the stream's last, {self._last_id}", field="step.id"
             )
-        take = partial(self._steps.take, base_of(message), forget=self._forget)
-        step = self._service.step(message, self._principal, self._steps.metadata(), self._replies.plane, take)
-        self._forget(self._steps.add(step))
-        step.counts = self._counts.served
-        self._counts.step_opened(step.metadata.num_tokens)
+        take = partial(self._steps.take, bases_of(message), forget=self._forget)
+        steps = self._service.step(message, self._principal, self._steps.metadata(), self._replies.plane, take)
+        self._forget(self._steps.add(steps))
+        for step in steps:
+            step.counts = self._counts.served
+        self._counts.step_opened(steps[0].metadata.num_tokens)
         self._last_id = message.id
         self._unfinished.add(message.id)
         self._heard_at = time.monotonic()
-        if self._last_options is not None:  # most likely those of its first call, too
-            plan_ahead(self._service.executor, step, self._last_options)
+        for step in steps:
+            options = self._last_options.get(step.group.index)
+            if options is not None:  # most likely those of its first call, too
+                plan_ahead(self._service.executor, step, options)
         reply = attention_pb2.StepReply(step_id=message.id, takes_deltas=True)
         return attention_pb2.AttendResponse(step=reply).SerializeToString()
 
@@ -212,7 +215,7 @@ class AttendSession:
             self._unfinished.discard(step_id)
         if step_ids:
             for lane, call in list(self._last_checked.items()):
-                if self._steps.get(call.step.id) is None:
+                if call.step.id not in self._steps:
                     del self._last_checked[lane]
 
     def close(self) -> None:
@@ -222,16 +225,10 @@ class AttendSession:
         self._last_calls.clear()
         self._last_checked.clear()
 
-    def _step(self, step_id: int) -> Step:
-        step = self._steps.get(step_id)
-        if step is None:
+    def _of_id(self, step_id: int) -> tuple[Step, ...]:
+        steps = self._steps.get(step_id)
+        if steps is None:
             raise InvalidRequest(
                 f"call.step_id is {step_id}, but the stream's open steps are: {self._steps}", field="call.step_id"
             )
-        return step
-
-
-def _is_big(step: step_pb2.Step) -> bool:
-    """Whether page tables are large, as sent or as a delta of a few bytes may make them."""
-    delta_elements = step.page_table_delta.max_pages * len(step.cu_seqlens_q.data) // 4
-    return max(len(step.page_tables.data) // 4, delta_elements) > BIG_STEP_ELEMENTS
+        return steps

@@ -94,7 +94,7 @@ class Status:
                 queue_depth=waiting[principal],
                 num_caches=len(own),
                 num_kv_bytes=sum(cache.num_bytes for cache in own),
-                num_pages=sum(cache.config.num_pages for cache in own),
+                num_pages=sum(cache.shape.num_pages for cache in own),
                 num_pages_written=sum(map(self._written.count, own)),
                 refusals=_refusals(self._callers.refusals(principal)),
             )
@@ -114,7 +114,7 @@ class WrittenPages:
 
     def count(self, cache: Cache) -> int:
         """Pages of `cache` that were written to: now; or, once this answer has looked at too many, when last looked."""
-        num_pages = cache.config.num_pages
+        num_pages = cache.shape.num_pages
         is_due = num_pages <= self._left or self._left == MAX_PAGES_LOOKED_AT  # the first, however large
         if is_due:
             self._left -= num_pages

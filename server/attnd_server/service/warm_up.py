@@ -21,6 +21,7 @@ from attnd_server.execution.executor import Executor
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.layer_group import LayerGroup
 from attnd_server.service.validation.warm_ups import WarmSteps
 
 # Each size of batch is so many times the one before, from 1 on. A call copies what it brings of q and gets of output,
@@ -58,13 +59,14 @@ class _Nothing(Exception):
 
 
 class WarmUp:
-    """One warm-up of a cache."""
+    """One warm-up of a layer group of a cache."""
 
     def __init__(
         self,
         executor: Executor,
         caches: CacheTable,
         cache: Cache,
+        group: LayerGroup,
         steps: WarmSteps,
         limits: ServerConfig,
         principal: str,
@@ -73,9 +75,10 @@ class WarmUp:
         self._executor = executor
         self._caches = caches
         self._cache = cache
+        self._group = group
         self._principal = principal
         self._options = steps.options
-        self._shapes = shapes_of(steps, cache.config, limits)
+        self._shapes = shapes_of(steps, group.config, limits)
         self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
 
     def __call__(self) -> bytes:
@@ -97,7 +100,7 @@ class WarmUp:
                 self._discard(graphs)
             raise
         ready = [captured for shape in self._shapes if (captured := self._ready(shape))]
-        backend = self._executor.ops.kernel_for(self._cache.config, self._shapes[-1], self._options).backend
+        backend = self._executor.ops.kernel_for(self._group.config, self._shapes[-1], self._options).backend
         response = attention_pb2.WarmUpResponse(
             num_graphs=sum(captured.num_graphs for captured in ready),
             num_bytes=sum(captured.num_bytes for captured in ready),
@@ -130,24 +133,25 @@ class WarmUp:
     def _make(self, shape: DecodeShape) -> DecodeGraphs:
         """Makes and captures the graphs of a shape, and counts their bytes."""
         cache, options, device, capture = self._cache, self._options, self._executor.device, self._executor.capture
-        kernel = self._executor.ops.kernel_for(cache.config, shape, options)
+        config = self._group.config
+        kernel = self._executor.ops.kernel_for(config, shape, options)
         if capture is None:
             raise _Nothing(f"device is {device}, and only a GPU has CUDA graphs")
         self._check_count()
         most = self._shapes[-1].num_reqs
         purpose = f"max_reqs is {most}: a batch of {shape.num_reqs} requests of {shape.query_len} new tokens"
-        counted = buffer_bytes(cache.config, options, shape)
+        counted = buffer_bytes(config, options, shape)
         self._caches.reserve(cache, counted, purpose)
         try:
             with this_thread_warms_up():
-                plan = kernel.fixed_plan(cache.config, shape, options, device)
+                plan = kernel.fixed_plan(config, shape, options, device)
                 if isinstance(plan, str):
                     self._compile(kernel, shape.query_len)
                     reason = f"no fixed plan for batches of {shape.num_reqs}, and is only compiled"
                     raise _Nothing(f"{kernel.backend.value} has {reason}: {plan}")
             self._caches.reserve(cache, plan.num_bytes, purpose)
             counted += plan.num_bytes
-            graphs = DecodeGraphs(cache, options, plan, kernel.backend, shape)
+            graphs = DecodeGraphs(self._group, options, plan, kernel.backend, shape)
             self._capture(graphs, capture)
         except BaseException:
             self._caches.release(cache, counted)
@@ -156,48 +160,48 @@ class WarmUp:
 
     def _compile(self, kernel: AttentionKernel, query_len: int) -> None:
         """Runs a step of one request that nobody wants, the way in which those without graphs run."""
-        cache, device, num_heads = self._cache, self._executor.device, self._options.num_heads
-        config = cache.config
+        group, device, num_heads = self._group, self._executor.device, self._options.num_heads
+        config = group.config
 
         def tokens(num_heads: int, head_dim: int) -> torch.Tensor:
             return torch.zeros(query_len, num_heads, head_dim, dtype=config.dtype, device=device)
 
         q = tokens(num_heads, config.head_dim)
         k, v = tokens(config.num_kv_heads, config.head_dim), tokens(config.num_kv_heads, config.head_dim_v)
-        cache.store_at(0, k, v, torch.full((query_len,), -1, device=device))
+        group.store_at(0, k, v, torch.full((query_len,), -1, device=device))
         plan = kernel.plan(config, decode_step(1, query_len, config.page_size, config.page_size), self._options, device)
-        kernel.run(plan, q, k, v, cache.layers[0])
+        kernel.run(plan, q, k, v, group.layers[0])
 
     def _check_count(self) -> None:
         in_use = self._executor.graphs.of(self._cache)
         num_graphs = sum(graphs.num_graphs for graphs in in_use + self._made)
-        if num_graphs + self._cache.config.num_layers > MAX_GRAPHS:
+        if num_graphs + self._group.config.num_layers > MAX_GRAPHS:
             raise _Nothing(f"the cache has {num_graphs} graphs, and the limit is {MAX_GRAPHS}")
 
     def _capture(self, graphs: DecodeGraphs, capture: Capture) -> None:
         """Captures a layer a turn, so that others wait for no more than that."""
-        cache = self._cache
+        cache, group = self._cache, self._group
 
         def capture_next() -> None:
             refuse_if_revoked(self._principal)
             cache.refuse_if_closed()
             with this_thread_warms_up():
-                graphs.capture_next(cache, capture)
+                graphs.capture_next(group, capture)
 
         with this_thread_warms_up():
             graphs.load(decode_step(graphs.shape.num_reqs, graphs.shape.query_len))
-            graphs.launch(cache, 0)  # compiles what the plan did not
-        for _ in range(cache.config.num_layers):
+            graphs.launch(group, 0)  # compiles what the plan did not
+        for _ in range(group.config.num_layers):
             self._executor.take_turn(capture_next)
 
     def _use(self) -> None:
         refuse_if_revoked(self._principal)
         self._cache.refuse_if_closed()
         for graphs in self._made:
-            self._executor.graphs.add(self._cache, self._options, graphs)
+            self._executor.graphs.add(self._cache, self._group, self._options, graphs)
 
     def _ready(self, shape: DecodeShape) -> DecodeGraphs | None:
-        return self._executor.graphs.ready(self._cache, self._options, shape)
+        return self._executor.graphs.ready(self._group, self._options, shape)
 
     def _discard(self, graphs: DecodeGraphs) -> None:
         self._caches.release(self._cache, graphs.num_bytes)

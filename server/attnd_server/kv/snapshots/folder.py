@@ -81,7 +81,7 @@ def read_manifest(folder: Path, config_type: type[Geometry] = Geometry) -> tuple
         manifest = Manifest.from_bytes(data, config_type)
     except ManifestRefused as error:
         raise refused(folder / MANIFEST, str(error)) from None
-    layout = TensorLayout(manifest.config, manifest.num_pages)
+    layout = TensorLayout(manifest.shape, manifest.num_pages)
     with open_regular(folder / TENSORS) as file:
         num_bytes = os.fstat(file.fileno()).st_size
     if not num_bytes == manifest.num_bytes == layout.num_bytes:

@@ -135,7 +135,7 @@ class SnapshotStore:
                 self.written.add(cache.id)
             except Exception as error:
                 lost.append(cache)
-                told = {**_fields(cache), "num_pages": cache.num_pages_written, "num_bytes": cache.config.num_bytes}
+                told = {**_fields(cache), "num_pages": cache.num_pages_written, "num_bytes": cache.shape.num_bytes}
                 log.error("cache lost: its snapshot cannot be written: %s", error, extra=told)
         return lost
 
@@ -145,8 +145,9 @@ class SnapshotStore:
 
     def _write(self, cache: Cache) -> None:
         self._refuse_if_moved()
-        pages = cache.written_pages
-        layout = TensorLayout(cache.config, len(pages))
+        pages = [group.written_pages for group in cache.groups]
+        num_pages = tuple(map(len, pages))
+        layout = TensorLayout(cache.shape, num_pages)
         progress = Progress("writing a snapshot", layout.num_bytes, **_fields(cache))
 
         def write(file: BinaryIO) -> Manifest:
@@ -157,14 +158,16 @@ class SnapshotStore:
                 principal=str(cache.principal),
                 name=cache.name,
                 ttl_s=cache.ttl_s,
-                config=cache.config,
-                num_pages=len(pages),
+                shape=cache.shape,
+                num_pages=num_pages,
                 num_bytes=layout.num_bytes,
                 sha256=sha256,
             )
 
         write_folder(self.folder / f"{cache.id.hex()}-{cache.epoch:016x}", write)
-        log.info("snapshot written", extra={**_fields(cache), "num_pages": len(pages), "num_bytes": layout.num_bytes})
+        log.info(
+            "snapshot written", extra={**_fields(cache), "num_pages": sum(num_pages), "num_bytes": layout.num_bytes}
+        )
 
     def _checked(self, path: Path) -> tuple[Manifest, TensorLayout]:
         refuse_if_others_have_a_hand_in_it(path)
@@ -185,10 +188,9 @@ class SnapshotStore:
         refuse_if_stopped()
         if manifest.principal is None:
             raise refused(path, "principal is absent, as in a client's export: see attnd cache import")
-        assert isinstance(manifest.config, AttentionConfig)
         try:
             cache = caches.create(
-                manifest.config,
+                manifest.shape,
                 principal=manifest.principal,
                 ttl_s=min(manifest.ttl_s, max_ttl_s),
                 name=manifest.name,
@@ -201,18 +203,18 @@ class SnapshotStore:
         def store(part: Part, ids: torch.Tensor, data: torch.Tensor) -> None:
             refuse_if_stopped()
             _layer_bytes(cache, part).index_copy_(0, ids.to(cache.device), data.to(cache.device))
-            cache.mark_pages_written(ids)
+            cache.groups[part.group].mark_pages_written(ids)
 
         with open_regular(path / TENSORS) as file:
             try:
-                sha256 = read_tensors(file, layout, manifest.config, store, progress)
+                sha256 = read_tensors(file, layout, manifest.shape, store, progress)
             except TensorFileRefused as error:
                 raise refused(path / TENSORS, str(error)) from None
             if sha256 != manifest.sha256 or file.read(1):
                 raise refused(path / TENSORS, f"its sha256 is {sha256}, but must be the manifest's {manifest.sha256}")
         cache.filled()
         cache.renew()
-        log.info("cache restored", extra={**_fields(cache), "num_pages": layout.num_pages})
+        log.info("cache restored", extra={**_fields(cache), "num_pages": sum(layout.num_pages)})
 
     def _remove_rests(self) -> None:
         for path in self.folder.iterdir():
@@ -230,5 +232,6 @@ def _read_pages(cache: Cache, part: Part, pages: torch.Tensor) -> torch.Tensor:
 
 def _layer_bytes(cache: Cache, part: Part) -> torch.Tensor:
     """Uint8 `[num_pages, part.page_bytes]`, the pages of one layer, sharing memory."""
-    pages = (cache.k_pages if part.is_k else cache.v_pages)[part.layer]
-    return pages.view(cache.config.num_pages, -1).view(torch.uint8)
+    group = cache.groups[part.group]
+    pages = group.layers[part.layer].k if part.is_k else group.layers[part.layer].v
+    return pages.view(len(pages), -1).view(torch.uint8)

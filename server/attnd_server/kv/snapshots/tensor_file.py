@@ -7,12 +7,13 @@ checked must be just what is loaded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import torch
 
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.snapshots.page_ids import TensorFileRefused, page_bytes, page_ids
 from attnd_server.kv.snapshots.progress import Progress
 from attnd_server.kv.snapshots.tensor_layout import Part, TensorLayout
@@ -21,7 +22,7 @@ from attnd_server.kv.snapshots.tensor_layout import Part, TensorLayout
 def write_tensors(
     file: BinaryIO,
     layout: TensorLayout,
-    pages: torch.Tensor,
+    pages: Sequence[torch.Tensor],
     read: Callable[[Part, torch.Tensor], torch.Tensor],
     progress: Progress,
 ) -> str:
@@ -30,7 +31,7 @@ def write_tensors(
     Args:
         file: empty.
         layout: of it.
-        pages: int64 `[layout.num_pages]`, their ids, rising.
+        pages: of each layer group int64 `[num_pages]`, their ids, rising.
         read: the bytes of some pages, uint8 `[num, part.page_bytes]` on the host.
         progress: is told.
 
@@ -45,17 +46,18 @@ def write_tensors(
         progress.advance(len(data))
 
     put(layout.header)
-    put(page_bytes(pages.tolist()))
+    for ids in pages:
+        put(page_bytes(ids.tolist()))
     for part in layout.parts:
         for chunk in layout.chunks(part):
-            put(_buffer(read(part, pages[chunk])))
+            put(_buffer(read(part, pages[part.group][chunk])))
     return digest.hexdigest()
 
 
 def read_tensors(
     file: BinaryIO,
     layout: TensorLayout,
-    config: AttentionConfig,
+    shape: CacheShape[AttentionConfig],
     store: Callable[[Part, torch.Tensor, torch.Tensor], None],
     progress: Progress,
 ) -> str:
@@ -64,7 +66,7 @@ def read_tensors(
     Args:
         file: at its beginning.
         layout: of it.
-        config: of the cache.
+        shape: of the cache.
         store: gets ids of pages, int64 `[num]`, and their bytes, uint8 `[num, part.page_bytes]`, used again later.
         progress: is told.
 
@@ -91,13 +93,15 @@ def read_tensors(
     take(header)
     if header != layout.header:
         raise TensorFileRefused("its header is not that of the manifest's geometry")
-    listed = bytearray(4 * layout.num_pages)
-    take(listed)
-    pages = torch.tensor(page_ids(listed, config.num_pages), dtype=torch.int64)
+    pages = []
+    for num_pages, config in zip(layout.num_pages, shape.groups, strict=True):
+        listed = bytearray(4 * num_pages)
+        take(listed)
+        pages.append(torch.tensor(page_ids(listed, config.num_pages), dtype=torch.int64))
     memory = bytearray(max((layout.most_bytes(part) for part in layout.parts), default=0))
     for part in layout.parts:
         for chunk in layout.chunks(part):
-            ids = pages[chunk]
+            ids = pages[part.group][chunk]
             view = memoryview(memory)[: len(ids) * part.page_bytes]
             take(view)
             store(part, ids, torch.frombuffer(view, dtype=torch.uint8).view(len(ids), part.page_bytes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from attnd_server.device.copy_timer import NO_COPIES, Copies
@@ -45,15 +45,16 @@ class StepTrace:
         calls: in the order in which they were served.
     """
 
-    __slots__ = ("_done", "_left", "attributes", "began_ns", "calls", "parent", "plans")
+    __slots__ = ("_done", "_left", "_num_kept", "attributes", "began_ns", "calls", "parent", "plans")
 
     def __init__(
-        self, parent: Parent, step: Step, plane: str, began_ns: int, done: Callable[[StepTrace], None]
+        self, parent: Parent, steps: Sequence[Step], plane: str, began_ns: int, done: Callable[[StepTrace], None]
     ) -> None:
-        """Begins; `done` gets it once, at its end."""
+        """Begins; `done` gets it once, at its end. `steps` has the step for each layer group."""
         self.parent = parent
         self.began_ns = began_ns
-        metadata, config = step.metadata, step.cache.config
+        step = steps[0]
+        metadata, num_layers = step.metadata, step.cache.shape.num_layers
         self.attributes: dict[str, str | int | bool] = {
             "attnd.plane": plane,
             "attnd.cache": step.cache.name,
@@ -61,12 +62,13 @@ class StepTrace:
             "attnd.is_decode": metadata.is_decode,
             "attnd.num_reqs": metadata.num_reqs,
             "attnd.num_tokens": metadata.num_tokens,
-            "attnd.num_layers": config.num_layers,
+            "attnd.num_layers": num_layers,
         }
         self.plans: list[tuple[int, int]] = []
         self.calls: list[TracedCall] = []
-        self._left = set(range(min(config.num_layers, MAX_CALLS)))
+        self._left = set(range(min(num_layers, MAX_CALLS)))
         self._done: Callable[[StepTrace], None] | None = done
+        self._num_kept = len(steps)
 
     def planned(self, began_ns: int) -> None:
         """A plan for layers with equal options was made."""
@@ -86,6 +88,12 @@ class StepTrace:
         """The whole step was served, which came as one message."""
         if self._done is not None:
             self.calls.append(TracedCall(None, time.time_ns(), queue_us, step_us, NO_COPIES, backend))
+            self.end()
+
+    def dropped(self) -> None:
+        """One of its steps is dropped, after which nothing more comes of that layer group."""
+        self._num_kept -= 1
+        if self._num_kept <= 0:
             self.end()
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 from weakref import finalize
 
@@ -47,28 +48,30 @@ class Traces:
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
         self._thread.start()
 
-    def begin(self, traceparent: str, step: Step, plane: str, began_ns: int) -> StepTrace | None:
+    def begin(self, traceparent: str, steps: Sequence[Step], plane: str, began_ns: int) -> StepTrace | None:
         """The trace of a step that came at `began_ns`; None: it has none.
 
         Args:
             traceparent: as the client gave it; whatever is wrong with it, the step goes on.
-            step: checked.
+            steps: checked, one for each layer group.
             plane: over which it came.
             began_ns: `time.time_ns`.
         """
         parent = sampled_parent(traceparent) if traceparent else None
         if parent is None:
             return None
-        principal = step.cache.principal
+        principal = steps[0].cache.principal
         with self._lock:
             own = sum(each == principal for each in self._under_way.values())
             if len(self._under_way) >= MAX_UNDER_WAY or own >= self._most_of_one:
                 return None
             if not self._allowance.take(principal):
                 return None
-            trace = StepTrace(parent, step, plane, began_ns, self._ended.put)
+            trace = StepTrace(parent, steps, plane, began_ns, self._ended.put)
             self._under_way[trace] = principal
-        finalize(step, trace.end).atexit = False
+        for step in steps:
+            step.trace = trace
+            finalize(step, trace.dropped).atexit = False
         return trace
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ class Sample:
 
     Attributes:
         backend: what computed the output.
-        layer: of the call.
+        layer: of the call, by its number in the cache.
         seed: of the choice.
         choice: what of the call this is.
         step: the whole step.
@@ -62,18 +62,18 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     stores into a slot that it reads, or has stored before it read.
     """
     step, layer, options, q, k, v = call[:6]
-    cache, metadata = step.cache, step.metadata
-    config, output, backend = cache.config, result.output, result.backend
+    group, metadata = step.group, step.metadata
+    config, output, backend = group.config, result.output, result.backend
     assert q is not None
     assert output is not None
     assert backend is not None
-    group = options.num_heads // config.num_kv_heads
+    per_kv_head = options.num_heads // config.num_kv_heads
     first, end = choice.first_kv_head, choice.first_kv_head + choice.num_kv_heads
-    kv_heads, heads = slice(first, end), slice(first * group, end * group)
+    kv_heads, heads = slice(first, end), slice(first * per_kv_head, end * per_kv_head)
     tables, page_ids = _page_tables(metadata, choice.rows)
-    ids = page_ids.to(cache.device)
+    ids = page_ids.to(group.device)
     head_axis = 2 if config.layout is Layout.UNIFIED else 1
-    pages = cache.layers[layer]
+    pages = group.layers[layer]
     k_pages, v_pages = (_picked(each.narrow(head_axis, first, choice.num_kv_heads), ids) for each in (pages.k, pages.v))
     scales = (None if each is None else each[kv_heads] for each in (pages.k_scales, pages.v_scales))
     bounds = metadata.cu_seqlens_q.tolist()
@@ -81,7 +81,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
     tokens = [slice(bounds[r.request], bounds[r.request + 1]) for r in choice.rows]
     return Sample(
         backend=backend,
-        layer=layer,
+        layer=group.layer_numbers[layer],
         seed=seed,
         choice=choice,
         step=metadata,
@@ -96,7 +96,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
         metadata=_requests(metadata, [r.request for r in choice.rows], tables),
         options=replace(
             options,
-            num_heads=choice.num_kv_heads * group,
+            num_heads=choice.num_kv_heads * per_kv_head,
             alibi_slopes=None if options.alibi_slopes is None else options.alibi_slopes[heads],
             sinks=None if options.sinks is None else options.sinks[heads],
         ),
@@ -106,7 +106,7 @@ def sample_of(call: Call, result: Result, choice: Choice, seed: int) -> Sample:
         output=torch.cat([output[part, heads] for part in rows]),
         lse=None if result.lse is None else torch.cat([result.lse[part, heads] for part in rows]),
         pages=LayerPages(k_pages, v_pages, *scales),
-        copied=_mark(cache.device),
+        copied=_mark(group.device),
     )
 
 

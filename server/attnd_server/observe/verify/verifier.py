@@ -102,7 +102,7 @@ class Verifier:
         if result.output is None or result.backend is None or not result.output.numel():
             return  # it only stored
         seed = self._random.getrandbits(32)
-        choice = choose(call.step.metadata, call.step.cache.config, call.options, seed, MAX_SAMPLE_BYTES)
+        choice = choose(call.step.metadata, call.step.group.config, call.options, seed, MAX_SAMPLE_BYTES)
         tally = self.tallies[result.backend]
         if choice is None:
             self._drop(tally, TOO_BIG)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest
+from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest, Unsupported
 from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
 from attnd_server.execution.cost import too_costly
@@ -24,7 +24,7 @@ from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
 from attnd_server.planes.cuda.step_graphs import StepGraphs
-from attnd_server.service.kept_steps import KeptSteps, base_of
+from attnd_server.service.kept_steps import KeptSteps, bases_of
 from attnd_server.service.service import AttentionService
 
 # As `MAX_OPEN_STEPS` of a stream: steps whose page tables later ones may be told by.
@@ -171,13 +171,19 @@ class CudaSession:
                 field="step.id",
             )
         service = self._service
-        take = partial(self._kept.take, base_of(request.step))
-        step = service.step(request.step, self._principal, self._kept.metadata(), "cuda", take)
+        take = partial(self._kept.take, bases_of(request.step))
+        step, *others = service.step(request.step, self._principal, self._kept.metadata(), "cuda", take)
+        if others:
+            raise Unsupported(
+                f"the cache has {1 + len(others)} layer groups, but a cuda plane serves caches of one: its region has "
+                "the same tensors for all layers; use another plane",
+                field="cache",
+            )
         self._counts.step_opened(step.metadata.num_tokens)
         self._last_id = request.step.id
         # Without what its layers share on the device, for which nobody asks again.
-        self._kept.add(Step(step.id, step.cache, step.metadata, held=step.held))
-        config, heads = step.cache.config, request.num_heads
+        self._kept.add((Step(step.id, step.cache, step.group, step.metadata, held=step.held),))
+        config, heads = step.group.config, request.num_heads
         if not step.metadata.store_only and (heads == 0 or heads % config.num_kv_heads):
             rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
             raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")

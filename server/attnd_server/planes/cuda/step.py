@@ -65,7 +65,7 @@ class CudaStep:
 
     def layout(self, channel: Channel) -> StepLayout:
         """Where its tensors lie. Raises InvalidRequest: the region does not hold them."""
-        config = self.step.cache.config
+        config = self.step.group.config
         dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
         geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
         return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, channel.num_bytes)
@@ -93,7 +93,7 @@ class CudaStep:
         self.step.cache.refuse_if_closed()
         layout = self.layout(channel)
         self.step.mark_written()
-        self.graph = graph = graphs.find(self.step.cache, self.step.metadata, self.options, layout)
+        self.graph = graph = graphs.find(self.step.cache, self.step.group, self.step.metadata, self.options, layout)
         if graph is not None:
             self.backend = graph.backend
             with channel.current():  # after the step before, which may still read what the graph has of it
@@ -117,7 +117,7 @@ class CudaStep:
             step.stored = stored_tokens(metadata.slot_mapping, ops.device)
         for options in () if metadata.store_only else dict.fromkeys(self.options):
             began_ns = time.time_ns()
-            plan = ops.plan(step.cache.config, metadata, options, BACKENDS)
+            plan = ops.plan(step.group.config, metadata, options, BACKENDS)
             if step.trace is not None:
                 step.trace.planned(began_ns)
             if plan.backend not in BACKENDS:
@@ -131,17 +131,17 @@ class CudaStep:
         self._load_kernels(*(channel.tensor(place) for place in layout))
 
     def _enqueue_layers(self, channel: Channel, layout: StepLayout) -> None:
-        step, cache = self.step, self.step.cache
+        step, group = self.step, self.step.group
         q, k, v, output, lse = (channel.tensor(place) for place in layout)
         new_k, new_v = (None, None) if step.metadata.cache_only else (k, v)
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
             channel.flags.wait(channel.handle, layer, is_last)
             if step.stored is not None:
-                cache.store(layer, k, v, step.stored)
+                group.store(layer, k, v, step.stored)
             if options in step.plans:
                 returned = lse if options.return_lse else None
-                step.plans[options].launch(output, returned, q, new_k, new_v, cache.layers[layer])
+                step.plans[options].launch(output, returned, q, new_k, new_v, group.layers[layer])
             channel.flags.signal(channel.handle, layer, is_last)
 
     def _load_kernels(
@@ -152,13 +152,13 @@ class CudaStep:
         To load a kernel that is not on the device yet the driver may wait for all that is there: for the worker, too.
         The results go elsewhere, because the worker may still be reading those of the step before.
         """
-        cache, metadata = self.step.cache, self.step.metadata
+        group, metadata = self.step.group, self.step.metadata
         if self.step.stored is not None:
-            cache.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
+            group.store_at(0, k, v, torch.full((metadata.num_tokens,), -1, dtype=torch.int64, device=k.device))
         new_k, new_v = (None, None) if metadata.cache_only else (k, v)
         for options, plan in self.step.plans.items():
             results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
-            plan.launch(*results, q, new_k, new_v, cache.layers[0])
+            plan.launch(*results, q, new_k, new_v, group.layers[0])
 
 
 def layer_options(options: list[AttentionOptions], num_layers: int) -> list[AttentionOptions]:

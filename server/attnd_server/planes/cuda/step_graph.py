@@ -17,6 +17,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.device.cuda_graph import Launches
 from attnd_server.device.pinned_tensor import PinnedTensor
 from attnd_server.kv.cache import Cache
+from attnd_server.kv.layer_group import LayerGroup
 from attnd_server.planes.cuda.channel import Channel
 
 
@@ -31,6 +32,7 @@ class StepGraph:
     def __init__(
         self,
         cache: Cache,
+        group: LayerGroup,
         options: list[AttentionOptions],
         plans: dict[AttentionOptions, FixedPlan],
         backend: AttentionBackend,
@@ -41,6 +43,7 @@ class StepGraph:
 
         Args:
             cache: that the steps read and write.
+            group: of all its layers.
             options: of each layer.
             plans: by options.
             backend: of the plans.
@@ -48,11 +51,12 @@ class StepGraph:
             layout: of the steps' tensors.
         """
         self.cache = cache
+        self._group = group
         self.backend = backend
         self.num_bytes = sum(plan.num_bytes for plan in plans.values())
         self._options, self._plans, self._channel = options, plans, channel
         self._q, self._k, self._v, self._output, self._lse = (channel.tensor(place) for place in layout)
-        self._slots = torch.full((self._q.shape[0],), -1, dtype=torch.int64, device=cache.device)
+        self._slots = torch.full((self._q.shape[0],), -1, dtype=torch.int64, device=group.device)
         self._staged_slots = [PinnedTensor(self._slots) for _ in range(2)]
         self._replay: Launches | None = None
 
@@ -99,7 +103,7 @@ class StepGraph:
             channel.flags.signal(channel.handle, layer, layer == last)
 
     def _store_and_attend(self, layer: int, options: AttentionOptions, output: torch.Tensor, lse: torch.Tensor) -> None:
-        cache = self.cache
-        cache.store_at(layer, self._k, self._v, self._slots)
+        group = self._group
+        group.store_at(layer, self._k, self._v, self._slots)
         returned = lse if options.return_lse else None
-        self._plans[options].launch(output, returned, self._q, self._k, self._v, cache.layers[layer])
+        self._plans[options].launch(output, returned, self._q, self._k, self._v, group.layers[layer])

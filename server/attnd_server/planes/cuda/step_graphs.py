@@ -18,6 +18,7 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device.faults import is_device_fault
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.layer_group import LayerGroup
 from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.step_graph import StepGraph
 
@@ -50,7 +51,12 @@ class StepGraphs:
         self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
 
     def find(
-        self, cache: Cache, metadata: AttentionMetadata, options: list[AttentionOptions], layout: StepLayout
+        self,
+        cache: Cache,
+        group: LayerGroup,
+        metadata: AttentionMetadata,
+        options: list[AttentionOptions],
+        layout: StepLayout,
     ) -> StepGraph | None:
         """The graph of a step, captured now if the shape was seen before; None: launch it layer by layer.
 
@@ -63,7 +69,7 @@ class StepGraphs:
         most = _LEAST_CONTEXT_LEN
         while most < metadata.max_context_len:
             most *= 2
-        most = max(metadata.max_context_len, min(most, cache.config.num_pages * cache.config.page_size))
+        most = max(metadata.max_context_len, min(most, group.config.num_slots))
         shape = DecodeShape(metadata.num_reqs, query_len, most)
         key = cache.id, shape, *(each.key for each in options)
         if key in self._graphs:
@@ -76,7 +82,7 @@ class StepGraphs:
                 self._seen.popitem(last=False)
             return None
         self._make_room()
-        self._graphs[key] = graph = self._made(cache, metadata, options, shape, layout)
+        self._graphs[key] = graph = self._made(cache, group, metadata, options, shape, layout)
         if graph is not None:
             try:
                 graph.capture(capture, metadata)
@@ -96,6 +102,7 @@ class StepGraphs:
     def _made(
         self,
         cache: Cache,
+        group: LayerGroup,
         metadata: AttentionMetadata,
         options: list[AttentionOptions],
         shape: DecodeShape,
@@ -104,15 +111,15 @@ class StepGraphs:
         plans: dict[AttentionOptions, FixedPlan] = {}
         kernel = None
         for each in dict.fromkeys(options):
-            kernel = self._ops.kernel_for(cache.config, shape, each)
+            kernel = self._ops.kernel_for(group.config, shape, each)
             if kernel.backend not in self._backends:
                 return None
-            plan = kernel.fixed_plan(cache.config, shape, each, cache.device)
+            plan = kernel.fixed_plan(group.config, shape, each, group.device)
             if isinstance(plan, str) or plan.refusal(metadata) is not None:
                 return None
             plans[each] = plan
         assert kernel is not None
-        graph = StepGraph(cache, options, plans, kernel.backend, self._channel, layout)
+        graph = StepGraph(cache, group, options, plans, kernel.backend, self._channel, layout)
         try:
             self._caches.reserve(cache, graph.num_bytes, "the graph of a cuda plane's step")
         except AttndError:

@@ -6,8 +6,18 @@ more than the bytes that the caller sent, or than the page table that a delta gi
 q, k and v are views of the received bytes.
 """
 
-from attnd_server.service.validation.caches import cache_config, create_cache
-from attnd_server.service.validation.calls import CallTensors, StoreTensors, call, layer, options, read_kv, store_kv
+from attnd_server.service.validation.cache_shapes import cache_shape, create_cache
+from attnd_server.service.validation.caches import cache_config
+from attnd_server.service.validation.calls import (
+    CallTensors,
+    StoreTensors,
+    call,
+    group,
+    layer,
+    options,
+    read_kv,
+    store_kv,
+)
 from attnd_server.service.validation.pages import copy_pages, slots
 from attnd_server.service.validation.steps import NO_STEPS, OpenSteps, step, steps
 from attnd_server.service.validation.warm_ups import warm_up
@@ -18,9 +28,11 @@ __all__ = [
     "OpenSteps",
     "StoreTensors",
     "cache_config",
+    "cache_shape",
     "call",
     "copy_pages",
     "create_cache",
+    "group",
     "layer",
     "options",
     "read_kv",

@@ -1,8 +1,6 @@
-"""A cache that somebody asks for."""
+"""The geometry and choices of a cache."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from google.protobuf.message import Message
@@ -11,11 +9,8 @@ from attnd.errors import InvalidRequest
 from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
 from attnd_server.attention.config import FP8, AttentionBackend, AttentionConfig, Layout, PrecisionMode
 from attnd_server.attention.kv_split import KVSplitConfig
-from attnd_server.config import ServerConfig
-from attnd_server.service.validation.arrays import refuse, required, view
+from attnd_server.service.validation.arrays import refuse, view
 
-MAX_NAME_CHARACTERS = 128
-MAX_KEY_BYTES = 64
 # As many as a cache can have KV heads.
 MAX_SCALES = 1024
 
@@ -64,8 +59,8 @@ def backend(value: int, default: AttentionBackend) -> AttentionBackend:
     return _BACKENDS[value]
 
 
-def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
-    """Geometry and choices of a cache, with every default filled in.
+def cache_config(message: cache_pb2.CacheConfig, window: int = 0, latent: bool = False) -> AttentionConfig:
+    """Geometry and choices of a cache without layer groups, or of one of these, with every default filled in.
 
     Raises:
         InvalidRequest: a number is out of its range, the dtype is not set, or the scales do not belong to the cache.
@@ -90,6 +85,8 @@ def cache_config(message: cache_pb2.CacheConfig) -> AttentionConfig:
         layout=_LAYOUTS[message.layout],
         backend=backend(message.backend, AttentionBackend.AUTO),
         precision=_PRECISIONS[message.precision],
+        window=window,
+        latent=latent,
         kv_split=_kv_split(message.kv_split),
         kv_dtype=KV_DTYPES.get(kv_dtype) or DTYPES[kv_dtype],
         v_dtype=KV_DTYPES.get(v_dtype) or DTYPES[v_dtype],
@@ -133,21 +130,3 @@ def _dtype_name(value: int) -> str:
     if value not in tensor_pb2.Dtype.values():
         return str(value)
     return tensor_pb2.Dtype.Name(tensor_pb2.Dtype.ValueType(value))
-
-
-def create_cache(message: cache_pb2.CreateCacheRequest, config: ServerConfig) -> tuple[AttentionConfig, float, str]:
-    """Configuration, lease in seconds and name of a cache to be created.
-
-    Raises:
-        InvalidRequest: the configuration is absent or wrong, or the lease, the name or the key is out of its range.
-    """
-    cache = cache_config(required(message, "config"))
-    ttl_s = message.ttl_s or config.default_ttl_s
-    if not (math.isfinite(ttl_s) and 1.0 <= ttl_s <= config.max_ttl_s):
-        refuse("ttl_s", f"ttl_s is {ttl_s:g}, but must be 0 or 1..{config.max_ttl_s:g} seconds")
-    if len(message.name) > MAX_NAME_CHARACTERS:
-        rule = f"at most {MAX_NAME_CHARACTERS}"
-        refuse("name", f"name has {len(message.name)} characters, but must have {rule}")
-    if len(message.key) > MAX_KEY_BYTES:
-        refuse("key", f"key has {len(message.key)} bytes, but must have at most {MAX_KEY_BYTES}")
-    return cache, ttl_s, message.name

@@ -16,6 +16,7 @@ from attnd.protocol.tensors import Array, torch_tensor
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.service.validation import caches
 from attnd_server.service.validation.arrays import payload, refuse, required, view
 from attnd_server.service.validation.pages import slots
@@ -45,26 +46,35 @@ class StoreTensors(NamedTuple):
     """A chunk to store.
 
     Attributes:
-        layer: of the cache.
         slots: int64 `[num_tokens]`, none twice.
         k: `[num_tokens, num_kv_heads, head_dim]`, a view of the received bytes: do not write to it.
         v: `[num_tokens, num_kv_heads, head_dim_v]`, likewise; of a latent cache a view of k.
     """
 
-    layer: int
     slots: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
 
 
-def layer(value: int, config: AttentionConfig) -> int:
+def layer(value: int, cache: AttentionConfig | CacheShape[AttentionConfig]) -> int:
     """`value`, if the cache has such a layer.
 
     Raises:
         InvalidRequest: it has not.
     """
-    if not 0 <= value < config.num_layers:
-        refuse("layer", f"layer is {value}, but the cache has layers 0..{config.num_layers - 1}")
+    if not 0 <= value < cache.num_layers:
+        refuse("layer", f"layer is {value}, but the cache has layers 0..{cache.num_layers - 1}")
+    return value
+
+
+def group(value: int, cache: CacheShape[AttentionConfig]) -> int:
+    """`value`, if the cache has such a layer group.
+
+    Raises:
+        InvalidRequest: it has not.
+    """
+    if value >= len(cache.groups):
+        refuse("group", f"group is {value}, but the cache has layer groups 0..{len(cache.groups) - 1}")
     return value
 
 
@@ -74,17 +84,16 @@ def call(
     """The tensors of a call.
 
     Args:
-        message: the call; its options are for `options`.
+        message: the call; its layer is for `layer`, its options are for `options`.
         payloads: "q", "k" and "v" as received, as far as they are present.
-        config: the cache.
+        config: the layer's group.
         metadata: the call's step.
 
     Raises:
-        InvalidRequest: no such layer; or a tensor is absent, present in a step that has none, of another dtype or
+        InvalidRequest: a tensor is absent, present in a step that has none, of another dtype or
             shape, or not as long as its shape says.
         Exhausted: the reply would not fit a message.
     """
-    layer(message.layer, config)
     q = k = v = None
     if metadata.store_only:
         _absent(payloads, ("q",), "store-only")
@@ -138,25 +147,23 @@ def _k_and_v(
 def store_kv(
     message: attention_pb2.StoreKvRequest, payloads: Mapping[str, Array], config: AttentionConfig
 ) -> StoreTensors:
-    """A chunk to store; `payloads` holds "k" and "v" as received.
+    """A chunk to store in a layer of a group; `payloads` holds "k" and "v" as received.
 
     Raises:
-        InvalidRequest: no such layer, a slot that is wrong or comes twice, or a tensor that is absent or not of the
+        InvalidRequest: a slot that is wrong or comes twice, or a tensor that is absent or not of the
             cache's geometry.
     """
-    layer(message.layer, config)
     targets = slots(required(message, "slot_mapping"), config, "slot_mapping", unique=True)
-    return StoreTensors(message.layer, targets, *_k_and_v(payloads, config, len(targets)))
+    return StoreTensors(targets, *_k_and_v(payloads, config, len(targets)))
 
 
-def read_kv(message: attention_pb2.ReadKvRequest, config: AttentionConfig) -> tuple[int, torch.Tensor]:
-    """Layer and slots, int64 `[num_tokens]`, to read.
+def read_kv(message: attention_pb2.ReadKvRequest, config: AttentionConfig) -> torch.Tensor:
+    """Slots, int64 `[num_tokens]`, to read in a layer of a group.
 
     Raises:
-        InvalidRequest: no such layer or slot.
+        InvalidRequest: no such slot.
     """
-    sources = slots(required(message, "slot_mapping"), config, "slot_mapping", unique=False)
-    return layer(message.layer, config), sources
+    return slots(required(message, "slot_mapping"), config, "slot_mapping", unique=False)
 
 
 def options(
