@@ -46,6 +46,7 @@ from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cache_spec import CacheSpec
 from attnd.protocol.kv_split import KVSplit
+from attnd.protocol.layer_groups import LayerGroup
 from attnd.protocol.requests import WarmUp
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.steps.step_groups import StepGroup
@@ -78,6 +79,7 @@ __all__ = [
     "FN_TYPE_AttnMetaDataFetch",
     "InvalidRequest",
     "KVSplit",
+    "LayerGroup",
     "PagePool",
     "PagedSequence",
     "PendingCall",

@@ -16,6 +16,7 @@ from attnd.planes.transport import Transport
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.features import MissingFeatures
+from attnd.protocol.head_dims import head_dim_v_of
 from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
 from attnd.sessions import Sessions
 from attnd.v1 import cache_pb2
@@ -78,9 +79,17 @@ class Cache(Sessions):
         """Starts the lease again. Raises CacheLost if it has gone."""
         self.info()
 
-    def written_pages(self) -> list[int]:
-        """The ids of the pages into which something was stored, rising. Starts the lease again. Raises CacheLost."""
-        return requests.written_pages(self._unary("RenewCache", requests.ask_written_pages(self.ref)))
+    def written_pages(self, *, group: int = 0) -> list[int]:
+        """The ids of the pages into which something was stored, rising. Starts the lease again.
+
+        Args:
+            group: index of the layer group whose pages are told.
+
+        Raises:
+            CacheLost: the cache has gone.
+            InvalidRequest: the cache has no such group.
+        """
+        return requests.written_pages(self._unary("RenewCache", requests.ask_written_pages(self.ref, group)))
 
     def adopt(self) -> cache_pb2.CacheInfo:
         """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
@@ -114,9 +123,19 @@ class Cache(Sessions):
             self.close_sessions()  # nobody knows that it is lost
             raise
 
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
-        self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+    def copy_pages(self, sources: list[int], targets: list[int], *, group: int = 0) -> None:
+        """Copies whole pages in every layer of a group, `sources[i]` to `targets[i]`.
+
+        Args:
+            sources: page ids that are read.
+            targets: page ids that are written, as many, none twice and none that is read too.
+            group: index of the layer group of these pages.
+
+        Raises:
+            CacheLost: the cache has gone.
+            InvalidRequest: the cache has no such group or page, or a target breaks the rule.
+        """
+        self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets, group))
 
     def warm_up(
         self,
@@ -127,6 +146,7 @@ class Cache(Sessions):
         max_context_len: int = 0,
         options: AttentionOptions = DEFAULT_OPTIONS,
         timeout_s: float = 120.0,
+        group: int = 0,
     ) -> WarmUp:
         """Has the server compile and capture decode steps of one shape, so that their first call is as fast as any.
 
@@ -142,6 +162,7 @@ class Cache(Sessions):
             max_context_len: most cached tokens of a request; 0 is as many as the cache's pages hold.
             options: as in the calls.
             timeout_s: seconds to wait for it. The server finishes it all the same.
+            group: index of the layer group whose layers these are.
 
         Raises:
             InvalidRequest: a value is out of its range.
@@ -155,18 +176,19 @@ class Cache(Sessions):
             max_reqs=max_reqs,
             max_context_len=max_context_len,
             options=options,
+            group=group,
         )
         timeout_s = checked_seconds(timeout_s, "timeout_s")
         return requests.warmed_up(self.transport.unary("WarmUp", request, timeout_s))
 
-    def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
+    def store_kv(self, layer: int, slots: Any, k: Any, v: Any = None) -> int:
         """Stores K and V of one layer, in chunks of a few MiB.
 
         Args:
             layer: 0 <= layer < num_layers.
             slots: int `[num_tokens]`, none twice.
             k: `[num_tokens, num_kv_heads, head_dim]` of the cache's dtype.
-            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype.
+            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype; None of a latent layer, which has it in k.
 
         Returns:
             Slots that were written. After an error, whole chunks before the refused one are written.
@@ -184,10 +206,12 @@ class Cache(Sessions):
             like: the answer is of its kind: a torch tensor on its device, a numpy array, or an `attnd.Array`.
 
         Returns:
-            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`.
+            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`: of a latent layer
+            the first elements of k.
         """
         responses = self.transport.read_kv(requests.read_kv(self.ref, layer, slots), self.timeout_s)
-        return requests.joined([frames.READ_KV_RESPONSE.decode(data) for data in responses], like)
+        chunks = [frames.READ_KV_RESPONSE.decode(data) for data in responses]
+        return requests.joined(chunks, like, head_dim_v_of(self.config, layer))
 
     def __enter__(self) -> Cache:
         """The cache itself."""

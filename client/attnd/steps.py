@@ -47,7 +47,7 @@ class Step:
             layer: 0 <= layer < num_layers.
             q: `[num_tokens, num_heads, head_dim]` of the cache's dtype; None in a store-only step.
             k: `[num_tokens, num_kv_heads, head_dim]`; None in a cache-only step.
-            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step.
+            v: `[num_tokens, num_kv_heads, head_dim_v]`; None in a cache-only step, and of a latent layer.
             options: scale, softcap, window, ALiBi, sinks, lse, backend.
 
         Returns:

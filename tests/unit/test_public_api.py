@@ -32,6 +32,7 @@ CLIENT = [
     "FN_TYPE_AttnMetaDataFetch",
     "InvalidRequest",
     "KVSplit",
+    "LayerGroup",
     "PagePool",
     "PagedSequence",
     "PendingCall",

@@ -15,6 +15,7 @@ from attnd.planes.grpc_options import checked_seconds
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.features import MissingFeatures
+from attnd.protocol.head_dims import head_dim_v_of
 from attnd.protocol.requests import DEFAULT_OPTIONS, WarmUp
 from attnd.v1 import cache_pb2
 
@@ -76,9 +77,17 @@ class AsyncCache(AsyncSessions):
         """Starts the lease again. Raises CacheLost if it has gone."""
         await self.info()
 
-    async def written_pages(self) -> list[int]:
-        """The ids of the pages into which something was stored, rising. Starts the lease again. Raises CacheLost."""
-        return requests.written_pages(await self._unary("RenewCache", requests.ask_written_pages(self.ref)))
+    async def written_pages(self, *, group: int = 0) -> list[int]:
+        """The ids of the pages into which something was stored, rising. Starts the lease again.
+
+        Args:
+            group: index of the layer group whose pages are told.
+
+        Raises:
+            CacheLost: the cache has gone.
+            InvalidRequest: the cache has no such group.
+        """
+        return requests.written_pages(await self._unary("RenewCache", requests.ask_written_pages(self.ref, group)))
 
     async def adopt(self) -> cache_pb2.CacheInfo:
         """Goes on with the cache after a restart of the server, if that has restored it; see `EpochMismatch`.
@@ -112,9 +121,19 @@ class AsyncCache(AsyncSessions):
             await self.close_sessions()  # nobody knows that it is lost
             raise
 
-    async def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        """Copies whole pages in every layer, `sources[i]` to `targets[i]`; no page is in both."""
-        await self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets))
+    async def copy_pages(self, sources: list[int], targets: list[int], *, group: int = 0) -> None:
+        """Copies whole pages in every layer of a group, `sources[i]` to `targets[i]`.
+
+        Args:
+            sources: page ids that are read.
+            targets: page ids that are written, as many, none twice and none that is read too.
+            group: index of the layer group of these pages.
+
+        Raises:
+            CacheLost: the cache has gone.
+            InvalidRequest: the cache has no such group or page, or a target breaks the rule.
+        """
+        await self._unary("CopyPages", requests.copy_pages(self.ref, sources, targets, group))
 
     async def warm_up(
         self,
@@ -125,6 +144,7 @@ class AsyncCache(AsyncSessions):
         max_context_len: int = 0,
         options: AttentionOptions = DEFAULT_OPTIONS,
         timeout_s: float = 120.0,
+        group: int = 0,
     ) -> WarmUp:
         """Has the server compile and capture decode steps of one shape, so that their first call is as fast as any.
 
@@ -140,6 +160,7 @@ class AsyncCache(AsyncSessions):
             max_context_len: most cached tokens of a request; 0 is as many as the cache's pages hold.
             options: as in the calls.
             timeout_s: seconds to wait for it. The server finishes it all the same.
+            group: index of the layer group whose layers these are.
 
         Raises:
             InvalidRequest: a value is out of its range.
@@ -153,18 +174,19 @@ class AsyncCache(AsyncSessions):
             max_reqs=max_reqs,
             max_context_len=max_context_len,
             options=options,
+            group=group,
         )
         timeout_s = checked_seconds(timeout_s, "timeout_s")
         return requests.warmed_up(await self.transport.unary("WarmUp", request, timeout_s))
 
-    async def store_kv(self, layer: int, slots: Any, k: Any, v: Any) -> int:
+    async def store_kv(self, layer: int, slots: Any, k: Any, v: Any = None) -> int:
         """Stores K and V of one layer, in chunks of a few MiB.
 
         Args:
             layer: 0 <= layer < num_layers.
             slots: int `[num_tokens]`, none twice.
             k: `[num_tokens, num_kv_heads, head_dim]` of the cache's dtype.
-            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype.
+            v: `[num_tokens, num_kv_heads, head_dim_v]` of the cache's dtype; None of a latent layer, which has it in k.
 
         Returns:
             Slots that were written. After an error, whole chunks before the refused one are written.
@@ -182,10 +204,12 @@ class AsyncCache(AsyncSessions):
             like: the answer is of its kind: a torch tensor on its device, a numpy array, or an `attnd.Array`.
 
         Returns:
-            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`.
+            k `[num_tokens, num_kv_heads, head_dim]` and v `[num_tokens, num_kv_heads, head_dim_v]`: of a latent layer
+            the first elements of k.
         """
         responses = self.transport.read_kv(requests.read_kv(self.ref, layer, slots), self.timeout_s)
-        return requests.joined([frames.READ_KV_RESPONSE.decode(data) async for data in responses], like)
+        chunks = [frames.READ_KV_RESPONSE.decode(data) async for data in responses]
+        return requests.joined(chunks, like, head_dim_v_of(self.config, layer))
 
     async def __aenter__(self) -> AsyncCache:
         """The cache itself."""

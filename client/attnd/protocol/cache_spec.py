@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from attnd.errors import InvalidRequest
 from attnd.protocol.kv_split import KVSplit
-from attnd.protocol.packing import float32_tensor
-from attnd.protocol.tensors import KV_DTYPES, dtype_of
-from attnd.v1 import backend_pb2, cache_pb2, tensor_pb2
+from attnd.protocol.layer_groups import LayerGroup, kv_dtype_number, scales_tensor
+from attnd.protocol.packing import uint32
+from attnd.protocol.tensors import dtype_of
+from attnd.v1 import backend_pb2, cache_pb2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,8 +23,8 @@ class CacheSpec:
     """Geometry and lease of a cache.
 
     Attributes:
-        num_layers: layers of the model.
-        num_kv_heads: KV heads per layer.
+        num_layers: layers of the model; None: as many as `groups` names.
+        num_kv_heads: KV heads per layer. None, as head_dim and num_pages may be: each of `groups` has its own.
         head_dim: elements per head of q and k, a multiple of 8.
         num_pages: pages of the cache; page ids are 0..num_pages-1.
         page_size: token slots per page.
@@ -35,19 +37,21 @@ class CacheSpec:
         k_scales: of "float8_e4m3fn" pages, one number or one for each KV head: K is stored as k / scale, clamped to
             -448..448 and rounded, and read as the stored value times scale. None is 1.
         v_scales: likewise for V.
-        v_dtype: of V's pages, where it is another than K's: "float8_e4m3fn", or `dtype`. None: `kv_dtype`.
         kv_split: how the KV of a request is cut into chunks, and whether output bits may depend on the batch; None is
             automatic.
         ttl_s: seconds after the client's last sign of life when the server frees the cache.
         name: a label for people.
         renew: whether the client renews the lease in the background for as long as this process lives and the client is
             open, however idle it is. Without it only steps, calls, stores and the cache's `renew` do.
+        v_dtype: of V's pages, where it is another than K's: "float8_e4m3fn", or `dtype`. None: `kv_dtype`.
+        groups: layers that differ, and have page ids and page tables of their own; None: all layers are alike. What a
+            group leaves out it takes from the fields here.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    num_pages: int
+    num_layers: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_pages: int | None = None
     page_size: int = 16
     head_dim_v: int = 0
     dtype: object = "bfloat16"
@@ -62,6 +66,7 @@ class CacheSpec:
     name: str = ""
     renew: bool = True
     v_dtype: object = None
+    groups: Sequence[LayerGroup] | None = None
 
     def to_message(self) -> cache_pb2.CreateCacheRequest:
         """The request of CreateCache. It may be sent twice, and creates one cache.
@@ -77,27 +82,62 @@ class CacheSpec:
         return self.to_message().SerializeToString()
 
     def _config(self) -> cache_pb2.CacheConfig:
-        counts = {
-            field: getattr(self, field)
-            for field in ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages")
-        }
-        for field, value in counts.items():
-            if not 0 <= value < 1 << 32:
-                raise InvalidRequest(f"{field} is {value}, but must be 0..{(1 << 32) - 1}", field=field)
-        return cache_pb2.CacheConfig(
-            **counts,
+        config = self._geometry() if self.groups is None else self._grouped(self.groups)
+        choices = cache_pb2.CacheConfig(
             dtype=dtype_of(self.dtype),
             layout=cache_pb2.Layout.ValueType(_number(cache_pb2.Layout, "LAYOUT", self.layout, "layout")),
             backend=backend_pb2.Backend.ValueType(_number(backend_pb2.Backend, "BACKEND", self.backend, "backend")),
             precision=cache_pb2.Precision.ValueType(
                 _number(cache_pb2.Precision, "PRECISION", self.precision, "precision")
             ),
-            kv_dtype=_kv_dtype(self.kv_dtype, "kv_dtype"),
-            v_dtype=_kv_dtype(self.v_dtype, "v_dtype"),
-            k_scales=_scales(self.k_scales, "k_scales"),
-            v_scales=_scales(self.v_scales, "v_scales"),
             kv_split=None if self.kv_split is None else self.kv_split.to_message(),
         )
+        config.MergeFrom(choices)
+        return config
+
+    def _geometry(self) -> cache_pb2.CacheConfig:
+        """That of layers that are all alike."""
+        counts: dict[str, Any] = {}
+        for field in ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "page_size", "num_pages"):
+            value = getattr(self, field)
+            if value is None:
+                raise InvalidRequest(f"{field} is None, but must be given where groups is not", field=field)
+            if not 0 <= value < 1 << 32:
+                raise InvalidRequest(f"{field} is {value}, but must be 0..{(1 << 32) - 1}", field=field)
+            counts[field] = value
+        return cache_pb2.CacheConfig(
+            **counts,
+            kv_dtype=kv_dtype_number(self.kv_dtype, "kv_dtype"),
+            v_dtype=kv_dtype_number(self.v_dtype, "v_dtype"),
+            k_scales=scales_tensor(self.k_scales, "k_scales"),
+            v_scales=scales_tensor(self.v_scales, "v_scales"),
+        )
+
+    def _grouped(self, groups: Sequence[LayerGroup]) -> cache_pb2.CacheConfig:
+        """That of layers which differ."""
+        own = LayerGroup(
+            (),
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            kv_dtype=self.kv_dtype,
+            v_dtype=self.v_dtype,
+            k_scales=self.k_scales,
+            v_scales=self.v_scales,
+        )
+        messages = []
+        for index, group in enumerate(groups):
+            field = f"groups[{index}]"
+            if not isinstance(group, LayerGroup):
+                raise InvalidRequest(f"{field} is a {type(group).__name__}, but must be a LayerGroup", field=field)
+            messages.append(group.to_message(own, field))
+        if not messages:
+            raise InvalidRequest("groups has 0 elements, but must have one, or be None", field="groups")
+        named = sum(math.prod(message.layers.shape) for message in messages)
+        num_layers = named if self.num_layers is None else uint32(self.num_layers, "num_layers")
+        return cache_pb2.CacheConfig(num_layers=num_layers, groups=messages)
 
 
 def _number(enum: Any, prefix: str, name: str, field: str) -> int:
@@ -107,14 +147,6 @@ def _number(enum: Any, prefix: str, name: str, field: str) -> int:
     except ValueError:
         names = ", ".join(key.removeprefix(f"{prefix}_").lower() for key in enum.keys()[1:])
         raise InvalidRequest(f"{field} is {name!r}, but must be one of {names}", field=field) from None
-
-
-def _kv_dtype(dtype: object, field: str) -> tensor_pb2.Dtype.ValueType:
-    return tensor_pb2.DTYPE_UNSPECIFIED if dtype is None else dtype_of(dtype, field, KV_DTYPES)
-
-
-def _scales(values: Any, field: str) -> tensor_pb2.Tensor | None:
-    return float32_tensor([values] if isinstance(values, int | float) else values, field)
 
 
 Fields = ParamSpec("Fields")

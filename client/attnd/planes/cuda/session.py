@@ -20,6 +20,7 @@ from attnd.planes.turns import Turn
 from attnd.protocol import frames
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cuda.layout import Geometry, step_layout
+from attnd.protocol.head_dims import only_group
 from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.timings import Timings
@@ -66,9 +67,12 @@ class CudaSession:
         self.timeout_s = timeout_s
         self.plane = ""
         self.refusals: dict[str, str] = {}
-        config = cache.config
+        group = only_group(cache.config)
+        if group is None:
+            kind = f"has {len(cache.config.groups)} layer groups" if len(cache.config.groups) > 1 else "is latent"
+            raise Unsupported(f"plane is cuda, but the cache {kind}: use shm or inline", field="plane")
         self.geometry = Geometry(
-            config.num_kv_heads, config.head_dim, config.head_dim_v or config.head_dim, config.dtype
+            group.num_kv_heads, group.head_dim, group.head_dim_v or group.head_dim, cache.config.dtype
         )
         self._wanted = plane
         self._timings = Timings(plane="cuda")

@@ -42,7 +42,7 @@ class Lanes:
     """
 
     def __init__(self, num_bytes: int, head_dim_v: int) -> None:
-        """All of a region of `num_bytes` is free, for calls of a cache with V of `head_dim_v` elements per head."""
+        """All of a region of `num_bytes` is free, for calls whose outputs have up to `head_dim_v` elements per head."""
         self._num_bytes = num_bytes
         self._head_dim_v = head_dim_v
         self._last: dict[int, PlacedCall] = {}  # sent last, by lane

@@ -13,6 +13,7 @@ from attnd.planes.shm.messages import ShmMessages
 from attnd.planes.tickets import show_ticket
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
+from attnd.protocol.head_dims import most_head_dim_v
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import framing, sockets
 from attnd.v1 import cache_pb2, plane_pb2
@@ -67,7 +68,7 @@ def shake_hands(
     except BaseException:
         connection.close()
         raise
-    lanes = Lanes(plane.shm.num_bytes, config.head_dim_v or config.head_dim)
+    lanes = Lanes(plane.shm.num_bytes, most_head_dim_v(config))
     return Handshake(connection, Region(plane.id, memory), lanes, path)
 
 

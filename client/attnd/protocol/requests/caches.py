@@ -7,7 +7,7 @@ from typing import Any
 
 from attnd.errors import InvalidRequest, Unsupported
 from attnd.protocol import frames
-from attnd.protocol.packing import int32_tensor, ints
+from attnd.protocol.packing import int32_tensor, ints, uint32
 from attnd.v1 import cache_pb2
 
 CACHE_ID_BYTES = 16
@@ -32,9 +32,10 @@ def open_cache(ref: cache_pb2.CacheRef, epoch: int) -> tuple[str, bytes, Any]:
     return "AdoptCache", cache_pb2.AdoptCacheRequest(cache=ref).SerializeToString(), cache_pb2.AdoptCacheResponse
 
 
-def ask_written_pages(cache: cache_pb2.CacheRef) -> bytes:
-    """The request of RenewCache that also asks which pages were written to."""
-    return cache_pb2.RenewCacheRequest(cache=cache, with_written_pages=True).SerializeToString()
+def ask_written_pages(cache: cache_pb2.CacheRef, group: int = 0) -> bytes:
+    """The request of RenewCache that also asks which pages of a layer group were written to. Raises InvalidRequest."""
+    request = cache_pb2.RenewCacheRequest(cache=cache, with_written_pages=True, group=uint32(group, "group"))
+    return request.SerializeToString()
 
 
 def written_pages(data: bytes) -> list[int]:
@@ -45,10 +46,11 @@ def written_pages(data: bytes) -> list[int]:
     return ints(memoryview(response.written_pages.data).cast("i"), "written_pages")
 
 
-def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Sequence[int]) -> bytes:
-    """The request of CopyPages."""
+def copy_pages(cache: cache_pb2.CacheRef, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> bytes:
+    """The request of CopyPages. Raises InvalidRequest."""
     return cache_pb2.CopyPagesRequest(
         cache=cache,
         source_pages=int32_tensor(sources, "source_pages"),
         target_pages=int32_tensor(targets, "target_pages"),
+        group=uint32(group, "group"),
     ).SerializeToString()

@@ -37,6 +37,7 @@ def warm_up(
     max_reqs: int,
     max_context_len: int,
     options: AttentionOptions,
+    group: int = 0,
 ) -> bytes:
     """The request of WarmUp. Raises InvalidRequest for what the message cannot carry."""
     return attention_pb2.WarmUpRequest(
@@ -46,6 +47,7 @@ def warm_up(
         query_len=uint32(query_len, "query_len"),
         max_reqs=uint32(max_reqs, "max_reqs"),
         max_context_len=uint32(max_context_len, "max_context_len"),
+        group=uint32(group, "group"),
     ).SerializeToString()
 
 
