@@ -84,16 +84,48 @@ def step(random_: random.Random, info: cache_pb2.CacheInfo, step_id: int = 0) ->
         message.masks.CopyFrom(ints([random_.randint(1, 4) for _ in lens]))
     if random_.random() < 0.3:
         message.valid_lens.CopyFrom(ints([random_.randint(0, length) for length in lens]))
+    if mode in ("store", "nothing"):
+        _as_engines_say(random_, message, config)
     if mode.startswith("store"):
         free = set(range(config.num_pages * page_size))
-        if mode == "store":
+        if mode == "store" and not message.store_first:
             free -= read_slots(message, page_size)
         choice = random_.sample(sorted(free), min(len(free), ends[-1]))
         slots = [choice.pop() if choice and random_.random() < 0.8 else -1 for _ in range(ends[-1])]
+        for request, context_len in enumerate(array("i", message.context_lens.data)):
+            if context_len < 0:
+                slots[ends[request] : ends[request + 1]] = [-1] * lens[request]
         message.slot_mapping.CopyFrom(ints(slots, wide=random_.random() < 0.5))
     if random_.random() < 0.3:
         message.traceparent = f"00-{random_.getrandbits(128) | 1:032x}-{random_.getrandbits(64) | 1:016x}-01"
     return message
+
+
+def _as_engines_say(random_: random.Random, message: step_pb2.Step, config: cache_pb2.CacheConfig) -> None:
+    """At times stores first, has a window whose pages are gone, owners, first positions, rows that pad the batch."""
+    ends, num_reqs = array("i", message.cu_seqlens_q.data), message.context_lens.shape[0]
+    context_lens, max_pages = array("i", message.context_lens.data), message.page_tables.shape[1]
+    message.store_first = random_.random() < 0.4
+    if random_.random() < 0.3:
+        message.window = random_.choice((1, 2, config.page_size, 2**31 - 1, 2**31, 2**32 - 1))
+        table = array("i", message.page_tables.data)
+        for request, context_len in enumerate(context_lens):
+            for column in range(max(0, context_len - message.window + 1) // config.page_size):
+                table[request * max_pages + column] = random_.choice((-1, 0, config.num_pages, -(2**31), 2**31 - 1))
+        message.page_tables.CopyFrom(ints(table, num_reqs, max_pages))
+    if random_.random() < 0.3:
+        message.attend_new.CopyFrom(ints([random_.randint(0, 1) for _ in range(num_reqs)]))
+    in_blocks = {2, 4} & {message.mask, *array("i", message.masks.data)}
+    if random_.random() < 0.3 and (not in_blocks or message.block_size <= 4):
+        message.first_position.CopyFrom(
+            ints([message.block_size * random_.randint(0, 3) % 2**20 for _ in range(num_reqs)])
+        )
+    if random_.random() < 0.2:
+        context_lens[-1] = ends[-2] - ends[-1]
+        message.context_lens.CopyFrom(ints(context_lens))
+        table = array("i", message.page_tables.data)
+        table[(num_reqs - 1) * max_pages :] = array("i", [-1] * max_pages)
+        message.page_tables.CopyFrom(ints(table, num_reqs, max_pages))
 
 
 def read_slots(message: step_pb2.Step, page_size: int) -> set[int]:
@@ -155,6 +187,8 @@ def call(random_: random.Random, info: cache_pb2.CacheInfo, of: step_pb2.Step) -
     num_heads = config.num_kv_heads * random_.choice((1, 1, 2, 2, 100))
     if random_.random() < 0.5:
         message.options.CopyFrom(options(random_, num_heads))
+        if of.window:
+            message.options.window = random_.choice((0, of.window))
     if not of.store_only:
         message.q.CopyFrom(floats(random_, config.dtype, num_tokens, num_heads, config.head_dim))
     if not of.cache_only:

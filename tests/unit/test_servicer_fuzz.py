@@ -49,7 +49,7 @@ def test_almost_valid_requests_change_nothing_of_anybody_else(random_: random.Ra
 
 
 def test_requests_of_every_kind_are_done_and_refused(world: World) -> None:
-    made = run(world, random.Random(5), 2_500)
+    made = run(world, random.Random(5), 4_000)
     done = {method for method, outcome in made.outcomes if outcome == "done"}
     refused = {method for method, outcome in made.outcomes if outcome != "done"}
     assert done == {*world.service.unary, "ReadKv", "StoreKv", "Attend", "shm"}

@@ -217,11 +217,12 @@ def _first_position(message: step_pb2.Step, masks: Int64s) -> Int64s | None:
     if values is None:
         return None
     check_range(values, 0, _MAX_POSITION, "first_position", f"must be 0..{_MAX_POSITION}")
+    values = values.astype(np.int64)  # as a block size does not fit int32
     wrong = _in_blocks(masks) & (values % max(1, message.block_size) != 0)
     if wrong.any():
         rule = f"must be a multiple of block_size, {message.block_size}, for a block-causal or prefix-full mask"
         refuse_first(wrong, values, "first_position", rule)
-    return values.astype(np.int64)
+    return values
 
 
 def _attend_new(message: step_pb2.Step, num_reqs: int) -> npt.NDArray[np.bool_] | None:
