@@ -49,7 +49,7 @@ def refusal(step: PlainStep, page_size: int) -> str:
     if len(set(stored)) < len(stored):
         return "slot_mapping"
     for r, (context, table) in enumerate(zip(step.context_lens, step.page_tables, strict=True)):
-        for j in range(max(context, 0)):
+        for j in range(context if step.query_lens[r] else 0):
             is_read = step.sees(r, context, j, False) and table[j // page_size] >= 0
             if is_read and not step.store_first and table[j // page_size] * page_size + j % page_size in stored:
                 return "slot_mapping"

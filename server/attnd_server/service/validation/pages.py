@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,22 +87,6 @@ def copy_pages(message: cache_pb2.CopyPagesRequest, config: AttentionConfig) -> 
     return torch.from_numpy(sources.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
 
-class ReadLengths(Protocol):
-    """Of each request, `[num_reqs]`: its context, and the hole in it."""
-
-    @property
-    def context_lens(self) -> Int64s:
-        """Tokens."""
-
-    @property
-    def hole_starts(self) -> Int64s:
-        """Position, at least 0."""
-
-    @property
-    def hole_ends(self) -> Int64s:
-        """Position, at least hole_starts."""
-
-
 class Read(NamedTuple):
     """What a step reads as context.
 
@@ -111,12 +95,16 @@ class Read(NamedTuple):
 
     Attributes:
         page_tables: `[num_reqs, max_pages]`, -1 is no page; in range, and covers the context.
-        lengths: of each request.
+        context_lens: `[num_reqs]`, 0 of requests that have no new tokens: they read nothing.
+        hole_starts: `[num_reqs]`.
+        hole_ends: `[num_reqs]`, at least hole_starts.
         window: of all calls, in tokens; 0: nothing is hidden.
     """
 
     page_tables: Int32s
-    lengths: ReadLengths
+    context_lens: Int64s
+    hole_starts: Int64s
+    hole_ends: Int64s
     window: int
 
 
@@ -165,21 +153,21 @@ def _read_intervals(
 
     An interval that ends before it starts is empty.
     """
-    page_size, page_tables, lengths = config.page_size, read.page_tables, read.lengths
-    num_columns = -(-int(lengths.context_lens.max()) // page_size)
+    page_size, page_tables = config.page_size, read.page_tables
+    num_columns = -(-int(read.context_lens.max()) // page_size)
     marks = np.zeros(config.num_pages + 1, dtype=np.bool_)  # the last one is for page id -1 and stays false
     marks[stored_pages] = True
     hits = marks[page_tables[:, :num_columns]].ravel().nonzero()[0]
-    visible = first_visible_positions(torch.from_numpy(lengths.context_lens), read.window).numpy()
+    visible = first_visible_positions(torch.from_numpy(read.context_lens), read.window).numpy()
     for begin in range(0, len(hits), _CHUNK):
         requests, columns = np.divmod(hits[begin : begin + _CHUNK], num_columns)
         # Positions that are read: [starts, ends) without the hole. A page past its request's context, or before its
         # window, ends before it starts: empty.
         page_starts = columns * page_size
-        ends = np.minimum(page_starts + page_size, lengths.context_lens[requests])
+        ends = np.minimum(page_starts + page_size, read.context_lens[requests])
         starts = np.maximum(page_starts, visible[requests])
         slots_from_positions = page_tables[requests, columns].astype(np.int64) * page_size - page_starts
-        before_hole = np.minimum(ends, lengths.hole_starts[requests])
-        after_hole = np.maximum(starts, lengths.hole_ends[requests])
+        before_hole = np.minimum(ends, read.hole_starts[requests])
+        after_hole = np.maximum(starts, read.hole_ends[requests])
         yield requests, starts + slots_from_positions, before_hole + slots_from_positions
         yield requests, after_hole + slots_from_positions, ends + slots_from_positions

@@ -213,11 +213,11 @@ def _first_position(message: step_pb2.Step, masks: Int64s) -> Int64s | None:
 
     All else depends on distances alone, so that positions are counted from there; but blocks begin at their multiples.
     """
-    values = optional_int32(message, "first_position", masks.shape)
-    if values is None:
+    sent = optional_int32(message, "first_position", masks.shape)
+    if sent is None:
         return None
-    check_range(values, 0, _MAX_POSITION, "first_position", f"must be 0..{_MAX_POSITION}")
-    values = values.astype(np.int64)  # as a block size does not fit int32
+    check_range(sent, 0, _MAX_POSITION, "first_position", f"must be 0..{_MAX_POSITION}")
+    values: Int64s = sent.astype(np.int64)  # a block size may not fit int32
     wrong = _in_blocks(masks) & (values % max(1, message.block_size) != 0)
     if wrong.any():
         rule = f"must be a multiple of block_size, {message.block_size}, for a block-causal or prefix-full mask"

@@ -144,8 +144,11 @@ def _metadata(
     slot_mapping = _slot_mapping(group, lengths, config)
     is_conflict = False
     if slot_mapping is not None:
-        read = None if message.store_only else Read(page_tables, lengths, window)  # of a store-only step: nothing
-        is_conflict = check_stores(slot_mapping, read, config, may_read=message.store_first)
+        context_lens = lengths.context_lens * (lengths.query_lens > 0)
+        read = Read(page_tables, context_lens, lengths.hole_starts, lengths.hole_ends, window)
+        is_conflict = check_stores(
+            slot_mapping, None if message.store_only else read, config, may_read=message.store_first
+        )
     seen_new, without_sinks = _seen(message, lengths, slot_mapping)
     # In a decode step all others have equally many new tokens.
     drops = message.kind == step_pb2.STEP_KIND_DECODE and not lengths.query_lens.all()
