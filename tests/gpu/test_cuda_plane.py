@@ -158,6 +158,55 @@ def test_outputs_are_those_of_the_backend_in_process_bit_for_bit(
                 assert torch.equal(one, other)
 
 
+KINDS = {
+    # The second request reads a page that the first one fills in the same step.
+    "store_first": attnd.StepMetadata([16, 1], [0, 16], [[1, -1], [1, 2]], list(range(16, 33)), store_first=True),
+    "store_first_decode": attnd.StepMetadata(
+        [1, 1], [20, 15], [[3, 4], [5, 6]], [68, 95], kind="decode", store_first=True
+    ),
+    "freed_pages": attnd.StepMetadata(
+        [1] * 2, [100, 47], [[-1, 10**6, 9, 3, 4, 5, 6], [9, 0, 7, 8, -1, -1, -1]], [144, 143], kind="decode", window=40
+    ),
+    "owners": attnd.StepMetadata(
+        [1, 1, 1], [33, 40, 5], [[0, 1, 2], [3, 4, 5], [6, -1, -1]], [-1, 88, 101], kind="decode",
+        attend_new=[0, 1, 0], first_position=[0, 512, 64],
+    ),
+    "unseen": attnd.StepMetadata([3, 2], [4, 5], [[0], [1]], [4, -1, 5, 21, -1], store_first=True),
+    "padded": attnd.StepMetadata([1, 1, 0], [9, -1, 0], [[0], [2], [2]], [9, -1], kind="decode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_engines_have_the_bits_of_the_backend_in_process(
+    client: attnd.Client, gpu: int, kind: str, kv_dtype: str | None
+) -> None:
+    metadata, num_slots = KINDS[kind], GEOMETRY["num_pages"] * PAGE
+    stored = [torch.randn(num_slots, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in "kv"]
+    calls = calls_of(metadata.num_tokens, gpu)
+    with (
+        attnd.connect("inproc://") as local,
+        client.create_cache(**GEOMETRY, kv_dtype=kv_dtype) as ours,
+        local.create_cache(**GEOMETRY, kv_dtype=kv_dtype) as theirs,
+        ours.session() as session,
+    ):
+        for cache in (ours, theirs):
+            for layer in range(LAYERS):
+                cache.store_kv(layer, range(num_slots), *stored)
+        step = session.step(metadata, num_heads=HEADS)
+        outputs = attend_all(step, calls)
+        step.finish()
+        expected = attend_all(theirs.session().step(metadata), calls)
+        for ours_, theirs_ in zip(outputs, expected, strict=True):
+            assert_same(ours_, theirs_)
+            assert ours_.isfinite().all()
+        for layer in range(LAYERS):
+            for one, other in zip(
+                *(c.read_kv(layer, range(num_slots), stored[0]) for c in (ours, theirs)), strict=True
+            ):
+                assert torch.equal(one, other)
+
+
 def test_steps_that_nobody_waits_for_come_out_right(client: attnd.Client, gpu: int) -> None:
     with (
         attnd.connect("inproc://") as local,
