@@ -28,10 +28,8 @@ class Example(NamedTuple):
 
 
 def plain(lens: list[int], context: list[int], tables: list[list[int]], slots: list[int], **more: Any) -> PlainStep:
-    num = len(lens)
-    return PlainStep(
-        lens, context, tables, slots, **more, owners=[1] * num, first_position=[0] * num, masks=["causal"] * num
-    )
+    usual = {"owners": [1] * len(lens), "first_position": [0] * len(lens), "masks": ["causal"] * len(lens)}
+    return PlainStep(lens, context, tables, slots, **{**usual, **more})
 
 
 EXAMPLES = {
@@ -44,9 +42,6 @@ EXAMPLES = {
         M([1, 1], [8, 0], [[3, 4, 5], [3, -1, -1]], [20, 12], window=4),
         plain([1, 1], [8, 0], [[3, 4, 5], [3, -1, -1]], [20, 12], window=4),
         2,
-    ),
-    "padded rows without tokens": Example(
-        M([1, 0], [0, 0], [[1], [0]], [4, -1], kind="decode"), plain([1, 0], [0, 0], [[1], [0]], [4]), 2
     ),
     "padded rows without tokens, and none of q": Example(
         M([1, 0], [0, 0], [[1], [0]], [4, -1], kind="decode"), plain([1, 0], [0, 0], [[1], [0]], [4]), 1
