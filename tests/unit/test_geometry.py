@@ -11,6 +11,7 @@ import torch
 from attnd.errors import InvalidRequest
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.geometry import Geometry
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.snapshots.manifest import Manifest
 
 SIZES = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 16, "head_dim_v": 24, "num_pages": 5, "page_size": 4}
@@ -86,8 +87,11 @@ def test_what_no_cache_can_be_is_refused(fields, text) -> None:
 )
 def test_a_manifest_names_what_is_new_only_where_a_cache_has_it(fields, more) -> None:
     config = AttentionConfig(**fields)
-    manifest = Manifest("0123456789abcdef" * 2, (5,), "bob", "", 60, config, 3, 9, "f" * 64)
-    written = json.loads(manifest.to_bytes())["config"]
+    manifest = Manifest("0123456789abcdef" * 2, (5,), "bob", "", 60, CacheShape.of(config), (3,), 9, "f" * 64)
+    said = json.loads(manifest.to_bytes())
+    assert said["version"] == (2 if more else 1)
+    written = said["groups"][0] if more else said["config"]
+    assert not more or written.pop("layers") == [0, 1, 2]
     # What 0.1.0 wrote, in its order, and what came later.
     assert list(written) == [
         *("num_layers", "num_kv_heads", "head_dim", "num_pages", "page_size", "head_dim_v"),
@@ -98,7 +102,7 @@ def test_a_manifest_names_what_is_new_only_where_a_cache_has_it(fields, more) ->
     assert Manifest.from_bytes(manifest.to_bytes(), AttentionConfig) == manifest
     by_name = Manifest.from_bytes(manifest.to_bytes())
     assert by_name.to_bytes() == manifest.to_bytes()
-    assert by_name.config.num_bytes == config.num_bytes
+    assert by_name.shape.num_bytes == config.num_bytes
 
 
 def test_replacing_a_type_leaves_the_other() -> None:

@@ -20,8 +20,8 @@ from attnd_server.kv.snapshots.page_ids import TensorFileRefused, page_bytes, pa
 from attnd_server.kv.snapshots.tensor_layout import CHUNK_BYTES, TensorLayout
 
 _NOT_YET = (
-    "the cache has layer groups, or V of another type than K, but must have neither to go through a client: a server "
-    "itself writes and reads snapshots of both (serve --snapshot-dir)"
+    "the cache has layer groups, but must have none to go through a client: a server itself writes and reads snapshots "
+    "of them (serve --snapshot-dir)"
 )
 
 Advance = Callable[[int, int], None]
@@ -127,7 +127,7 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
     Raises:
         InvalidRequest: it has layer groups, or the server has what this version of attnd does not know.
     """
-    if config.groups or config.v_dtype not in (0, config.kv_dtype):
+    if config.groups:
         raise attnd.InvalidRequest(_NOT_YET, field="config")
     names: dict[int, str] = {number: name for name, number in KV_DTYPES.items()}
     kv_dtype = config.kv_dtype or config.dtype
@@ -157,8 +157,8 @@ def geometry(config: cache_pb2.CacheConfig) -> Geometry:
 
 
 def _only(shape: CacheShape[Geometry]) -> Geometry:
-    """The geometry of all layers. Raises InvalidRequest: they differ, or K and V do."""
-    if not shape.is_flat or not shape.common.is_uniform:
+    """The geometry of all layers. Raises InvalidRequest: they differ."""
+    if not shape.is_flat:
         raise attnd.InvalidRequest(_NOT_YET, field="config")
     return shape.common
 
