@@ -223,7 +223,13 @@ def test_snapshots_go_on_and_back_behind_one_address(packages: Path, version: st
         server.stop()
 
 
-CREATED = {"v_dtype": ({"dtype": "float32", "v_dtype": "float8_e4m3fn"}, "pages whose V has another type than K")}
+CREATED: dict[str, tuple[dict[str, Any], str]] = {
+    "v_dtype": ({"dtype": "float32", "v_dtype": "float8_e4m3fn"}, "pages whose V has another type than K"),
+    "groups": (
+        {"dtype": "float32", "groups": [attnd.LayerGroup([0]), attnd.LayerGroup([1], num_pages=12, window=2)]},
+        "layer groups",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CREATED)
@@ -246,14 +252,37 @@ def test_released_server_makes_no_cache_of_a_part_of_a_request(
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("name", CREATED)
-def test_todays_server_makes_new_caches(new_server: ServerProcess, name: str) -> None:
-    with (
-        attnd.connect(new_server.address) as client,
-        client.create_cache(**calls.GEOMETRY, **CREATED[name][0]) as cache,
-    ):
+def test_todays_server_keeps_v_in_another_type(new_server: ServerProcess) -> None:
+    asked, _ = CREATED["v_dtype"]
+    with attnd.connect(new_server.address) as client, client.create_cache(**calls.GEOMETRY, **asked) as cache:
         k, v = torch.full((1, 2, 16), 0.3), torch.full((1, 2, 16), 0.3)
         cache.store_kv(0, [5], k, v)
         read_k, read_v = cache.read_kv(0, [5], torch.empty(0))
         assert torch.equal(read_k, k)
         assert torch.equal(read_v, v.to(torch.float8_e4m3fn).float())
+
+
+def test_todays_server_has_layer_groups(new_server: ServerProcess) -> None:
+    asked, _ = CREATED["groups"]
+    _, k, v = calls.inputs(CONTEXTS, calls.HEAD_DIM, torch.float32, 1)
+    context = PlainCache()
+    # Layer 0 is as in STEP. Layer 1 has other pages of request 1, and a window of 2.
+    other_slots = [*CONTEXT_SLOTS[:3], 16, 17, 18, 19]
+    tables = attnd.StepGroup([[5, -1], [4, 11]], [23, 44, 45])
+    rows = {
+        0: (3, ORDINARY[0][1][-2:]),
+        1: (4, [(3, "slot", 19), (4, "new", 1)]),
+        2: (5, [(4, "new", 1), (5, "new", 2)]),
+    }
+    expected = [Later("", "", STEP, ORDINARY), Later("", "", STEP, rows)]
+    lens = {name: STEP[name] for name in ("query_lens", "context_lens")}
+    with attnd.connect(new_server.address) as client, client.create_cache(**calls.GEOMETRY, **asked) as cache:
+        for layer, slots in enumerate((CONTEXT_SLOTS, other_slots)):
+            cache.store_kv(layer, slots, k, v)
+            context.store(layer, slots, k, v)
+        step = attnd.StepMetadata(**lens, groups=[attnd.StepGroup(STEP["page_tables"], STEP["slot_mapping"]), tables])
+        with cache.session() as session:
+            opened = session.step(step)
+            for layer, each in enumerate(expected):
+                qkv = each.inputs(layer)
+                assert each.error(opened.attend(layer, *qkv), context, layer, qkv) <= 1
