@@ -130,9 +130,10 @@ class Client(Connection):
         k: Any,
         v: Any,
         options: AttentionOptions = DEFAULT_OPTIONS,
+        out: Any = None,
     ) -> Any:
         """One layer of a prefill step in one self-contained request. Arguments and result as in `Step.attend`."""
-        return self._unary_call("prefill", cache, metadata, layer, q, k, v, options)
+        return self._unary_call("prefill", cache, metadata, layer, (q, k, v), options, out)
 
     def decode(
         self,
@@ -143,19 +144,29 @@ class Client(Connection):
         k: Any,
         v: Any,
         options: AttentionOptions = DEFAULT_OPTIONS,
+        out: Any = None,
     ) -> Any:
         """One layer of a decode step in one self-contained request. Arguments and result as in `Step.attend`."""
-        return self._unary_call("decode", cache, metadata, layer, q, k, v, options)
+        return self._unary_call("decode", cache, metadata, layer, (q, k, v), options, out)
 
     def _unary_call(
-        self, kind: str, cache: Cache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+        self,
+        kind: str,
+        cache: Cache,
+        metadata: Any,
+        layer: int,
+        given: tuple[Any, Any, Any],
+        options: AttentionOptions,
+        out: Any,
     ) -> Any:
         metadata = as_step_metadata(metadata)
         check_options(metadata, options)
         step = metadata.to_message(0, cache.ref)
         if cache.missing is not None:
             cache.missing.check_step(step)
+        shape = requests.step_shape(step, cache.config)
+        q, k, v, wanted = requests.call_tensors(shape, layer, *given, options, out)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = self.transport.unary(kind.capitalize(), request, self.timeout_s)
-        return requests.unary_reply(kind, data, q, options.return_lse)
+        return requests.unary_reply(kind, data, wanted)

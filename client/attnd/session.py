@@ -19,7 +19,7 @@ from attnd.planes.sent_steps import SentSteps
 from attnd.planes.transport import Stream
 from attnd.planes.turns import Turn
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.requests import MAX_CALLS_UNDER_WAY, AttendReply
+from attnd.protocol.requests import MAX_CALLS_UNDER_WAY, AttendReply, CallTensors, step_shape
 from attnd.steps import PendingCall, Step
 from attnd.timings import Timings
 
@@ -87,7 +87,7 @@ class Session:
                 stream, self.refusals = self.cache.open_stream(self._wanted, self.timeout_s)
                 self.plane = self._timings.plane = stream.plane
                 self._stream = stream
-            step = Step(self, message.id, stream, metadata)
+            step = Step(self, message.id, stream, metadata, step_shape(message, self.cache.config))
             if traces.tracer is not None:
                 step.span = traces.begin(message, range(self.cache.config.num_layers), self.plane)
             self._send(stream.step_request(message), step)
@@ -125,7 +125,7 @@ class Session:
         """Closes."""
         self.close()
 
-    def attend_layer(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
+    def attend_layer(self, step: Step, layer: int, tensors: CallTensors, options: AttentionOptions) -> Any:
         """What `Step.attend` gives. For `Step`."""
         started = time.perf_counter()
         deadline: RetryDeadline | None = None
@@ -133,7 +133,7 @@ class Session:
         try:
             while True:
                 try:
-                    call = self._submit(step, layer, q, k, v, options, is_awaited=True)
+                    call = self._submit(step, layer, tensors, options, is_awaited=True)
                     return self._wait(call, started)
                 except Exhausted as refusal:
                     # All calls that were sent before it have been answered, so that it still runs in its turn.
@@ -145,12 +145,12 @@ class Session:
         finally:
             self._turn.end()
 
-    def submit_layer(self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> PendingCall:
+    def submit_layer(self, step: Step, layer: int, tensors: CallTensors, options: AttentionOptions) -> PendingCall:
         """What `Step.submit` gives. For `Step`."""
         started = time.perf_counter()
         self._begin()
         try:
-            call = self._submit(step, layer, q, k, v, options, is_awaited=False)
+            call = self._submit(step, layer, tensors, options, is_awaited=False)
         finally:
             self._turn.end()
         call.seconds = time.perf_counter() - started
@@ -171,7 +171,7 @@ class Session:
             self._end()
 
     def _submit(
-        self, step: Step, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions, *, is_awaited: bool
+        self, step: Step, layer: int, tensors: CallTensors, options: AttentionOptions, *, is_awaited: bool
     ) -> PendingCall:
         stream = self._stream
         if stream is None or stream is not step.stream:
@@ -180,8 +180,9 @@ class Session:
             raise step.error
         if len(self._unanswered) >= MAX_CALLS_UNDER_WAY:
             self._make_room()
+        q, k, v, wanted = tensors
         request = stream.call_request(step.id, layer, q, k, v, options)
-        call = PendingCall(self, step, layer, q, options.return_lse)
+        call = PendingCall(self, step, layer, wanted)
         self._send(request, call if is_awaited else weakref.ref(call))
         return call
 

@@ -12,7 +12,7 @@ import torch
 
 import attnd
 from attnd.protocol import frames, requests
-from attnd.protocol.requests import calls, kv_transfers
+from attnd.protocol.requests import kv_transfers, results
 from attnd.protocol.tensors import Array, from_array, torch_tensor
 from attnd.v1 import attention_pb2
 from attnd_server.build import build_service
@@ -144,7 +144,7 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(torch_tensor(array).data_ptr() % 64)
         return from_array(array, like)
 
-    monkeypatch.setattr(calls, "from_array", noting)
+    monkeypatch.setattr(results, "from_array", noting)
     monkeypatch.setattr(kv_transfers, "from_array", noting)
     return seen
 

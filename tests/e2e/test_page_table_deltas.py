@@ -239,7 +239,7 @@ def test_hostile_deltas_are_refused_and_the_stream_goes_on(client: attnd.Client)
             call = requests.attend_call(9, 0, q, k, v, attnd.AttentionOptions())
             stream.send(call)
             reply = stream.receive(30)
-            output = requests.reply(reply.message, reply.tensors, q, False).output
+            output = requests.reply(reply.message, reply.tensors, requests.Wanted(q)).output
             assert torch.equal(output, client.decode(cache, metadata, 0, q, k, v))
         finally:
             stream.close()

@@ -94,7 +94,7 @@ def test_a_refused_step_or_call_is_told_and_the_session_goes_on(shm_server: Serv
             with pytest.raises(attnd.InvalidRequest, match=r"layer is 3, but the cache has layers 0\.\.2"):
                 step.attend(3, q, k, v)  # like the last call but for the layer
             with pytest.raises(attnd.InvalidRequest, match=r"q has shape \[2, 6, 16\]"):
-                step.attend(0, *tensors(2))
+                step.attend(0, tensors(2)[0], k, v)
             with pytest.raises(attnd.InvalidRequest, match="q has dtype float16"):
                 step.attend(0, q.half(), k.half(), v.half())
             assert torch.equal(step.attend(1, q, k, v), v.repeat_interleave(3, 1))

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnd
 from attnd.protocol.alignment import ALIGNMENT
 from attnd.protocol.frames import Frame, Stripped
 from attnd.protocol.regions import Region
+from attnd.protocol.requests import attend_call
 from attnd.protocol.tensors import Array
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
@@ -143,3 +145,64 @@ def test_nothing_as_big_as_a_tensor_comes_and_goes_beside_the_messages(session: 
     assert request > sum(tensor.nbytes for tensor in tensors.values())
     assert submitted < request + SLACK
     assert answered < request + reply + SLACK
+
+
+class Copies(TorchDispatchMode):
+    """Notes what torch copies or allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.__name__ != "detach.default":
+            self.names.append(func.__name__)
+        return result
+
+
+def qkv(num_tokens: int) -> list[torch.Tensor]:
+    """Slices of one projection."""
+    return [part.unflatten(1, (-1, 64)) for part in torch.randn(num_tokens, 48 * 64).split([2048, 512, 512], 1)]
+
+
+def test_rows_that_lie_apart_are_copied_straight_into_the_message() -> None:
+    tensors = dict(zip("qkv", qkv(NUM_TOKENS), strict=True))
+    with Copies() as copies:
+        attend_call(1, 0, *tensors.values(), OPTIONS)
+    assert copies.names == ["copy_.default"] * 3
+    tracemalloc.start()
+    request = attend_call(1, 0, *tensors.values(), OPTIONS)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(request) < most < len(request) + SLACK
+    assert request == attend_call(1, 0, *(tensor.contiguous() for tensor in tensors.values()), OPTIONS)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_arrays_whose_rows_lie_apart_make_the_message_of_dense_ones(which: int) -> None:
+    dense = [tensor.contiguous().numpy() for tensor in qkv(5)]
+    given: list[Any] = list(dense)
+    given[which] = qkv(5)[which].numpy()
+    given[which][...] = dense[which]
+    assert not given[which].flags.c_contiguous
+    assert attend_call(1, 0, *given, OPTIONS) == attend_call(1, 0, *dense, OPTIONS)
+    view = [memoryview(each) if index == which else each for index, each in enumerate(given)]
+    assert attend_call(1, 0, *view, OPTIONS) == attend_call(1, 0, *dense, OPTIONS)
+
+
+def test_a_message_holds_what_it_was_given_then() -> None:
+    q, k, v = qkv(NUM_TOKENS)
+    requests = [attend_call(1, layer, q, k, v, OPTIONS) for layer in range(2)]
+    before = [bytes(bytearray(request)) for request in requests]
+    q.zero_()
+    assert requests == before
+    assert hash(requests[0]) == hash(before[0])
+
+
+def test_types_that_the_wire_does_not_have_are_refused_by_name() -> None:
+    q, k, v = qkv(3)
+    with pytest.raises(attnd.InvalidRequest, match=r"k has dtype torch\.float64, but must be one of float32"):
+        attend_call(1, 0, q, k.double(memory_format=torch.preserve_format), v, OPTIONS)
+    with pytest.raises(attnd.InvalidRequest, match="v has format 'd', but must be one of float32"):
+        attend_call(1, 0, q, k, np.zeros((3, 8, 128))[..., ::2], OPTIONS)

@@ -211,7 +211,7 @@ class LeaseMachine(RuleBasedStateMachine):
         for _ in range(times):
             answer = self.attempt(held, principal, lambda: self.call("Decode", request, principal))
             if answer is not None:
-                output = requests.unary_reply("decode", answer, q, False)
+                output = requests.unary_reply("decode", answer, requests.Wanted(q))
                 np.testing.assert_allclose(output, expected, atol=2e-5)
                 held.k[1, context_len], held.v[1, context_len] = k[0], v[0]
 
@@ -239,7 +239,7 @@ class LeaseMachine(RuleBasedStateMachine):
             expected = self.expected(held, layer, context_len, q, k, v)
             reply = requests.attend_reply(self.transport._finish(work, 10))
             assert reply.kind == "call"
-            output = requests.reply(reply.message, reply.tensors, q, False).output
+            output = requests.reply(reply.message, reply.tensors, requests.Wanted(q)).output
             np.testing.assert_allclose(output, expected, atol=2e-5)
             held.k[layer, context_len], held.v[layer, context_len] = k[0], v[0]
 

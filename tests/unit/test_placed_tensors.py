@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from attnd.planes.shm.placed_results import PlacedResults
+from attnd.protocol.loose import copy_elements, to_sendable
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import placed_tensors
+from attnd.protocol.shm.pinned_region import PinnedRegion
 from attnd.protocol.shm.placed_tensors import INPUTS, RESULTS, PlacedTensors, key_of
 from attnd.protocol.tensors import Array, from_array, to_array
 
@@ -20,10 +23,15 @@ SHAPES = {"q": (3, 6, 8), "k": (3, 2, 8), "v": (3, 2, 4)}
 def placed(given: dict[str, torch.Tensor]) -> tuple[PlacedTensors, memoryview]:
     """Tensors in a region, and all of its bytes."""
     memory = mmap.mmap(-1, 4096)
-    arrays = {name: to_array(tensor, name) for name, tensor in given.items()}
+    arrays = {name: to_sendable(tensor, name) for name, tensor in given.items()}
     _, views = Region(1, memory).placed(list(arrays.values()), 64, "call")
     pairs = zip(arrays.items(), views, strict=True)
-    return PlacedTensors({name: array._replace(data=view) for (name, array), view in pairs}, INPUTS), memoryview(memory)
+    arrays = {name: Array(array.dtype, array.shape, view) for (name, array), view in pairs}
+    return PlacedTensors(arrays, INPUTS), memoryview(memory)
+
+
+def results(tensors: PlacedTensors) -> PlacedResults:
+    return PlacedResults(tensors, PinnedRegion(memoryview(b"")), None)
 
 
 def random(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -41,13 +49,40 @@ def test_tensors_like_those_before_take_their_places_and_no_other_byte(dtype: to
     assert bytes(memory) == bytes(expected)
 
 
+def slices_of_one_projection() -> dict[str, torch.Tensor]:
+    sizes, head_dims = (48, 16, 8), (8, 8, 4)
+    slices = torch.randn(3, sum(sizes)).split(sizes, 1)
+    return {name: part.unflatten(1, (-1, dim)) for name, part, dim in zip("qkv", slices, head_dims, strict=True)}
+
+
+LOOSE = {
+    "slices_of_one_projection": slices_of_one_projection,
+    "one_row_for_all": lambda: {**random(), "q": torch.randn(1, 6, 8).expand(3, 6, 8)},
+    "transposed": lambda: {**random(), "k": torch.randn(3, 8, 2).transpose(1, 2)},
+    "needs_gradients": lambda: {**random(), "v": torch.randn(3, 2, 8, requires_grad=True)[..., ::2]},
+}
+
+
+@pytest.mark.parametrize("make", LOOSE.values(), ids=LOOSE)
+def test_what_is_not_dense_goes_to_the_same_places(make: Any) -> None:
+    given = make()
+    assert {name: tuple(tensor.shape) for name, tensor in given.items()} == SHAPES
+    assert not all(tensor.is_contiguous() for tensor in given.values())
+    tensors, memory = placed(random())
+    assert tensors.fill_with_torch(*given.values())
+    expected = placed({name: tensor.detach().contiguous() for name, tensor in given.items()})[1]
+    assert bytes(memory) == bytes(expected)
+    again, memory = placed(random())
+    again.fill({name: to_sendable(tensor, name) for name, tensor in given.items()})
+    assert bytes(memory) == bytes(expected)
+    assert bytes(placed(given)[1]) == bytes(expected)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"q": torch.randn(3, 6, 4)},
         {"q": torch.randn(3, 48)},
-        {"q": torch.randn(1, 6, 8).expand(3, 6, 8)},
-        {"k": torch.randn(3, 8, 2).transpose(1, 2)},
         {"v": torch.randn(3, 2, 4).double()},
         {"v": torch.randn(3, 2, 4).half()},
         {"v": torch.randn(3, 2, 4, device="meta")},
@@ -84,31 +119,86 @@ def test_a_process_without_torch_copies_arrays(monkeypatch: pytest.MonkeyPatch) 
     assert key_of(tensors.arrays) == key_of(arrays)
     assert not tensors.fill_with_torch(*new.values())
     tensors.fill(arrays)
-    for name, copy in tensors.copies(as_torch=True).items():
-        assert np.array_equal(from_array(copy, new[name]), new[name])
+    for name, copy in results(tensors).copies(new["q"]).items():
+        assert np.array_equal(copy, new[name])
 
 
-@pytest.mark.parametrize("as_torch", [False, True])
-def test_copies_stay_as_they_are(as_torch: bool) -> None:
-    given = random(torch.bfloat16)
+def test_a_process_without_torch_copies_arrays_that_are_not_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(placed_tensors.sys.modules, "torch")
+    source = np.random.default_rng(0).random((3, 2, 6, 8), np.float32)[:, 1]
+    view = memoryview(bytearray(source.nbytes))
+    copy_elements(to_sendable(source, "q"), view)
+    assert bytes(view) == source.tobytes()
+
+
+KINDS = {
+    "torch": lambda tensor: tensor,
+    "numpy": lambda tensor: tensor.numpy(),
+    "array": lambda tensor: to_array(tensor, "q"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_copies_stay_as_they_are_and_are_aligned(kind: Any) -> None:
+    given = random()
     tensors, memory = placed(given)
-    copies = tensors.copies(as_torch=as_torch)
-    assert all(isinstance(copy, torch.Tensor if as_torch else Array) for copy in copies.values())
+    copies = results(tensors).copies(kind(given["q"]))
+    assert {type(copy) for copy in copies.values()} == {type(kind(given["q"]))}
     memory[:] = bytes(len(memory))
     for name, tensor in given.items():
-        assert torch.equal(from_array(copies[name], tensor), tensor)
+        copy = from_array(copies[name], tensor) if isinstance(copies[name], Array) else torch.as_tensor(copies[name])
+        assert torch.equal(copy, tensor)
+        assert isinstance(copies[name], Array) or copy.data_ptr() % 64 == 0
+
+
+OUTPUTS = {
+    "dense": lambda shape: torch.full(shape, torch.nan),
+    "rows_apart": lambda shape: torch.full((shape[0], 3, *shape[1:]), torch.nan)[:, 1],
+    "elements_apart": lambda shape: torch.full((*shape, 2), torch.nan)[..., 1],
+    "numpy": lambda shape: np.full(shape, np.nan, np.float32),
+    "numpy_rows_apart": lambda shape: np.full((shape[0], 3, *shape[1:]), np.nan, np.float32)[:, 1],
+}
+
+
+@pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
+@pytest.mark.parametrize("has_torch", [True, False], ids=["", "without_torch"])
+def test_results_go_to_where_they_are_wanted_and_to_no_other_byte(
+    make: Any, has_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = random()
+    targets = {name: make(shape) for name, shape in SHAPES.items()}
+    lie = results(placed(given)[0])
+    if not has_torch:
+        if isinstance(targets["q"], torch.Tensor):
+            pytest.skip("a tensor of torch comes with torch")
+        with monkeypatch.context() as patch:
+            patch.delitem(placed_tensors.sys.modules, "torch")
+            lie.copy_to(targets)
+    else:
+        lie.copy_to(targets)
+    for name, target in targets.items():
+        written = torch.as_tensor(target)
+        assert torch.equal(written, given[name])
+        whole = written.as_strided((written.untyped_storage().nbytes() // 4,), (1,), 0)
+        assert int(whole.isnan().sum()) == whole.numel() - written.numel()
 
 
 def test_tensors_of_no_bytes() -> None:
     empty = {name: torch.empty(0, *shape[1:]) for name, shape in SHAPES.items()}
     tensors, _ = placed(empty)
     assert tensors.fill_with_torch(*empty.values())
-    assert {name: copy.shape for name, copy in tensors.copies(as_torch=True).items()} == {
+    assert {name: copy.shape for name, copy in results(tensors).copies(empty["q"]).items()} == {
         name: tensor.shape for name, tensor in empty.items()
     }
 
 
-def test_what_came_in_a_message_is_copied_as_an_array() -> None:
-    array = Array(1, (2,), memoryview(bytes(range(8))))
-    (copy,) = PlacedTensors({"output": array}, RESULTS).copies(as_torch=True).values()
-    assert copy == array
+@pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
+def test_what_came_in_a_message_goes_there_too(make: Any) -> None:
+    expected = torch.tensor([[1.5, -2.0]])
+    array = Array(1, (1, 2), memoryview(bytes(expected.numpy().tobytes())))
+    came = results(PlacedTensors({"output": array}, RESULTS))
+    target = make((1, 2))
+    came.copy_to({"output": target})
+    assert torch.equal(torch.as_tensor(target), expected)
+    assert torch.equal(torch.as_tensor(came.copies(target)["output"]), expected)
+    assert came.copies(array)["output"] == array

@@ -61,7 +61,8 @@ def session(streams: list[Script]) -> attnd.Session:
         streams.append(Script())
         return OpenedStream(streams[-1], {})
 
-    cache: Any = SimpleNamespace(ref=cache_pb2.CacheRef(id=b"x", epoch=1), open_stream=open_stream, missing=None)
+    ref, config = cache_pb2.CacheRef(id=b"x", epoch=1), cache_pb2.CacheConfig(num_layers=1, head_dim=16)
+    cache: Any = SimpleNamespace(ref=ref, config=config, open_stream=open_stream, missing=None)
     return attnd.Session(cache, 1.0, PlaneOptions())
 
 

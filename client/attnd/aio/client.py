@@ -126,9 +126,10 @@ class AsyncClient(AsyncConnection):
         k: Any,
         v: Any,
         options: AttentionOptions = DEFAULT_OPTIONS,
+        out: Any = None,
     ) -> Any:
         """One layer of a prefill step in one self-contained request. Arguments and result as in `Step.attend`."""
-        return await self._unary_call("prefill", cache, metadata, layer, q, k, v, options)
+        return await self._unary_call("prefill", cache, metadata, layer, (q, k, v), options, out)
 
     async def decode(
         self,
@@ -139,19 +140,29 @@ class AsyncClient(AsyncConnection):
         k: Any,
         v: Any,
         options: AttentionOptions = DEFAULT_OPTIONS,
+        out: Any = None,
     ) -> Any:
         """One layer of a decode step in one self-contained request. Arguments and result as in `Step.attend`."""
-        return await self._unary_call("decode", cache, metadata, layer, q, k, v, options)
+        return await self._unary_call("decode", cache, metadata, layer, (q, k, v), options, out)
 
     async def _unary_call(
-        self, kind: str, cache: AsyncCache, metadata: Any, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
+        self,
+        kind: str,
+        cache: AsyncCache,
+        metadata: Any,
+        layer: int,
+        given: tuple[Any, Any, Any],
+        options: AttentionOptions,
+        out: Any,
     ) -> Any:
         metadata = as_step_metadata(metadata)
         check_options(metadata, options)
         step = metadata.to_message(0, cache.ref)
         if cache.missing is not None:
             cache.missing.check_step(step)
+        shape = requests.step_shape(step, cache.config)
+        q, k, v, wanted = requests.call_tensors(shape, layer, *given, options, out)
         with traces.of_request(step, layer):
             request = requests.unary_call_of(kind, step, layer, q, k, v, options)
             data = await self.transport.unary(kind.capitalize(), request, self.timeout_s)
-        return requests.unary_reply(kind, data, q, options.return_lse)
+        return requests.unary_reply(kind, data, wanted)

@@ -17,7 +17,6 @@ from attnd.errors import (
     CacheLost,
     DeadlineExceeded,
     Disconnected,
-    ServerFault,
     Unauthenticated,
     from_message,
 )
@@ -27,7 +26,7 @@ from attnd.planes.retry_deadline import RetryDeadline
 from attnd.planes.sent_steps import SentSteps
 from attnd.protocol import requests
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply
+from attnd.protocol.requests import DEFAULT_OPTIONS, AttendReply, CallTensors, Reply, StepShape
 from attnd.protocol.step_metadata import StepMetadata
 from attnd.traces import StepSpan
 
@@ -76,7 +75,8 @@ class AsyncSession:
             span = traces.begin(message, range(self.cache.config.num_layers), stream.plane)
         answer = await stream.ask(partial(stream.step_request, message), timeout_s)
         answer.add_done_callback(partial(self._opened, message.id))
-        return AsyncStep(timeout_s, stream, message.id, metadata, answer, span)
+        shape = requests.step_shape(message, self.cache.config)
+        return AsyncStep(timeout_s, stream, message.id, metadata, shape, answer, span)
 
     async def _opened_stream(self) -> AsyncStream:
         """The stream: the one there is, or a new one. What is told of its end is told before there is a new one."""
@@ -130,49 +130,51 @@ class AsyncStep:
         stream: AsyncStream,
         step_id: int,
         metadata: StepMetadata,
+        shape: StepShape,
         answer: asyncio.Future[AttendReply],
         span: StepSpan | None = None,
     ) -> None:
         """Made by `AsyncSession.step`."""
         self.id = step_id
         self.metadata = metadata
+        self.shape = shape
         self.stream = stream
         self._timeout_s = timeout_s
         self._answer = answer
         self._span = span
 
-    async def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS) -> Any:
+    async def attend(
+        self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions = DEFAULT_OPTIONS, out: Any = None
+    ) -> Any:
         """Attention of one layer. Arguments, result and errors as `attnd.Step.attend`.
 
         Whoever gives up waiting, as by a timeout of its own, gives up the output alone: the call may still run.
         """
         check_options(self.metadata, options)
+        tensors = requests.call_tensors(self.shape, layer, q, k, v, options, out)
         if self._span is None:
-            return await self._attend(layer, q, k, v, options)
+            return await self._attend(layer, tensors, options)
         with self._span.of_layer(layer):
-            return await self._attend(layer, q, k, v, options)
+            return await self._attend(layer, tensors, options)
 
-    async def _attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions) -> Any:
+    async def _attend(self, layer: int, tensors: CallTensors, options: AttentionOptions) -> Any:
+        q, k, v, wanted = tensors
         request = partial(self.stream.call_request, self.id, layer, q, k, v, options)
+        take = partial(requests.taken, self.id, layer, wanted)
         deadline = RetryDeadline(self._timeout_s)
         while True:
-            answer = await self._answered(await self.stream.ask(request, self._timeout_s))
-            if answer.kind != "error":
-                break
-            error = self._error(answer)
+            reply = await self._answered(await self.stream.ask(request, self._timeout_s, take))
+            if isinstance(reply, Reply):
+                return reply.output
+            error = self._error(reply)
             pause_s = deadline.pause_s(error)
             if pause_s is None:
                 if isinstance(error, Unauthenticated):
                     await self.stream.close()  # the next step opens a stream with the token of then
                 raise error
             await asyncio.sleep(pause_s)
-        try:
-            return requests.call_reply(answer, self.id, layer, q, options.return_lse).output
-        except ServerFault:
-            await self.stream.close()  # nobody knows whose the next answer is
-            raise
 
-    async def _answered(self, answer: asyncio.Future[AttendReply]) -> AttendReply:
+    async def _answered(self, answer: asyncio.Future[Any]) -> Any:
         try:
             return await asyncio.wait_for(answer, self._timeout_s)
         except asyncio.TimeoutError:

@@ -38,7 +38,8 @@ class AsyncStream:
         """Nothing is under way."""
         self.is_open = True
         self.going_away = ""
-        self._waiting: deque[asyncio.Future[AttendReply]] = deque()  # what was sent and not answered, in order
+        # What was sent and not answered, in order, and what takes its answer.
+        self._waiting: deque[tuple[asyncio.Future[Any], Callable[[AttendReply], Any]]] = deque()
         self._writing = asyncio.Lock()
         self._progress: asyncio.Future[None] | None = None  # of who cannot send before something is answered
         self._home = Home("session")
@@ -52,15 +53,19 @@ class AsyncStream:
         """A call, for `ask`. Raises InvalidRequest for what cannot be sent, Exhausted if there is no room yet."""
         return requests.attend_call(step_id, layer, q, k, v, options)
 
-    async def ask(self, request: Callable[[], bytes], timeout_s: float) -> asyncio.Future[AttendReply]:
+    async def ask(
+        self, request: Callable[[], bytes], timeout_s: float, take: Callable[[AttendReply], Any] = lambda answer: answer
+    ) -> asyncio.Future[Any]:
         """Sends a message when its turn has come and there is room for it.
 
         Args:
             request: makes it, with `step_request` or `call_request`, right before it is sent.
             timeout_s: how long nothing may be answered while there is no room, in seconds.
+            take: makes of the answer what is wanted, as soon as it comes: what its tensors lie in may be used again
+                then. If it raises ServerFault, the stream is over.
 
         Returns:
-            The answer to come. Who gives it up lets it come all the same.
+            What `take` will give. Who gives it up lets the answer come all the same, but it is not taken.
 
         Raises:
             Disconnected: the stream has ended.
@@ -70,8 +75,8 @@ class AsyncStream:
         self._home.check()
         async with self._writing:
             data = await self._made(request, timeout_s)
-            answer: asyncio.Future[AttendReply] = asyncio.get_running_loop().create_future()
-            self._waiting.append(answer)
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._waiting.append((answer, take))
             await self._send(data)
         return answer
 
@@ -122,16 +127,21 @@ class AsyncStream:
             return
         if not self._waiting:
             raise ServerFault(f"the server sent {answer.kind} unasked")
-        future = self._waiting.popleft()
-        if not future.done():  # else whoever waited has given up
-            future.set_result(answer)
+        future, take = self._waiting.popleft()
+        try:
+            if not future.done():  # else whoever waited has given up
+                future.set_result(take(answer))
+        except Exception as error:
+            future.set_exception(error)
+            if isinstance(error, AttndError):
+                raise  # nobody knows whose the next answer is
         self._go_on()
 
     def _end(self, error: AttndError) -> None:
         """The stream is over: all that is under way learns why. Again does nothing."""
         self.is_open = False
         while self._waiting:
-            future = self._waiting.popleft()
+            future, _ = self._waiting.popleft()
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # read: a step whose reply nobody awaits is no reason to complain

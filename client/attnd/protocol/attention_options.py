@@ -40,7 +40,8 @@ class AttentionOptions:
     Attributes:
         scale: factor of q.k, any finite number; None is `head_dim ** -0.5`.
         softcap: score becomes `softcap * tanh(score / softcap)`; 0 is off.
-        window: a token at p sees no position j with `p - j >= window`; 0 is off, and one wider than any context, up to
+        window: a token at p sees no position j with `p - j >= window`; 0 is the window of the step or of the layer's
+            group, and off where these have none. A step that has one takes no other. One wider than any context, up to
             2^32 - 1, hides nothing.
         alibi_slopes: `[num_heads]`, adds `alibi_slopes[h] * (kp - p)` to the score. Floats in a sequence, or in an
             array or tensor of any floating type; read once, as float32.

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from attnd.errors import InvalidRequest
 from attnd.protocol.fields import LENGTH, MAX_FIELDS, refuse_many, walk
+from attnd.protocol.loose import Loose, Sendable, joined
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
@@ -73,7 +74,7 @@ class Frame:
         # By field: the tensor message's length, its bytes before the elements, and what they say.
         self._last_headers: dict[str, tuple[int, bytes, int, tuple[int, ...]]] = {}
 
-    def encode(self, holder: Message, tensors: Mapping[str, Array], outer: bytes = b"") -> bytes:
+    def encode(self, holder: Message, tensors: Mapping[str, Sendable], outer: bytes = b"") -> bytes:
         """The wire's bytes.
 
         Args:
@@ -81,15 +82,17 @@ class Frame:
             tensors: values of these fields.
             outer: the enclosing message, serialized, without the holder.
         """
-        chunks: list[bytes | memoryview] = [holder.SerializeToString()]
-        size = len(chunks[0])
+        first = holder.SerializeToString()
+        chunks: list[bytes | memoryview | Loose] = [first]
+        size = len(first)
         for name, array in tensors.items():
-            header = _tensor_header(self._tags[name], array.dtype, array.shape, array.data.nbytes)
-            chunks += (header, array.data)
-            size += len(header) + array.data.nbytes
+            num_bytes = array.data.nbytes if isinstance(array, Array) else array.num_bytes
+            header = _tensor_header(self._tags[name], array.dtype, array.shape, num_bytes)
+            chunks += (header, array.data if isinstance(array, Array) else array)
+            size += len(header) + num_bytes
         if self._holder:
             chunks.insert(0, outer + self._holder_tag + _varint(size))
-        return b"".join(chunks)
+        return joined(chunks)
 
     def decode(self, data: bytes, region: Region | None = None, max_header_bytes: int = MAX_MESSAGE_BYTES) -> Framed:
         """Reads the wire's bytes; the tensors are views into `data`, or into `region` if that is where they lie.

@@ -11,6 +11,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from attnd.errors import InvalidRequest
+from attnd.protocol.loose import Sendable, copy_elements
 from attnd.protocol.tensors import DTYPE_NAMES, ITEM_SIZES, Array
 from attnd.v1 import tensor_pb2
 
@@ -91,7 +92,7 @@ class Region:
         return self._bytes[place.offset : place.offset + num_bytes]
 
     def places(
-        self, arrays: Sequence[Array], start: int, field: str
+        self, arrays: Sequence[Sendable], start: int, field: str
     ) -> tuple[list[tensor_pb2.Tensor], list[memoryview]]:
         """Where arrays would lie, one behind the other.
 
@@ -116,10 +117,10 @@ class Region:
         return messages, [self.view(message.region, array.num_bytes, field) for message, array in pairs]
 
     def placed(
-        self, arrays: Sequence[Array], start: int, field: str
+        self, arrays: Sequence[Sendable], start: int, field: str
     ) -> tuple[list[tensor_pb2.Tensor], list[memoryview]]:
         """Copies arrays to here, as `places` has them. Nothing is copied if they do not fit."""
         messages, views = self.places(arrays, start, field)
         for view, array in zip(views, arrays, strict=True):
-            view[:] = array.data
+            copy_elements(array, view)
         return messages, views

@@ -118,12 +118,18 @@ def to_array(value: Any, field: str) -> Array:
         raise InvalidRequest(
             f"{field} is a {type(value).__name__}, but must be an array or a tensor", field=field
         ) from None
-    dtype = _FORMATS.get(view.format.lstrip("<="))
-    if dtype is None:
-        raise InvalidRequest(f"{field} has format {view.format!r}, but must be one of {', '.join(DTYPES)}", field=field)
+    dtype = dtype_of_buffer(view, field)
     if not view.nbytes:
         return Array(dtype, view.shape or (), memoryview(b""))
     return Array(dtype, view.shape or (), view.cast("B") if view.c_contiguous else memoryview(view.tobytes()))
+
+
+def dtype_of_buffer(view: memoryview, field: str) -> tensor_pb2.Dtype.ValueType:
+    """The wire's dtype of a buffer's elements. Raises InvalidRequest: the wire does not have it."""
+    dtype = _FORMATS.get(view.format.lstrip("<="))
+    if dtype is None:
+        raise InvalidRequest(f"{field} has format {view.format!r}, but must be one of {', '.join(DTYPES)}", field=field)
+    return dtype
 
 
 @cache
@@ -171,20 +177,53 @@ def from_array(array: Any, like: Any) -> Any:
         return aligned(torch_tensor(array).to(like.device))
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(like, numpy.ndarray):
-        return _aligned_numpy(numpy.frombuffer(array.data, DTYPE_NAMES[array.dtype]).reshape(array.shape))
+        values = numpy_array(array)
+        if values.ctypes.data % ALIGNMENT == 0:
+            return values
+        copy = empty_like(like, array.dtype, array.shape)
+        copy[...] = values
+        return copy
     return array
 
 
-def _aligned_numpy(values: Any) -> Any:
-    """As `aligned`: numpy itself aligns what it allocates to 16 bytes only."""
-    if values.ctypes.data % ALIGNMENT == 0:
-        return values
+def empty_like(like: Any, dtype: int, shape: tuple[int, ...]) -> Any:
+    """A new tensor on the device of `like`, or a numpy array if that is one; aligned, with any elements.
+
+    Args:
+        like: a torch tensor, or a numpy array.
+        dtype: the wire's.
+        shape: of the result.
+    """
+    torch = _torch()
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.empty(shape, dtype=torch_dtype(dtype), device=like.device)
     numpy = sys.modules["numpy"]
-    room = numpy.empty(values.nbytes + ALIGNMENT, numpy.uint8)
+    num_bytes = math.prod(shape) * ITEM_SIZES[dtype]
+    room = numpy.empty(num_bytes + ALIGNMENT, numpy.uint8)  # numpy itself aligns to 16 bytes only
     start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
-    copy[...] = values
-    return copy
+    return room[start : start + num_bytes].view(DTYPE_NAMES[dtype]).reshape(shape)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a torch tensor or a numpy array."""
+    torch, numpy = _torch(), sys.modules.get("numpy")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return True
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def copy_array(array: Array, target: Any) -> None:
+    """Copies an array to a torch tensor on any device, or a numpy array, of its type and shape and any strides."""
+    torch = _torch()
+    if torch is not None and isinstance(target, torch.Tensor):
+        target.copy_(torch_tensor(array))
+    else:
+        target[...] = numpy_array(array)
+
+
+def numpy_array(array: Array) -> Any:
+    """A numpy array over the array's own bytes, without a copy."""
+    return sys.modules["numpy"].frombuffer(array.data, DTYPE_NAMES[array.dtype]).reshape(array.shape)
 
 
 def torch_tensor(array: Array) -> torch.Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from attnd.errors import Exhausted
+from attnd.protocol.loose import Sendable
 from attnd.protocol.regions import aligned
 from attnd.protocol.requests import MAX_CALLS_UNDER_WAY
 from attnd.protocol.shm.placed_tensors import PlacedTensors
-from attnd.protocol.tensors import Array
 
 # In the place of a lane: what was sent is a step.
 _NO_LANE = -1
@@ -60,7 +60,7 @@ class Lanes:
         last = self._last.get(self._free_lane())
         return last if last is not None and self._is_free(last.place) else None
 
-    def place(self, arrays: Mapping[str, Array], *, return_lse: bool) -> tuple[int, range]:
+    def place(self, arrays: Mapping[str, Sendable], *, return_lse: bool) -> tuple[int, range]:
         """A lane and a place for a call with these tensors and its reply.
 
         Raises:
@@ -110,7 +110,7 @@ class Lanes:
     def _is_free(self, place: range) -> bool:
         return all(place.stop <= other.start or other.stop <= place.start for other in self._places())
 
-    def _call_bytes(self, arrays: Mapping[str, Array], return_lse: bool) -> int:
+    def _call_bytes(self, arrays: Mapping[str, Sendable], return_lse: bool) -> int:
         """Bytes from the first tensor of a call to the end of its reply; places begin aligned, and so they end."""
         num_bytes = sum(aligned(array.num_bytes) for array in arrays.values())
         q = arrays.get("q")

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnd.errors import InvalidRequest, ServerFault
 from attnd.planes.shm.lanes import Lanes, PlacedCall
+from attnd.planes.shm.placed_results import PlacedResults
 from attnd.protocol import frames, requests
 from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.loose import Sendable
 from attnd.protocol.regions import Region, aligned
 from attnd.protocol.shm import framing, placed_tensors
 from attnd.protocol.shm.pinned_region import PinnedRegion
@@ -18,9 +20,6 @@ from attnd.v1 import attention_pb2, step_pb2
 
 if TYPE_CHECKING:
     import torch
-
-# What the results of a call are wanted as: arrays, tensors of torch on the host, or tensors on a GPU.
-_ARRAYS, _TENSORS = "arrays", "tensors"
 
 
 class LastReply(NamedTuple):
@@ -46,7 +45,7 @@ class ShmMessages:
         weakref.finalize(self, self._pinned.close).atexit = False
         self._lanes = lanes
         self._next: PlacedCall | None = None  # what is to be sent; None: a step
-        self._wanted: dict[int, str | torch.device] = {}  # by lane, what the results of its last call are wanted as
+        self._gpus: dict[int, torch.device | None] = {}  # by lane, of the tensors of its last call; None: the host's
         self._last_replies: dict[int, LastReply] = {}  # by lane
 
     def step_request(self, step: step_pb2.Step) -> bytes:
@@ -71,32 +70,34 @@ class ShmMessages:
                 return self._repeat(last, layer, step_id, device)
             return self._placed_from_gpu(step_id, layer, q, k, v, options, device)
         if last is not None and last.tensors.fill_with_torch(q, k, v):
-            return self._repeat(last, layer, step_id, _TENSORS)
+            return self._repeat(last, layer, step_id, None)
         arrays = requests.call_arrays(q, k, v)
         for name, array in arrays.items():
-            if array.data.nbytes != array.num_bytes:  # an Array that somebody else made
+            if isinstance(array, Array) and array.data.nbytes != array.num_bytes:  # an Array that somebody else made
                 raise InvalidRequest(
                     f"{name} has {array.data.nbytes} bytes of data, but must have {array.num_bytes}", field=name
                 )
         if last is not None and key_of(last.tensors.arrays) == key_of(arrays):
             last.tensors.fill(arrays)
-            return self._repeat(last, layer, step_id, _ARRAYS)
+            return self._repeat(last, layer, step_id, None)
         call, placed = self._place(step_id, layer, arrays, options, copies=True)
-        return self._whole(call, placed, _ARRAYS)
+        return self._whole(call, placed, None)
 
     def _placed_from_gpu(
         self, step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions, device: torch.device
     ) -> bytes:
         """As `call_request`, of tensors of a GPU that lie nowhere yet."""
         given = {"q": q, "k": k, "v": v}
-        arrays = {name: without_elements(value, name) for name, value in given.items() if value is not None}
+        arrays: dict[str, Sendable] = {
+            name: without_elements(value, name) for name, value in given.items() if value is not None
+        }
         call, placed = self._place(step_id, layer, arrays, options, copies=False)
         self._pinned.pin(min(placed.place.stop, self._region.num_bytes))
         placed.tensors.fill_from_gpu(q, k, v)
         return self._whole(call, placed, device)
 
     def _place(
-        self, step_id: int, layer: int, arrays: dict[str, Array], options: AttentionOptions, *, copies: bool
+        self, step_id: int, layer: int, arrays: dict[str, Sendable], options: AttentionOptions, *, copies: bool
     ) -> tuple[step_pb2.Call, PlacedCall]:
         """A call, and a place in the region for its tensors and its reply."""
         lane, place = self._lanes.place(arrays, return_lse=options.return_lse)
@@ -106,12 +107,12 @@ class ShmMessages:
         call.reply.offset = place.start + sum(aligned(array.num_bytes) for array in arrays.values())
         return call, PlacedCall(lane, options.encoded, tensors, place)
 
-    def _whole(self, call: step_pb2.Call, placed: PlacedCall, wanted: str | torch.device) -> bytes:
-        self._next, self._wanted[placed.lane] = placed, wanted
+    def _whole(self, call: step_pb2.Call, placed: PlacedCall, gpu: torch.device | None) -> bytes:
+        self._next, self._gpus[placed.lane] = placed, gpu
         return framing.request_bytes(attention_pb2.AttendRequest(call=call).SerializeToString(), placed.lane)
 
-    def _repeat(self, last: PlacedCall, layer: int, step_id: int, wanted: str | torch.device) -> bytes:
-        self._next, self._wanted[last.lane] = last, wanted
+    def _repeat(self, last: PlacedCall, layer: int, step_id: int, gpu: torch.device | None) -> bytes:
+        self._next, self._gpus[last.lane] = last, gpu
         return framing.repeated_call(layer, step_id, last.lane)
 
     def sent(self) -> None:
@@ -119,7 +120,7 @@ class ShmMessages:
         self._lanes.sent(self._next)
 
     def answer(self, reply: framing.Reply) -> requests.AttendReply:
-        """What came from the server, which ends what was sent first. Its tensors are copies.
+        """What came from the server, which ends what was sent first. Its tensors are to be copied at once.
 
         Raises:
             ServerFault: the reply means nothing.
@@ -134,7 +135,7 @@ class ShmMessages:
             return answer
         tensors = PlacedTensors(answer.tensors, RESULTS)
         self._last_replies[lane] = LastReply(answer.message, tensors)
-        return answer._replace(tensors=self._copies(lane, tensors))
+        return answer._replace(results=self._results(lane, tensors))
 
     def _repeated(self, reply: framing.Reply) -> requests.AttendReply:
         """What the server meant. Its message is the last one's of the lane, written over."""
@@ -147,16 +148,11 @@ class ShmMessages:
         message.layer, message.step_id = reply.layer, reply.step_id
         message.queue_us, message.copy_in_us = reply.queue_us, reply.copy_in_us
         message.kernel_us, message.copy_out_us = reply.kernel_us, reply.copy_out_us
-        return requests.AttendReply("call", message, self._copies(lane, tensors), framing.REPLY_BYTES)
+        results = self._results(lane, tensors)
+        return requests.AttendReply("call", message, tensors.arrays, framing.REPLY_BYTES, results)
 
-    def _copies(self, lane: int, tensors: PlacedTensors) -> dict[str, Any]:
-        """Copies of results, as whoever made the call wants them."""
-        wanted = self._wanted.get(lane, _ARRAYS)
-        if isinstance(wanted, str) or not tensors.are_placed:
-            return tensors.copies(as_torch=wanted == _TENSORS)
-        copies = tensors.copies_to_gpu(wanted)
-        self._pinned.note_read(wanted)
-        return copies
+    def _results(self, lane: int, tensors: PlacedTensors) -> PlacedResults:
+        return PlacedResults(tensors, self._pinned, self._gpus.get(lane))
 
     def forget(self) -> None:
         """The plane has ended: nothing is under way, and nothing lies in the region."""

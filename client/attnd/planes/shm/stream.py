@@ -106,7 +106,7 @@ class ShmStream(ShmMessages, Stream):
         self.sent()
 
     def receive(self, timeout_s: float) -> requests.AttendReply:
-        """The next message from the server. Its tensors are copies.
+        """The next message from the server. Its tensors are to be copied before the next call is made.
 
         Raises:
             DeadlineExceeded: none came in time. The stream is over then.

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from attnd.errors import ServerFault
 from attnd.protocol import frames
-from attnd.protocol.attention_options import BACKEND_NAMES, AttentionOptions
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.loose import Sendable, to_sendable
 from attnd.protocol.regions import Region
+from attnd.protocol.requests.results import Reply, Results, Wanted, reply
 from attnd.protocol.step_metadata import StepMetadata
-from attnd.protocol.tensors import Array, from_array, to_array
+from attnd.protocol.tensors import Array
 from attnd.v1 import cache_pb2, step_pb2
 
 # Calls of one session that may be under way: those of two halves of a batch, and as many again. A shm plane has so many
@@ -55,47 +57,21 @@ def unary_call_of(
 
 def call_message(
     step_id: int, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions
-) -> tuple[step_pb2.Call, dict[str, Array]]:
+) -> tuple[step_pb2.Call, dict[str, Sendable]]:
     """A call and its tensors."""
     return step_pb2.Call(step_id=step_id, layer=layer, options=options.message), call_arrays(q, k, v)
 
 
-def call_arrays(q: Any, k: Any, v: Any) -> dict[str, Array]:
+def call_arrays(q: Any, k: Any, v: Any) -> dict[str, Sendable]:
     """The tensors of a call that are present, by name."""
-    return {name: to_array(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
+    return {name: to_sendable(value, name) for name, value in (("q", q), ("k", k), ("v", v)) if value is not None}
 
 
-class Reply(NamedTuple):
-    """What a call gave; times as `CallReply` has them."""
-
-    output: Any
-    backend: str
-    queue_us: int
-    copy_in_us: int
-    kernel_us: int
-    copy_out_us: int
-
-
-def reply(message: step_pb2.CallReply, tensors: Any, like: Any, return_lse: bool) -> Reply:
-    """A call's result: the output, or `(output, lse)`, or None for a store-only step; of the kind that `like` is."""
-    output = from_array(tensors["output"], like) if "output" in tensors else None
-    if return_lse and output is not None:
-        output = (output, from_array(tensors["lse"], like))
-    return Reply(
-        output=output,
-        backend=BACKEND_NAMES.get(message.backend, ""),
-        queue_us=message.queue_us,
-        copy_in_us=message.copy_in_us,
-        kernel_us=message.kernel_us,
-        copy_out_us=message.copy_out_us,
-    )
-
-
-def unary_reply(kind: str, data: bytes, like: Any, return_lse: bool) -> Any:
+def unary_reply(kind: str, data: bytes, wanted: Wanted) -> Any:
     """The result in a PrefillResponse or DecodeResponse."""
     frame = frames.DECODE_RESPONSE if kind == "decode" else frames.PREFILL_RESPONSE
     message, tensors = frame.decode(data)
-    return reply(message.reply, tensors, like, return_lse).output
+    return reply(message.reply, tensors, wanted).output
 
 
 class AttendReply(NamedTuple):
@@ -106,20 +82,27 @@ class AttendReply(NamedTuple):
         message: the field.
         tensors: of a call, by name.
         num_bytes: what was received.
+        results: what copies the tensors, where these lie in memory that the next call may use; else None.
     """
 
     kind: str
     message: Any
     tensors: Mapping[str, Array]
     num_bytes: int
+    results: Results | None = None
 
 
-def call_reply(answer: AttendReply, step_id: int, layer: int, like: Any, return_lse: bool) -> Reply:
+def call_reply(answer: AttendReply, step_id: int, layer: int, wanted: Wanted) -> Reply:
     """The result in what answers a call, as `reply`. Raises ServerFault if it answers something else."""
     message = answer.message
     if answer.kind != "call" or (message.step_id, message.layer) != (step_id, layer):
         raise ServerFault(f"the server answered layer {layer} of step {step_id} with {answer.kind} {message}")
-    return reply(message, answer.tensors, like, return_lse)
+    return reply(message, answer.tensors, wanted, answer.results)
+
+
+def taken(step_id: int, layer: int, wanted: Wanted, answer: AttendReply) -> Reply | AttendReply:
+    """As `call_reply`, but an error is returned as it came."""
+    return answer if answer.kind == "error" else call_reply(answer, step_id, layer, wanted)
 
 
 def attend_reply(data: bytes, region: Region | None = None) -> AttendReply:

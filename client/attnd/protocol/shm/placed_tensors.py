@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attnd.protocol.loose import Sendable, copy_elements
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array, torch_dtype, torch_tensor
 
@@ -50,10 +51,10 @@ class PlacedTensors:
         self._in_order = [self._places.get(name) for name in names]
         self._on_host: dict[int, torch.Tensor] = {}  # tensors over the places, by address; made for GPUs alone
 
-    def fill(self, arrays: Mapping[str, Array]) -> None:
+    def fill(self, arrays: Mapping[str, Sendable]) -> None:
         """Copies other arrays of the same `key_of` to here."""
         for name, array in arrays.items():
-            self.arrays[name].data[:] = array.data
+            copy_elements(array, self.arrays[name].data)
 
     def fill_with_torch(self, *tensors: Any) -> bool:
         """Copies tensors of torch to here, in the order of `names`, if they are like those that lie here.
@@ -76,11 +77,14 @@ class PlacedTensors:
                 and tensor.shape == place.shape
                 and tensor.dtype is place.dtype
                 and tensor.is_cpu
-                and tensor.is_contiguous()
             ):
                 return False
         for tensor, place in pairs:
-            if place is not None and place.address != (source := tensor.data_ptr()):
+            if place is None:
+                continue
+            if not tensor.is_contiguous():
+                self._host_tensor(place).copy_(tensor.detach())
+            elif place.address != (source := tensor.data_ptr()):
                 ctypes.memmove(place.address, source, place.num_bytes)
         return True
 
@@ -102,21 +106,6 @@ class PlacedTensors:
         self._torch.cuda.current_stream(device).synchronize()
         return True
 
-    def copies_to_gpu(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Copies of all, by name, on a GPU. They are there for its current stream; what lies here must stay until then.
-
-        Raises:
-            TypeError: they came in a message; or there is no torch.
-        """
-        if self._torch is None:
-            raise TypeError("the tensors do not lie in a region")
-        tensors = {}
-        for name, place in self._places.items():
-            tensors[name] = self._torch.empty(place.shape, dtype=place.dtype, device=device)
-            if place.num_bytes:
-                tensors[name].copy_(self._host_tensor(place), non_blocking=True)
-        return tensors
-
     @property
     def are_placed(self) -> bool:
         """Whether they lie in a region, in a process with torch."""
@@ -130,20 +119,26 @@ class PlacedTensors:
             tensor = self._on_host[place.address] = torch_tensor(array)
         return tensor
 
-    def copies(self, *, as_torch: bool) -> dict[str, Any]:
-        """Copies of all, by name, as tensors of torch or as arrays: what lies here will change."""
-        if not as_torch or self._torch is None:
-            return {name: array._replace(data=memoryview(bytes(array.data))) for name, array in self.arrays.items()}
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Copies of all, by name, on the host: what lies here will change. For those that are placed."""
         tensors = {}
         for name, (shape, dtype, address, num_bytes) in self._places.items():
-            tensor = tensors[name] = self._torch.empty(shape, dtype=dtype)
+            tensor = tensors[name] = self._torch.empty(shape, dtype=dtype)  # type: ignore[union-attr]
             ctypes.memmove(tensor.data_ptr(), address, num_bytes)
         return tensors
+
+    def copy_to(self, name: str, target: torch.Tensor, *, waits: bool = True) -> None:
+        """Copies one to a tensor of its shape, wherever that is; a GPU may not have done so if it `waits` not."""
+        place = self._places[name]
+        if target.is_cpu and target.is_contiguous():
+            ctypes.memmove(target.data_ptr(), place.address, place.num_bytes)
+        elif place.num_bytes:
+            target.copy_(self._host_tensor(place), non_blocking=not waits)
 
 
 def place(
     region: Region,
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, Sendable],
     start: int,
     field: str,
     message: Any,
@@ -170,7 +165,7 @@ def place(
     placed = {}
     for (name, array), tensor, view in zip(arrays.items(), tensors, views, strict=True):
         getattr(message, name).CopyFrom(tensor)
-        placed[name] = array._replace(data=view)
+        placed[name] = Array(array.dtype, array.shape, view)
     return PlacedTensors(placed, names)
 
 
@@ -188,7 +183,7 @@ def gpu_of(*tensors: Any) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
-def key_of(arrays: Mapping[str, Array]) -> object:
+def key_of(arrays: Mapping[str, Sendable]) -> object:
     """Equal for calls whose tensors can lie in the same places."""
     return tuple((name, array.dtype, array.shape) for name, array in arrays.items())
 
