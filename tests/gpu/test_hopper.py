@@ -139,6 +139,6 @@ def test_hopper_takes_what_it_should() -> None:
     case = step([(4097, 1), (300, 32)])
     opts = options(case)
     launches = KERNEL.plan(case.config(), case.metadata(), opts, DEVICE).launches
-    assert [(launch.tile, launch.rows) for launch in launches] == [(None, 16), (None, 128)]
+    assert [launch.shape[:2] for launch in launches] == [(None, 16), (None, 128)]
     single = KERNEL.plan(replace(case, dtype=torch.float32).config(), case.metadata(), opts, DEVICE).launches
-    assert all(launch.tile is not None for launch in single)
+    assert all(launch.shape.tile is not None for launch in single)

@@ -228,7 +228,7 @@ def test_bits_do_not_depend_on_the_batch(batch_invariant: bool | None) -> None:
 def test_hopper_takes_what_it_should() -> None:
     def tiles(case: Case, kernel: TritonPagedAttention = KERNEL) -> list[int | None]:
         launches = kernel.plan(case.config(), case.metadata(), options(case), DEVICE).launches
-        return [launch.rows if launch.tile is None else None for launch in launches]
+        return [launch.shape.rows if launch.shape.tile is None else None for launch in launches]
 
     assert tiles(step(plain_requests([(300, 1), (20, 5), (99, 16), (50, 17)]))) == [16, 32, 64, None]
     assert tiles(step(plain_requests([(300, 1), (20, 8), (99, 9)]), head_dim=256)) == [16, 32, None]

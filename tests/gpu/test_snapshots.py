@@ -36,8 +36,8 @@ def test_everything_comes_back(tmp_path: Path, config: AttentionConfig, device: 
     slots = torch.randperm(100 * config.page_size)[:999] + 7
     for layer in range(config.num_layers):
         k, v = (torch.randn(999, config.num_kv_heads, config.head_dim, device=GPU).to(config.dtype) for _ in "kv")
-        before.store(layer, k, v, stored_tokens(slots, GPU))
-    before.mark_written(slots)
+        before.groups[0].store(layer, k, v, stored_tokens(slots, GPU))
+    before.groups[0].mark_written(slots)
     torch.cuda.synchronize()
     store = SnapshotStore(str(tmp_path))
     assert store.write([before]) == []
@@ -48,7 +48,7 @@ def test_everything_comes_back(tmp_path: Path, config: AttentionConfig, device: 
     (after,) = caches.all()
     assert torch.equal(after.groups[0].written_pages, before.groups[0].written_pages)
     for name in ("k_pages", "v_pages"):
-        written, read = (getattr(cache, name).cpu().view(torch.uint8) for cache in (before, after))
+        written, read = (getattr(cache.groups[0], name).cpu().view(torch.uint8) for cache in (before, after))
         assert torch.equal(written, read)
         assert written.any()
 
