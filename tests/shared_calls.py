@@ -132,7 +132,10 @@ class Caller:
         dtype = getattr(torch, self.all["dtype"])
         return torch.randn(*shape, generator=self.random).to(dtype)
 
-    def kv(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def kv(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """K and V of a layer; of a latent one K alone."""
+        if "groups" in self.all:
+            return self.normal(num_tokens, 1, self.all["head_dim"]), None
         dims = self.all["head_dim"], self.all["head_dim_v"]
         k, v = (self.normal(num_tokens, KV_HEADS, dim) for dim in dims)
         return k, v
@@ -160,7 +163,7 @@ class Caller:
         """A call of the open step."""
         num_tokens = len(self.context_lens) * self.query_len
         k, v = self.kv(num_tokens)
-        self.stored = k, v
+        self.stored = k, k[..., : self.all["head_dim_v"]] if v is None else v
         q = self.normal(num_tokens, HEADS, self.all["head_dim"])
         work = self.session.request(requests.attend_call(self.step_id, layer, q, k, v, options))
         assert not isinstance(work, bytes)

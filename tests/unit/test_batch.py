@@ -52,8 +52,9 @@ def test_callers_at_different_layers_get_the_bits_of_calls_alone(
         {"kv_dtype": "float8_e4m3fn", "k_scales": [0.5, 0.25], "v_scales": 0.5},
         {"kv_dtype": "float8_e4m3fn", "v_dtype": "float32", "k_scales": [0.5, 0.25]},
         {"kv_split": attnd.KVSplit(chunk_size=16)},
+        {"groups": [attnd.LayerGroup(range(LAYERS), num_kv_heads=1, latent=True)]},
     ],
-    ids=["distinct", "float16", "fp8", "fp8 of k", "chunks"],
+    ids=["distinct", "float16", "fp8", "fp8 of k", "chunks", "latent"],
 )
 def test_other_geometries(server: Waiting, geometry: dict[str, object]) -> None:
     callers = [Caller(server, [5, 9], seed=1, geometry=geometry), Caller(server, [14], seed=2, geometry=geometry)]
