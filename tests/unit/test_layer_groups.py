@@ -1,182 +1,376 @@
-"""Layer groups of a cache as a client asks for them, and what it makes of those that a server tells of."""
+"""Layer groups in a server of this process: what is refused, what is counted, what is kept for whom."""
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import attnd
-from attnd.errors import InvalidRequest, Unsupported
-from attnd.planes.choice import PlaneOptions
-from attnd.planes.cuda.session import CudaSession
+from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest, Unsupported
 from attnd.protocol import frames, requests
-from attnd.protocol.head_dims import head_dim_v_of, most_head_dim_v
-from attnd.protocol.layer_groups import LayerGroup
-from attnd.protocol.tensors import to_array
-from attnd.v1 import attention_pb2, cache_pb2, tensor_pb2
+from attnd.protocol.regions import Region
+from attnd.v1 import attention_pb2, cache_pb2, step_pb2, tensor_pb2
+from attnd_server.build import build_service
+from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Call
+from attnd_server.inproc import PRINCIPAL
+from attnd_server.kv.cache_shape import CacheShape
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.restored import Restored
+from attnd_server.planes.cuda.session import CudaSession
+from attnd_server.service import session as session_module
+from attnd_server.service import validation
+from attnd_server.service.kept_steps import BIG_STEP_ELEMENTS, bases_of, is_big, step_bytes
+from attnd_server.service.replies import RegionReplies
+from attnd_server.service.session import AttendSession
+from tests.layer_groups import FULL, GROUPS, LATENT, NUM_HEADS, WINDOWED, Group, Worker, check, config, create, tensor
+from tests.shared_calls import Waiting, waiting
+from tests.unit.test_decode_graphs import serving
 
-BF16, FP8 = tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT8_E4M3FN
-OWN = {"num_kv_heads": 4, "head_dim": 128, "num_pages": 100}
-NAME = "float8_e4m3fn"
+CPU = torch.device("cpu")
 
 
-def config_of(*groups: LayerGroup, **own: object) -> cache_pb2.CacheConfig:
-    return attnd.CacheSpec(groups=groups, **own).to_message().config
+def shape(groups: tuple[Group, ...] = GROUPS, **changes: Any) -> CacheShape[Any]:
+    return validation.cache_shape(config(groups, **changes))
 
 
-def ints(tensor: tensor_pb2.Tensor) -> list[int]:
-    assert tensor.dtype == tensor_pb2.DTYPE_INT32
-    return np.frombuffer(tensor.data, np.int32).tolist()
+def layers(*numbers: int) -> tensor_pb2.Tensor:
+    return tensor(torch.tensor(numbers, dtype=torch.int32))
 
 
-def scales(tensor: tensor_pb2.Tensor) -> list[float]:
-    return np.frombuffer(tensor.data, np.float32).tolist()
+def changed(index: int, **fields: Any) -> cache_pb2.CacheConfig:
+    """A cache of which one group says something else."""
+    message = config()
+    for field, value in fields.items():
+        if isinstance(value, tensor_pb2.Tensor):
+            getattr(message.groups[index], field).CopyFrom(value)
+        elif value is None:
+            message.groups[index].ClearField(field)
+        else:
+            setattr(message.groups[index], field, value)
+    return message
 
 
-def test_a_group_takes_what_it_leaves_out_from_the_cache() -> None:
-    full, windowed = LayerGroup([5, 11]), LayerGroup(range(5), num_kv_heads=8, head_dim=64, num_pages=9, window=512)
-    config = config_of(full, windowed, **OWN, head_dim_v=32, page_size=32, dtype="float16")
-    assert config.num_layers == 7
-    # The cache has none of its own: a server refuses them beside groups.
-    assert {field.name for field, _ in config.ListFields()} == {
-        *("num_layers", "groups", "dtype", "layout", "backend", "precision")
-    }
-    first, second = config.groups
-    assert (ints(first.layers), ints(second.layers)) == ([5, 11], [0, 1, 2, 3, 4])
-    assert (first.num_kv_heads, first.head_dim, first.head_dim_v, first.page_size, first.num_pages) == (
-        *(4, 128, 32, 32, 100),
+def test_groups_have_all_that_they_say_and_what_all_have_in_common() -> None:
+    checked = shape(backend=2, precision=2)
+    assert checked.layers == ((0, 2, 5), (1, 4), (3,))
+    assert not checked.is_flat
+    assert checked.num_layers == 6
+    assert checked.places == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]
+    full, windowed, latent = checked.groups
+    assert [config.num_layers for config in checked.groups] == [3, 2, 1]
+    assert (windowed.head_dim, windowed.head_dim_v, windowed.page_size, windowed.window) == (24, 8, 2, 5)
+    assert (full.is_quantised, windowed.is_quantised, latent.is_quantised) == (False, True, False)
+    assert (latent.latent, latent.head_dim, latent.head_dim_v) == (True, 40, 32)
+    assert {config.backend.value for config in checked.groups} == {"naive"}
+    assert {config.precision.value for config in checked.groups} == {"fp32"}
+
+
+def test_a_cache_without_groups_is_one_that_is_told_so() -> None:
+    flat = cache_pb2.CacheConfig(
+        num_layers=3, num_kv_heads=2, head_dim=16, page_size=4, num_pages=12, dtype=tensor_pb2.DTYPE_FLOAT32
     )
-    assert (second.num_kv_heads, second.head_dim, second.head_dim_v, second.page_size, second.num_pages) == (
-        *(8, 64, 32, 32, 9),
-    )
-    assert (first.window, second.window) == (0, 512)
-    assert config_of(full, **OWN, num_layers=12).num_layers == 12
-    whole = config_of(LayerGroup(np.arange(3), **OWN))
-    assert whole.num_layers == 3
-    assert not whole.num_kv_heads
+    alone = validation.cache_shape(flat)
+    grouped = shape((Group((0, 1, 2), 2, 16, 16, 4, 12),))
+    assert alone.groups == grouped.groups
+    assert alone.layers == grouped.layers
+    assert (alone.is_flat, grouped.is_flat) == (True, False)
+    assert alone != grouped  # they are told differently
 
 
-def test_types_and_scales_are_taken_together() -> None:
-    own = {**OWN, "kv_dtype": NAME, "v_dtype": "bfloat16", "k_scales": 0.5}
-    taken, given, of_v, latent = config_of(
-        LayerGroup([0]),
-        LayerGroup([1], kv_dtype="bfloat16"),
-        LayerGroup([2], v_dtype=NAME, v_scales=[1.0, 2.0, 3.0, 4.0]),
-        LayerGroup([3], num_kv_heads=1, latent=True),
-        **own,
-    ).groups
-    assert (taken.kv_dtype, taken.v_dtype, scales(taken.k_scales)) == (FP8, BF16, [0.5])
-    assert not taken.HasField("v_scales")
-    assert (given.kv_dtype, given.v_dtype) == (BF16, 0)
-    assert not given.HasField("k_scales")
-    assert (of_v.kv_dtype, of_v.v_dtype) == (FP8, FP8)
-    assert (scales(of_v.k_scales), scales(of_v.v_scales)) == ([0.5], [1, 2, 3, 4])
-    assert (latent.kv_dtype, latent.v_dtype, scales(latent.k_scales)) == (FP8, 0, [0.5])
-    assert latent.latent
-    own = {**OWN, "v_dtype": NAME, "v_scales": 2.0}
-    taken, given = config_of(LayerGroup([0]), LayerGroup([1], v_dtype="bfloat16"), **own).groups
-    assert (taken.kv_dtype, taken.v_dtype, scales(taken.v_scales)) == (0, FP8, [2.0])
-    assert (given.v_dtype, given.HasField("v_scales")) == (BF16, False)
+REFUSED = {
+    "given beside": (config(head_dim=16), "head_dim is 16, but must be absent where groups are given"),
+    "scales beside": (config(k_scales=tensor(torch.ones(1))), "k_scales is given, but must be absent where groups"),
+    "no layers": (config(num_layers=0), "num_layers is 0, but must be 1..1024"),
+    "many layers": (config(num_layers=1025), "num_layers is 1025, but must be 1..1024"),
+    "more groups than layers": (
+        config(num_layers=2),
+        "groups has 3 elements, but must have at most 2, as many",
+    ),
+    "a layer too few": (config(num_layers=7), "groups have no layer 6, but each of the 7 must be in one"),
+    "a layer too many": (config(num_layers=5), r"groups[0].layers[2] is 5, but must be 0..4: the cache has 5 layers"),
+    "negative": (
+        changed(1, layers=layers(-1, 4)),
+        "groups[1].layers[0] is -1, but must be 0..5: the cache",
+    ),
+    "twice": (
+        changed(1, layers=layers(1, 2)),
+        "groups[1].layers[1] is 2, but must be in one group, and",
+    ),
+    "falls": (
+        changed(1, layers=layers(4, 1)),
+        "groups[1].layers[1] is 1, but must be greater than 4, the",
+    ),
+    "equal": (
+        changed(1, layers=layers(4, 4)),
+        "groups[1].layers[1] is 4, but must be greater than 4, the",
+    ),
+    "absent": (changed(2, layers=None), "groups[2].layers is absent, but must be given"),
+    "empty": (changed(2, layers=layers()), "groups[2].layers is empty, but must have at least one layer"),
+    "many": (
+        changed(2, layers=layers(*range(7))),
+        "groups[2].layers has 7 elements, but must have at most 6",
+    ),
+    "floats": (changed(2, layers=tensor(torch.ones(1))), "groups[2].layers has dtype float32, but must be int32"),
+    "head_dim": (changed(1, head_dim=23), "groups[1].head_dim is 23, but must be a multiple of 8"),
+    "head_dim of no latent": (changed(0, head_dim=520), "groups[0].head_dim is 520, but must be 8..512"),
+    "num_pages": (changed(1, num_pages=0), "groups[1].num_pages is 0, but must be 1..2147483647"),
+    "page_size": (changed(2, page_size=0), "groups[2].page_size is 0, but must be 1..1024"),
+    "scales": (
+        changed(0, k_scales=tensor(torch.ones(1))),
+        "groups[0].k_scales is given, but must be absent unless",
+    ),
+    "scale": (changed(1, k_scales=tensor(torch.zeros(1))), "groups[1].k_scales[0] is 0, but must be positive, finite"),
+    "kv_dtype": (changed(1, kv_dtype=2), "groups[1].kv_dtype is DTYPE_FLOAT16, but must be DTYPE_FLOAT32 as dtype, or"),
+    "latent heads": (changed(2, num_kv_heads=2), "groups[2].num_kv_heads is 2, but must be 1 of a latent"),
+    "latent v": (changed(2, head_dim_v=48), "groups[2].head_dim_v is 48, but must be at most head_dim, 40"),
+    "latent types": (changed(2, v_dtype=6), "groups[2].v_dtype is torch.float8_e4m3fn, but must be torch.float32"),
+    "latent layout": (config(layout=2), "layout is distinct, but must be unified of a latent"),
+    "dtype": (
+        config(dtype=0),
+        "dtype is DTYPE_UNSPECIFIED, but must be DTYPE_FLOAT32,",
+    ),
+    "kv_split": (
+        config(kv_split=cache_pb2.KvSplit(chunk_size=3)),
+        "kv_split.chunk_size is 3, but must be 0 or",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"groups": [LayerGroup([0])]}, "groups[0].num_kv_heads is None, but must be given, here or for the whole"),
-        ({**OWN, "groups": [LayerGroup([0]), LayerGroup(None)]}, "groups[1].layers is None, but must be given"),
-        ({**OWN, "groups": [LayerGroup([0.5])]}, "groups[0].layers "),
-        ({**OWN, "groups": [LayerGroup([0], num_pages=-1)]}, "groups[0].num_pages is -1, but must be an integer in 0."),
-        ({**OWN, "groups": [LayerGroup([0], window=2**32)]}, "groups[0].window is 4294967296, but must be an integer"),
-        ({**OWN, "groups": [LayerGroup([0], kv_dtype="int4")]}, "groups[0].kv_dtype is int4, but must be one of"),
-        ({**OWN, "groups": [LayerGroup([0], k_scales="x")]}, "groups[0].k_scales must hold one number for each head"),
-        ({**OWN, "groups": [{"layers": [0]}]}, "groups[0] is a dict, but must be a LayerGroup"),
-        ({**OWN, "groups": []}, "groups has 0 elements, but must have one, or be None"),
-        ({**OWN, "groups": [LayerGroup([0])], "num_layers": -1}, "num_layers is -1, but must be an integer in 0.."),
-        ({**OWN}, "num_layers is None, but must be given where groups is not"),
-        ({"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}, "num_pages is None, but must be given where groups is"),
-    ],
-)
-def test_what_cannot_be_sent_names_group_and_field(fields: dict[str, object], text: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        attnd.CacheSpec(**fields).to_message()
-    assert str(caught.value).startswith(text)
-    assert caught.value.field in text.split()[0:1]
+@pytest.mark.parametrize(("message", "text"), REFUSED.values(), ids=REFUSED)
+def test_groups_are_refused(message: cache_pb2.CacheConfig, text: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        validation.cache_shape(message)
+    assert str(refused.value).startswith(text)
+    named = str(refused.value).partition(" ")[0].partition("[")[0]
+    assert refused.value.field.partition("[")[0] == named.replace("kv_split.chunk_size", "kv_split.chunk_size")
 
 
-def test_a_cache_without_groups_is_asked_for_as_ever() -> None:
-    """Field by field what 0.1.0 sends: no v_dtype, no groups."""
-    spec = attnd.CacheSpec(num_layers=2, **OWN, kv_dtype=NAME, k_scales=0.5, v_scales=[1, 2, 3, 4])
-    config = spec.to_message().config
-    assert {field.name for field, _ in config.ListFields()} == {
-        *(
-            "num_layers",
-            "num_kv_heads",
-            "head_dim",
-            "page_size",
-            "num_pages",
-            "dtype",
-            "layout",
-            "backend",
-            "precision",
-        ),
-        *("kv_dtype", "k_scales", "v_scales"),
-    }
+def test_the_greatest_latent_head_and_window_are_taken() -> None:
+    message = changed(2, head_dim=1024, head_dim_v=1024)
+    message.groups[1].window = 2**32 - 1
+    taken = validation.cache_shape(message)
+    assert taken.groups[2].head_dim == 1024
+    assert taken.groups[1].window == 2**32 - 1
+    with pytest.raises(InvalidRequest, match=r"^groups\[2\]\.head_dim is 1032, but must be 8\.\.1024"):
+        validation.cache_shape(changed(2, head_dim=1032))
 
 
-def test_requests_name_the_group() -> None:
-    ref = cache_pb2.CacheRef(id=bytes(16), epoch=3)
-    copied = cache_pb2.CopyPagesRequest.FromString(requests.copy_pages(ref, [1], [2], 3))
-    asked = cache_pb2.RenewCacheRequest.FromString(requests.ask_written_pages(ref, 2))
-    warmed = requests.warm_up(
-        ref, num_heads=1, query_len=1, max_reqs=1, max_context_len=0, options=attnd.AttentionOptions(), group=1
-    )
-    assert (copied.group, asked.group, attention_pb2.WarmUpRequest.FromString(warmed).group) == (3, 2, 1)
-    for refused in (lambda: requests.copy_pages(ref, [1], [2], -1), lambda: requests.ask_written_pages(ref, -1)):
-        with pytest.raises(InvalidRequest, match="group is -1, but must be"):
-            refused()
+def test_half_a_cache_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, taken = CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20), []
+    take = type(table._spaces).take
+
+    def take_two(self: Any, config: Any) -> Any:
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("no more")
+        taken.append(config)
+        return take(self, config)
+
+    monkeypatch.setattr(type(table._spaces), "take", take_two)
+    with pytest.raises(Exhausted, match="no more"):
+        table.create(shape(), principal="a", ttl_s=9, name="")
+    assert len(taken) == 2
+    assert not table._spaces._spaces
+    assert not table._reserved
+    assert table.num_bytes == 0
 
 
-LATENT = config_of(LayerGroup([0, 2], **OWN, head_dim_v=64), LayerGroup([1], **OWN, latent=True, head_dim_v=8))
+def test_pages_that_somebody_holds_outlive_the_cache_in_every_group() -> None:
+    table = CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20)
+    cache = table.create(shape(), principal="a", ttl_s=9, name="")
+    pages = [group.k_pages.view(torch.uint8) for group in cache.groups]
+    with cache.held():
+        for each in pages:
+            each.fill_(7)
+        table.delete(cache.info().cache, "a")
+        other = table.create(shape(), principal="a", ttl_s=9, name="")
+        assert not any(group.k_pages.view(torch.uint8).any() for group in other.groups)
+        assert all((each == 7).all() for each in pages)
+        with pytest.raises(CacheLost), cache.held():
+            pass
+    table.delete(other.info().cache, "a")
+    assert not table._spaces._spaces
 
 
-def test_a_layer_has_the_head_dim_of_its_group() -> None:
-    assert [head_dim_v_of(LATENT, layer) for layer in range(4)] == [64, 8, 64, 0]
-    assert most_head_dim_v(LATENT) == 64
-    plain = attnd.CacheSpec(num_layers=2, **OWN).to_message().config
-    assert (head_dim_v_of(plain, 0), most_head_dim_v(plain)) == (128, 128)
+def test_an_epoch_is_used_up_by_a_page_of_any_group_that_it_had() -> None:
+    table = CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20)
+    cache = table.create(shape(), principal="a", ttl_s=9, name="", restored=Restored(bytes(16), (5,)))
+    cache.groups[0].mark_pages_written(torch.tensor([3]))
+    cache.groups[1].mark_pages_written(torch.tensor([24]))
+    cache.filled()
+    ref = cache_pb2.CacheRef(id=cache.id, epoch=5)
+    assert table.adopt(ref, "a") is cache
+    cache.groups[1].mark_pages_written(torch.tensor([3]))  # page 3 of another group
+    cache.groups[2].mark_pages_written(torch.tensor([3]))
+    assert table.adopt(ref, "a") is cache
+    cache.groups[1].mark_pages_written(torch.tensor([24]))
+    with pytest.raises(EpochMismatch, match="stored into pages that it had"):
+        table.adopt(ref, "a")
 
 
-@pytest.mark.parametrize(
-    "like", [torch.empty(0), np.empty(0), to_array(np.zeros(1, np.float32), "x")], ids=["torch", "numpy", "array"]
-)
-@pytest.mark.parametrize("chunks", [[3], [2, 1], [0]])
-def test_v_of_a_latent_layer_is_read_from_k(like: object, chunks: list[int]) -> None:
-    k = torch.arange(sum(chunks) * 24, dtype=torch.float32).view(-1, 1, 24)
-    parts = [frames.Framed(attention_pb2.ReadKvResponse(), {"k": to_array(part, "k")}) for part in k.split(chunks)]
-    read_k, read_v = requests.joined(parts, like, 8)
-    assert tuple(read_v.shape) == (sum(chunks), 1, 8)
-    numbers = [np.frombuffer(to_array(each, "x").data, np.float32) for each in (read_k, read_v)]
-    assert numbers[0].tolist() == k.flatten().tolist()
-    assert numbers[1].tolist() == k[..., :8].flatten().tolist()
+def test_the_room_of_a_step_is_that_of_all_its_groups() -> None:
+    limits = ServerConfig()
+    empty = step_bytes(step_pb2.Step(), limits, 3)
+    assert empty == 3 * step_bytes(step_pb2.Step(), limits)
+    step = step_pb2.Step(cu_seqlens_q=layers(0, 1, 2, 3, 4))
+    lens = step_bytes(step, limits, 3)
+    step.groups.add(page_tables=layers(*[0] * 4_000), slot_mapping=layers(*[0] * 100))
+    delta = step_pb2.PageTableDelta(max_pages=1_000, base_step_id=7)
+    step.groups.add(page_table_delta=delta)
+    step.groups.add(tables_of=0)
+    assert 16_000 + 16_000 + 800 <= step_bytes(step, limits, 3) - lens < 45_000
+    assert bases_of(step) == {7}
+    step.groups[2].page_table_delta.base_step_id = 5
+    assert bases_of(step) == {5, 7}
+    # A few bytes that ask for the most in each of the groups.
+    for group in step.groups:
+        group.page_table_delta.max_pages = 2**32 - 1
+    tables = 4 * limits.max_page_table_elements
+    assert 3 * tables <= step_bytes(step, limits, 3) < 3 * tables + (1 << 20)
+    # Groups that the cache has not are refused, and take nothing before.
+    assert step_bytes(step, limits, 1) < tables + (1 << 20)
 
 
-def test_store_kv_of_a_latent_layer_has_no_v() -> None:
-    ref = cache_pb2.CacheRef(id=bytes(16), epoch=3)
-    (chunk,) = requests.store_kv(ref, 1, [3, 4], np.ones((2, 1, 24), np.float32), None)
-    assert set(frames.STORE_KV_REQUEST.decode(chunk).tensors) == {"k"}
-    with pytest.raises(InvalidRequest, match=r"^k has shape \[2, 24\], but slot_mapping has 2 tokens"):
-        requests.store_kv(ref, 1, [3, 4], np.ones((2, 24), np.float32), None)
+@pytest.mark.parametrize("is_delta", [False, True])
+def test_tables_are_big_together(is_delta: bool) -> None:
+    def step(elements: int) -> step_pb2.Step:
+        message = step_pb2.Step(cu_seqlens_q=layers(0, 1))
+        for count in (BIG_STEP_ELEMENTS // 4, elements):
+            if is_delta:
+                message.groups.add(page_table_delta=step_pb2.PageTableDelta(max_pages=count // 2))
+            else:
+                message.groups.add(page_tables=tensor_pb2.Tensor(data=bytes(4 * count)))
+        return message
+
+    assert not is_big(step(BIG_STEP_ELEMENTS // 4 * 3))
+    assert is_big(step(BIG_STEP_ELEMENTS // 4 * 3 + 2))
 
 
-def test_a_cuda_plane_has_no_layers_that_differ_and_no_latent_ones() -> None:
-    for config, why in (
-        (LATENT, "has 2 layer groups"),
-        (config_of(LayerGroup([0], **OWN, latent=True)), "is latent"),
-    ):
-        with pytest.raises(Unsupported, match=f"^plane is cuda, but the cache {why}: use shm or inline$"):
-            CudaSession(SimpleNamespace(config=config), 1.0, PlaneOptions("cuda"))
-    one = config_of(LayerGroup([0, 1], **OWN, window=7))
-    assert CudaSession(SimpleNamespace(config=one), 1.0, PlaneOptions("cuda")).geometry == (4, 128, 128, BF16)
+class Stream:
+    """A stream of a worker with a cache of three groups, in this process."""
+
+    def __init__(self, server: Waiting, seed: int, groups: tuple[Group, ...] = GROUPS) -> None:
+        self.server = server
+        self.cache = create(server.client, groups, backend="naive")
+        self.session: AttendSession = server.service.open_session(PRINCIPAL)
+        self.worker, self.step_id = Worker(seed, groups=groups), 0
+
+    def opens(self, query_lens: list[int], **changes: Any) -> None:
+        self.step_id += 1
+        self.session.request(frames.step_request(self._message(query_lens, **changes)))
+
+    def _message(self, query_lens: list[int], **changes: Any) -> step_pb2.Step:
+        return self.worker.metadata(query_lens, **changes).to_message(self.step_id, self.cache.ref)
+
+    def call(self, layer: int, query_lens: list[int]) -> tuple[Call, torch.Tensor]:
+        """A call that waits to run, and its output in float64."""
+        tensors = self.worker.tensors(layer, sum(query_lens))
+        work = self.session.request(requests.attend_call(self.step_id, layer, *tensors, attnd.AttentionOptions()))
+        assert isinstance(work, Call)
+        return work, self.worker.expected(layer, query_lens, *tensors)
+
+    def fills(self, query_lens: list[int]) -> None:
+        self.opens(query_lens)
+        for layer in range(sum(len(group.layers) for group in self.worker.groups)):
+            work, expected = self.call(layer, query_lens)
+            check(output_of(self.server.together([work])[0], layer), expected)
+        self.worker.ends(query_lens)
+
+
+def output_of(answer: bytes | BaseException, layer: int) -> torch.Tensor:
+    assert isinstance(answer, bytes), answer
+    reply = attention_pb2.AttendResponse.FromString(answer).call
+    assert reply.layer == layer
+    return torch.frombuffer(bytearray(reply.output.data), dtype=torch.float32).view(*reply.output.shape)
+
+
+@pytest.fixture
+def server() -> Iterator[Waiting]:
+    with waiting() as running:
+        yield running
+
+
+def test_layers_of_like_groups_share_a_launch_whatever_caches_they_are_of(
+    server: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "plan_ahead", lambda *_: None)  # which may wait before the calls
+    groups = (FULL, Group((1, 4), 1, 24, 8, page_size=2, num_pages=25, window=5), LATENT)
+    streams = [Stream(server, seed, groups) for seed in range(3)]
+    for stream, query_lens in zip(streams, ([5, 8], [1, 3], [4, 4]), strict=True):
+        stream.fills(query_lens)
+        stream.opens([1, 1])
+    for layers_of, launches in (((0, 2, 5), {4: 1}), ((1, 4, 1), {4: 1}), ((0, 1, 2), {1: 1, 2: 1})):
+        calls = [stream.call(layer, [1, 1]) for stream, layer in zip(streams, layers_of, strict=True)]
+        server.launches()
+        answers = server.together([work for work, _ in calls])
+        for answer, layer, (_, expected) in zip(answers, layers_of, calls, strict=True):
+            check(output_of(answer, layer), expected)
+        assert server.launches() == launches
+
+
+def test_the_same_call_again_of_another_group_is_checked(server: Waiting) -> None:
+    """On a shm plane, where the last call of a lane may be meant again."""
+    alike = (Group((0, 2), 2, 16, 16, 4, 12), Group((1, 3), 2, 16, 16, 4, 12), Group((4,), 1, 16, 16, 4, 12))
+    stream = Stream(server, 1, alike)
+    stream.session = server.service.open_session(PRINCIPAL, RegionReplies(Region(1, mmap.mmap(-1, 1 << 12))))
+    stream.opens([1, 1])
+    first, _ = stream.call(0, [1, 1])
+    again = stream.session.repeat(2, 1, 0)
+    assert isinstance(again, Call)
+    assert (again.step, again.layer) == (first.step, 1)
+    assert again.q is first.q
+    other = stream.session.repeat(3, 1, 0)
+    assert isinstance(other, Call)
+    assert other.step is not first.step
+    assert (other.step.group.index, other.layer) == (1, 1)
+    with pytest.raises(InvalidRequest, match=r"k has shape \[2, 2, 16\], but must be \[2, 1, 16\]"):
+        stream.session.repeat(4, 1, 0)
+    with pytest.raises(InvalidRequest, match=r"layer is 5, but the cache has layers 0\.\.4"):
+        stream.session.repeat(5, 1, 0)
+    with pytest.raises(InvalidRequest, match=r"call\.step_id is 9, but the stream's open steps are: 1"):
+        stream.session.repeat(0, 9, 0)
+
+
+def test_a_warm_up_is_of_one_group() -> None:
+    with serving() as warm_server:
+        client = warm_server.client
+        with create(client, backend="naive") as cache, cache.session() as session:
+            told = cache.warm_up(num_heads=NUM_HEADS, max_reqs=2, group=0)
+            assert (told.num_graphs, told.reason) == (2 * len(FULL.layers), "")
+            assert cache.warm_up(num_heads=NUM_HEADS, max_reqs=2, group=0).num_graphs == told.num_graphs
+            captures = warm_server.captures
+            assert captures.num_captures == 6
+            worker = Worker(2)
+            worker.runs(session, [5, 8])
+            assert captures.replays == []
+            worker.runs(session, [1, 1])
+            assert len(captures.replays) == len(FULL.layers)
+            cache.warm_up(num_heads=NUM_HEADS, max_reqs=2, group=1)
+            assert captures.num_captures == 6 + 4
+            worker.runs(session, [1, 1])
+            assert len(captures.replays) == 2 * len(FULL.layers) + len(WINDOWED.layers)
+            (held,) = warm_server.caches.all()
+            assert held.num_graph_bytes > 0
+        assert warm_server.executor.graphs.all() == []
+        assert warm_server.caches.num_bytes == 0
+
+
+def test_a_cuda_plane_refuses_a_cache_of_several_groups() -> None:
+    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20))
+    try:
+        table = service.caches
+        cache = table.create(shape(), principal="alice", ttl_s=9, name="")
+        channel: Any = SimpleNamespace(num_bytes=1 << 20, capture=None)
+        session = CudaSession(service, "alice", channel, SimpleNamespace())  # type: ignore[arg-type]
+        step = Worker(1).metadata([1, 1]).to_message(1, cache.info().cache)
+        message = attention_pb2.AttendRequest(cuda_step=attention_pb2.CudaStep(step=step, num_heads=4))
+        with pytest.raises(Unsupported, match=r"the cache has 3 layer groups, but a cuda plane serves caches of one"):
+            session._checked(message)
+        assert service.step_room.num_bytes == 0
+    finally:
+        service.close()

@@ -143,7 +143,7 @@ def _shape_to_json(shape: CacheShape[Any], num_pages: tuple[int, ...]) -> dict[s
         {"layers": list(map(int, layers)), **_config_to_json(config)}
         for layers, config in zip(shape.layers, shape.groups, strict=True)
     ]
-    return {"is_flat": shape.is_flat, "groups": groups, "num_pages": list(map(int, num_pages))}
+    return {"is_flat": bool(shape.is_flat), "groups": groups, "num_pages": list(map(int, num_pages))}
 
 
 def _shape_from_json(said: dict[str, Any], config_type: type[Geometry]) -> tuple[CacheShape[Any], tuple[int, ...]]:

@@ -48,7 +48,10 @@ def warm_up(message: attention_pb2.WarmUpRequest, config: AttentionConfig, limit
         refuse("max_reqs", f"max_reqs is {message.max_reqs} with a query_len of {message.query_len}, but {rule}")
     _check_message_bytes(num_tokens, num_heads, config)
     return WarmSteps(
-        options(message.options, config, num_heads), message.query_len, message.max_reqs, message.max_context_len
+        options(message.options, config, num_heads, config.window),
+        message.query_len,
+        message.max_reqs,
+        message.max_context_len,
     )
 
 
