@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-
-PAGES_ANYWHERE = 8  # page ids that every cache of a test has
 
 Slots = dict[int, tuple[np.ndarray, np.ndarray]]
 
@@ -97,38 +95,33 @@ def random_step(chance: random.Random, num_pages: int, page_size: int) -> PlainS
     lens = [0 if is_decode and chance.random() < 0.15 else length for length in lens]
     if not any(lens):
         lens[chance.randrange(num_reqs)] = decode_len
-    window = chance.choice([0, 0, 1, 3, page_size, 2 * page_size + 1])
-    step = PlainStep(lens, [], [], [], chance.random() < 0.6, window, block_size=chance.choice([1, 2, 4]))
+    contexts = [chance.choice([0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2]) for _ in lens]
+    if lens[-1] and chance.random() < 0.15:  # a row that an engine padded its batch with
+        contexts[-1] = -lens[-1]
+    step = PlainStep(lens, contexts, [], [], chance.random() < 0.6, block_size=chance.choice([1, 2, 4]))
     step.kind = "decode" if is_decode else "prefill"
-    columns, pages = 5, chance.sample(range(num_pages), num_pages)
+    step.owners = [int(chance.random() < 0.8) for _ in lens]
+    step.first_position = [chance.choice([0, 0, 4, 12, 1 << 20]) for _ in lens]
+    step.masks = [chance.choice(["causal", "causal", "block_causal", "bidirectional"]) for _ in lens]
+    return with_pages(step, chance, num_pages, page_size, chance.choice([0, 0, 1, 3, page_size, 2 * page_size + 1]))
+
+
+def with_pages(step: PlainStep, chance: random.Random, num_pages: int, page_size: int, window: int) -> PlainStep:
+    """The same lengths with other pages, slots and window: another layer group's, say."""
+    made = replace(step, page_tables=[], slots=[], window=window)
+    columns = max(5, *(-(-context // page_size) for context in step.context_lens))
+    pages = chance.sample(range(num_pages), num_pages)
     shared = [pages.pop() for _ in range(2)]  # a prefix that requests have in common
-    for length in lens:
-        context = chance.choice([0, 1, page_size - 1, page_size, page_size + 1, 3 * page_size + 2])
-        table = (shared if chance.random() < 0.3 else []) + [pages.pop() for _ in range(columns)]
-        table = table[:columns]
-        covers = context + length <= columns * page_size
-        positions = range(context, context + length) if covers else range(length)
-        slots = [table[p // page_size] * page_size + p % page_size for p in positions]
+    for length, context in zip(step.query_lens, step.context_lens, strict=True):
+        table = ((shared if chance.random() < 0.3 else []) + [pages.pop() for _ in range(columns)])[:columns]
+        begin = max(context, 0) if context + length <= columns * page_size else 0
+        slots = [table[p // page_size] * page_size + p % page_size for p in range(begin, begin + length)]
         if chance.random() < 0.1:  # another's page, perhaps behind the window
             slots = [chance.randrange(num_pages * page_size) for _ in slots]
-        step.slots += [-1 if chance.random() < 0.15 else slot for slot in slots]
+        made.slots += [-1 if context < 0 or chance.random() < 0.15 else slot for slot in slots]
         hidden = max(0, context - window + 1) // page_size if window else 0
         junk = [-1, chance.randrange(num_pages), num_pages + 7, -(1 << 31)]
-        step.page_tables.append([chance.choice([*junk, table[c]]) if c < hidden else table[c] for c in range(columns)])
+        made.page_tables.append([chance.choice([*junk, page]) if c < hidden else page for c, page in enumerate(table)])
         if chance.random() < 0.1:
-            step.page_tables[-1][chance.randrange(columns)] = -1
-        step.context_lens.append(context)
-        step.owners.append(int(chance.random() < 0.8))
-        step.first_position.append(chance.choice([0, 0, 4, 12, 1 << 20]))
-        step.masks.append(chance.choice(["causal", "causal", "block_causal", "bidirectional"]))
-    _pad(step, chance)
-    return step
-
-
-def _pad(step: PlainStep, chance: random.Random) -> None:
-    """Makes the last row one that an engine padded its batch with, at times."""
-    last = step.query_lens[-1]
-    if last and chance.random() < 0.2:
-        step.context_lens[-1] = -last
-        step.slots[-last:] = [-1] * last
-        step.page_tables[-1] = [max(0, page) % PAGES_ANYWHERE for page in step.page_tables[-1]]
+            made.page_tables[-1][chance.randrange(columns)] = -1
+    return made

@@ -43,6 +43,9 @@ EXAMPLES = {
         plain([1, 1], [8, 0], [[3, 4, 5], [3, -1, -1]], [20, 12], window=4),
         2,
     ),
+    "padded rows without tokens": Example(
+        M([1, 0], [0, 0], [[1], [0]], [4, -1], kind="decode"), plain([1, 0], [0, 0], [[1], [0]], [4]), 2
+    ),
     "padded rows without tokens, and none of q": Example(
         M([1, 0], [0, 0], [[1], [0]], [4, -1], kind="decode"), plain([1, 0], [0, 0], [[1], [0]], [4]), 1
     ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import attnd
 from attnd_server.attention.config import FP8
-from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal
+from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal, with_pages
 from tests.servers import ServerProcess
 from tests.tolerances import assert_close
 
@@ -109,3 +111,93 @@ def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) 
         world.check_slots()
         world.cache.delete()
     assert 20 < num_refused < 600
+
+
+class Group(NamedTuple):
+    """A layer group of the cache of `test_random_steps_of_layer_groups`."""
+
+    spec: attnd.LayerGroup
+    kv_heads: int
+    dim: int
+    dim_v: int
+    page: int
+    window: int = 0
+    is_rounded: bool = False
+
+
+GROUPS = [
+    Group(attnd.LayerGroup(layers=[0, 3], num_kv_heads=2, head_dim=8, page_size=4, num_pages=24), 2, 8, 8, 4),
+    Group(
+        attnd.LayerGroup(layers=[1], num_kv_heads=4, head_dim=16, page_size=2, num_pages=48, window=5),
+        4, 16, 16, 2, window=5,
+    ),
+    Group(
+        attnd.LayerGroup(
+            layers=[2], num_kv_heads=1, head_dim=8, head_dim_v=24, page_size=4, num_pages=24,
+            kv_dtype="float8_e4m3fn", k_scales=FP8_SCALE, v_scales=FP8_SCALE,
+        ),
+        1, 8, 24, 4, is_rounded=True,
+    ),
+    Group(
+        attnd.LayerGroup(
+            layers=[4], num_kv_heads=1, head_dim=24, head_dim_v=16, page_size=4, num_pages=24, latent=True
+        ),
+        1, 24, 16, 4,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plane", ["inline", "shm"])
+def test_random_steps_of_layer_groups(client: attnd.Client, plane: str) -> None:
+    """One message a step, every layer right; what one group is refused for names it."""
+    chance, numbers = random.Random(plane), np.random.default_rng(7)
+    cache = client.create_cache(groups=[group.spec for group in GROUPS], dtype="float32")
+    layers = [(layer, group) for group in GROUPS for layer in group.spec.layers]
+    lies: dict[int, Slots] = {}
+
+    def tokens(num: int, heads: int, dim: int) -> np.ndarray:
+        return numbers.standard_normal((num, heads, dim)).astype(np.float32)
+
+    def new(group: Group, num: int) -> tuple[np.ndarray, np.ndarray]:
+        k = tokens(num, group.kv_heads, group.dim)
+        return k, k[..., : group.dim_v] if group.spec.latent else tokens(num, group.kv_heads, group.dim_v)
+
+    for layer, group in layers:
+        k, v = new(group, 96)
+        cache.store_kv(layer, range(96), k, None if group.spec.latent else v)
+        pages_of = rounded if group.is_rounded else lambda token: token
+        lies[layer] = {slot: (pages_of(k[slot]), pages_of(v[slot])) for slot in range(96)}
+    session, num_refused = cache.session(plane=plane), 0
+    for _ in range(250):
+        first = random_step(chance, 24, 4)
+        first = with_pages(first, chance, 24, 4, 0)
+        steps = {0: first}
+        for index, group in enumerate(GROUPS[1:], 1):
+            shares = index == 3 and chance.random() < 0.5
+            steps[index] = first if shares else with_pages(first, chance, 96 // group.page, group.page, group.window)
+        wrong = next((index for index, step in steps.items() if refusal(step, GROUPS[index].page)), None)
+        said = [attnd.StepGroup(step.page_tables, step.slots, window=step.window) for step in steps.values()]
+        whole = replace(metadata(first), page_tables=None, slot_mapping=None, groups=said)
+        num = sum(first.query_lens)
+        if wrong is not None:
+            num_refused += 1
+            with pytest.raises(attnd.InvalidRequest, match=rf"groups\[{wrong}\].slot_mapping"):
+                session.step(whole).attend(0, tokens(num, 4, 8), *new(GROUPS[0], num), attnd.AttentionOptions())
+            continue
+        opened = session.step(whole)
+        for layer, group in chance.sample(layers, len(layers)):
+            step, q, (k, v) = steps[GROUPS.index(group)], tokens(num, 4, group.dim), new(group, num)
+            options = attnd.AttentionOptions(scale=SCALE, return_lse=chance.random() < 0.5)
+            given = opened.attend(layer, q, k, None if group.spec.latent else v, options)
+            pages_of = rounded if group.is_rounded else lambda token: token
+            output, lse, lies[layer] = attend(step, q, k, v, lies[layer], group.page, SCALE, None, pages_of)
+            assert_close(torch.tensor(given[0] if options.return_lse else given), output, torch.float32)
+            if options.return_lse:
+                assert_close(torch.tensor(given[1]), lse, torch.float32)
+    for layer, group in layers:
+        found = cache.read_kv(layer, range(96), tokens(0, 1, 1))
+        for part, array in enumerate(found[:1] if group.spec.latent else found):
+            expected = np.stack([lies[layer][slot][part] for slot in range(96)]).astype(np.float32)
+            np.testing.assert_array_equal(array, expected)
+    assert 5 < num_refused < 150
+    cache.delete()
