@@ -27,6 +27,7 @@ _TINY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "num
 _PLAIN = AttentionConfig(**_TINY, head_dim_v=16, dtype=torch.float32)
 _HALF = AttentionConfig(**_TINY, dtype=torch.float16, layout=Layout.DISTINCT)
 _FP8 = AttentionConfig(**_TINY, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn)
+_FP8_V = AttentionConfig(**_TINY, dtype=torch.float32, v_dtype=torch.float8_e4m3fn, layout=Layout.DISTINCT)
 # Those of the other lie between the caller's, in the same space of pages.
 _CACHES = (
     (CALLER, _PLAIN),
@@ -36,6 +37,8 @@ _CACHES = (
     (OTHER, _HALF),
     (CALLER, _FP8),
     (OTHER, _FP8),
+    (CALLER, _FP8_V),
+    (OTHER, _FP8_V),
 )
 _LIMITS = ServerConfig(
     device="cpu",
@@ -130,7 +133,7 @@ class Pool:
             return pages[layer, page, offset]
         if part == 0:
             return pages[layer, page, :, :, offset]
-        size = (self.config.kv_dtype or self.config.dtype).itemsize
+        size = (self.config.v_dtype or self.config.dtype).itemsize
         return pages[layer, page, :, :, offset * size : (offset + 1) * size]
 
 

@@ -38,6 +38,29 @@ SHAPE = DecodeShape(num_reqs=4, query_len=2, max_context_len=3000)
 OPTIONS = AttentionOptions(num_heads=GROUP * NUM_GROUPS, scale=0.1)
 
 
+def test_hopper_kernels_serve_k_and_v_of_one_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnd_server.attention.backends.triton import launches
+    from attnd_server.attention.backends.triton.fixed_plan import make_fixed_plan
+
+    gpu, fp8 = torch.device("cuda"), torch.float8_e4m3fn
+    monkeypatch.setattr(launches, "_hopper_kernels_load", lambda device: True)
+    plain = AttentionConfig(num_layers=1, num_kv_heads=1, head_dim=128, num_pages=9)
+    others = [
+        replace(plain, v_dtype=fp8),
+        replace(plain, kv_dtype=fp8),  # V stays what it was
+        replace(plain, latent=True),
+    ]
+    for config, fits in (
+        (plain, True),
+        (replace(plain, kv_dtype=fp8, v_dtype=None), True),
+        *((c, False) for c in others),
+    ):
+        assert launches.fits_hopper(config, torch.bfloat16, gpu) == fits
+    for config in others:
+        reason = make_fixed_plan(config, SHAPE, OPTIONS, True, gpu)
+        assert reason == "Hopper's kernels do not serve this cache on this device"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def device() -> Iterator[torch.device]:
     with interpreter.interpreter() as name:
