@@ -1,6 +1,7 @@
 """What `attnd info` prints, and what it prints when nobody answers."""
 
 import io
+from array import array
 
 import pytest
 from rich.console import Console
@@ -102,6 +103,37 @@ def test_pages_of_the_type_of_calls_are_not_told_twice():
     out = io.StringIO()
     Console(file=out, width=160).print(info.cache_table([plain]))
     assert "192/128, bfloat16, distinct" in out.getvalue()
+
+
+def test_layer_groups_are_told_one_after_the_other(monkeypatch):
+    told = cache_pb2.CacheInfo()
+    told.CopyFrom(CACHE)
+    told.config.Clear()
+    told.config.num_layers, told.config.dtype = 3, tensor_pb2.DTYPE_BFLOAT16
+    told.config.layout = cache_pb2.LAYOUT_UNIFIED
+    for layers, head_dim, kv_dtype, page_size in (([0, 2], 64, 3, 16), ([1], 128, 6, 32)):
+        numbers = tensor_pb2.Tensor(shape=[len(layers)], data=array("i", layers).tobytes())
+        told.config.groups.add(
+            layers=numbers,
+            num_kv_heads=2,
+            head_dim=head_dim,
+            head_dim_v=head_dim,
+            page_size=page_size,
+            num_pages=100,
+            kv_dtype=kv_dtype,
+            window=head_dim,
+        )
+    out = io.StringIO()
+    Console(file=out, width=240).print(info.cache_table([told]))
+    assert "2 layers x 2 heads x 64, bfloat16, unified; 1 layers x 2 heads x 128, bfloat16 in" in out.getvalue()
+    assert "1,234 of 200, 16/32 tokens each" in out.getvalue()
+    said = info._cache_json(told)
+    assert "num_pages" not in said
+    assert [group["layers"] for group in said["groups"]] == [[0, 2], [1]]
+    assert [(group["kv_dtype"], group["window"]) for group in said["groups"]] == [
+        ("bfloat16", 64),
+        ("float8_e4m3fn", 128),
+    ]
 
 
 def test_says_that_there_are_no_caches(monkeypatch):

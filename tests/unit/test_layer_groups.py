@@ -14,14 +14,16 @@ import attnd
 from attnd.errors import CacheLost, EpochMismatch, Exhausted, InvalidRequest, Unsupported
 from attnd.protocol import frames, requests
 from attnd.protocol.regions import Region
-from attnd.v1 import attention_pb2, cache_pb2, step_pb2, tensor_pb2
+from attnd.v1 import attention_pb2, cache_pb2, status_pb2, step_pb2, tensor_pb2
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call
-from attnd_server.inproc import PRINCIPAL
+from attnd_server.inproc import PRINCIPAL, InprocTransport
 from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.restored import Restored
+from attnd_server.observe.counts import Metrics
+from attnd_server.observe.prometheus import ServerCollector
 from attnd_server.planes.cuda.session import CudaSession
 from attnd_server.service import session as session_module
 from attnd_server.service import validation
@@ -372,5 +374,68 @@ def test_a_cuda_plane_refuses_a_cache_of_several_groups() -> None:
         with pytest.raises(Unsupported, match=r"the cache has 3 layer groups, but a cuda plane serves caches of one"):
             session._checked(message)
         assert service.step_room.num_bytes == 0
+    finally:
+        service.close()
+
+
+def test_every_group_is_verified() -> None:
+    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20, verify=1.0, verify_action="refuse"))
+    with attnd.Client(InprocTransport(service), timeout_s=60) as client:
+        with create(client) as cache, cache.session() as session:
+            worker = Worker(3)
+            for query_lens in ([5, 8], [1, 1], [1, 7], [1, 1]):
+                worker.runs(session, query_lens, gives_back=True)
+        assert service.verifier is not None
+        assert sum(sum(tally.ratios.counts) for tally in service.verifier.tallies.values()) == 4 * 6
+
+
+def test_a_stranger_finds_neither_the_cache_nor_a_step_of_it() -> None:
+    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20))
+    try:
+        ref = service.caches.create(shape(), principal="alice", ttl_s=9, name="").info().cache
+        step = Worker(1).metadata([1, 1]).to_message(1, ref)
+        session = service.open_session("bob")
+        with pytest.raises(CacheLost):
+            session.request(frames.step_request(step))
+        slots = tensor(torch.tensor([0], dtype=torch.int32))
+        for layer in (0, 1, 3):
+            read = attention_pb2.ReadKvRequest(cache=ref, layer=layer, slot_mapping=slots)
+            with pytest.raises(CacheLost):
+                service.kv.read_kv(read.SerializeToString(), "bob")
+        for group in range(3):
+            renew = cache_pb2.RenewCacheRequest(cache=ref, with_written_pages=True, group=group)
+            with pytest.raises(CacheLost):
+                service.kv.renew_cache(renew.SerializeToString(), "bob")
+    finally:
+        service.close()
+
+
+def test_a_lease_that_ends_frees_every_group() -> None:
+    table = CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20)
+    cache = table.create(shape(), principal="a", ttl_s=9, name="")
+    assert table.num_bytes == shape().num_bytes > 0
+    cache.expires_at = 0.0
+    assert table.expire() == [cache]
+    assert table.num_bytes == 0
+    assert [group.pages for group in cache.groups] == [None] * 3
+    assert not table._spaces._spaces
+
+
+def test_pages_of_all_groups_are_told_together() -> None:
+    service = build_service(ServerConfig(device="cpu", kv_bytes=1 << 20))
+    try:
+        cache = service.caches.create(shape(), principal="alice", ttl_s=9, name="")
+        for group, pages in zip(cache.groups, ([1, 2], [24], [0]), strict=True):
+            group.mark_pages_written(torch.tensor(pages))
+        told = status_pb2.GetStatusResponse.FromString(service.unary["GetStatus"](b"", "alice"))
+        (row,) = (each for each in told.principals if each.principal == "alice")
+        assert (row.num_pages, row.num_pages_written, row.num_kv_bytes) == (12 + 25 + 7, 4, cache.num_bytes)
+        told_pages = {
+            sample.name: sample.value
+            for metric in ServerCollector(Metrics(), service.executor, service.caches, service.config).collect()
+            for sample in metric.samples
+            if sample.name.startswith("attnd_pages")
+        }
+        assert told_pages == {"attnd_pages": 44, "attnd_pages_in_use": 4}
     finally:
         service.close()

@@ -170,6 +170,26 @@ def test_a_step_that_is_sent_again_has_another_trace_of_the_same_parent() -> Non
     served.service.close()
 
 
+def test_the_calls_of_all_layer_groups_are_of_one_step() -> None:
+    served = Served(sink := Sink())
+    groups = [attnd.LayerGroup([0, 2], page_size=4), attnd.LayerGroup([1], page_size=2)]
+    cache, session = served.cache(num_layers=3, groups=groups), served.service.open_session("alice")
+    parts = [attnd.StepGroup([[1, 2]], [4, 5, 6]), attnd.StepGroup([[1, 2]], [2, 3, 4])]
+    for step_id, layers in ((1, [2, 1, 0]), (2, [1])):
+        message = attnd.StepMetadata([3], [0], groups=parts).to_message(step_id, cache)
+        message.traceparent = TRACEPARENT
+        session.request(frames.step_request(message))
+        for layer in layers:
+            served.run(session.request(requests.attend_call(step_id, layer, Q, K, V, requests.DEFAULT_OPTIONS)))
+    wait_for(lambda: len(sink.written) == 1, "the step is not told of")
+    assert [call.layer for call in sink.written[0].calls] == [2, 1, 0]
+    assert sink.written[0].attributes["attnd.num_layers"] == 3
+    session.close()  # and so drops the steps of all groups
+    wait_for(lambda: len(sink.written) == 2, "a step that was dropped is not told of")
+    assert [call.layer for call in sink.written[1].calls] == [1]
+    served.service.close()
+
+
 def test_nobody_has_more_traces_than_the_operator_allows() -> None:
     served = Served(sink := Sink(), traces=4, tokens="a file")
     caches = {name: served.cache(name) for name in ("mallory", "alice")}
