@@ -158,14 +158,16 @@ def _read_intervals(
     marks = np.zeros(config.num_pages + 1, dtype=np.bool_)  # the last one is for page id -1 and stays false
     marks[stored_pages] = True
     hits = marks[page_tables[:, :num_columns]].ravel().nonzero()[0]
-    visible = first_visible_positions(torch.from_numpy(read.context_lens), read.window).numpy()
+    visible = None
+    if read.window:
+        visible = first_visible_positions(torch.from_numpy(read.context_lens), read.window).numpy()
     for begin in range(0, len(hits), _CHUNK):
         requests, columns = np.divmod(hits[begin : begin + _CHUNK], num_columns)
         # Positions that are read: [starts, ends) without the hole. A page past its request's context, or before its
         # window, ends before it starts: empty.
         page_starts = columns * page_size
         ends = np.minimum(page_starts + page_size, read.context_lens[requests])
-        starts = np.maximum(page_starts, visible[requests])
+        starts = page_starts if visible is None else np.maximum(page_starts, visible[requests])
         slots_from_positions = page_tables[requests, columns].astype(np.int64) * page_size - page_starts
         before_hole = np.minimum(ends, read.hole_starts[requests])
         after_hole = np.maximum(starts, read.hole_ends[requests])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,7 @@ _MASKS = "MASK_CAUSAL, MASK_BLOCK_CAUSAL, MASK_BIDIRECTIONAL or MASK_PREFIX_FULL
 _MAX_POSITION = 1 << 30
 
 
-@dataclass(frozen=True, eq=False)
-class StepLengths:
+class StepLengths(NamedTuple):
     """Of each request of a step, as sent but for what is said here. Positions are those after `first_position`.
 
     Attributes:
@@ -42,6 +41,7 @@ class StepLengths:
         hole_starts: `[num_reqs]`.
         hole_ends: `[num_reqs]`.
         attend_new: bool `[num_reqs]`; None: all do.
+        all_have_tokens: whether every request has new tokens.
     """
 
     cu_seqlens_q: Int64s
@@ -55,6 +55,7 @@ class StepLengths:
     hole_starts: Int64s
     hole_ends: Int64s
     attend_new: npt.NDArray[np.bool_] | None
+    all_have_tokens: bool
 
     @property
     def num_tokens(self) -> int:
@@ -82,21 +83,27 @@ def step_lengths(message: step_pb2.Step, limits: ServerConfig) -> StepLengths:
     if first_position is not None:
         prefix_lens = np.maximum(prefix_lens - first_position, 0)
         padded_prefix_lens = np.maximum(padded_prefix_lens - first_position, 0)
-    nothing = np.zeros_like(prefix_lens)
-    hole_starts, hole_ends = (prefix_lens, padded_prefix_lens) if message.mask_prefix_hole else (nothing, nothing)
-    is_prefix_full = masks == step_pb2.MASK_PREFIX_FULL
+    hole_starts = hole_ends = nothing = np.zeros_like(prefix_lens)
+    if message.mask_prefix_hole:
+        hole_starts, hole_ends = prefix_lens, padded_prefix_lens
+    if message.HasField("masks"):
+        is_prefix_full = masks == step_pb2.MASK_PREFIX_FULL
+        prefix_lens, padded_prefix_lens = prefix_lens * is_prefix_full, padded_prefix_lens * is_prefix_full
+    elif message.mask != step_pb2.MASK_PREFIX_FULL:
+        prefix_lens = padded_prefix_lens = nothing
     return StepLengths(
         cu_seqlens_q=cu_seqlens_q,
         query_lens=query_lens,
         context_lens=context_lens,
         valid_lens=valid_lens,
         is_padded=is_padded,
-        block_sizes=_block_sizes(masks, message.block_size),
-        prefix_lens=prefix_lens * is_prefix_full,
-        padded_prefix_lens=padded_prefix_lens * is_prefix_full,
+        block_sizes=_block_sizes(message, masks),
+        prefix_lens=prefix_lens,
+        padded_prefix_lens=padded_prefix_lens,
         hole_starts=hole_starts,
         hole_ends=hole_ends,
         attend_new=_attend_new(message, len(query_lens)),
+        all_have_tokens=bool(query_lens.all()),
     )
 
 
@@ -149,8 +156,9 @@ def _context_lens(
         wrong = (values < 0) & ~is_padded
         if wrong.any():
             refuse_first(wrong, values, "context_lens", "must be at least 0")
-    rule = f"a request has at most {limits.max_context_len} tokens of context"
-    check_range(values, -_INT32_MAX, limits.max_context_len, "context_lens", rule)
+    if values.max() > limits.max_context_len:
+        rule = f"a request has at most {limits.max_context_len} tokens of context"
+        refuse_first(values > limits.max_context_len, values, "context_lens", rule)
     return values, is_padded
 
 
@@ -183,19 +191,23 @@ def _in_blocks(masks: Int64s) -> npt.NDArray[np.bool_]:
     return in_blocks
 
 
-def _block_sizes(masks: Int64s, block_size: int) -> Int64s:
+def _block_sizes(message: step_pb2.Step, masks: Int64s) -> Int64s:
     """The masks as metadata has them: causal is block-causal with 1, bidirectional is 0."""
-    by_mask = np.zeros(step_pb2.MASK_PREFIX_FULL + 1, np.int64)
-    by_mask[step_pb2.MASK_CAUSAL] = 1
-    by_mask[[step_pb2.MASK_BLOCK_CAUSAL, step_pb2.MASK_PREFIX_FULL]] = block_size
-    return by_mask[masks]
+    by_mask = [0, 1, message.block_size, 0, message.block_size]  # causal, block-causal, bidirectional, prefix-full
+    if message.HasField("masks"):
+        return np.array(by_mask, np.int64)[masks]
+    return np.full(len(masks), by_mask[message.mask], np.int64)
 
 
 def _prefix_lens(message: step_pb2.Step, masks: Int64s) -> tuple[Int64s, Int64s]:
     """Prefix and padded prefix of each request as sent; 0 where neither mask nor hole asks for them."""
     num_reqs = len(masks)
-    needed = message.mask_prefix_hole or (masks == step_pb2.MASK_PREFIX_FULL).any()
+    needed = message.mask_prefix_hole or message.mask == step_pb2.MASK_PREFIX_FULL
+    if message.HasField("masks"):
+        needed = message.mask_prefix_hole or (masks == step_pb2.MASK_PREFIX_FULL).any()
     zeros = np.zeros(num_reqs, np.int64)
+    if not (needed or message.HasField("prefix_lens") or message.HasField("padded_prefix_lens")):
+        return zeros, zeros
     lens = {
         field: _lens(message, field, num_reqs) if needed or message.HasField(field) else zeros
         for field in ("prefix_lens", "padded_prefix_lens")

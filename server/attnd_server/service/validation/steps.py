@@ -144,14 +144,16 @@ def _metadata(
     slot_mapping = _slot_mapping(group, lengths, config)
     is_conflict = False
     if slot_mapping is not None:
-        context_lens = lengths.context_lens * (lengths.query_lens > 0)
+        context_lens = lengths.context_lens
+        if not lengths.all_have_tokens:
+            context_lens = context_lens * (lengths.query_lens > 0)
         read = Read(page_tables, context_lens, lengths.hole_starts, lengths.hole_ends, window)
         is_conflict = check_stores(
             slot_mapping, None if message.store_only else read, config, may_read=message.store_first
         )
     seen_new, without_sinks = _seen(message, lengths, slot_mapping)
     # In a decode step all others have equally many new tokens.
-    drops = message.kind == step_pb2.STEP_KIND_DECODE and not lengths.query_lens.all()
+    drops = message.kind == step_pb2.STEP_KIND_DECODE and not lengths.all_have_tokens
     kept = np.flatnonzero(lengths.query_lens) if drops else None
 
     def of_requests(values: npt.NDArray[Any]) -> torch.Tensor:
