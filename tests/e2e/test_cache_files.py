@@ -17,6 +17,7 @@ from attnd_server.attention.config import FP8, AttentionConfig
 from attnd_server.cli import cache_files as transfer
 from attnd_server.cli import main as cli
 from attnd_server.kv.snapshots import MANIFEST, TENSORS, read_manifest
+from tests import layer_groups
 
 GEOMETRY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "num_pages": 64, "page_size": 4}
 # Pages 3, 4 and 62, some of them in part.
@@ -183,3 +184,25 @@ def test_what_is_wrong_without_a_server_is_told_without_one(tmp_path: Path, monk
     imported = run("import", tmp_path / "absent")
     assert imported.exit_code == 1
     assert f"{tmp_path / 'absent'} is refused: it cannot be read: No such file or directory" in imported.text
+
+
+def test_layer_groups_there_and_back(client, server_address, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1000)
+    worker = layer_groups.Worker(5)
+    with layer_groups.create(client, name="groups", ttl_s=50) as cache:
+        with cache.session() as session:
+            worker.runs(session, [5, 8])
+        folder = tmp_path / "folder"
+        exported = run("export", cache.ref.id.hex(), folder, "--address", server_address)
+        assert exported.exit_code == 0, exported.output
+        num_pages = cache.info().num_pages_written
+        assert exported.text.startswith(f"{num_pages} of 44 pages, ")
+        written = [cache.written_pages(group=group) for group in range(3)]
+        config = cache.info().config
+    imported = run("import", folder, "--address", server_address)
+    assert imported.exit_code == 0, imported.output
+    with client.open_cache(imported.stdout.split()[0]) as other, other.session() as session:
+        assert other.info().config == config
+        assert [other.written_pages(group=group) for group in range(3)] == written
+        for query_lens in ([1, 1], [2, 3]):
+            worker.runs(session, query_lens)  # upon what the first cache had
