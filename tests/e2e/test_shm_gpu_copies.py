@@ -103,6 +103,26 @@ def test_outputs_are_those_of_attention(address: str, gpu: Gpu, return_lse: bool
     assert not gpu.pinned
 
 
+def test_outputs_go_to_memory_of_the_callers_own(address: str, gpu: Gpu) -> None:
+    options = attnd.AttentionOptions(return_lse=True)
+    with attnd.connect(address) as client, client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        kept = []
+        for length, num_rows in ((5, 5), (5, 5), (5, 9), (1, 1)):
+            step = session.step(prompt(length))
+            q, k, v = new_tokens(num_rows)
+            out = torch.full((num_rows, 2, 4, 16), torch.nan)[:, 1]
+            output, lse = step.attend(1, q, k, v, options, out=out)
+            assert output is out
+            kept.append((out, lse, length, dense_attention(q[:length], k[:length], v[:length])))
+        for out, lse, length, expected in kept:
+            torch.testing.assert_close(out[:length], expected)
+            assert (out[length:] == 0).all()
+            assert lse[:length].isfinite().all()
+            assert (lse[length:] == -torch.inf).all()
+            assert out._base[:, 0].isnan().all()  # type: ignore[union-attr,index]
+        assert gpu.num_reads == 4
+
+
 def test_what_is_pinned_grows_with_the_calls(address: str, gpu: Gpu) -> None:
     geometry = {**GEOMETRY, "num_kv_heads": 64, "head_dim": 128, "num_pages": 40}
     with attnd.connect(address) as client, client.create_cache(**geometry) as cache, cache.session() as session:
