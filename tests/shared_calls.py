@@ -105,6 +105,7 @@ class Caller:
     Attributes:
         context_lens: of its requests; they lie in pages one after the other.
         query_len: new tokens of each of its requests.
+        more: of its steps' metadata. With a window, pages that it hides are given back.
     """
 
     server: Waiting
@@ -116,6 +117,7 @@ class Caller:
     num_pages: int = PAGES
     geometry: dict[str, Any] | None = None
     store: bool = True
+    more: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         size = {"num_layers": self.num_layers, "num_pages": self.num_pages, "backend": self.backend}
@@ -150,8 +152,13 @@ class Caller:
             first = end
         width = max(map(len, tables))
         tables = [[*table, *[-1] * (width - len(table))] for table in tables]
-        lens = [self.query_len] * len(tables)
-        return attnd.StepMetadata(lens, self.context_lens, tables, slots if self.store else None, kind="decode")
+        lens, more = [self.query_len] * len(tables), self.more or {}
+        if window := more.get("window", 0):
+            for table, context_len in zip(tables, self.context_lens, strict=True):
+                num_hidden = max(0, context_len - window + 1) // page
+                table[:num_hidden] = [-1] * num_hidden
+        slots_if_any = slots if self.store else None
+        return attnd.StepMetadata(lens, self.context_lens, tables, slots_if_any, kind="decode", **more)
 
     def open(self, metadata: attnd.StepMetadata | None = None) -> None:
         """Opens another step."""

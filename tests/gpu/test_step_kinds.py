@@ -17,7 +17,7 @@ from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.service.validation.page_tables import checked_page_tables
 from tests.gpu.test_triton import KERNELS, arrays, options, step
-from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal
+from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal, with_pages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -84,6 +84,80 @@ def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) 
         for part, found in enumerate((k, v)):
             expected = in_bf16(np.stack([lies[slot][part] for slot in range(PAGES * PAGE)]))
             assert torch.equal(found, expected)
+
+
+# Geometry of each layer group's only layer: KV heads, head dims, page size, window; the rest of its spec.
+GROUPS = [
+    (2, 128, 128, 16, 0, {}),
+    (4, 64, 64, 32, 40, {}),
+    (1, 128, 128, 16, 0, {"v_dtype": "float8_e4m3fn", "v_scales": FP8_SCALE}),
+    (1, 576, 512, 16, 0, {"latent": True}),
+]
+
+
+def test_random_steps_of_layer_groups(client: attnd.Client) -> None:
+    """Each group has the kernels of its own geometry; the last one's are torch's."""
+    chance, numbers = random.Random(5), np.random.default_rng()
+    specs = [
+        attnd.LayerGroup(
+            [layer], num_kv_heads=heads, head_dim=dim, head_dim_v=dim_v, page_size=page, num_pages=768 // page,
+            window=window, **more,
+        )
+        for layer, (heads, dim, dim_v, page, window, more) in enumerate(GROUPS)
+    ]  # fmt: skip
+
+    def tokens(num: int, heads: int, dim: int) -> tuple[torch.Tensor, np.ndarray]:
+        tensor = in_bf16(numbers.standard_normal((num, heads, dim)))
+        return tensor, tensor.double().numpy()
+
+    def new(layer: int, num: int) -> tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[np.ndarray, np.ndarray]]:
+        heads, dim, dim_v, _, _, more = GROUPS[layer]
+        k, plain_k = tokens(num, heads, dim)
+        if "latent" in more:
+            return (k, None), (plain_k, plain_k[..., :dim_v])
+        v, plain_v = tokens(num, heads, dim_v)
+        return (k, v), (plain_k, plain_v)
+
+    def lying(layer: int, slots: Slots) -> Slots:
+        """V as its pages have it."""
+        is_rounded = "v_dtype" in GROUPS[layer][5]
+        return {slot: (k, rounded(v)) for slot, (k, v) in slots.items()} if is_rounded else slots
+
+    with client.create_cache(groups=specs) as cache:
+        lies: dict[int, Slots] = {}
+        for layer in range(len(GROUPS)):
+            kv, plain_kv = new(layer, 768)
+            cache.store_kv(layer, range(768), *kv)
+            lies[layer] = lying(layer, dict(enumerate(zip(*plain_kv, strict=True))))
+        session = cache.session()
+        for _ in range(60):
+            first = replace(random_step(chance, 48, 16), owners=[1] * 4)
+            first.owners = first.owners[: len(first.query_lens)]
+            steps = [with_pages(first, chance, 768 // page, page, window) for _, _, _, page, window, _ in GROUPS]
+            if any(refusal(step, GROUPS[layer][3]) for layer, step in enumerate(steps)):
+                continue
+            groups = [attnd.StepGroup(step.page_tables, step.slots, window=step.window) for step in steps]
+            whole = replace(said(first), page_tables=None, slot_mapping=None, window=0, groups=groups)
+            opened = session.step(whole)
+            for layer, step in enumerate(steps):
+                _, dim, _, page, _, more = GROUPS[layer]
+                (q, plain_q), (kv, plain_kv) = (
+                    tokens(sum(step.query_lens), HEADS, dim),
+                    new(layer, sum(step.query_lens)),
+                )
+                output = opened.attend(layer, q, *kv, attnd.AttentionOptions(scale=SCALE))
+                expected, _, after = attend(step, plain_q, *plain_kv, lies[layer], page, SCALE)
+                if "v_dtype" in more and step.store_first:
+                    in_pages = plain_kv[0], np.stack([rounded(token) for token in plain_kv[1]])
+                    expected, _, _ = attend(step, plain_q, *in_pages, lies[layer], page, SCALE)
+                np.testing.assert_allclose(output.double().numpy(), expected, rtol=0.02, atol=0.02, err_msg=str(step))
+                changed = {slot: pair for slot, pair in after.items() if pair is not lies[layer].get(slot)}
+                lies[layer] = {**lies[layer], **lying(layer, changed)}
+        for layer in range(len(GROUPS)):
+            found, latent = cache.read_kv(layer, range(768), in_bf16(np.zeros((1, 1, 1)))), "latent" in GROUPS[layer][5]
+            for part in range(1 if latent else 2):
+                expected = in_bf16(np.stack([lies[layer][slot][part] for slot in range(768)]))
+                assert torch.equal(found[part], expected)
 
 
 def said(plain: PlainStep) -> attnd.StepMetadata:

@@ -164,6 +164,17 @@ def test_steps_that_do_not_fit(device: torch.device, metadata: AttentionMetadata
     assert reason in str(make(device).refusal(metadata))
 
 
+def test_what_engines_say_keeps_the_plan_where_every_new_token_is_a_key(device: torch.device) -> None:
+    plan = make(device, window=5)
+    for changes in ({"store_first": True}, {"store_first": True, "reads_stored": True}, {"window": 5}):
+        assert plan.refusal(metadata_of([40, 3], **changes)) is None
+    for changes in (
+        {"seen_new": torch.zeros(2 * SHAPE.query_len, dtype=torch.bool)},
+        {"without_sinks": torch.ones(2) > 0},
+    ):
+        assert "no keys, or requests without sinks" in str(plan.refusal(metadata_of([40, 3], **changes)))
+
+
 def test_pages_past_the_context_may_be_absent(device: torch.device) -> None:
     metadata = metadata_of([16, 0], page_tables=torch.tensor([[0, -1], [-1, -1]]))
     plan = make(device)

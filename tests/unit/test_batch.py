@@ -97,6 +97,24 @@ def test_what_is_not_alike_runs_alone(server: Waiting) -> None:
     assert calls_per_launch(server, callers({}, {}, {}), [PLAIN, window, PLAIN, window]) == {2: 2}
 
 
+@pytest.mark.parametrize("more", [{"window": 9}, {"store_first": True}, {"first_position": [64, 1000]}], ids=str)
+def test_steps_of_engines_share_launches(server: Waiting, more: dict[str, object]) -> None:
+    """Pages that a window hides are not there, and cost no launch."""
+    callers = [Caller(server, [5, 17], seed=1, more=more), Caller(server, [30, 12], seed=2, more=more)]
+    check_same_bits(server, callers, PLAIN)
+    assert calls_per_launch(server, callers) == {2: 1}
+
+
+def test_steps_whose_tokens_are_not_all_keys_run_alone(server: Waiting) -> None:
+    def callers(**more: object) -> list[Caller]:
+        return [Caller(server, [5, 9], seed=seed, more=more) for seed in (1, 2)]
+
+    assert calls_per_launch(server, callers(attend_new=[1, 0])) == {1: 2}
+    rounded = {"kv_dtype": "float8_e4m3fn"}
+    both = [Caller(server, [5], seed=seed, geometry=rounded, more={"store_first": True}) for seed in (1, 2)]
+    assert calls_per_launch(server, both) == {1: 2}
+
+
 def test_whoever_has_several_calls_at_once_runs_them_in_one_launch_too(server: Waiting) -> None:
     callers = [Caller(server, [5, 3], seed=1), Caller(server, [9], seed=2), Caller(server, [1], seed=3)]
     for caller in callers:
