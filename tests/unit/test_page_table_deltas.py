@@ -40,7 +40,7 @@ class Stream:
         assert message.HasField("page_table_delta") != message.HasField("page_tables")
         received = validation.step(message, CONFIG, ServerConfig(), self.open_steps)
         np.testing.assert_array_equal(received.page_tables.numpy(), tables)
-        self.open_steps[self._last_id] = received
+        self.open_steps[self._last_id] = (received,)  # of its one layer group
         if len(self.open_steps) > MAX_OPEN_STEPS:
             del self.open_steps[min(self.open_steps)]
         if self._answers:
@@ -78,6 +78,17 @@ def test_a_new_page_is_one_change():
     stream.send(tables)
     tables[1, 40] = 999
     assert stream.changes(tables) == (1, [0, 1, 2], {64 + 40: 999})
+
+
+def test_a_few_pages_of_many_requests_leave_the_others_unsent():
+    stream = Stream()
+    tables = rows(200, 40, 64)
+    stream.send(tables)
+    changed = {request * 64 + column: 50_000 + request for request in (0, 7, 198, 199) for column in (0, 40)}
+    tables.reshape(-1)[list(changed)] = list(changed.values())
+    assert stream.changes(tables) == (1, list(range(200)), changed)
+    tables[5, :3] = 60_000  # more than goes on as it was, but no other row is nearer
+    assert stream.changes(tables) == (2, list(range(200)), {5 * 64 + column: 60_000 for column in range(3)})
 
 
 def test_rows_that_are_cut_or_filled_to_another_length_are_not_sent_again():

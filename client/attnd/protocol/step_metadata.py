@@ -172,7 +172,10 @@ class StepMetadata:
         """One mask for all requests, or one for each."""
         if isinstance(self.mask, str) or not isinstance(self.mask, Sequence):
             return _named(MASKS, self.mask, "mask"), None
-        numbers = [int(_named(MASKS, name, f"mask[{request}]")) for request, name in enumerate(self.mask)]
+        try:
+            numbers = list(map(MASKS.__getitem__, self.mask))
+        except (KeyError, TypeError):
+            numbers = [_named(MASKS, name, f"mask[{request}]") for request, name in enumerate(self.mask)]
         return step_pb2.MASK_UNSPECIFIED, int32_tensor(numbers, "mask")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from itertools import accumulate
-from operator import sub
+from itertools import accumulate, compress, repeat
+from operator import ge, gt, sub
 from typing import Any, NamedTuple
 
 from attnd.errors import InvalidRequest
@@ -67,7 +67,18 @@ def _contexts(seq_lens: Any, bounds: list[int]) -> Array:
     if len(seqs) != len(bounds) - 1:
         rule = f"must have {len(bounds) - 1}, one a request"
         raise InvalidRequest(f"seq_lens has {len(seqs)} elements, but {rule}", field="seq_lens")
-    return packed(map(sub, seqs, map(sub, bounds[1:], bounds)), "seq_lens")
+    contexts = list(map(sub, seqs, map(sub, bounds[1:], bounds)))
+    if contexts and min(contexts) < 0:  # rows that pad, or a mistake
+        _check_seqs(seqs, contexts)
+    return packed(contexts, "seq_lens")
+
+
+def _check_seqs(seqs: list[int], contexts: list[int]) -> None:
+    """Raises InvalidRequest where a request has fewer tokens than new ones, and not none."""
+    for request in compress(range(len(seqs)), map(gt, map(bool, seqs), map(ge, contexts, repeat(0)))):
+        least = seqs[request] - contexts[request]
+        rule = f"must be at least {least}, its new tokens, or 0 for a row that pads"
+        raise InvalidRequest(f"seq_lens[{request}] is {seqs[request]}, but {rule}", field="seq_lens")
 
 
 def _check_one_of(first: str, first_value: Any, second: str, second_value: Any) -> None:
