@@ -217,25 +217,32 @@ def test_an_epoch_is_used_up_by_a_page_of_any_group_that_it_had() -> None:
 
 def test_the_room_of_a_step_is_that_of_all_its_groups() -> None:
     limits = ServerConfig()
-    empty = step_bytes(step_pb2.Step(), limits, 3)
+    empty = step_bytes(step_pb2.Step(), limits, [0, 0, 0])
     assert empty == 3 * step_bytes(step_pb2.Step(), limits)
     step = step_pb2.Step(cu_seqlens_q=layers(0, 1, 2, 3, 4))
-    lens = step_bytes(step, limits, 3)
+    lens = step_bytes(step, limits, [0, 0, 0])
     step.groups.add(page_tables=layers(*[0] * 4_000), slot_mapping=layers(*[0] * 100))
     delta = step_pb2.PageTableDelta(max_pages=1_000, base_step_id=7)
     step.groups.add(page_table_delta=delta)
     step.groups.add(tables_of=0)
-    assert 16_000 + 16_000 + 800 <= step_bytes(step, limits, 3) - lens < 45_000
+    assert 16_000 + 16_000 + 800 <= step_bytes(step, limits, [0, 0, 0]) - lens < 45_000
+    # A group that has another's tables has its own copy of them without what its window hides.
+    with_windows = step_bytes(step, limits, [0, 0, 5])
+    assert with_windows - step_bytes(step, limits, [0, 0, 0]) >= 16_000
+    step.groups[2].window = 5
+    assert step_bytes(step, limits, [0, 0, 0]) == with_windows
+    step.groups[2].window = 0
     assert bases_of(step) == {7}
     step.groups[2].page_table_delta.base_step_id = 5
     assert bases_of(step) == {5, 7}
     # A few bytes that ask for the most in each of the groups.
+    step.groups[2].ClearField("tables_of")
     for group in step.groups:
         group.page_table_delta.max_pages = 2**32 - 1
     tables = 4 * limits.max_page_table_elements
-    assert 3 * tables <= step_bytes(step, limits, 3) < 3 * tables + (1 << 20)
+    assert 3 * tables <= step_bytes(step, limits, [0, 0, 0]) < 3 * tables + (1 << 20)
     # Groups that the cache has not are refused, and take nothing before.
-    assert step_bytes(step, limits, 1) < tables + (1 << 20)
+    assert step_bytes(step, limits, [0]) < tables + (1 << 20)
 
 
 @pytest.mark.parametrize("is_delta", [False, True])
@@ -249,8 +256,9 @@ def test_tables_are_big_together(is_delta: bool) -> None:
                 message.groups.add(page_tables=tensor_pb2.Tensor(data=bytes(4 * count)))
         return message
 
-    assert not is_big(step(BIG_STEP_ELEMENTS // 4 * 3))
-    assert is_big(step(BIG_STEP_ELEMENTS // 4 * 3 + 2))
+    for_groups = 2 << 12
+    assert not is_big(step(BIG_STEP_ELEMENTS // 4 * 3 - for_groups - 8))
+    assert is_big(step(BIG_STEP_ELEMENTS // 4 * 3 + 2 - for_groups))
 
 
 class Stream:

@@ -6,6 +6,8 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import numpy as np
+
 from attnd.errors import Exhausted
 from attnd.v1 import step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
@@ -22,50 +24,89 @@ MANY_STEPS_BYTES = 4 << 20
 # Elements of page tables from which checking a step takes milliseconds, tens of them at worst: others than whoever sent
 # it should not wait for that.
 BIG_STEP_ELEMENTS = 1 << 17
+# What a layer group and a new token of one cost to be checked, as so many of these elements.
+_GROUP_ELEMENTS, _SLOT_ELEMENTS = 1 << 12, 8
 # Bytes that a step takes beside its arrays; bytes of the arrays for each of its requests, in `AttentionMetadata` and
 # for checking them: seven int64 and seven int32, lengths as Python's numbers, and bounds.
 _STEP_BYTES, _REQUEST_BYTES = 8 << 10, 160
+# Of a tensor's message beside its elements, at the most, if its shape is that of a step's.
+_MAX_HEADER_BYTES = 64
+
+_Part = step_pb2.Step | step_pb2.StepGroup
+"""What has page tables and slots: a step, or what it says of a layer group."""
 
 
-def step_bytes(message: step_pb2.Step, limits: ServerConfig, num_groups: int = 1) -> int:
+def step_bytes(message: step_pb2.Step, limits: ServerConfig, windows: Sequence[int] = (0,)) -> int:
     """Bytes that a step takes once it is checked; what is greater than `limits` allow is refused then.
 
     Args:
         message: the step.
         limits: the server's.
-        num_groups: layer groups of its cache.
+        windows: of the layer groups of its cache, in tokens; 0: there is none.
     """
     # Of tensors the sizes of their messages, which are little more: to ask for their data would copy it.
     num_reqs = min(message.cu_seqlens_q.ByteSize() // 4, limits.max_step_reqs + 1)
-    arrays = 0
-    for part in _parts(message, num_groups):  # more are refused
-        arrays += 4 * min(_table_elements(part, num_reqs), limits.max_page_table_elements)
-        arrays += 8 * min(part.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens)
-    return (_STEP_BYTES + _REQUEST_BYTES * num_reqs) * num_groups + arrays
+    is_decode, marks_tokens = message.kind == step_pb2.STEP_KIND_DECODE, message.HasField("attend_new")
+    num_tokens, drops = _tokens(message, limits) if is_decode or marks_tokens or message.store_first else (0, False)
+    groups, arrays = message.groups[: len(windows)], 0  # more are refused
+    parts: Sequence[_Part] = groups or [message]
+    for part, source, window in zip(parts, _sources(message, groups), windows, strict=False):
+        elements = min(_table_elements(source, num_reqs), limits.max_page_table_elements)
+        # Tables are kept as they came, unless another group has them, and without requests that have no new tokens and
+        # what a window hides, if there are any.
+        arrays += 4 * elements * ((source is part) + bool(drops or part.window or window))
+        arrays += 8 * min(source.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens) + num_tokens
+    return (_STEP_BYTES + _REQUEST_BYTES * num_reqs) * len(windows) + arrays
 
 
-def _table_elements(part: step_pb2.Step | step_pb2.StepGroup, num_reqs: int) -> int:
+def _tokens(message: step_pb2.Step, limits: ServerConfig) -> tuple[int, bool]:
+    """The new tokens of a step, and whether a decode step has requests without any: those are left out."""
+    if message.cu_seqlens_q.ByteSize() > 4 * (limits.max_step_reqs + 1) + _MAX_HEADER_BYTES:
+        return 0, False  # it is refused
+    data = message.cu_seqlens_q.data
+    ends = np.frombuffer(data, "<i4", len(data) // 4)
+    if not len(ends) or not 0 <= ends[-1] <= limits.max_step_tokens:
+        return 0, False  # likewise
+    is_decode = message.kind == step_pb2.STEP_KIND_DECODE
+    return int(ends[-1]), is_decode and bool((ends[1:] == ends[:-1]).any())
+
+
+def _table_elements(part: _Part, num_reqs: int) -> int:
     """Elements of the page tables of a step or of one of its groups, sent or made by a delta of a few bytes."""
     return max(part.page_tables.ByteSize() // 4, num_reqs * part.page_table_delta.max_pages)
 
 
-def _parts(message: step_pb2.Step, most_groups: int | None = None) -> list[step_pb2.Step | step_pb2.StepGroup]:
-    """What may have page tables: a step, and what it says of each layer group."""
-    return [message, *message.groups[:most_groups]]
+def _sources(message: step_pb2.Step, groups: Sequence[step_pb2.StepGroup]) -> list[_Part]:
+    """What gives the tables and slots of each group, or of a step without groups: the group itself, or another one."""
+    if not groups:
+        return [message]
+    # One that names none is refused before there is anything of it.
+    return [
+        groups[group.tables_of] if group.HasField("tables_of") and group.tables_of < len(groups) else group
+        for group in groups
+    ]
 
 
 def is_big(message: step_pb2.Step) -> bool:
-    """Whether the page tables of all layer groups are large, as sent or as deltas of a few bytes may make them."""
+    """Whether the page tables of all layer groups are large, as sent or as deltas of a few bytes may make them.
+
+    Each group counts, with another's tables too: they are checked against its own pages and window.
+    """
     num_reqs = len(message.cu_seqlens_q.data) // 4
+    groups = list(message.groups)
+    if not groups:
+        return _table_elements(message, num_reqs) > BIG_STEP_ELEMENTS
     sizes = (
-        max(len(part.page_tables.data) // 4, num_reqs * part.page_table_delta.max_pages) for part in _parts(message)
+        _GROUP_ELEMENTS + _table_elements(source, num_reqs) + _SLOT_ELEMENTS * (source.slot_mapping.ByteSize() // 4)
+        for source in _sources(message, groups)
     )
     return sum(sizes) > BIG_STEP_ELEMENTS
 
 
 def bases_of(message: step_pb2.Step) -> set[int]:
     """The ids of the steps on which one builds."""
-    return {part.page_table_delta.base_step_id for part in _parts(message) if part.HasField("page_table_delta")}
+    parts: list[_Part] = [message, *message.groups]
+    return {part.page_table_delta.base_step_id for part in parts if part.HasField("page_table_delta")}
 
 
 class HeldBytes:

@@ -212,7 +212,7 @@ class AttentionService:
         self.refuse_if_draining()
         refuse_if_revoked(principal)  # here, so that no plane can forget it
         cache = self.caches.get(message.cache, principal)
-        num_bytes = step_bytes(message, self.config, len(cache.groups))
+        num_bytes = step_bytes(message, self.config, [group.window for group in cache.shape.groups])
         held = take(num_bytes) if take is not None else self.step_room.take(principal, num_bytes)
         metadata = validation.steps(message, cache.shape.groups, self.config, open_steps)
         timeout_s = message.call_timeout_ms / 1e3 or None
