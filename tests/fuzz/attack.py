@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import Message
 
 from attnd.protocol.regions import Region
@@ -19,13 +18,16 @@ from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2, cache_pb2, error_pb2, status_pb2, step_pb2, tensor_pb2
 from attnd_server.planes.shm.connection import ShmConnection
 from attnd_server.service.replies import RegionReplies
-from tests.fuzz import valid
+from tests.fuzz import tensors, valid
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.decoder import FRAMES
 from tests.fuzz.decoder import check as check_decoder
 from tests.fuzz.mutations import mutate, mutate_bytes
+from tests.fuzz.pool import Pool
 from tests.fuzz.stream_model import REGION_BYTES, StreamModel, parsed_request
-from tests.fuzz.world import CALLER, Pool, World, integers
+from tests.fuzz.valid_steps import Sent, with_deltas
+from tests.fuzz.valid_steps import step as valid_step
+from tests.fuzz.world import CALLER, World, integers
 
 _REPLY = struct.Struct("<I28x")
 
@@ -44,7 +46,7 @@ class Attack:
         self._random = random_
         self._methods = sorted({*world.service.unary, "ReadKv"})
         self._memory = mmap.mmap(-1, REGION_BYTES)
-        self._memory[:] = (valid.BYTES[tensor_pb2.DTYPE_FLOAT32] * 2)[:REGION_BYTES]
+        self._memory[:] = (tensors.BYTES[tensor_pb2.DTYPE_FLOAT32] * 2)[:REGION_BYTES]
         self._ends = socket.socketpair()
 
     @property
@@ -130,21 +132,19 @@ class Attack:
 
     def _steps_and_calls(self) -> Iterable[Any]:
         """Messages of a stream, each valid if those before it are done."""
-        last: step_pb2.Step | None = None
+        last: Sent | None = None
         pool = self._pool()
         for step_id in sorted(self._random.sample(range(20), self._random.randint(1, 4))):
             if self._random.random() < 0.1:
                 pool = self._pool()
-            step = valid.step(self._random, pool.info, step_id)
+            step = valid_step(self._random, pool.info, step_id)
             message = attention_pb2.AttendRequest(step=step)
             if last is not None and self._random.random() < 0.5:
-                rows, columns = last.page_tables.shape
-                table = np.frombuffer(last.page_tables.data, "<i4").reshape(rows, columns)
-                valid.with_delta(self._random, message.step, last.id, table)
+                with_deltas(self._random, message.step, last)
             yield message
             for _ in range(self._random.randint(0, 3)):
                 yield attention_pb2.AttendRequest(call=valid.call(self._random, pool.info, step))
-            last = step
+            last = Sent.of(step)
 
     async def _attend(self) -> None:
         sent = [
@@ -218,7 +218,8 @@ class Attack:
             world.deleted(cache_pb2.DeleteCacheRequest.FromString(data).cache)
         elif method == "CopyPages":
             request = cache_pb2.CopyPagesRequest.FromString(data)
-            world.pool(request.cache).copied(integers(request.source_pages), integers(request.target_pages))
+            group = world.pool(request.cache).groups[request.group]
+            group.copied(integers(request.source_pages), integers(request.target_pages))
         elif method in ("Prefill", "Decode"):
             message_type = attention_pb2.PrefillRequest if method == "Prefill" else attention_pb2.DecodeRequest
             request = message_type.FromString(data)
@@ -243,10 +244,13 @@ class Attack:
     def _read(self, request: attention_pb2.ReadKvRequest, answers: list[bytes]) -> None:
         pool, slots = self.world.pool(request.cache), integers(request.slot_mapping)
         chunks = [attention_pb2.ReadKvResponse.FromString(answer) for answer in answers]
-        if pool.is_exact:
-            for part, name in enumerate(("k", "v")):
-                read = b"".join(getattr(chunk, name).data for chunk in chunks)
-                assert read == b"".join(pool.row(part, request.layer, slot) for slot in slots)
+        group, layer = pool.place(request.layer)
+        for part, name in enumerate(("k", "v")):
+            read = b"".join(getattr(chunk, name).data for chunk in chunks)
+            if part >= group.num_parts:
+                assert not read
+            elif group.is_exact(part):
+                assert read == b"".join(group.row(part, layer, slot) for slot in slots)
 
 
 def _reason(reply: Message | Any) -> str:

@@ -39,7 +39,9 @@ def mutate(message: Any, random_: random.Random, refs: Sequence[cache_pb2.CacheR
         return
     holder, field = random_.choice(places)
     value = getattr(holder, field.name)
-    if field.message_type is cache_pb2.CacheRef.DESCRIPTOR and random_.random() < 0.8:
+    if field.is_repeated:
+        _spoil_list(value, random_)
+    elif field.message_type is cache_pb2.CacheRef.DESCRIPTOR and random_.random() < 0.8:
         _swap(value, random_, refs)
     elif field.message_type is tensor_pb2.Tensor.DESCRIPTOR and random_.random() < 0.9:
         _spoil_tensor(value, random_, places)
@@ -77,13 +79,31 @@ def _places(message: Any) -> Any:
     """Every field that is set, and some that are not: `(holder, field)`."""
     for field in message.DESCRIPTOR.fields:
         if field.is_repeated:
-            continue
-        if field.message_type is None:
+            if field.message_type is not None and field.containing_type is not tensor_pb2.Tensor.DESCRIPTOR:
+                yield message, field
+                for element in getattr(message, field.name):
+                    yield from _places(element)
+        elif field.message_type is None:
             yield message, field
         elif message.HasField(field.name):
             yield message, field
             if field.message_type not in (tensor_pb2.Tensor.DESCRIPTOR, cache_pb2.CacheRef.DESCRIPTOR):
                 yield from _places(getattr(message, field.name))
+
+
+def _spoil_list(elements: Any, random_: random.Random) -> None:
+    """A layer group goes, comes twice, in another's place, or there are empty ones, a few or hundreds."""
+    kind = random_.randrange(4)
+    if kind == 0 or not elements:
+        for _ in range(random_.choice((1, 2, 300))):
+            elements.add()
+    elif kind == 1:
+        elements.pop(random_.randrange(len(elements)))
+    elif kind == 2:
+        elements.add().CopyFrom(random_.choice(elements))
+    else:
+        first, second = (random_.choice(elements) for _ in range(2))
+        first.CopyFrom(second)
 
 
 def _set(holder: Message, field: FieldDescriptor, random_: random.Random) -> None:

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from attnd.errors import ServerFault
 from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
-from attnd_server.attention.config import AttentionConfig, Layout
+from attnd_server.attention.config import AttentionConfig
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.identity import Principals
-from attnd_server.kv.cache import Cache
+from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.observe.traces import StepTrace
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.open_planes import PlaneTable
 from attnd_server.rpc.servicer import AttentionServicer
+from tests.fuzz.caches import shapes
+from tests.fuzz.pool import Pool
+from tests.fuzz.valid_steps import told_of
 
 CALLER, OTHER = "caller", "other"
 
-_TINY: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "num_pages": 6, "page_size": 4}
-_PLAIN = AttentionConfig(**_TINY, head_dim_v=16, dtype=torch.float32)
-_HALF = AttentionConfig(**_TINY, dtype=torch.float16, layout=Layout.DISTINCT)
-_FP8 = AttentionConfig(**_TINY, dtype=torch.float32, kv_dtype=torch.float8_e4m3fn)
-_FP8_V = AttentionConfig(**_TINY, dtype=torch.float32, v_dtype=torch.float8_e4m3fn, layout=Layout.DISTINCT)
-# Those of the other lie between the caller's, in the same space of pages.
-_CACHES = (
-    (CALLER, _PLAIN),
-    (OTHER, _PLAIN),
-    (CALLER, _PLAIN),
-    (CALLER, _HALF),
-    (OTHER, _HALF),
-    (CALLER, _FP8),
-    (OTHER, _FP8),
-    (CALLER, _FP8_V),
-    (OTHER, _FP8_V),
-)
 _LIMITS = ServerConfig(
     device="cpu",
     kv_bytes=1 << 18,
@@ -47,14 +31,14 @@ _LIMITS = ServerConfig(
     max_step_tokens=16,
     max_step_reqs=4,
     max_page_table_elements=24,
-    max_caches=12,
+    max_caches=18,
     default_ttl_s=86_400,
     max_planes=8,
     traces=1_000,
     # Nobody reads it: it makes two principals of two callers. Each may take all.
     tokens="of the caller and the other",
     principal_kv_bytes=1 << 18,
-    principal_caches=12,
+    principal_caches=18,
     principal_sessions=256,
     principal_queue_depth=1_024,
 )
@@ -80,67 +64,6 @@ class _NoSpans:
         """There is nothing to end."""
 
 
-class Pool:
-    """The pages of one cache, and what they must hold, as bytes."""
-
-    def __init__(self, cache: Cache) -> None:
-        """Expects what is there now."""
-        self.cache = cache
-        self.config = cache.groups[0].config
-        self.info = cache.info()
-        self._actual = [_bytes_of(pages) for pages in (cache.groups[0].k_pages, cache.groups[0].v_pages)]
-        self._expected = [pages.copy() for pages in self._actual]
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether K and V are stored as they come."""
-        return not self.config.is_quantised
-
-    def is_as_expected(self) -> bool:
-        """Whether every byte is what it must be."""
-        return all(map(np.array_equal, self._actual, self._expected))
-
-    def stored(self, layer: int, slots: Sequence[int], k: bytes, v: bytes) -> None:
-        """From now on these tokens lie in these slots, -1 excepted."""
-        for part, data in enumerate((k, v)):
-            size = len(data) // max(1, len(slots))
-            for index, slot in enumerate(slots):
-                if slot >= 0:
-                    row = np.frombuffer(data, np.uint8)[index * size : (index + 1) * size]
-                    self._set_row(part, layer, slot, row)
-
-    def copied(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """From now on these pages are copies of those."""
-        for expected in self._expected:
-            for source, target in zip(sources, targets, strict=True):
-                expected[:, target] = expected[:, source]
-
-    def row(self, part: int, layer: int, slot: int) -> bytes:
-        """What K (part 0) or V (part 1) of a slot must be."""
-        page, offset = divmod(slot, self.config.page_size)
-        return self._row_of(self._expected[part], part, layer, page, offset).tobytes()
-
-    def _set_row(self, part: int, layer: int, slot: int, row: npt.NDArray[np.uint8]) -> None:
-        page, offset = divmod(slot, self.config.page_size)
-        target = self._row_of(self._expected[part], part, layer, page, offset)
-        if self.is_exact:
-            target[...] = row.reshape(target.shape)
-        else:  # it may change, to whatever its kernels' own tests say
-            target[...] = self._row_of(self._actual[part], part, layer, page, offset)
-
-    def _row_of(self, pages: npt.NDArray[Any], part: int, layer: int, page: int, offset: int) -> npt.NDArray[Any]:
-        if self.config.layout is Layout.UNIFIED:
-            return pages[layer, page, offset]
-        if part == 0:
-            return pages[layer, page, :, :, offset]
-        size = (self.config.v_dtype or self.config.dtype).itemsize
-        return pages[layer, page, :, :, offset * size : (offset + 1) * size]
-
-
-def _bytes_of(pages: torch.Tensor) -> npt.NDArray[np.uint8]:
-    return pages.view(torch.uint8).numpy()
-
-
 class World:
     """A service, its servicer, the caches of both principals, and what was told INTERNAL."""
 
@@ -155,8 +78,10 @@ class World:
         self.service.told = self._listen  # type: ignore[method-assign]
         self.pools: dict[bytes, Pool] = {}
         self._made: list[Pool] = []
-        for principal, config in _CACHES:
-            self._add(principal, config)
+        for shape in shapes():
+            # The other's lies between the caller's two, in the same spaces of pages.
+            for principal in (CALLER, OTHER, *[CALLER] * (shape == shapes()[0])):
+                self._add(principal, shape)
         self._fixed = list(self.pools.values())
 
     def _listen(self, error: Exception, principal: str = "") -> Any:
@@ -165,10 +90,11 @@ class World:
             self.faults.append(error)
         return told
 
-    def _add(self, principal: str, config: AttentionConfig) -> Pool:
-        cache = self.service.caches.create(config, principal=principal, ttl_s=86_400, name="")
-        for pages in (cache.groups[0].k_pages, cache.groups[0].v_pages):
-            pages.copy_(torch.randn(pages.shape))
+    def _add(self, principal: str, shape: CacheShape[AttentionConfig]) -> Pool:
+        cache = self.service.caches.create(shape, principal=principal, ttl_s=86_400, name="")
+        for group in cache.groups:
+            for pages in (group.k_pages, group.v_pages):
+                pages.copy_(torch.randn(pages.shape))
         pool = self.pools[cache.id] = Pool(cache)
         return pool
 
@@ -200,8 +126,9 @@ class World:
             assert self.pool(info.cache).cache.key
             return
         cache = self.service.caches.get(info.cache, CALLER)
-        assert not cache.groups[0].k_pages.view(torch.uint8).any()
-        assert not cache.groups[0].v_pages.view(torch.uint8).any()
+        for group in cache.groups:
+            assert not group.k_pages.any()
+            assert not group.v_pages.any()
         self._made.append(Pool(cache))
         self.pools[cache.id] = self._made[-1]
         if len(self._made) > _MAX_MADE:
@@ -218,13 +145,14 @@ class World:
             self._made.remove(pool)
         else:
             self._fixed.remove(pool)
-            self._fixed.append(self._add(CALLER, pool.config))
+            self._fixed.append(self._add(CALLER, pool.cache.shape))
 
     def attended(self, step: step_pb2.Step, call: step_pb2.Call, k: bytes, v: bytes) -> None:
         """A call was done: it stored what its step says, and nothing else."""
         pool = self.pool(step.cache)
-        if step.HasField("slot_mapping"):
-            pool.stored(call.layer, integers(step.slot_mapping), k, v)
+        told = told_of(step, pool.cache.shape.places[call.layer][0])
+        if told.HasField("slot_mapping"):
+            pool.stored(call.layer, integers(told.slot_mapping), k, v)
 
     def check(self, doing: str) -> None:
         """Fails if the server told of a fault of its own, or a byte of any page is not what it must be."""

@@ -21,8 +21,10 @@ from attnd.v1 import tensor_pb2
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.layer_group import LayerGroup
-from tests.fuzz import valid
+from attnd_server.service import validation
+from tests.fuzz import tensors
 from tests.fuzz.attack import Attack, attack
+from tests.fuzz.caches import shapes
 from tests.fuzz.context import Context, Ended
 from tests.fuzz.world import World
 
@@ -56,6 +58,20 @@ def test_requests_of_every_kind_are_done_and_refused(world: World) -> None:
     assert done - refused <= {"GetCapabilities", "GetStatus", "ListCaches"}  # which look at nothing that was sent
 
 
+def test_every_layer_group_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, mark = set(), LayerGroup._mark
+
+    def noted(self: LayerGroup, pages: Any) -> None:
+        if len(pages):
+            written.add(self.config)
+        mark(self, pages)
+
+    monkeypatch.setattr(LayerGroup, "_mark", noted)
+    with World() as world:
+        run(world, random.Random(7), 3_000)
+    assert {config for shape in shapes() for config in shape.groups} <= written
+
+
 @settings(deadline=None, derandomize=True, max_examples=300)
 @given(data=st.binary(max_size=200), method=st.integers(0, 14))
 def test_any_bytes_are_answered(world: World, data: bytes, method: int) -> None:
@@ -84,7 +100,7 @@ def test_any_bytes_are_answered(world: World, data: bytes, method: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 2, 8), (4, 4096), (9, 4, 4096)])
 def test_tensors_of_any_size_can_be_drawn(shape: tuple[int, ...]) -> None:
     """Some of more elements than there are: of a cache that a spoiled message asked for and got."""
-    drawn = [valid.floats(random.Random(seed), tensor_pb2.DTYPE_FLOAT16, *shape) for seed in range(20)]
+    drawn = [tensors.floats(random.Random(seed), tensor_pb2.DTYPE_FLOAT16, *shape) for seed in range(20)]
     assert {len(each.data) for each in drawn} == {2 * math.prod(shape)}
     assert all(np.isfinite(np.frombuffer(each.data, np.float16)).all() for each in drawn)
 
@@ -96,6 +112,12 @@ def test_a_hole_between_principals_would_be_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CacheTable, "get", get)
     with World() as world, pytest.raises(AssertionError):  # by whatever check it meets first
         run(world, random.Random(1), 20_000)
+
+
+def test_a_group_taken_for_another_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "group", lambda value, cache: 0)
+    with World() as world, pytest.raises((AssertionError, IndexError)):  # copied elsewhere, or in a group that is none
+        run(world, random.Random(1), 6_000)
 
 
 def test_a_store_beside_its_slots_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

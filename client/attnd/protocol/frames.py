@@ -8,7 +8,7 @@ may write it, in any order of fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from attnd.errors import InvalidRequest
 from attnd.protocol.fields import LENGTH, MAX_FIELDS, refuse_many, walk
-from attnd.protocol.loose import Sendable, joined
+from attnd.protocol.loose import Loose, Sendable, joined
 from attnd.protocol.regions import Region
 from attnd.protocol.tensors import Array
 from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
@@ -82,20 +82,17 @@ class Frame:
             tensors: values of these fields.
             outer: the enclosing message, serialized, without the holder.
         """
-        chunks: list[Any] = [holder.SerializeToString()]
-        size = len(chunks[0])
-        join: Callable[[list[Any]], bytes] = b"".join
+        first = holder.SerializeToString()
+        chunks: list[bytes | memoryview | Loose] = [first]
+        size = len(first)
         for name, array in tensors.items():
-            if isinstance(array, Array):
-                num_bytes = array.data.nbytes
-            else:
-                num_bytes, join = array.num_bytes, joined
+            num_bytes = array.data.nbytes if isinstance(array, Array) else array.num_bytes
             header = _tensor_header(self._tags[name], array.dtype, array.shape, num_bytes)
             chunks += (header, array.data if isinstance(array, Array) else array)
             size += len(header) + num_bytes
         if self._holder:
             chunks.insert(0, outer + self._holder_tag + _varint(size))
-        return join(chunks)
+        return joined(chunks)
 
     def decode(self, data: bytes, region: Region | None = None, max_header_bytes: int = MAX_MESSAGE_BYTES) -> Framed:
         """Reads the wire's bytes; the tensors are views into `data`, or into `region` if that is where they lie.

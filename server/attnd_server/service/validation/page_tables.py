@@ -112,6 +112,12 @@ def _changed(
     if delta.max_pages > most_pages:
         rule = f"must be at most {most_pages}: page tables have at most {limits.max_page_table_elements} elements"
         refuse("page_table_delta.max_pages", f"page_table_delta.max_pages is {delta.max_pages}, but {rule}")
+    if index >= len(base_step):
+        rule = f"must be a step with layer group {index}: its cache has groups 0..{len(base_step) - 1}"
+        refuse(
+            "page_table_delta.base_step_id",
+            f"page_table_delta.base_step_id is {delta.base_step_id}, but {rule}",
+        )
     base: Int32s = base_step[index].tables_as_sent.numpy()
     rows = _part(delta, "source_rows", num_reqs)
     rule = f"the table of step {delta.base_step_id} has rows 0..{len(base) - 1}, and -1 is no row"
