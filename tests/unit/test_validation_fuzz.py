@@ -27,6 +27,8 @@ STEP_TENSORS = [
     "masks",
     "prefix_lens",
     "padded_prefix_lens",
+    "attend_new",
+    "first_position",
 ]
 
 fuzz = settings(deadline=None, derandomize=True, max_examples=400)
@@ -86,11 +88,19 @@ def valid_steps(draw):
         mask_prefix_hole=draw(st.booleans()),
         valid_lens=tensor([draw(st.integers(0, length)) for length in query_lens]),
     )
+    message.window = draw(st.sampled_from([0, 0, 1, 4, 5, 2**31, 2**32 - 1]))
+    if message.block_size <= 4 and draw(st.booleans()):
+        message.first_position.CopyFrom(tensor([at * message.block_size for at in per_request(0, 2)]))
     mode = draw(st.sampled_from(["store", "store", "store", "store_only", "cache_only", "store_nothing"]))
+    if mode in ("store", "store_nothing"):
+        message.store_first = draw(st.booleans())
+        if draw(st.booleans()):
+            message.attend_new.CopyFrom(tensor(per_request(0, 1)))
     message.cache_only = mode == "cache_only"
     message.store_only = mode == "store_only"
     if mode in ("store", "store_only"):
-        free = draw(st.permutations(sorted(set(range(NUM_SLOTS)) - read_slots(message))))
+        taken = set() if message.store_first else read_slots(message)
+        free = draw(st.permutations(sorted(set(range(NUM_SLOTS)) - taken)))
         slots = [free.pop() if free and draw(st.integers(0, 4)) else -1 for _ in range(sum(query_lens))]
         message.slot_mapping.CopyFrom(tensor(slots, draw(st.sampled_from(["int32", "int64"]))))
     return message
@@ -138,15 +148,20 @@ def read_slots(message):
     """Every slot that the step reads as context."""
     if message.store_only:
         return set()
-    context_lens = integers(message.context_lens)
+    context_lens, ends = integers(message.context_lens), integers(message.cu_seqlens_q)
+    firsts = integers(message.first_position) if message.HasField("first_position") else [0] * len(context_lens)
     max_pages = message.page_tables.shape[1]
     table = integers(message.page_tables)
     read = set()
     for request, context_len in enumerate(context_lens):
-        for position in range(context_len):
+        for position in range(context_len if ends[request] < ends[request + 1] else 0):
+            if message.window and context_len - position >= message.window:
+                continue
             page = table[request * max_pages + position // PAGE_SIZE]
             in_hole = message.mask_prefix_hole and (
-                integers(message.prefix_lens)[request] <= position < integers(message.padded_prefix_lens)[request]
+                integers(message.prefix_lens)[request]
+                <= firsts[request] + position
+                < integers(message.padded_prefix_lens)[request]
             )
             if page >= 0 and not in_hole:
                 read.add(page * PAGE_SIZE + position % PAGE_SIZE)
@@ -158,11 +173,13 @@ def assert_safe(message, metadata):
     assert cu_seqlens_q[0] == 0
     assert cu_seqlens_q == sorted(cu_seqlens_q)
     query_lens = [end - start for start, end in itertools.pairwise(cu_seqlens_q)]
+    assert 1 <= len(query_lens) <= LIMITS.max_step_reqs
+    if metadata.is_decode:
+        query_lens = [length for length in query_lens if length]
+        assert len(set(query_lens)) == 1
     assert metadata.query_lens == query_lens
     assert metadata.num_tokens == sum(query_lens) <= LIMITS.max_step_tokens
-    assert 1 <= metadata.num_reqs == len(query_lens) <= LIMITS.max_step_reqs
-    if metadata.is_decode:
-        assert len(set(query_lens)) == 1
+    assert metadata.num_reqs == len(query_lens)
 
     max_pages = metadata.page_tables.shape[1]
     for request, context_len in enumerate(metadata.context_lens.tolist()):
@@ -181,7 +198,8 @@ def assert_safe(message, metadata):
     assert metadata.slot_mapping.shape == (metadata.num_tokens,)
     assert all(0 <= slot < NUM_SLOTS for slot in stored)
     assert len(set(stored)) == len(stored)
-    assert not set(stored) & read_slots(message)
+    assert metadata.reads_stored == bool(set(stored) & read_slots(message))
+    assert message.store_first or not metadata.reads_stored
 
 
 @fuzz
@@ -247,7 +265,9 @@ def changed_steps(draw):
     num_reqs, max_pages = message.page_tables.shape
     base = validation.step(message, CONFIG, LIMITS)
     width = draw(mostly(st.integers(max_pages, 5), st.sampled_from([0, 12, 13, 2**32 - 1])))
-    indices = draw(mostly(int32s(0, max(0, num_reqs * width - 1), unique=True).map(sorted), int32s(-1, 70)))
+    indices = draw(
+        mostly(int32s(0, min(max(0, num_reqs * width - 1), 2**31 - 1), unique=True).map(sorted), int32s(-1, 70))
+    )
     pages = draw(mostly(int32s(-1, NUM_PAGES - 1, min_size=len(indices), max_size=len(indices)), int32s(-2, NUM_PAGES)))
     exact = {"min_size": num_reqs, "max_size": num_reqs}
     message.page_table_delta.CopyFrom(
@@ -267,9 +287,9 @@ def changed_steps(draw):
 @given(changed_steps())
 def test_an_accepted_delta_gives_a_table_that_is_safe(message_and_base):
     message, base = message_and_base
-    before = base.page_tables.tolist()
+    before = base.tables_as_sent.tolist()
     metadata, error = attempt(validation.step, message, CONFIG, LIMITS, {0: [base]})
-    assert base.page_tables.tolist() == before
+    assert base.tables_as_sent.tolist() == before
     if error is not None:
         assert error.field.partition(".")[0] in step_pb2.Step.DESCRIPTOR.fields_by_name
         return
@@ -279,8 +299,8 @@ def test_an_accepted_delta_gives_a_table_that_is_safe(message_and_base):
     table = [page for row in rows for page in (row + blank)[: delta.max_pages]]
     for index, page in zip(integers(delta.indices), integers(delta.pages), strict=True):
         table[index] = page
-    assert metadata.page_tables.flatten().tolist() == table
-    message.page_tables.CopyFrom(tensor(metadata.page_tables.numpy()))
+    assert metadata.tables_as_sent.flatten().tolist() == table
+    message.page_tables.CopyFrom(tensor(metadata.tables_as_sent.numpy()))
     assert_safe(message, metadata)
 
 
