@@ -16,6 +16,8 @@ from attnd_server.attention.config import FP8
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionMetadata
 from attnd_server.service.validation.page_tables import checked_page_tables
+from tests.e2e import test_engines as examples
+from tests.e2e.test_engines import EXAMPLES
 from tests.gpu.test_triton import KERNELS, arrays, options, step
 from tests.plain_steps import PlainStep, Slots, attend, random_step, refusal, with_pages
 
@@ -84,6 +86,12 @@ def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) 
         for part, found in enumerate((k, v)):
             expected = in_bf16(np.stack([lies[slot][part] for slot in range(PAGES * PAGE)]))
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_grouped", "auto"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_schedulers(name: str, backend: str) -> None:
+    examples.check(name, "inproc", "inproc://", backend)
 
 
 # Geometry of each layer group's only layer: KV heads, head dims, page size, window; the rest of its spec.
