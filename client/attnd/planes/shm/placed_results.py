@@ -43,7 +43,7 @@ class PlacedResults:
             if torch is None or not isinstance(target, torch.Tensor) or not self._tensors.are_placed:
                 copy_array(self._tensors.arrays[name], target)
                 continue
-            is_read_later = target.is_cuda or self._gpu is not None
+            is_read_later = target.is_cuda or target.device == self._gpu
             self._tensors.copy_to(name, target, waits=not is_read_later)
             if is_read_later:
                 gpus.add(target.device)
