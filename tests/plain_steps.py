@@ -56,10 +56,10 @@ def refusal(step: PlainStep, page_size: int) -> str:
 
 def attend(
     step: PlainStep, q: Any, k: Any, v: Any, lies: Slots, page_size: int, scale: float, sinks: Any = None,
-    rounded: Any = lambda x: x,
+    rounded: Any = lambda x: x, slopes: Any = None,
 ) -> tuple[np.ndarray, np.ndarray, Slots]:  # fmt: skip
     """Output, lse and what lies in the slots then, float64. `rounded`: what pages make of k or v of a token."""
-    group = q.shape[1] // k.shape[1]
+    q, k, v, group = q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), q.shape[1] // k.shape[1]
     output, lse = np.zeros((len(q), q.shape[1], v.shape[2])), np.full(q.shape[:2], -np.inf)
     after = {**lies, **{slot: (rounded(k[i]), rounded(v[i])) for i, slot in enumerate(step.slots) if slot >= 0}}
     cached, row = after if step.store_first else lies, 0
@@ -70,19 +70,21 @@ def attend(
             for j in range(context):
                 page = step.page_tables[r][j // page_size] if step.sees(r, position, first + j, False) else -1
                 if page >= 0:
-                    keys.append(cached[page * page_size + j % page_size])
+                    keys.append((first + j, *cached[page * page_size + j % page_size]))
             for n in range(length if step.owners[r] else 0):
-                slot = step.slots[begin + n]
-                if step.sees(r, position, first + context + n, True) and (slot >= 0 or not step.store_first):
-                    keys.append(after[slot] if step.store_first else (k[begin + n], v[begin + n]))
+                slot, at = step.slots[begin + n], first + context + n
+                if step.sees(r, position, at, True) and (slot >= 0 or not step.store_first):
+                    keys.append((at, *(after[slot] if step.store_first else (k[begin + n], v[begin + n]))))
             for head in range(q.shape[1]):
-                scores = [scale * float(q[begin + i, head] @ key[head // group]) for key, _ in keys]
+                slope = 0.0 if slopes is None else slopes[head]
+                query = scale * q[begin + i, head]
+                scores = [float(slope * (at - position) + query @ key[head // group]) for at, key, _ in keys]
                 scores += [float(sinks[head])] if sinks is not None and step.owners[r] else []
                 if max(scores, default=-math.inf) == -math.inf:
                     continue
                 weights = np.exp(np.array(scores) - max(scores))
                 lse[begin + i, head] = max(scores) + math.log(weights.sum())
-                for weight, (_, value) in zip(weights / weights.sum(), keys, strict=False):
+                for weight, (_, _, value) in zip(weights / weights.sum(), keys, strict=False):
                     output[begin + i, head] += weight * value[head // group]
     return output, lse, after
 

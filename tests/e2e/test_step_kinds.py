@@ -60,8 +60,8 @@ class World:
         """Runs a step there and here; the verdict and the numbers must be the same."""
         num = sum(step.query_lens)
         q, k, v = self.tokens(num, HEADS, DIM), self.tokens(num, KV_HEADS, DIM), self.tokens(num, KV_HEADS, DIM_V)
-        extra = [0.5, -1.0, 2.0, -np.inf] if sinks else None
-        options = attnd.AttentionOptions(scale=SCALE, backend=backend, return_lse=lse, sinks=extra)
+        extra, slopes = ([0.5, -1.0, 2.0, -np.inf], [0.25, 0.5, 1.0, 0.0]) if sinks else (None, None)
+        options = attnd.AttentionOptions(scale=SCALE, backend=backend, return_lse=lse, sinks=extra, alibi_slopes=slopes)
         wrong = refusal(step, PAGE)
         verdict = ""
         try:
@@ -71,7 +71,7 @@ class World:
         assert verdict == wrong, step
         if wrong:
             return
-        output, all_lse, self.lies = attend(step, q, k, v, self.lies, PAGE, SCALE, extra, self.rounded)
+        output, all_lse, self.lies = attend(step, q, k, v, self.lies, PAGE, SCALE, extra, self.rounded, slopes)
         assert_close(torch.tensor(given[0] if lse else given), output, torch.float32)
         if lse:
             assert_close(torch.tensor(given[1]), all_lse, torch.float32)
