@@ -72,7 +72,7 @@ class Cache(Sessions):
         """The cache as the server sees it. Starts the lease again. Raises CacheLost if it has gone."""
         request = cache_pb2.RenewCacheRequest(cache=self.ref).SerializeToString()
         data = self._unary("RenewCache", request)
-        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.RenewCacheResponse, data).cache
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.RenewCacheResponse, data, frames.MAX_CACHE_FIELDS).cache
         return info
 
     def renew(self) -> None:
@@ -106,7 +106,7 @@ class Cache(Sessions):
         self._client.capabilities()  # waits for it, and learns its epoch and planes
         request = cache_pb2.AdoptCacheRequest(cache=self.ref).SerializeToString()
         data = self._client.wait_for_answer("AdoptCache", request)
-        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data).cache
+        info: cache_pb2.CacheInfo = frames.parse(cache_pb2.AdoptCacheResponse, data, frames.MAX_CACHE_FIELDS).cache
         self.missing = self._client.missing_in(info.cache.epoch)
         self.ref, self.ttl_s = info.cache, info.ttl_s
         if self._renew:

@@ -87,7 +87,7 @@ class Client(Connection):
             if self.missing is not None:
                 self.missing.check_cache(request)
         data = self.transport.unary("CreateCache", request.SerializeToString(), self.timeout_s, wait=True)
-        info = frames.parse(cache_pb2.CreateCacheResponse, data).cache
+        info = frames.parse(cache_pb2.CreateCacheResponse, data, frames.MAX_CACHE_FIELDS).cache
         cache = Cache(self, info, spec.renew, self.missing_in(info.cache.epoch))
         try:
             if cache.missing is not None:
@@ -113,7 +113,7 @@ class Client(Connection):
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
         data = self.transport.unary(method, request, self.timeout_s)
-        info = frames.parse(response, data).cache
+        info = frames.parse(response, data, frames.MAX_CACHE_FIELDS).cache
         return Cache(self, info, missing=self.missing_in(info.cache.epoch))
 
     def list_caches(self) -> list[cache_pb2.CacheInfo]:

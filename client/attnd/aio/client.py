@@ -83,7 +83,7 @@ class AsyncClient(AsyncConnection):
             if self.missing is not None:
                 self.missing.check_cache(request)
         data = await self.transport.unary("CreateCache", request.SerializeToString(), self.timeout_s, wait=True)
-        info = frames.parse(cache_pb2.CreateCacheResponse, data).cache
+        info = frames.parse(cache_pb2.CreateCacheResponse, data, frames.MAX_CACHE_FIELDS).cache
         cache = AsyncCache(self, info, spec.renew, await self.missing_in(info.cache.epoch))
         try:
             if cache.missing is not None:
@@ -109,7 +109,7 @@ class AsyncClient(AsyncConnection):
         ref = cache_pb2.CacheRef(id=requests.cache_id(cache_id), epoch=now.epoch if epoch is None else epoch)
         method, request, response = requests.open_cache(ref, now.epoch)
         data = await self.transport.unary(method, request, self.timeout_s)
-        info = frames.parse(response, data).cache
+        info = frames.parse(response, data, frames.MAX_CACHE_FIELDS).cache
         return AsyncCache(self, info, missing=await self.missing_in(info.cache.epoch))
 
     async def list_caches(self) -> list[cache_pb2.CacheInfo]:

@@ -24,6 +24,8 @@ from attnd.v1 import attention_pb2, step_pb2, tensor_pb2
 # One constant for both sides: gRPC's own default for receiving is 4 MiB.
 MAX_MESSAGE_BYTES = 256 << 20
 
+# Most fields of a message about one cache: a thousand layer groups, each with all that the server fills in, have fewer.
+MAX_CACHE_FIELDS = 1 << 15
 # Most fields of a message that lists caches: ten thousand of them have as many.
 MAX_LIST_FIELDS = 1 << 19
 # Most bytes of a tensor beside its elements: its dtype, its shape, and where it lies.

@@ -40,7 +40,7 @@ def ask_written_pages(cache: cache_pb2.CacheRef, group: int = 0) -> bytes:
 
 def written_pages(data: bytes) -> list[int]:
     """The pages that RenewCache told of. Raises Unsupported: the server cannot tell."""
-    response = frames.parse(cache_pb2.RenewCacheResponse, data)
+    response = frames.parse(cache_pb2.RenewCacheResponse, data, frames.MAX_CACHE_FIELDS)
     if not response.HasField("written_pages"):
         raise Unsupported("the server does not tell which pages were written to: it is of an earlier version")
     return ints(memoryview(response.written_pages.data).cast("i"), "written_pages")
