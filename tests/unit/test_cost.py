@@ -26,7 +26,7 @@ from attnd_server.attention.ops import Plan
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.memory import is_memory_error
-from attnd_server.execution import batch, cost, kept_plans, step, turns
+from attnd_server.execution import batch, by_options, cost, kept_plans, turns
 from attnd_server.execution.cost import cost_of, most_work
 from attnd_server.execution.kept_plans import KeptPlans, Plans, tensor_bytes
 from attnd_server.execution.queue import Job
@@ -501,17 +501,29 @@ def test_the_bytes_of_a_plan_are_those_of_its_tensors() -> None:
     assert tensor_bytes(plan) == part.mask.nbytes + part.slots.nbytes + unused
 
 
-def test_a_step_forgets_options_if_they_are_too_many(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "MAX_OPTIONS", 4)
-    monkeypatch.setattr(batch, "MAX_OPTIONS", 4)
+@pytest.mark.parametrize(("limit", "most"), [("MAX_OPTIONS", 4), ("MAX_OPTION_BYTES", 4 * 4 * HEADS)])
+def test_a_step_forgets_options_if_they_are_too_many_or_too_large(
+    server: Waiting, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
+) -> None:
+    monkeypatch.setattr(by_options, limit, most)
     caller = Caller(server, [5], seed=1)
     caller.open()
     for number in range(1, 12):
-        call = caller.call(0, attnd.AttentionOptions(scale=1 / number))
+        call = caller.call(0, attnd.AttentionOptions(scale=1 / number, sinks=torch.full((HEADS,), 1.0)))
         assert isinstance(call, Call)
         assert isinstance(server.together([call])[0], bytes)
         kept = call.step
         assert max(map(len, (kept.costs, kept.graphs, kept.share_keys))) <= 4
+
+
+def test_options_that_are_too_large_are_not_kept(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_options, "MAX_OPTION_BYTES", 4 * HEADS - 1)
+    caller = Caller(server, [5], seed=1)
+    caller.open()
+    call = caller.call(0, attnd.AttentionOptions(sinks=torch.full((HEADS,), 1.0)))
+    assert isinstance(call, Call)
+    assert isinstance(server.together([call])[0], bytes)
+    assert [len(kept) for kept in (call.step.costs, call.step.graphs, call.step.share_keys)] == [0, 0, 0]
 
 
 def test_pages_that_were_written_are_counted_as_they_come(server: Waiting) -> None:

@@ -178,6 +178,11 @@ class AttentionOptions:
             object.__setattr__(self, "window", 0)
 
     @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(array.nbytes for array in (self.alibi_slopes, self.sinks) if array is not None)
+
+    @cached_property
     def sizes(self) -> list[tuple[str, float]]:
         """Each option that makes scores of any size: its name, and the size of its greatest finite number."""
         arrays = {"alibi_slopes": self.alibi_slopes, "sinks": self.sinks}

@@ -21,7 +21,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.cost import LONG_WORK
 from attnd_server.execution.share_key import ShareKey
-from attnd_server.execution.step import MAX_OPTIONS, Call, Result, Step
+from attnd_server.execution.step import Call, Result, Step
 from attnd_server.execution.work import Work
 from attnd_server.kv.page_spaces import CachePages
 
@@ -88,11 +88,9 @@ def _key_of(call: Call, ops: TritonAttentionOps) -> ShareKey | None:
     step, options = call.step, call.options
     if step.group.pages is None or call.q is None or call.k is None or call.v is None:
         return None
-    if options not in step.share_keys:
-        if len(step.share_keys) >= MAX_OPTIONS:
-            step.share_keys.clear()
-        step.share_keys[options] = _share_key(step, step.group.pages, options, ops)
-    return step.share_keys[options]
+    if options in step.share_keys:
+        return step.share_keys[options]
+    return step.share_keys.put(options, _share_key(step, step.group.pages, options, ops))
 
 
 def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: TritonAttentionOps) -> ShareKey | None:

@@ -18,6 +18,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.device.host_results import on_host
+from attnd_server.execution.by_options import ByOptions
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
@@ -30,8 +31,8 @@ from attnd_server.kv.layer_group import LayerGroup
 
 # Tokens that a call of a small step attends to, over all its rows. On a GPU it takes half a millisecond at most.
 SMALL_STEP_TOKENS, SMALL_GPU_STEP_TOKENS = 4_096, 1 << 19
-# Elements of the page tables of a small step, and options that a step keeps something for.
-SMALL_STEP_PAGES, MAX_OPTIONS = 1 << 17, 1_024
+# Elements of the page tables of a small step.
+SMALL_STEP_PAGES = 1 << 17
 
 
 @dataclass(eq=False)
@@ -66,11 +67,11 @@ class Step:
     captured: CapturedGraphs | None = None
     kept: KeptPlans | None = None
     most_work: float = math.inf
-    costs: dict[AttentionOptions, Cost] = field(default_factory=dict)
-    graphs: dict[AttentionOptions, DecodeGraphs | None] = field(default_factory=dict)
+    costs: ByOptions[Cost] = field(default_factory=ByOptions)
+    graphs: ByOptions[DecodeGraphs | None] = field(default_factory=ByOptions)
     plans: Plans = field(default_factory=Plans)
     stored: StoredTokens | None = None
-    share_keys: dict[AttentionOptions, ShareKey | None] = field(default_factory=dict)
+    share_keys: ByOptions[ShareKey | None] = field(default_factory=ByOptions)
     is_marked: bool = False
     counts: StepCounts | None = None
     trace: StepTrace | None = None
@@ -95,19 +96,15 @@ class Step:
             cost = cost_of(self.group.config, self.metadata, options, self.group.device)
             if cost.work > self.most_work:
                 raise too_costly(cost.work, self.most_work)
-            if len(self.costs) >= MAX_OPTIONS:
-                self.costs.clear()
-            self.costs[options] = cost = cost._replace(is_small=cost.is_small and self.is_small)
+            cost = self.costs.put(options, cost._replace(is_small=cost.is_small and self.is_small))
         return cost
 
     def graphs_for(self, options: AttentionOptions) -> DecodeGraphs | None:
         """What serves layers with these options, if a warm-up captured it."""
-        if options not in self.graphs:
-            if len(self.graphs) >= MAX_OPTIONS:
-                self.graphs.clear()
-            found = None if (graphs := self.captured) is None else graphs.find(self.group, options, self.metadata)
-            self.graphs[options] = found
-        return self.graphs[options]
+        if options in self.graphs:
+            return self.graphs[options]
+        found = None if (graphs := self.captured) is None else graphs.find(self.group, options, self.metadata)
+        return self.graphs.put(options, found)
 
     def plan_for(self, options: AttentionOptions, ops: TritonAttentionOps) -> Plan:
         """What else serves them. Raises Unsupported as `TritonAttentionOps.choose` does."""
@@ -121,7 +118,7 @@ class Step:
                 self.plans[options] = plan
             else:
                 num_bytes = most_bytes(self.metadata) if self.is_small else tensor_bytes(plan.state)
-                self.kept.keep(self.cache.principal, self.plans, options, plan, num_bytes)
+                self.kept.keep(self.cache.principal, self.plans, options, plan, num_bytes + options.num_bytes)
         return plan
 
     def make_ready(self, options: AttentionOptions, ops: TritonAttentionOps) -> None:

@@ -1,0 +1,32 @@
+"""What a step keeps by the options of its calls: no more than so many, and options of no more than so many bytes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from attnd_server.attention.metadata import AttentionOptions
+
+# Of one step of one layer group. Layers of a model may each have sinks of their own: a kilobyte at most.
+MAX_OPTIONS, MAX_OPTION_BYTES = 1_024, 256 << 10
+
+V = TypeVar("V")
+
+
+class ByOptions(dict[AttentionOptions, V]):
+    """By the options of a layer, what was made of them. `put` alone adds to it."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        super().__init__()
+        self._num_bytes = 0
+
+    def put(self, options: AttentionOptions, value: V) -> V:
+        """Keeps and returns `value`, and lets all others go where there would be too many."""
+        num_bytes = options.num_bytes
+        if len(self) >= MAX_OPTIONS or self._num_bytes + num_bytes > MAX_OPTION_BYTES:
+            self.clear()
+            self._num_bytes = 0
+        if num_bytes <= MAX_OPTION_BYTES:
+            self[options] = value
+            self._num_bytes += num_bytes
+        return value
