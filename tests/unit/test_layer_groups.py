@@ -19,8 +19,10 @@ from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution.step import Call
 from attnd_server.inproc import PRINCIPAL, InprocTransport
+from attnd_server.kv import limits, page_spaces
 from attnd_server.kv.cache_shape import CacheShape
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.page_space import SharedSpace
 from attnd_server.kv.restored import Restored
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.prometheus import ServerCollector
@@ -323,6 +325,23 @@ def test_layers_of_like_groups_share_a_launch_whatever_caches_they_are_of(
         assert server.launches() == launches
 
 
+def test_few_groups_are_made_ready_ahead(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose layers were called before, and not a thousand of them."""
+    ahead: list[int] = []
+    monkeypatch.setattr(session_module, "plan_ahead", lambda _, step, options: ahead.append(step.group.index))
+    stream = Stream(server, 1, tuple(Group((layer,), 1, 8, 8, 4, 8) for layer in range(10)))
+    stream.opens([1, 1])
+    for layer in (0, 3, 9):
+        stream.call(layer, [1, 1])
+    assert ahead == []
+    stream.opens([1, 1])
+    assert ahead == [0, 3]
+    for layer in range(10):
+        stream.call(layer, [1, 1])
+    stream.opens([1, 1])
+    assert ahead[2:] == list(range(session_module.MAX_GROUPS_AHEAD))
+
+
 def test_the_same_call_again_of_another_group_is_checked(server: Waiting) -> None:
     """On a shm plane, where the last call of a lane may be meant again."""
     alike = (Group((0, 2), 2, 16, 16, 4, 12), Group((1, 3), 2, 16, 16, 4, 12), Group((4,), 1, 16, 16, 4, 12))
@@ -447,3 +466,59 @@ def test_pages_of_all_groups_are_told_together() -> None:
         assert told_pages == {"attnd_pages": 44, "attnd_pages_in_use": 4}
     finally:
         service.close()
+
+
+def test_windows_do_not_keep_groups_out_of_one_space(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their calls share a launch with those that have the window as an option, and with no others."""
+    monkeypatch.setattr(session_module, "plan_ahead", lambda *_: None)
+    alike = (Group((0,), 2, 16, 16, 4, 12), Group((1,), 2, 16, 16, 4, 12, window=5), Group((2,), 2, 16, 16, 4, 12))
+    streams = [Stream(server, seed, alike) for seed in range(2)]
+    spaces = {group.pages.space.id for cache in server.service.caches.all() for group in cache.groups if group.pages}
+    assert len(spaces) == 1
+    for stream in streams:
+        stream.fills([5, 8])
+        stream.opens([1, 1])
+    for layers_of, launches in (((0, 2), {2: 1}), ((1, 1), {2: 1}), ((0, 1), {1: 2})):
+        calls = [stream.call(layer, [1, 1]) for stream, layer in zip(streams, layers_of, strict=True)]
+        server.launches()
+        answers = server.together([work for work, _ in calls])
+        for answer, layer, (_, expected) in zip(answers, layers_of, calls, strict=True):
+            check(output_of(answer, layer), expected)
+        assert server.launches() == launches
+
+
+def test_addresses_are_taken_for_a_few_geometries_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_spaces, "MAX_SHARED_SPACES", 2)
+    table = CacheTable(ServerConfig(), CPU, kv_bytes=1 << 20)
+    first, second = (table.create(shape(), principal="a", ttl_s=9, name="") for _ in range(2))
+
+    def kinds() -> list[bool]:
+        groups = [group for cache in (first, second) for group in cache.groups]
+        return [isinstance(group.pages.space, SharedSpace) for group in groups if group.pages]
+
+    assert kinds() == [True, True, False] * 2
+    table.delete(first.info().cache, "a")
+    first = table.create(shape(), principal="a", ttl_s=9, name="")
+    assert kinds() == [True, True, False] * 2
+    assert all(not group.k_pages.view(torch.uint8).any() for group in first.groups)
+
+
+def test_groups_of_all_caches_have_a_limit() -> None:
+    table = CacheTable(ServerConfig(max_caches=4, tokens="file"), CPU, kv_bytes=1 << 20)
+    most = limits.GROUPS_PER_CACHE
+
+    def create(principal: str, num_groups: int) -> None:
+        groups = tuple(Group((layer,), 1, 8, 8, 1, 1) for layer in range(num_groups))
+        table.create(shape(groups), principal=principal, ttl_s=9, name="")
+
+    create("a", most)
+    told = (
+        f"groups has {most + 1} elements, but of a principal's {2 * most} layer groups {most} exist and {most} are free"
+    )
+    with pytest.raises(Exhausted, match=told) as refused:
+        create("a", most + 1)
+    assert refused.value.field == "groups"
+    create("a", most)
+    create("b", 2 * most)
+    with pytest.raises(Exhausted, match=f"of the server's {4 * most} layer groups {4 * most} exist and 0 are free"):
+        create("c", 1)

@@ -71,12 +71,12 @@ class CacheShape(Generic[G]):
                 places[layer] = group, index
         return places
 
-    @property
+    @cached_property
     def num_pages(self) -> int:
         """Pages of all groups."""
         return sum(config.num_pages for config in self.groups)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of KV memory."""
         return sum(config.num_bytes for config in self.groups)

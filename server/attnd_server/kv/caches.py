@@ -97,9 +97,9 @@ class CacheTable:
         reservation = object()
         with self._lock:
             holdings = self._holdings()
-            self._limits.refuse_if_too_many(holdings, principal)
+            self._limits.refuse_if_too_many(holdings, principal, len(shape.groups))
             used = self._limits.refuse_if_full(holdings, principal, shape.num_bytes, asked, field="num_pages")
-            self._reserved[reservation] = Holding(principal, shape.num_bytes)
+            self._reserved[reservation] = Holding(principal, shape.num_bytes, len(shape.groups))
         try:
             cache = Cache(
                 shape,
@@ -218,7 +218,8 @@ class CacheTable:
 
     def _holdings(self) -> list[Holding]:
         """Who takes what, caches that are being allocated included. With the lock."""
-        return [*(Holding(cache.principal, cache.num_bytes) for cache in self.all()), *self._reserved.values()]
+        made = (Holding(cache.principal, cache.num_bytes, len(cache.groups)) for cache in self.all())
+        return [*made, *self._reserved.values()]
 
     def _forget(self, cache: Cache) -> None:
         """With the lock."""

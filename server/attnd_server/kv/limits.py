@@ -8,12 +8,16 @@ from typing import NamedTuple
 from attnd.errors import Exhausted
 from attnd_server.config import PrincipalLimits
 
+# Layer groups of all caches, for each cache that there may be: models have a few, and each takes some of the host.
+GROUPS_PER_CACHE = 32
+
 
 class Holding(NamedTuple):
-    """A cache, or one that is being allocated: whose it is, and the bytes that it takes."""
+    """A cache, or one that is being allocated: whose it is, the bytes that it takes, and its layer groups."""
 
     principal: str
     num_bytes: int
+    num_groups: int = 1
 
 
 class CacheLimits:
@@ -25,8 +29,8 @@ class CacheLimits:
         self._kv_bytes = kv_bytes
         self._share = share
 
-    def refuse_if_too_many(self, holdings: Sequence[Holding], principal: str) -> None:
-        """Raises Exhausted if there may not be one more cache of `principal`."""
+    def refuse_if_too_many(self, holdings: Sequence[Holding], principal: str, num_groups: int = 1) -> None:
+        """Raises Exhausted if there may not be one more cache of `principal`, with so many layer groups."""
         count = len(holdings)
         own = sum(each.principal == principal for each in holdings)
         if count >= self._max_caches:
@@ -35,6 +39,18 @@ class CacheLimits:
             raise Exhausted(
                 f"{own} caches of this principal exist, but a principal's limit is {self._share.caches}; 0 are free"
             )
+
+        groups = sum(each.num_groups for each in holdings)
+        own_groups = sum(each.num_groups for each in holdings if each.principal == principal)
+        limits = ("the server's", self._max_caches, groups), ("a principal's", self._share.caches, own_groups)
+        for whose, max_caches, there in limits:
+            most = GROUPS_PER_CACHE * max_caches
+            if there + num_groups > most:
+                raise Exhausted(
+                    f"groups has {num_groups} elements, but of {whose} {most} layer groups {there} exist and "
+                    f"{most - there} are free",
+                    field="groups",
+                )
 
     def refuse_if_full(
         self, holdings: Sequence[Holding], principal: str, num_bytes: int, asked: str, field: str = ""

@@ -45,7 +45,7 @@ class PageSpace:
             v: likewise; None where the config is latent.
         """
         self.id = next(_ids)
-        self.config = replace(config, num_layers=1, num_pages=len(k))
+        self.config = replace(config, num_layers=1, num_pages=len(k), window=0)
         self.k, self.v = k, k[..., : config.head_dim_v] if v is None else v
 
     @property

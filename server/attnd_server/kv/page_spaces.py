@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 # Addresses of a space, as a multiple of the memory that all caches may take: holes between caches cost nothing.
 _ADDRESSES = 4
 
+# Spaces that have more addresses than memory: all together must fit those that a process has.
+MAX_SHARED_SPACES = 256
+
 
 class CachePages:
     """The pages of one cache.
@@ -56,7 +59,7 @@ class PageSpaces:
     def take(self, config: AttentionConfig) -> CachePages:
         """Pages for a cache. Raises RuntimeError, MemoryError or torch.OutOfMemoryError if the device has none left."""
         num_pages = config.num_layers * config.num_pages
-        alike = replace(config, num_layers=1, num_pages=1)
+        alike = _alike(config)
         with self._lock:
             for space in self._spaces.get(alike, ()):
                 first = space.take(num_pages)
@@ -68,7 +71,7 @@ class PageSpaces:
 
     def give_back(self, pages: CachePages, config: AttentionConfig) -> None:
         """Takes the pages of a cache back. Whoever still holds its tensors may see another's data in them later."""
-        alike = replace(config, num_layers=1, num_pages=1)
+        alike = _alike(config)
         with self._lock:
             pages.space.give_back(pages.first, config.num_layers * config.num_pages)
             if pages.space.is_empty:
@@ -78,6 +81,8 @@ class PageSpaces:
                     del self._spaces[alike]
 
     def _new_space(self, config: AttentionConfig, num_pages: int) -> tuple[PageSpace, int]:
+        if sum(isinstance(each, SharedSpace) for alike in self._spaces.values() for each in alike) >= MAX_SHARED_SPACES:
+            return self._lone(config, num_pages)
         most = min(_ADDRESSES * self._num_bytes // (config.num_bytes // num_pages), MAX_SLOTS // config.page_size)
         try:
             space = SharedSpace(config, most, self._device)
@@ -94,6 +99,14 @@ class PageSpaces:
             if first is not None:
                 return space, first
             space.close()
+        return self._lone(config, num_pages)
+
+    def _lone(self, config: AttentionConfig, num_pages: int) -> tuple[PageSpace, int]:
         whole = replace(config, num_layers=1, num_pages=num_pages)
         tensors = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in tensors_of(whole)]
         return PageSpace(config, *tensors), 0
+
+
+def _alike(config: AttentionConfig) -> AttentionConfig:
+    """Equal for caches, and layer groups, whose pages lie in one space: what windows hide is not their concern."""
+    return replace(config, num_layers=1, num_pages=1, window=0)

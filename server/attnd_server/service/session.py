@@ -34,6 +34,9 @@ MAX_OPEN_STEPS = 8
 BIG_HEADER_BYTES = 256 << 10
 # Bytes of the message of a call that is kept, so that the next one may say "again": its tensors lie in a region.
 MAX_KEPT_CALL_BYTES = 256 << 10
+# Layer groups that are made ready for their first calls when a step is opened: models have a few, and a step with a
+# thousand is not to have the device for all of them.
+MAX_GROUPS_AHEAD = 8
 # Seconds without a message after which nobody goes on with a step that is open: no layer of a model takes so long.
 SILENT_S = 3.0
 # Layer groups of a cache whose calls are planned ahead, and bytes of the options that are kept for that: models have a
@@ -206,7 +209,7 @@ class AttendSession:
         self._last_id = message.id
         self._unfinished.add(message.id)
         self._heard_at = time.monotonic()
-        for step in steps:
+        for step in steps[:MAX_GROUPS_AHEAD]:
             options = self._last_options.get(step.group.index)
             if options is not None:  # most likely those of its first call, too
                 plan_ahead(self._service.executor, step, options)
