@@ -134,12 +134,11 @@ def test_slots_and_pages_are_those_of_the_group(cache: attnd.Cache, session: att
             read_k, read_v = cache.read_kv(layer, worker.slots(layer, request), like=k)
             torch.testing.assert_close(read_k, k)
             torch.testing.assert_close(read_v, v)
-    # The least slot that WINDOWED has not is one that FULL lacks too, but LATENT has.
-    num_slots = {group.page_size * group.num_pages: group for group in GROUPS}
-    most = max(num_slots)
-    assert num_slots[most] is LATENT
-    with pytest.raises(attnd.InvalidRequest, match=r"slot_mapping\[0\] is 55, but the cache has slots 0\.\.47"):
-        cache.read_kv(0, [most - 1], like=torch.empty(0))
+    # The last slot of LATENT is none of FULL.
+    last = LATENT.page_size * LATENT.num_pages - 1
+    cache.read_kv(3, [last], like=torch.empty(0))
+    with pytest.raises(attnd.InvalidRequest, match=rf"slot_mapping\[0\] is {last}, but the cache has slots 0\.\.47"):
+        cache.read_kv(0, [last], like=torch.empty(0))
     with pytest.raises(attnd.InvalidRequest, match=r"^layer is 6, but the cache has layers 0\.\.5"):
         cache.read_kv(6, [0], like=torch.empty(0))
 
@@ -211,8 +210,6 @@ def test_the_cache_is_told_as_it_was_asked_for(client: attnd.Client, cache: attn
         filled = cache_pb2.LayerGroup()
         filled.CopyFrom(given)
         filled.kv_dtype = given.kv_dtype or asked.dtype
-        if given.latent and given.kv_dtype:
-            filled.v_scales.CopyFrom(given.k_scales)
         assert answered == filled
     # A flat cache is told without them.
     with client.create_cache(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=1) as flat:
