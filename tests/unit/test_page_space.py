@@ -7,19 +7,23 @@ import resource
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from attnd.errors import Exhausted
 from attnd.protocol.cuda import driver as cuda_driver
 from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.ops import TritonAttentionOps
+from attnd_server.config import ServerConfig
 from attnd_server.device import gpu_addresses
 from attnd_server.device.indexed import with_index
 from attnd_server.kv import addresses
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.cache_shape import CacheShape
-from attnd_server.kv.page_space import SharedSpace
+from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.page_space import MOST_UNIT_BYTES, SharedSpace
 from attnd_server.kv.page_spaces import CachePages, PageSpaces
 from tests.unit.fake_driver import UNIT, FakeDriver
 
@@ -251,3 +255,40 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPat
     with pytest.raises(Stop):
         Cache(CacheShape.of(config), epoch=1, principal="", ttl_s=1, name="", device=torch.device("cuda"))
     assert seen == [torch.device("cuda", 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "unused"),
+    [
+        # Pages of 512 bytes of K and of V: 4096 fill a unit of each, and the first units are nobody's.
+        ({"num_pages": 1}, 2 * 4095 * 512 + 2 * MOST_UNIT_BYTES),
+        ({"num_pages": 4096}, 2 * MOST_UNIT_BYTES),
+        ({"num_pages": 4097, "num_layers": 2}, 2 * (4096 - 2) * 512 + 2 * MOST_UNIT_BYTES),
+        # Of 768, of which no fewer end with a unit.
+        ({"num_pages": 1, "num_kv_heads": 3}, 2 * 8191 * 768 + 2 * MOST_UNIT_BYTES),
+        ({"num_pages": 1, "num_kv_heads": 1, "latent": True}, 8191 * 256 + MOST_UNIT_BYTES),
+    ],
+)
+def test_what_units_of_a_gpu_leave_unused_is_known(changes: dict[str, Any], unused: int) -> None:
+    config = replace(AttentionConfig(1, 2, 16, 1, page_size=4, dtype=torch.float32), **changes)
+    on_gpu = PageSpaces(torch.device("cuda", 0), 1 << 30)
+    assert on_gpu.unused_bytes([config]) == 0
+    most = replace(config, num_pages=1, num_kv_heads=1 if config.latent else 511)
+    assert on_gpu.unused_bytes([config, most]) == on_gpu.unused_bytes([most, config]) == unused
+    assert PageSpaces(CPU, 1 << 30).unused_bytes([config, most]) == 0
+
+
+def test_what_units_leave_unused_counts_for_each_layer_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PageSpaces, "unused_bytes", lambda self, groups: 1_000_000 * (len(groups) - 1))
+    one = replace(AttentionConfig(1, 2, 16, 1, page_size=4, dtype=torch.float32), num_layers=1)
+    table = CacheTable(ServerConfig(), CPU, 9_000_000)
+    lease: dict[str, Any] = {"principal": "a", "ttl_s": 60, "name": ""}
+    eight = table.create(CacheShape((one,) * 8, tuple((layer,) for layer in range(8))), **lease)
+    assert eight.num_bytes == eight.shape.num_bytes == 8 * one.num_bytes
+    rule = r"takes 2003072 bytes, but of the server's 9000000 bytes of KV memory 7008192 are in use"
+    three = CacheShape((one,) * 3, ((0,), (1,), (2,)))
+    with pytest.raises(Exhausted, match=rule):
+        table.create(three, **lease)
+    table.create(one, **lease)  # as ever
+    table.delete(eight.info().cache, "a")
+    table.create(three, **lease)

@@ -17,7 +17,7 @@ from attnd_server.config import ServerConfig
 from attnd_server.kv import cache as cache_module
 from attnd_server.service.kept_steps import BIG_STEP_ELEMENTS, is_big, step_bytes
 from attnd_server.service.service import AttentionService
-from attnd_server.service.session import MAX_PLANNED_GROUPS, AttendSession
+from attnd_server.service.session import MAX_GROUPS_AHEAD, AttendSession
 from tests.fuzz.tensors import ints
 
 NUM_GROUPS = 60
@@ -219,7 +219,7 @@ def test_options_are_kept_for_a_few_groups_and_a_thousand_heads(
     assert not session._last_options
     for layer in range(NUM_GROUPS):
         session.request(call(layer, 1_024, slopes=True))
-    assert len(session._last_options) == MAX_PLANNED_GROUPS < NUM_GROUPS
+    assert len(session._last_options) == MAX_GROUPS_AHEAD < NUM_GROUPS
 
 
 def test_the_config_of_a_cache_is_said_once(

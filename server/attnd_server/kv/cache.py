@@ -38,6 +38,7 @@ class Cache:
         is_used: whether anybody may have changed it in this life of the server.
         is_closed: whether it was deleted or its lease has ended.
         num_graph_bytes: bytes of the device's memory that buffers of its CUDA graphs take, or are about to.
+        num_unused_bytes: bytes that its pages take beside their own, and that count against the limits, too.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Cache:
         self._spaces = spaces or PageSpaces(device, shape.num_bytes)
         self._take()
         self._when_closed: list[Callable[[], None]] = []
-        self.num_graph_bytes = 0
+        self.num_graph_bytes = self.num_unused_bytes = 0
         self.renew()
 
     def _take(self) -> None:

@@ -93,13 +93,14 @@ class CacheTable:
             _refuse_if_different(made, shape, ttl_s, name)
             made.renew()
             return made
-        asked = f"{shape}, which takes"
-        reservation = object()
+        asked, reservation = f"{shape}, which takes", object()
+        num_unused_bytes = self._spaces.unused_bytes(shape.groups)
+        num_bytes = shape.num_bytes + num_unused_bytes
         with self._lock:
             holdings = self._holdings()
             self._limits.refuse_if_too_many(holdings, principal, len(shape.groups))
-            used = self._limits.refuse_if_full(holdings, principal, shape.num_bytes, asked, field="num_pages")
-            self._reserved[reservation] = Holding(principal, shape.num_bytes, len(shape.groups))
+            used = self._limits.refuse_if_full(holdings, principal, num_bytes, asked, field="num_pages")
+            self._reserved[reservation] = Holding(principal, num_bytes, len(shape.groups))
         try:
             cache = Cache(
                 shape,
@@ -114,13 +115,14 @@ class CacheTable:
             )
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise Exhausted(
-                f"{asked} {shape.num_bytes} bytes: of the server's {self.kv_bytes} bytes of KV memory {used} are in "
+                f"{asked} {num_bytes} bytes: of the server's {self.kv_bytes} bytes of KV memory {used} are in "
                 f"use and {self.kv_bytes - used} are free, but {self._device} cannot allocate them: {error}",
                 field="num_pages",
             ) from None
         finally:
             with self._lock:
                 self._reserved.pop(reservation)
+        cache.num_unused_bytes = num_unused_bytes
         with self._lock:
             self._caches[cache.id] = cache
             if key:
@@ -218,7 +220,9 @@ class CacheTable:
 
     def _holdings(self) -> list[Holding]:
         """Who takes what, caches that are being allocated included. With the lock."""
-        made = (Holding(cache.principal, cache.num_bytes, len(cache.groups)) for cache in self.all())
+        made = (
+            Holding(each.principal, each.num_bytes + each.num_unused_bytes, len(each.groups)) for each in self.all()
+        )
         return [*made, *self._reserved.values()]
 
     def _forget(self, cache: Cache) -> None:

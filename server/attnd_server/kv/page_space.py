@@ -21,7 +21,7 @@ from attnd_server.kv.addresses import Addresses, addresses_on
 # Slots of a space: kernels count them in int32.
 MAX_SLOTS = 2**31 - 1
 # Bytes in which memory comes, at the most: those of a GPU.
-_MOST_UNIT_BYTES = 2 << 20
+MOST_UNIT_BYTES = 2 << 20
 
 _ids = itertools.count()
 
@@ -80,8 +80,8 @@ class SharedSpace(PageSpace):
             OSError: likewise, or the system has too few of them.
             RuntimeError: likewise.
         """
-        self._page_bytes = [dtype.itemsize * torch.Size(shape[1:]).numel() for shape, dtype in tensors_of(config)]
-        margin = 2 * max(_pages_per_unit(page_bytes, _MOST_UNIT_BYTES) for page_bytes in self._page_bytes)
+        self._page_bytes = page_sizes(config)
+        margin = 2 * max(pages_per_unit(page_bytes, MOST_UNIT_BYTES) for page_bytes in self._page_bytes)
         num_pages = min(num_pages + margin, MAX_SLOTS // config.page_size)
         space = replace(config, num_layers=1, num_pages=num_pages)
         self._parts: list[Addresses] = []
@@ -102,7 +102,7 @@ class SharedSpace(PageSpace):
         )
         # Pages that fill whole units of memory, in K and V. The first unit is nobody's.
         sizes = zip(self._page_bytes, self._parts, strict=True)
-        self._unit = max(_pages_per_unit(page_bytes, part.unit_bytes) for page_bytes, part in sizes)
+        self._unit = max(pages_per_unit(page_bytes, part.unit_bytes) for page_bytes, part in sizes)
         self._all = [(self._unit, num_pages // self._unit * self._unit)]
         self._free = list(self._all)  # ranges [first, end), rising, none empty, none touching another
 
@@ -160,7 +160,12 @@ def tensors_of(config: AttentionConfig) -> list[tuple[tuple[int, ...], torch.dty
     return [k] if config.latent else [k, v]
 
 
-def _pages_per_unit(page_bytes: int, unit_bytes: int) -> int:
+def page_sizes(config: AttentionConfig) -> list[int]:
+    """Bytes of a page in each tensor of `tensors_of`."""
+    return [dtype.itemsize * torch.Size(shape[1:]).numel() for shape, dtype in tensors_of(config)]
+
+
+def pages_per_unit(page_bytes: int, unit_bytes: int = MOST_UNIT_BYTES) -> int:
     """The fewest pages that fill whole units of memory. A power of two, as the size of those is."""
     unit = 1
     while unit * page_bytes % unit_bytes:

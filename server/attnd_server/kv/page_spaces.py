@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,15 @@ import torch
 from attnd.errors import Unsupported
 from attnd_server.attention.config import AttentionConfig
 from attnd_server.device.faults import is_device_fault
-from attnd_server.kv.page_space import MAX_SLOTS, PageSpace, SharedSpace, tensors_of
+from attnd_server.kv.page_space import (
+    MAX_SLOTS,
+    MOST_UNIT_BYTES,
+    PageSpace,
+    SharedSpace,
+    page_sizes,
+    pages_per_unit,
+    tensors_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +64,17 @@ class PageSpaces:
         self._num_bytes = num_bytes
         self._spaces: dict[AttentionConfig, list[PageSpace]] = {}
         self._lock = threading.Lock()
+
+    def unused_bytes(self, groups: Sequence[AttentionConfig]) -> int:
+        """Bytes of the device that the pages of a cache's layer groups take beside their own, at the most.
+
+        Memory of a GPU comes in units of megabytes, and the first unit of a space is nobody's. A processor's takes none
+        where nobody touches it. Those of one group do not count, so that a cache of all the memory there is can be
+        leased; those of hundreds are gigabytes.
+        """
+        if self._device.type != "cuda":
+            return 0
+        return sum(sorted(map(_unused_bytes, groups))[:-1])
 
     def take(self, config: AttentionConfig) -> CachePages:
         """Pages for a cache. Raises RuntimeError, MemoryError or torch.OutOfMemoryError if the device has none left."""
@@ -110,3 +130,9 @@ class PageSpaces:
 def _alike(config: AttentionConfig) -> AttentionConfig:
     """Equal for caches, and layer groups, whose pages lie in one space: what windows hide is not their concern."""
     return replace(config, num_layers=1, num_pages=1, window=0)
+
+
+def _unused_bytes(config: AttentionConfig) -> int:
+    sizes = page_sizes(config)
+    unit = max(pages_per_unit(size) for size in sizes)
+    return sum(sizes) * (-(config.num_layers * config.num_pages) % unit) + MOST_UNIT_BYTES * len(sizes)

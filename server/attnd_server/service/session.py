@@ -37,11 +37,10 @@ MAX_KEPT_CALL_BYTES = 256 << 10
 # Layer groups that are made ready for their first calls when a step is opened: models have a few, and a step with a
 # thousand is not to have the device for all of them.
 MAX_GROUPS_AHEAD = 8
+# Bytes of the options that are kept for that, of each: models have a thousand heads.
+MAX_BYTES_OF_OPTIONS_AHEAD = 16 << 10
 # Seconds without a message after which nobody goes on with a step that is open: no layer of a model takes so long.
 SILENT_S = 3.0
-# Layer groups of a cache whose calls are planned ahead, and bytes of the options that are kept for that: models have a
-# few, and a thousand heads.
-MAX_PLANNED_GROUPS, MAX_PLANNED_OPTION_BYTES = 8, 16 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +173,7 @@ class AttendSession:
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
         call = self._service.call(self._of_id(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
-        if call.step.group.index < MAX_PLANNED_GROUPS and message.options.ByteSize() <= MAX_PLANNED_OPTION_BYTES:
+        if call.step.group.index < MAX_GROUPS_AHEAD and message.options.ByteSize() <= MAX_BYTES_OF_OPTIONS_AHEAD:
             self._last_options[call.step.group.index] = call.options
         self._called(call.step, message.layer)
         if lane in self._last_calls:
