@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from attnd.protocol.tensors import ITEM_SIZES
-from attnd.v1 import cache_pb2, tensor_pb2
+from attnd.v1 import cache_pb2, step_pb2, tensor_pb2
 
 _RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -23,7 +23,7 @@ _RANGES = {
 _FLOATS = (math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1e-45, 3.4e38, 1e300)
 _EXTENTS = (-1, 0, 1, 2, 3, 4, 9, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
 # Elements of index tensors: around the ends of pages, slots and types.
-_ELEMENTS = (-(2**31), -2, -1, 0, 1, 5, 6, 7, 8, 9, 23, 24, 25, 2**31 - 1, 2**15, 2**24)
+_ELEMENTS = (-(2**31), -2, -1, 0, 1, 4, 5, 6, 7, 8, 9, 15, 16, 18, 20, 23, 24, 25, 28, 2**31 - 1, 2**15, 2**24)
 
 
 def mutate(message: Any, random_: random.Random, refs: Sequence[cache_pb2.CacheRef]) -> None:
@@ -92,8 +92,8 @@ def _places(message: Any) -> Any:
 
 
 def _spoil_list(elements: Any, random_: random.Random) -> None:
-    """A layer group goes, comes twice, in another's place, or there are empty ones, a few or hundreds."""
-    kind = random_.randrange(4)
+    """A layer group goes, comes twice, has another's place or tables, or there are empty ones, a few or hundreds."""
+    kind = random_.randrange(6)
     if kind == 0 or not elements:
         for _ in range(random_.choice((1, 2, 300))):
             elements.add()
@@ -101,9 +101,12 @@ def _spoil_list(elements: Any, random_: random.Random) -> None:
         elements.pop(random_.randrange(len(elements)))
     elif kind == 2:
         elements.add().CopyFrom(random_.choice(elements))
-    else:
+    elif kind == 3 or not isinstance(elements[0], step_pb2.StepGroup):
         first, second = (random_.choice(elements) for _ in range(2))
         first.CopyFrom(second)
+    else:
+        index = random_.randrange(len(elements))
+        elements[index].CopyFrom(step_pb2.StepGroup(tables_of=random_.randint(0, index)))
 
 
 def _set(holder: Message, field: FieldDescriptor, random_: random.Random) -> None:
