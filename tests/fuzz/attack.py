@@ -218,8 +218,9 @@ class Attack:
             world.deleted(cache_pb2.DeleteCacheRequest.FromString(data).cache)
         elif method == "CopyPages":
             request = cache_pb2.CopyPagesRequest.FromString(data)
-            group = world.pool(request.cache).groups[request.group]
-            group.copied(integers(request.source_pages), integers(request.target_pages))
+            groups = world.pool(request.cache).groups
+            assert request.group < len(groups), "pages were copied in a layer group that is none"
+            groups[request.group].copied(integers(request.source_pages), integers(request.target_pages))
         elif method in ("Prefill", "Decode"):
             message_type = attention_pb2.PrefillRequest if method == "Prefill" else attention_pb2.DecodeRequest
             request = message_type.FromString(data)

@@ -115,7 +115,7 @@ def test_a_hole_between_principals_would_be_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_group_taken_for_another_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "group", lambda value, cache: 0)
+    monkeypatch.setattr(validation, "group", lambda value, cache: value % len(cache.groups) // 2)
 
     async def copy(made: Attack) -> None:
         for _ in range(1_000):
@@ -124,7 +124,7 @@ def test_a_group_taken_for_another_would_be_found(monkeypatch: pytest.MonkeyPatc
     with (
         World() as world,
         Attack(world, random.Random(1)) as made,
-        pytest.raises(AssertionError, match=r"bytes of .* ch"),
+        pytest.raises(AssertionError, match=r"bytes of|is none"),
     ):
         asyncio.run(copy(made))
 
