@@ -85,16 +85,20 @@ class Frame:
             outer: the enclosing message, serialized, without the holder.
         """
         first = holder.SerializeToString()
-        chunks: list[bytes | memoryview | Loose] = [first]
-        size = len(first)
+        chunks: list[Any] = [first]  # bytes, memoryviews and Loose
+        size, is_dense = len(first), True
         for name, array in tensors.items():
-            num_bytes = array.data.nbytes if isinstance(array, Array) else array.num_bytes
+            if isinstance(array, Array):
+                elements: memoryview | Loose = array.data
+                num_bytes = array.data.nbytes
+            else:
+                elements, num_bytes, is_dense = array, array.num_bytes, False
             header = _tensor_header(self._tags[name], array.dtype, array.shape, num_bytes)
-            chunks += (header, array.data if isinstance(array, Array) else array)
+            chunks += (header, elements)
             size += len(header) + num_bytes
         if self._holder:
             chunks.insert(0, outer + self._holder_tag + _varint(size))
-        return joined(chunks)
+        return b"".join(chunks) if is_dense else joined(chunks)
 
     def decode(self, data: bytes, region: Region | None = None, max_header_bytes: int = MAX_MESSAGE_BYTES) -> Framed:
         """Reads the wire's bytes; the tensors are views into `data`, or into `region` if that is where they lie.

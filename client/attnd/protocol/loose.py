@@ -14,6 +14,7 @@ from attnd.protocol.tensors import (
     Array,
     dtype_of_buffer,
     to_array,
+    torch_array,
     torch_dtype,
     without_elements,
 )
@@ -50,10 +51,11 @@ def to_sendable(value: Any, field: str) -> Sendable:
     """As `to_array`, but what is not dense is left as it is. Arguments and errors are the same."""
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
-        if value.is_cpu and not value.is_contiguous() and value.numel():
-            dtype, shape, _ = without_elements(value, field)
-            return Loose(dtype, shape, value.detach())
-    elif numpy is not None and isinstance(value, numpy.ndarray) and not value.flags.c_contiguous and value.size:
+        if value.is_contiguous() or not value.is_cpu or not value.numel():
+            return torch_array(value, field)
+        dtype, shape, _ = without_elements(value, field)
+        return Loose(dtype, shape, value.detach())
+    if numpy is not None and isinstance(value, numpy.ndarray) and not value.flags.c_contiguous and value.size:
         return Loose(dtype_of_buffer(memoryview(value), field), value.shape, value)
     return to_array(value, field)
 
@@ -73,8 +75,6 @@ def copy_elements(value: Sendable, target: memoryview) -> None:
 
 def joined(chunks: Sequence[bytes | memoryview | Loose]) -> bytes:
     """`chunks` one behind the other, each copied once."""
-    if not any(isinstance(chunk, Loose) for chunk in chunks):
-        return b"".join(chunks)  # type: ignore[arg-type]  # no Loose is among them
     sizes = [chunk.num_bytes if isinstance(chunk, Loose) else len(chunk) for chunk in chunks]
     # Bytes that nobody else has yet may be written, says Python's C API, and gRPC takes nothing else without a copy.
     result: bytes = _new_bytes(None, sum(sizes))

@@ -111,7 +111,7 @@ def to_array(value: Any, field: str) -> Array:
         return value
     torch = _torch()
     if torch is not None and isinstance(value, torch.Tensor):
-        return _torch_array(value, field)
+        return torch_array(value, field)
     try:
         view = memoryview(value)
     except TypeError:
@@ -151,17 +151,18 @@ def without_elements(value: torch.Tensor, field: str) -> Array:
     return Array(dtype, tuple(value.shape), memoryview(b""))
 
 
-def _torch_array(value: torch.Tensor, field: str) -> Array:
+def torch_array(value: torch.Tensor, field: str) -> Array:
+    """As `to_array`, of a torch tensor."""
     empty = without_elements(value, field)
     if value.is_meta:
         raise InvalidRequest(f"{field} has device meta, but must have elements", field=field)
     host = value if value.is_cpu and value.is_contiguous() else value.detach().cpu().contiguous()
-    size = host.numel() * host.element_size()
+    size = host.nbytes
     if size == 0:
         return empty
     buffer = (ctypes.c_char * size).from_address(host.data_ptr())
     buffer.owner = host  # type: ignore[attr-defined]  # keeps the tensor alive as long as the view
-    return empty._replace(data=memoryview(buffer).cast("B"))
+    return Array(empty.dtype, empty.shape, memoryview(buffer).cast("B"))
 
 
 def from_array(array: Any, like: Any) -> Any:

@@ -173,8 +173,10 @@ class AttendSession:
     def _call(self, message: step_pb2.Call, tensors: Mapping[str, Array], lane: int) -> Work:
         call = self._service.call(self._of_id(message.step_id), message, tensors)
         call = self._replies.answered(call, message, lane)
-        if call.step.group.index < MAX_GROUPS_AHEAD and message.options.ByteSize() <= MAX_BYTES_OF_OPTIONS_AHEAD:
-            self._last_options[call.step.group.index] = call.options
+        index, options = call.step.group.index, call.options
+        is_new = self._last_options.get(index) is not options and index < MAX_GROUPS_AHEAD
+        if is_new and message.options.ByteSize() <= MAX_BYTES_OF_OPTIONS_AHEAD:
+            self._last_options[index] = options
         self._called(call.step, message.layer)
         if lane in self._last_calls:
             self._last_checked[lane] = call
