@@ -6,8 +6,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import numpy as np
-
 from attnd.errors import Exhausted
 from attnd.v1 import step_pb2
 from attnd_server.attention.metadata import AttentionMetadata
@@ -48,27 +46,38 @@ def step_bytes(message: step_pb2.Step, limits: ServerConfig, windows: Sequence[i
     num_reqs = min(message.cu_seqlens_q.ByteSize() // 4, limits.max_step_reqs + 1)
     is_decode, marks_tokens = message.kind == step_pb2.STEP_KIND_DECODE, message.HasField("attend_new")
     num_tokens, drops = _tokens(message, limits) if is_decode or marks_tokens or message.store_first else (0, False)
-    groups, arrays = message.groups[: len(windows)], 0  # more are refused
-    parts: Sequence[_Part] = groups or [message]
-    for part, source, window in zip(parts, _sources(message, groups), windows, strict=False):
-        elements = min(_table_elements(source, num_reqs), limits.max_page_table_elements)
+    of_group = _STEP_BYTES + _REQUEST_BYTES * num_reqs + num_tokens
+    if not message.groups:
+        tables_and_slots = _part_bytes(message, num_reqs, limits, 1 + bool(drops or message.window or any(windows)))
+        return of_group * len(windows) + tables_and_slots
+    groups = message.groups[: len(windows)]  # more are refused
+    arrays = 0
+    for part, source, window in zip(groups, _sources(groups), windows, strict=False):
         # Tables are kept as they came, unless another group has them, and without requests that have no new tokens and
         # what a window hides, if there are any.
-        arrays += 4 * elements * ((source is part) + bool(drops or part.window or window))
-        arrays += 8 * min(source.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens) + num_tokens
-    return (_STEP_BYTES + _REQUEST_BYTES * num_reqs) * len(windows) + arrays
+        num_tables = (source is part) + bool(drops or part.window or window)
+        arrays += _part_bytes(source, num_reqs, limits, num_tables)
+    return of_group * len(windows) + arrays
+
+
+def _part_bytes(part: _Part, num_reqs: int, limits: ServerConfig, num_tables: int) -> int:
+    """Bytes of page tables, which are kept so many times, and of slots."""
+    elements = min(_table_elements(part, num_reqs), limits.max_page_table_elements)
+    return 4 * elements * num_tables + 8 * min(part.slot_mapping.ByteSize() // 4, 2 * limits.max_step_tokens)
 
 
 def _tokens(message: step_pb2.Step, limits: ServerConfig) -> tuple[int, bool]:
     """The new tokens of a step, and whether a decode step has requests without any: those are left out."""
     if message.cu_seqlens_q.ByteSize() > 4 * (limits.max_step_reqs + 1) + _MAX_HEADER_BYTES:
         return 0, False  # it is refused
-    data = message.cu_seqlens_q.data
-    ends = np.frombuffer(data, "<i4", len(data) // 4)
-    if not len(ends) or not 0 <= ends[-1] <= limits.max_step_tokens:
+    ends = message.cu_seqlens_q.data
+    num_tokens = int.from_bytes(ends[-4:], "little", signed=True)
+    if not 0 <= num_tokens <= limits.max_step_tokens:
         return 0, False  # likewise
-    is_decode = message.kind == step_pb2.STEP_KIND_DECODE
-    return int(ends[-1]), is_decode and bool((ends[1:] == ends[:-1]).any())
+    # In a decode step all that have new tokens have as many as the first one that has.
+    of_first = int.from_bytes(ends[4:8], "little", signed=True)
+    all_have = of_first * (len(ends) // 4 - 1) == num_tokens > 0
+    return num_tokens, message.kind == step_pb2.STEP_KIND_DECODE and not all_have
 
 
 def _table_elements(part: _Part, num_reqs: int) -> int:
@@ -76,10 +85,8 @@ def _table_elements(part: _Part, num_reqs: int) -> int:
     return max(part.page_tables.ByteSize() // 4, num_reqs * part.page_table_delta.max_pages)
 
 
-def _sources(message: step_pb2.Step, groups: Sequence[step_pb2.StepGroup]) -> list[_Part]:
-    """What gives the tables and slots of each group, or of a step without groups: the group itself, or another one."""
-    if not groups:
-        return [message]
+def _sources(groups: Sequence[step_pb2.StepGroup]) -> list[step_pb2.StepGroup]:
+    """What gives the tables and slots of each group: the group itself, or another one."""
     # One that names none is refused before there is anything of it.
     return [
         groups[group.tables_of] if group.HasField("tables_of") and group.tables_of < len(groups) else group
@@ -98,7 +105,7 @@ def is_big(message: step_pb2.Step) -> bool:
         return _table_elements(message, num_reqs) > BIG_STEP_ELEMENTS
     sizes = (
         _GROUP_ELEMENTS + _table_elements(source, num_reqs) + _SLOT_ELEMENTS * (source.slot_mapping.ByteSize() // 4)
-        for source in _sources(message, groups)
+        for source in _sources(groups)
     )
     return sum(sizes) > BIG_STEP_ELEMENTS
 

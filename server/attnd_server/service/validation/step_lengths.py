@@ -22,6 +22,7 @@ from attnd_server.service.validation.pages import Int64s
 
 _INT32_MAX = 2**31 - 1
 _MASKS = "MASK_CAUSAL, MASK_BLOCK_CAUSAL, MASK_BIDIRECTIONAL or MASK_PREFIX_FULL"
+_IN_BLOCKS = (step_pb2.MASK_BLOCK_CAUSAL, step_pb2.MASK_PREFIX_FULL)
 # Greatest first position: sums with lengths fit int32.
 _MAX_POSITION = 1 << 30
 
@@ -181,13 +182,14 @@ def _masks(message: step_pb2.Step, num_reqs: int) -> Int64s:
     elif not step_pb2.MASK_CAUSAL <= message.mask <= step_pb2.MASK_PREFIX_FULL:
         refuse("mask", f"mask is {message.mask or 'unspecified'}, but must be {_MASKS}")
     masks = np.full(num_reqs, message.mask, np.int64) if values is None else values.astype(np.int64)
-    if message.block_size < 1 and _in_blocks(masks).any():
+    if message.block_size < 1 and (message.mask in _IN_BLOCKS if values is None else _in_blocks(masks).any()):
         refuse("block_size", "block_size is 0, but must be at least 1 for a block-causal or prefix-full mask")
     return masks
 
 
 def _in_blocks(masks: Int64s) -> npt.NDArray[np.bool_]:
-    in_blocks: npt.NDArray[np.bool_] = (masks == step_pb2.MASK_BLOCK_CAUSAL) | (masks == step_pb2.MASK_PREFIX_FULL)
+    block_causal, prefix_full = _IN_BLOCKS
+    in_blocks: npt.NDArray[np.bool_] = (masks == block_causal) | (masks == prefix_full)
     return in_blocks
 
 
