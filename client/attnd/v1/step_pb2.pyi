@@ -211,8 +211,9 @@ class Step(google.protobuf.message.Message):
     @property
     def first_position(self) -> attnd.v1.tensor_pb2.Tensor:
         """int32 [num_reqs]: position of the first token of each request's context; >= 0. Position p of new token i is
-        first_position[r] + context_lens[r] + i, and page_tables begins with the page of first_position. A multiple of
-        block_size where the request's mask is block-causal or prefix-full. Absent: 0.
+        first_position[r] + context_lens[r] + i, and cached position j is in page page_tables[r, (j - first_position[r]) /
+        page_size], from offset 0 on. At most 2^30, and a multiple of block_size where the request's mask is block-causal or
+        prefix-full. Absent: 0.
         """
 
     @property
