@@ -102,7 +102,8 @@ def is_big(message: step_pb2.Step) -> bool:
     num_reqs = len(message.cu_seqlens_q.data) // 4
     groups = list(message.groups)
     if not groups:
-        return _table_elements(message, num_reqs) > BIG_STEP_ELEMENTS
+        made = num_reqs * message.page_table_delta.max_pages
+        return max(len(message.page_tables.data) // 4, made) > BIG_STEP_ELEMENTS
     sizes = (
         _GROUP_ELEMENTS + _table_elements(source, num_reqs) + _SLOT_ELEMENTS * (source.slot_mapping.ByteSize() // 4)
         for source in _sources(groups)
