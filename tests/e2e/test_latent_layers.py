@@ -100,7 +100,7 @@ def test_every_group_attends_in_its_own_way(shm_server: ServerProcess, plane: st
             for like in (torch.empty(0), np.empty(0)):
                 read = cache.read_kv(layer, slots, like=like)
                 for actual, wanted in zip(read, (keys, values), strict=True):
-                    assert torch.equal(torch.as_tensor(np.asarray(actual)), wanted)
+                    assert torch.equal(torch.tensor(np.asarray(actual)), wanted)
 
 
 def test_a_latent_layer_is_stored_copied_and_read(any_client: attnd.Client) -> None:

@@ -128,7 +128,7 @@ def prefill(num_tokens: int) -> attnd.StepMetadata:
 
 
 def row(output: Any) -> torch.Tensor:
-    return torch.as_tensor(output)
+    return torch.from_numpy(np.array(output)) if isinstance(output, np.ndarray) else torch.as_tensor(output)
 
 
 OUTPUTS = {
@@ -214,7 +214,7 @@ PADDED = {
 def values(given: Any) -> torch.Tensor:
     if isinstance(given, attnd.Array):
         return torch.frombuffer(bytearray(given.data), dtype=torch.float32).view(given.shape)
-    return torch.as_tensor(given)
+    return torch.from_numpy(np.array(given)) if isinstance(given, np.ndarray) else torch.as_tensor(given)
 
 
 @pytest.mark.parametrize("make", PADDED.values(), ids=PADDED)
