@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from attnd_server.attention.config import AttentionBackend
+from attnd_server.attention.geometry import Geometry
 
 MOST_COLUMN = (1 << 30) - 1
 """Greatest number among the columns of a request; beyond any position, since contexts end at 2^29 tokens."""
@@ -95,6 +96,10 @@ class AttentionMetadata:
     def is_plain(self) -> bool:
         """Whether every valid new token is a key, and every request has the sinks."""
         return self.seen_new is None and self.without_sinks is None
+
+    def reads_rounded(self, config: Geometry) -> bool:
+        """Whether new tokens are read as FP8 pages of `config` have them, not as calls bring them."""
+        return self.store_first and config.is_quantised
 
     @cached_property
     def new_keys(self) -> npt.NDArray[np.int8]:

@@ -97,7 +97,7 @@ def _share_key(step: Step, pages: CachePages, options: AttentionOptions, ops: Tr
     metadata, config = step.metadata, step.group.config
     if not metadata.is_decode or metadata.has_absent_pages(config.page_size):
         return None
-    if metadata.reads_stored or not metadata.is_plain or (metadata.store_first and config.is_quantised):
+    if metadata.reads_stored or not metadata.is_plain or metadata.reads_rounded(config):
         return None  # what is joined attends first, and reads all new tokens as calls bring them
     query_len = metadata.num_tokens // metadata.num_reqs
     split = config.kv_split

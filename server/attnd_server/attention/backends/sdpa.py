@@ -103,7 +103,7 @@ class SdpaAttention:
             head_dim_v=config.head_dim_v,
             enable_gqa=enable_gqa,
             is_dense_on_gpu=device.type != "cpu" and dense is not None,
-            reads_rounded=metadata.store_first and config.is_quantised,
+            reads_rounded=metadata.reads_rounded(config),
         )
 
     def reads_stored(self, plan: _Plan) -> bool:

@@ -83,7 +83,7 @@ def refusal(config: AttentionConfig, metadata: AttentionMetadata, options: Atten
         return reason
     if not metadata.is_plain:
         return "it has new tokens that are no keys, or requests without sinks"
-    if metadata.store_first and config.is_quantised:
+    if metadata.reads_rounded(config):
         return "it reads new tokens as FP8 pages have them"
     if not plain_masks.all_valid(metadata):
         return "valid_lens leaves new tokens out, but all must be valid"

@@ -145,7 +145,7 @@ class FixedTritonPlan:
             return f"a context has {metadata.max_context_len} tokens, but must have at most {shape.max_context_len}"
         if not metadata.is_plain:
             return "it has new tokens that are no keys, or requests without sinks"
-        if metadata.store_first and self.plan.config.is_quantised:
+        if metadata.reads_rounded(self.plan.config):
             return "it reads new tokens as FP8 pages have them"
         if metadata.has_absent_pages(self._page_size):
             return "page_tables has -1 within a context, but every page must be there"

@@ -111,7 +111,7 @@ def launches_of(
         hopper: whether Hopper's kernels serve the cache.
         metadata: the step; None: one of which every valid new token is a key.
     """
-    if metadata is not None and metadata.store_first and config.is_quantised:
+    if metadata is not None and metadata.reads_rounded(config):
         hopper = False
     num_new = table[:, NUM_NEW.value]
     has_absent_pages = table[:, HAS_ABSENT_PAGES.value] != 0

@@ -71,7 +71,7 @@ def make_plan(
         alibi_slopes=None if slopes is None else slopes.view(torch.float32),
         sinks=None if sinks is None else sinks.view(torch.float32),
         seen_new=seen_new,
-        reads_rounded=metadata.store_first and config.is_quantised,
+        reads_rounded=metadata.reads_rounded(config),
     )
 
 
