@@ -154,15 +154,15 @@ def test_tensors_that_the_step_has_not_are_refused(arrays, changes, text):
 @pytest.mark.parametrize("layer", [3, 2**32 - 1])
 def test_layers_are_refused(layer):
     with pytest.raises(InvalidRequest) as caught:
-        validation.layer(layer, CONFIG)
+        validation.layer(layer, CONFIG.num_layers)
     assert str(caught.value) == f"layer is {layer}, but the cache has layers 0..2"
     assert caught.value.field == "layer"
 
 
 def test_layers():
-    assert [validation.layer(value, CONFIG) for value in range(3)] == [0, 1, 2]
+    assert [validation.layer(value, CONFIG.num_layers) for value in range(3)] == [0, 1, 2]
     with pytest.raises(InvalidRequest):
-        validation.layer(-1, CONFIG)
+        validation.layer(-1, CONFIG.num_layers)
 
 
 def test_store_kv():

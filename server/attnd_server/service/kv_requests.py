@@ -116,5 +116,5 @@ class KvRequests:
 
 def _place(cache: Cache, layer: int) -> tuple[LayerGroup, int]:
     """The layer group of a layer of the cache, and its index there. Raises InvalidRequest: there is no such layer."""
-    group, index = cache.shape.places[validation.layer(layer, cache.shape)]
+    group, index = validation.place(layer, cache.shape)
     return cache.groups[group], index

@@ -231,7 +231,7 @@ class AttentionService:
         """Checks a call of a step, which is given for each layer group of its cache."""
         cache = steps[0].cache
         cache.renew()
-        group, layer = cache.shape.places[validation.layer(message.layer, cache.shape)]
+        group, layer = validation.place(message.layer, cache.shape)
         step = steps[group]
         config = step.group.config
         checked = validation.call(message, tensors, config, step.metadata)

@@ -156,7 +156,7 @@ class AttendSession:
             raise InvalidRequest(f"message is absent, but must be given: {rule}")
         if last is not None and last.step in self._steps.get(step_id, ()):
             cache = last.step.cache
-            group, index = cache.shape.places[validation.layer(layer, cache.shape)]
+            group, index = validation.place(layer, cache.shape)
             if group == last.step.group.index:
                 # What was checked lies in this process and is the same; only the layer is new.
                 cache.renew()

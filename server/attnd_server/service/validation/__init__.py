@@ -15,6 +15,7 @@ from attnd_server.service.validation.calls import (
     group,
     layer,
     options,
+    place,
     read_kv,
     store_kv,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "group",
     "layer",
     "options",
+    "place",
     "read_kv",
     "slots",
     "step",

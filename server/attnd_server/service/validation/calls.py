@@ -56,15 +56,24 @@ class StoreTensors(NamedTuple):
     v: torch.Tensor
 
 
-def layer(value: int, cache: AttentionConfig | CacheShape[AttentionConfig]) -> int:
-    """`value`, if the cache has such a layer.
+def layer(value: int, num_layers: int) -> int:
+    """`value`, if a cache of `num_layers` has such a layer.
 
     Raises:
         InvalidRequest: it has not.
     """
-    if not 0 <= value < cache.num_layers:
-        refuse("layer", f"layer is {value}, but the cache has layers 0..{cache.num_layers - 1}")
+    if not 0 <= value < num_layers:
+        refuse("layer", f"layer is {value}, but the cache has layers 0..{num_layers - 1}")
     return value
+
+
+def place(value: int, cache: CacheShape[AttentionConfig]) -> tuple[int, int]:
+    """The layer group of layer `value` of the cache, and its index there.
+
+    Raises:
+        InvalidRequest: the cache has no such layer.
+    """
+    return cache.places[layer(value, cache.num_layers)]
 
 
 def group(value: int, cache: CacheShape[AttentionConfig]) -> int:
