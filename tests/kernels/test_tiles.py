@@ -17,7 +17,7 @@ from attnd_server.attention.backends.gather import PartsInTurn
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import FP8, Layout
 from attnd_server.attention.kernels import pages
-from attnd_server.attention.kernels.pages import copy_pages, page_copies, store_kv, stored_tokens
+from attnd_server.attention.kernels.pages import as_stored, copy_pages, page_copies, store_kv, stored_tokens
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.masks import visible
 from tests import oracle
@@ -179,6 +179,16 @@ def test_fp8_is_stored_a_part_at_a_time_with_the_same_bits(monkeypatch: pytest.M
         store_kv(LayerPages(k_pages, v_pages, *scales), k, v, stored_tokens(slots, "cpu"), config.layout)
         stored.append((k_pages.view(torch.uint8), v_pages.view(torch.uint8)))
     assert all(map(torch.equal, *stored))
+
+
+def test_fp8_that_is_read_at_once_is_converted_a_part_at_a_time_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens, scales = torch.randn(50, 2, 32, dtype=torch.float16), torch.tensor([0.1, 0.2])
+    whole = as_stored(tokens, scales, tokens.dtype)
+    assert not torch.equal(whole, tokens)
+    monkeypatch.setattr(pages, "CONVERTED_ELEMENTS", 3 * 64)
+    assert torch.equal(as_stored(tokens, scales, tokens.dtype), whole)
 
 
 def test_pages_are_copied_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

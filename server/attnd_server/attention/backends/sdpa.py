@@ -127,7 +127,7 @@ class SdpaAttention:
         """Attention of one layer; see `AttentionKernel.run`."""
         if plan.is_one_part:
             (part,) = plan.parts
-            return _run_part(plan, part, q, k, v, pages), None
+            return _run_part(plan, part, q, *_as_read(plan, k, v, pages), pages), None
         output = q.new_empty(plan.num_tokens, q.shape[1], plan.head_dim_v)
         self.launch(plan, output, None, q, k, v, pages)
         return output, None
@@ -157,6 +157,7 @@ class SdpaAttention:
         pages: LayerPages,
     ) -> Iterator[None]:
         """As `launch`, some heads of a part at a time; see `RunsInPieces`."""
+        k, v = _as_read(plan, k, v, pages)
         for part in plan.parts:
             blocks = plan.costs.blocks(part)
             if len(blocks) == 1:
@@ -182,6 +183,15 @@ def missing_option(options: AttentionOptions) -> str:
     return "return_lse" if options.return_lse else ""
 
 
+def _as_read(
+    plan: _Plan, k: torch.Tensor | None, v: torch.Tensor | None, pages: LayerPages
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """K and V of new tokens as the step's parts read them."""
+    if not plan.reads_rounded or k is None or v is None:
+        return k, v
+    return as_stored(k, pages.k_scales, k.dtype), as_stored(v, pages.v_scales, v.dtype)
+
+
 def _run_part(
     plan: _Plan,
     part: Part,
@@ -191,8 +201,6 @@ def _run_part(
     pages: LayerPages,
 ) -> torch.Tensor:
     """Output of a part's rows, `[num_reqs * num_rows, num_heads, head_dim_v]`."""
-    if plan.reads_rounded and k is not None and v is not None:
-        k, v = as_stored(k, pages.k_scales, k.dtype), as_stored(v, pages.v_scales, v.dtype)
     if part.side_by_side is not None:
         return _attend_in_place(plan, part.side_by_side, q, pages)
     if part.slots is not None:

@@ -20,7 +20,7 @@ from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.layer_pages import LayerPages
 
 FP8_MAX = torch.finfo(FP8).max
-# Numbers that are in float32 at one time while FP8 is stored.
+# Numbers that are in float32 at one time while tokens become FP8.
 CONVERTED_ELEMENTS = 1 << 22
 # Bytes that are under way at one time while pages are copied.
 COPIED_BYTES = 16 << 20
@@ -79,14 +79,21 @@ def quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _all_quantised(tokens: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`quantised`, as bytes, and on a processor a part at a time: in float32 all would take many times as much."""
+    """`quantised`, as bytes."""
+    return _by_parts(lambda part: _bytes(quantised(part, scales)), tokens, torch.uint8)
+
+
+def _by_parts(
+    convert: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`convert` of all tokens to `dtype`, on a processor a part at a time: all in float32 would take much memory."""
     step = max(1, CONVERTED_ELEMENTS // max(1, tokens[:1].numel()))
     if len(tokens) <= step or tokens.device.type != "cpu":
-        return _bytes(quantised(tokens, scales))
-    result = tokens.new_empty(tokens.shape, dtype=torch.uint8)
+        return convert(tokens)
+    result = tokens.new_empty(tokens.shape, dtype=dtype)
     for first in range(0, len(tokens), step):
         part = slice(first, first + step)
-        result[part] = _bytes(quantised(tokens[part], scales))
+        result[part] = convert(tokens[part])
     return result
 
 
@@ -97,7 +104,9 @@ def dequantised(tokens: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) 
 
 def as_stored(tokens: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What new tokens are read as once they are stored in pages with `scales`, in `dtype`; without scales, the same."""
-    return tokens.to(dtype) if scales is None else dequantised(quantised(tokens, scales), scales, dtype)
+    if scales is None:
+        return tokens.to(dtype)
+    return _by_parts(lambda part: dequantised(quantised(part, scales), scales, dtype), tokens, dtype)
 
 
 def store_kv(
