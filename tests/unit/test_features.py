@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,26 +19,13 @@ from attnd.protocol.packing import int32_tensor
 from attnd.v1 import attention_pb2, cache_pb2, capabilities_pb2, step_pb2, tensor_pb2
 from attnd_server.service.capabilities import FEATURES
 from tests.released.versions import WHEELS
+from tests.wire.calls import DIFFUSION_BLOCKS, NEXT_TOKENS, PROMPTS
 
 OLD = missing_features(capabilities_pb2.GetCapabilitiesResponse(version="0.1.0"))
 REF = cache_pb2.CacheRef(id=b"x", epoch=1)
-# Two requests: one begins with 3 tokens, one goes on after 4 with 2.
-PREFILL = attnd.StepMetadata([3, 2], [0, 4], [[0, -1], [1, 2]], [0, 1, 2, 8, 9])
-DECODE = attnd.StepMetadata([1, 1], [3, 6], [[0, -1], [1, 2]], [3, 10], kind="decode")
+PREFILL, DECODE = PROMPTS, NEXT_TOKENS
 # Every field that a step of 0.1.0 could have.
-BLOCKS = attnd.StepMetadata(
-    [2, 2],
-    [4, 7],
-    [[0, 3], [1, 2]],
-    [12, -1, 11, -1],
-    kind="decode",
-    mask=["block_causal", "prefix_full"],
-    block_size=2,
-    valid_lens=[2, 0],
-    prefix_lens=[1, 2],
-    padded_prefix_lens=[2, 4],
-    mask_prefix_hole=True,
-)
+BLOCKS = replace(DIFFUSION_BLOCKS, valid_lens=[2, 0])
 NOTHING_NEW = attnd.StepMetadata([0, 2], [0, 0], [[0], [1]], [16, 17])
 CACHE_ONLY = attnd.StepMetadata([1, 1], [5, 8], [[0, 3], [1, 2]], cache_only=True)
 STORE_ONLY = attnd.StepMetadata([1, 1], [5, 8], [[0, 3], [1, 2]], [13, 16], store_only=True)
