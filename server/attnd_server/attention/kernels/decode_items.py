@@ -45,6 +45,7 @@ from attnd_server.attention.kernels.items import (
 )
 from attnd_server.attention.kernels.launch_shapes import HOPPER_KEYS
 from attnd_server.attention.kv_split import CHUNKED_LENGTHS, CHUNKS, KVSplitConfig
+from attnd_server.device.kernels.launch import launch_kernel
 
 # A step for the device, int32: how many requests, pages of a row of the page tables, nothing; then REQUEST_COLUMNS of
 # the requests, each as long as the requests are many. A block size of 0 is bidirectional.
@@ -287,7 +288,9 @@ def decode_items(
     least_chunk = query_len * (1 if kv_split.chunk_size else KEYS_PER_NEW_TOKEN)
     slots = triton.next_power_of_2(num_slots)
     with torch.cuda.device_of(items):
-        _decode_items_kernel[(num_slots,)](
+        launch_kernel(
+            _decode_items_kernel,
+            (num_slots,),
             items,
             merges,
             step,

@@ -13,6 +13,7 @@ import triton.language as tl
 from attnd_server.attention.config import DISTINCT_LANES, Layout
 from attnd_server.attention.kernels.store import slot_offsets, slot_tile
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.device.kernels.launch import launch_kernel
 
 _LANES = tl.constexpr(DISTINCT_LANES)
 
@@ -82,7 +83,9 @@ def read_kv(
     # As in the store: the same bytes go the other way.
     tokens, piece = slot_tile(layout, row, dtype.itemsize)
     with torch.cuda.device_of(pages.k):
-        _read_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
+        launch_kernel(
+            _read_kernel,
+            (triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece)),
             k,
             v,
             pages.k,

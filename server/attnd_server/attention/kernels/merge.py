@@ -14,6 +14,7 @@ import triton.language as tl
 
 from attnd_server.attention.kernels.items import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import finish
+from attnd_server.device.kernels.launch import launch_kernel
 
 # Chunks whose lse a program loads at once, and whose output.
 CHUNKS, TOGETHER = 32, 8
@@ -125,7 +126,9 @@ def merge(
         max_tokens: most new tokens of a merge.
     """
     num_heads, head_dim_v = output.shape[1:]
-    _merge_kernel[(len(merges) * (num_heads // heads), triton.cdiv(max_tokens * heads, ROWS))](
+    launch_kernel(
+        _merge_kernel,
+        (len(merges) * (num_heads // heads), triton.cdiv(max_tokens * heads, ROWS)),
         output,
         lse,
         partial_output,

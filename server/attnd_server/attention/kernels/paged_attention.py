@@ -41,6 +41,7 @@ from attnd_server.attention.kernels.merge import merge_rows
 from attnd_server.attention.kernels.softmax import attend, finish, log2_numbers, score
 from attnd_server.attention.kernels.tiles import load_cached, load_new
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.device.kernels.launch import launch_kernel
 
 # New tokens that a decode program loads before the cached ones: no fewer than the keys that tl.dot takes.
 _FEW = tl.constexpr(FEW_NEW_TOKENS)
@@ -364,7 +365,8 @@ def paged_attention(
     distinct = k_pages.dim() == 5
     num_kv_heads, page_size = v_pages.shape[1::2] if distinct else v_pages.shape[2:0:-1]
     dims, dims_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
-    _paged_attention_kernel[(len(items) * (num_heads // heads),)](
+    launch_kernel(
+        _paged_attention_kernel, (len(items) * (num_heads // heads),),
         output, lse, partial_output, partial_lse, counters,
         q, k, v,
         k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, seen_tokens,

@@ -13,6 +13,7 @@ import triton.language as tl
 from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.pages import FP8_MAX
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.device.kernels.launch import launch_kernel
 
 _LANES = tl.constexpr(DISTINCT_LANES)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -101,7 +102,9 @@ def store_kv(
     row = num_kv_heads * max(head_dim, v.shape[2])
     tokens, piece = slot_tile(layout, row, k.element_size())
     with torch.cuda.device_of(k):
-        _store_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece))](
+        launch_kernel(
+            _store_kernel,
+            (triton.cdiv(num_tokens, tokens), triton.cdiv(row, piece)),
             pages.k,
             pages.v,
             k.contiguous(),

@@ -24,6 +24,7 @@ from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, hopper_lau
 from attnd_server.attention.kernels.softmax import log2_numbers
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.scales import plain_scale
+from attnd_server.device.kernels.launch import launch_kernel
 
 _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
@@ -135,7 +136,8 @@ def hopper_attention(
     kernel = _hopper_attention_kernel if rows == HOPPER_ROWS else hopper_decode_kernel
     launch = hopper_launch(rows, head_dim, head_dim_v)
     q, scale = plain_scale(q, scale)
-    kernel[(min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)](
+    launch_kernel(
+        kernel, (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),),
         output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
         *descriptors(k, v, k_pages, v_pages, piece),
         page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,

@@ -52,6 +52,7 @@ from attnd_server.attention.kernels.launch_shapes import hopper_fp8_launch
 from attnd_server.attention.kernels.softmax import log2_numbers
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.scales import plain_scale
+from attnd_server.device.kernels.launch import launch_kernel
 
 _COLUMNS = gl.constexpr(COLUMNS)
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
@@ -315,7 +316,8 @@ def hopper_decode_fp8(
     piece = 32 if page_size % 32 == 0 else 16
     launch = hopper_fp8_launch(rows, head_dim)
     q, scale = plain_scale(q, scale)
-    hopper_decode_fp8_kernel[(min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)](
+    launch_kernel(
+        hopper_decode_fp8_kernel, (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),),
         output, lse, partial_output, partial_lse, q, k, v, k_pairs, v_pairs,
         *descriptors(None, None, k_pairs, v_pairs, piece)[2:],
         k_scales, v_scales, page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,

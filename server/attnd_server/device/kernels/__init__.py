@@ -1,0 +1,1 @@
+"""Kernels of Triton on this process' GPU: how they are launched, whatever they compute."""
