@@ -17,8 +17,7 @@ import attnd
 from attnd.protocol import frames, requests
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
-from attnd_server.execution.queue import Job
-from attnd_server.execution.work import Work
+from attnd_server.execution.work import Job, Work
 from attnd_server.inproc import PRINCIPAL, InprocTransport
 from attnd_server.observe.counts import CALLS_BOUNDS, Metrics
 from attnd_server.service.service import AttendSession, AttentionService

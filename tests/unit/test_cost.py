@@ -29,9 +29,8 @@ from attnd_server.device.memory import is_memory_error
 from attnd_server.execution import batch, by_options, cost, kept_plans, turns
 from attnd_server.execution.cost import cost_of, most_work
 from attnd_server.execution.kept_plans import KeptPlans, Plans, tensor_bytes
-from attnd_server.execution.queue import Job
 from attnd_server.execution.step import Call
-from attnd_server.execution.work import Cancelled, Pieces, Work, WorkInPieces
+from attnd_server.execution.work import Cancelled, Job, Pieces, Work, WorkInPieces
 from attnd_server.inproc import PRINCIPAL, InprocTransport
 from attnd_server.kv.cache import Cache
 from attnd_server.service import kv_requests

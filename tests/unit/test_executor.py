@@ -21,9 +21,8 @@ from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution import runner
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.queue import Job
 from attnd_server.execution.step import Call, Result, Step
-from attnd_server.execution.work import CacheWork, Work
+from attnd_server.execution.work import CacheWork, Job, Work
 from attnd_server.inproc import InprocTransport
 from attnd_server.kv.caches import CacheTable
 

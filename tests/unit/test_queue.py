@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnd.errors import Exhausted
-from attnd_server.execution.queue import MAX_RETRY_S, MIN_RETRY_S, Job, WorkQueue
-from attnd_server.execution.work import CacheWork, new_cache
+from attnd_server.execution.queue import MAX_RETRY_S, MIN_RETRY_S, WorkQueue
+from attnd_server.execution.work import CacheWork, Job, new_cache
 
 
 def job(cache: bytes = b"") -> Job:
@@ -213,12 +213,12 @@ def test_it_is_idle_once_what_was_taken_is_finished() -> None:
     assert queue.is_idle
 
 
-def test_waking_ends_a_wait() -> None:
+def test_closing_ends_a_wait() -> None:
     queue = WorkQueue(2, 2)
     got: list[Job | None] = []
     waiting = threading.Thread(target=lambda: got.append(queue.take(60)))
     waiting.start()
-    queue.wake()
+    queue.close()
     waiting.join(30)
     assert got == [None]
 

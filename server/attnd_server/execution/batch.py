@@ -19,8 +19,8 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.attention.staging import Buffer, Field, call_fields
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
+from attnd_server.execution.by_options import ShareKey
 from attnd_server.execution.cost import LONG_WORK
-from attnd_server.execution.share_key import ShareKey
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.execution.work import Work
 from attnd_server.kv.page_spaces import CachePages

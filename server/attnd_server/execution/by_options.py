@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from attnd_server.attention.metadata import AttentionOptions
 
@@ -30,3 +30,15 @@ class ByOptions(dict[AttentionOptions, V]):
             self[options] = value
             self._num_bytes += num_bytes
         return value
+
+
+class ShareKey(NamedTuple):
+    """Equal for calls that can share a launch; see `batch`.
+
+    Attributes:
+        has_graphs: whether each would be the replay of a CUDA graph.
+        rest: what else must be equal.
+    """
+
+    has_graphs: bool
+    rest: tuple[object, ...]

@@ -16,15 +16,17 @@ import torch
 from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
+from attnd_server.device.kernels.launch import KernelMissing, let_wait
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import most_work
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
+from attnd_server.execution.idle_device import IdleDevice
 from attnd_server.execution.kept_plans import KeptPlans
-from attnd_server.execution.queue import NO_CACHE, Job, WorkQueue, others_among
+from attnd_server.execution.queue import WorkQueue
 from attnd_server.execution.runner import Observer, Runner
 from attnd_server.execution.side import SideThread, take_turn
 from attnd_server.execution.threads import ThreadSettings, default_threads
-from attnd_server.execution.work import Done, SideWork, Work
+from attnd_server.execution.work import NO_CACHE, Done, Job, SideWork, Work
 from attnd_server.kv.caches import CacheTable
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ class Executor:
     """Runs work on a thread of its own, or on its caller's; owns the device.
 
     Work is refused when the queue is full, and not started once its deadline has passed or nobody wants it any more.
-    One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came.
+    One piece runs at a time, whichever thread it is on; those of one cache in the order in which they came. A kernel
+    is never waited for: work that lacks one is held until it is there, with its cache's work behind it, and run again.
 
     Attributes:
         faults: whether the device has failed: then nothing runs any more.
@@ -85,9 +88,8 @@ class Executor:
         self.most_work = most_work(config, device, num_threads, has_kernels=self.ops.has_kernels)
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self.waiting = self._queue.waiting
-        self._closed = False
-        self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
-        self._device_lock = threading.Lock()
+        self.faults.listen(lambda reason: self._queue.release())
+        self._idle = IdleDevice(self._queue, self.runner, self.faults)
         self._side = SideThread(device, config, self.runner, self.prepare_thread)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
@@ -97,12 +99,12 @@ class Executor:
     @property
     def queue_depth(self) -> int:
         """Jobs that wait."""
-        return self._queue.depth
+        return self._queue.num_waiting
 
     @property
     def busy_s(self) -> float:
         """Seconds for which the running work has had the device; 0 if there is none."""
-        return time.monotonic() - began if (began := self._began) else 0.0
+        return time.monotonic() - began if (began := self._idle.began) else 0.0
 
     def submit(
         self,
@@ -126,8 +128,8 @@ class Executor:
             Exhausted: the queue is full, or too much of it is of the same cache; `retry_after_s` says when to retry.
             Disconnected: the executor was closed, or the device has failed.
         """
-        if self._closed:
-            raise Disconnected(self.runner.ended or "the server is shutting down")
+        if self._queue.is_closed:
+            raise self._refusal()
         self.faults.refuse()
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         job = Job(work, done, deadline, time.perf_counter(), is_wanted)
@@ -136,6 +138,9 @@ class Executor:
         else:
             self._queue.put(job)
         return job
+
+    def _refusal(self) -> Disconnected:
+        return Disconnected(self.runner.ended or "the server is shutting down")
 
     def cancel(self, job: Job) -> None:
         """Takes a job out of the queue, whose `done` is never called then.
@@ -147,58 +152,12 @@ class Executor:
             job.rest = None  # and what it holds
 
     def run_now(self, work: Work) -> bytes | None:
-        """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
-
-        Returns:
-            What `work` gives, or None: the device is busy, submit it instead. Raises what `work` raises.
-        """
-        if not self._take_idle_device():
-            return None
-        try:
-            if self.faults.reason:
-                self.faults.refuse()
-            return self.runner.perform(work, queue_us=0)
-        except Exception as error:
-            told = self.runner.told(error)
-            if told is error:
-                raise
-            raise told from None
-        finally:
-            self._give_device_back()
+        """Runs `work` on the caller's thread if the device is idle; see `IdleDevice.run_now`."""
+        return self._idle.run_now(work)
 
     def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
-        """Runs jobs on the caller's thread while the device is idle, those together that can share a launch.
-
-        Args:
-            jobs: of which those of one cache are in the order in which they must run.
-
-        Returns:
-            Those that did not run, because the device is busy: submit them instead.
-        """
-        while jobs and self._take_idle_device():
-            try:
-                taken = [jobs[0]]
-                if len(jobs) > 1:
-                    taken += self.runner.others_for(jobs[0], partial(others_among, jobs))
-                outcomes = self.runner.outcomes(taken, time.perf_counter())
-            finally:
-                self._give_device_back()
-            jobs = [job for job in jobs if job not in taken]
-            for job, outcome in zip(taken, outcomes, strict=True):
-                job.done(*outcome)
-        return jobs
-
-    def _take_idle_device(self) -> bool:
-        """Takes the device for the calling thread, unless somebody has it or waits for it."""
-        # What waits or is about to begin came before: it may be of the same cache.
-        if self._closed or self._queue.depth or self._queue.is_taken or not self._device_lock.acquire(blocking=False):
-            return False
-        self._began = time.monotonic()
-        return True
-
-    def _give_device_back(self) -> None:
-        self._began = 0.0
-        self._device_lock.release()
+        """Runs jobs on the caller's thread while the device is idle; see `IdleDevice.settle_now`."""
+        return self._idle.settle_now(jobs)
 
     def take_turn(self, work: Callable[[], None]) -> None:
         """Runs a piece of SideWork on the executor's thread, and waits until it is done.
@@ -214,14 +173,12 @@ class Executor:
         see `is_quiet`.
         """
         self.runner.ended = reason
-        self._closed = True
-        self._queue.wake()
+        self._queue.close()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets what waits finish, then ends the thread."""
-        self._closed = True
+        self._queue.close()
         self._side.close()
-        self._queue.wake()
         self._thread.join(timeout_s)
 
     def is_quiet(self, timeout_s: float = 0.0) -> bool:
@@ -234,7 +191,7 @@ class Executor:
             RuntimeError: the device has failed.
         """
         self._thread.join(timeout_s)
-        if self._thread.is_alive() or not self._device_lock.acquire(timeout=timeout_s):
+        if self._thread.is_alive() or not self._idle.lock.acquire(timeout=timeout_s):
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -242,9 +199,12 @@ class Executor:
 
     def _run(self) -> None:
         self.thread_settings.prepare(opens_team=True)
+        let_wait(False)
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S
         while True:
             now = time.monotonic()
+            if now >= expiry or self._queue.is_closed:
+                self._queue.give_up_held(self._reason_against_held)
             if now >= expiry:
                 self._tidy()
                 expiry = now + self.EXPIRY_PERIOD_S
@@ -252,15 +212,18 @@ class Executor:
             if job is not None:
                 self._settle(job)
                 del job  # holds the call's tensors
-            elif self._closed and not self._queue.depth:
+            elif self._queue.is_closed and not self._queue.num_waiting:
                 return
+
+    def _reason_against_held(self, job: Job) -> Exception | None:
+        return self.runner.reason_against(job) or (self._refusal() if self._queue.is_closed else None)
 
     def _tidy(self) -> None:
         """Frees what nobody holds any more."""
         if self.faults.reason:
             return
-        with self._device_lock:
-            self._began = time.monotonic()
+        with self._idle.lock:
+            self._idle.began = time.monotonic()
             try:
                 self._caches.expire()
                 if self._queue.is_idle:
@@ -269,11 +232,11 @@ class Executor:
                 if not self.faults.look_at(error):
                     log.exception("what nobody holds any more cannot be freed")
             finally:
-                self._began = 0.0
+                self._idle.began = 0.0
 
     def _settle(self, job: Job) -> None:
-        with self._device_lock:
-            self._began, self.running_cache_id = time.monotonic(), job.cache_id
+        with self._idle.lock:
+            self._idle.began, self.running_cache_id = time.monotonic(), job.cache_id
             started = time.perf_counter()
             jobs = [job]
             if self.runner.runs_in_turns(job):
@@ -282,11 +245,14 @@ class Executor:
                 if self._queue.depth:
                     jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
                 outcomes = list(self.runner.outcomes(jobs, time.perf_counter()))
-            self._began, self.running_cache_id = 0.0, NO_CACHE
-        if outcomes == [None]:
-            self._queue.put_back(job)
+            self._idle.began, self.running_cache_id = 0.0, NO_CACHE
+        for each, outcome in zip(jobs, outcomes, strict=True):
+            if outcome is None:
+                self._queue.put_back(each)
+            elif isinstance(outcome[1], KernelMissing):
+                self._queue.hold(each, outcome[1].ready)
         # First, so that who gets the answer finds the executor idle, if it is.
         self._queue.finished((time.perf_counter() - started) / len(jobs))
         for each, outcome in zip(jobs, outcomes, strict=True):
-            if outcome is not None:
+            if outcome is not None and not isinstance(outcome[1], KernelMissing):
                 each.done(*outcome)

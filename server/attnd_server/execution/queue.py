@@ -3,6 +3,8 @@
 A cache's queue has its jobs in the order in which they came. Each turn takes one job, of the next principal's next
 cache, so that a cache with a hundred calls makes another wait for one of them, and a principal with a hundred caches
 makes another wait for one call of them, not for all. Who has the turn stands behind everybody who comes meanwhile.
+
+A job whose kernel is not on the device yet is held until it is, and the queue of its cache with it.
 """
 
 from __future__ import annotations
@@ -11,55 +13,17 @@ import queue
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 
 from attnd.errors import Exhausted
-from attnd_server.execution.step import Call
-from attnd_server.execution.work import CacheWork, Done, Pieces, Work, WorkInPieces
+from attnd_server.execution.held import HeldJobs
+from attnd_server.execution.work import NO_CACHE, Job
 
-# Stands for the cache of what belongs to none: the turns of warm-ups.
-NO_CACHE = b""
 # Seconds that a refused caller is told to wait at the least and at the most: what a sleeping thread can tell apart, and
 # after which one looks again in any case.
 MIN_RETRY_S, MAX_RETRY_S = 0.001, 10.0
-_OF_CACHES = (Call, CacheWork, WorkInPieces)
 # How much the last job counts in the time of a job.
 _LAST_JOB_WEIGHT = 0.1
-
-
-@dataclass(eq=False)
-class Job:
-    """A piece of work that waits.
-
-    Attributes:
-        work: what to do.
-        done: gets its result or its error.
-        deadline: `time.monotonic()` after which it is not started.
-        submitted_at: `time.perf_counter()`.
-        is_wanted: asked before it starts, and between its pieces: whether anybody still waits for it; raises
-            AttndError: it may not go on. None: somebody does, and it may.
-        rest: what is left of it, if it runs in pieces and was begun.
-        ran_s: seconds for which it has had the device, if it runs in pieces.
-        is_cancelled: whether it is to end before its next piece.
-        cache_id: the cache in whose queue it waits.
-        principal: whose it is; "" of what is nobody's.
-    """
-
-    work: Work
-    done: Done
-    deadline: float
-    submitted_at: float
-    is_wanted: Callable[[], bool] | None = None
-    rest: Pieces | None = None
-    ran_s: float = 0.0
-    is_cancelled: bool = False
-    cache_id: bytes = field(default=NO_CACHE, init=False)
-    principal: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        """Asks its work, once."""
-        if isinstance(self.work, _OF_CACHES):
-            self.cache_id, self.principal = self.work.cache_id, self.work.principal
 
 
 Joins = Callable[[Job], bool]
@@ -76,8 +40,9 @@ class WorkQueue:
     """Jobs that wait. Any thread may put, one takes.
 
     Attributes:
-        depth: jobs that wait.
+        depth: jobs that wait for their turn.
         is_taken: whether one was taken that is not finished yet.
+        is_closed: whether nothing is to be put any more.
     """
 
     def __init__(self, max_depth: int, max_cache_depth: int, max_principal_depth: int | None = None) -> None:
@@ -94,9 +59,10 @@ class WorkQueue:
         self._least_limit = min(self._max_cache_depth, self._max_principal_depth)
         # By principal, and by cache. None is empty; the next in turn is first.
         self._queues: OrderedDict[str, OrderedDict[bytes, deque[Job]]] = OrderedDict()
+        self._held = HeldJobs()
         self._turn: Job | None = None  # whose it is
         self.depth = 0
-        self.is_taken = False
+        self.is_taken = self.is_closed = False
         self._lock = threading.Lock()
         # One for each job that was put; counts without Python's slow locks. More than there are jobs if some were
         # removed.
@@ -108,6 +74,11 @@ class WorkQueue:
         """Whether nothing waits, and whatever was taken is finished."""
         return not (self.depth or self.is_taken)
 
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait: for their turn, and those that are held."""
+        return self.depth + self._held.depth
+
     def put(self, job: Job, *, always: bool = False) -> None:
         """Adds a job at the end of its cache's queue; with `always`, whatever the limits.
 
@@ -115,8 +86,10 @@ class WorkQueue:
             Exhausted: it is full, or the queue of the job's cache is.
         """
         with self._lock:
-            if self.depth >= self._least_limit and not always:  # below it nobody's queue is full
+            if self.num_waiting >= self._least_limit and not always:  # below it nobody's queue is full
                 self._refuse_if_full(job)
+            if self._held.put(job):
+                return
             self._jobs_beside(job).append(job)
             self.depth += 1
         self._tokens.put(None)
@@ -127,6 +100,46 @@ class WorkQueue:
             self._jobs_beside(job).appendleft(job)
             self.depth += 1
         self._tokens.put(None)
+
+    def hold(self, job: Job, ready: Future[None]) -> None:
+        """Holds a job that was taken, and all of its cache behind it, until `ready` is done: then they are first."""
+        with self._lock:
+            caches = self._queues.get(job.principal, _NO_QUEUES)
+            behind = caches.pop(job.cache_id, ()) if job.cache_id != NO_CACHE else ()
+            if not caches:
+                self._queues.pop(job.principal, None)
+            self.depth -= len(behind)
+            self._held.add(job, behind)
+        ready.add_done_callback(lambda _: self.release(job))
+
+    def release(self, *jobs: Job) -> None:
+        """Lets jobs that are held, or all, have their turns."""
+        with self._lock:
+            for job in jobs or self._held.firsts():
+                self._put_first(self._held.pop(job))
+
+    def _put_first(self, jobs: Sequence[Job]) -> None:
+        """Puts jobs of one cache before all others."""
+        for job in reversed(jobs):
+            caches = self._queues.setdefault(job.principal, OrderedDict())
+            caches.setdefault(job.cache_id, deque()).appendleft(job)
+            caches.move_to_end(job.cache_id, last=False)
+            self._queues.move_to_end(job.principal, last=False)
+            self.depth += 1
+            self._tokens.put(None)
+
+    def give_up_held(self, reason_against: Callable[[Job], Exception | None]) -> None:
+        """Answers the jobs that are held and may not wait on, or need not, with the reason."""
+        with self._lock:
+            held = self._held.all()
+        for job in held:
+            error = reason_against(job)
+            if error is not None and self.remove(job):
+                job.done(None, error)
+
+    def holds(self, cache_id: bytes) -> bool:
+        """Whether the queue of a cache is held."""
+        return self._held.holds(cache_id)
 
     def take(self, timeout_s: float) -> Job | None:
         """The next job, to be `finished` then; None if none came within `timeout_s`, or for no reason: ask again."""
@@ -171,13 +184,16 @@ class WorkQueue:
     def remove(self, job: Job) -> bool:
         """Takes a job out wherever it stands. Returns whether it was still there."""
         with self._lock:
-            if job not in self._queues.get(job.principal, _NO_QUEUES).get(job.cache_id, ()):
-                return False
-            self._take_out(job)
-        return True
+            if job in self._queues.get(job.principal, _NO_QUEUES).get(job.cache_id, ()):
+                self._take_out(job)
+                return True
+            behind = self._held.remove(job)
+            self._put_first(behind or ())
+        return behind is not None
 
-    def wake(self) -> None:
-        """Ends a `take` that waits."""
+    def close(self) -> None:
+        """Nothing is to be put any more. Ends a `take` that waits."""
+        self.is_closed = True
         self._tokens.put(None)
 
     def finished(self, seconds: float) -> None:
@@ -214,25 +230,31 @@ class WorkQueue:
 
     def _refuse_if_full(self, job: Job) -> None:
         caches = self._queues.get(job.principal, _NO_QUEUES)
-        cache_depth = len(caches.get(job.cache_id, ()))
-        if self.depth >= self._max_depth:
-            waiting, use = self.depth, f"{self.depth} calls wait, but the queue's limit is {self._max_depth}"
+        cache_depth = len(caches.get(job.cache_id, ())) + len(self._held.of(job.cache_id))
+        if self.num_waiting >= self._max_depth:
+            waiting = self.num_waiting
+            use = f"{waiting} calls wait, but the queue's limit is {self._max_depth}"
         elif cache_depth >= self._max_cache_depth and job.cache_id != NO_CACHE:
             # Others' jobs come between these: one of each of its principal's caches, and then one of each principal.
-            waiting = min(self.depth, cache_depth * len(caches) * len(self._queues))
+            waiting = min(self.num_waiting, cache_depth * max(1, len(caches)) * max(1, len(self._queues)))
             use = f"{cache_depth} calls of this cache wait, but the limit of one cache is {self._max_cache_depth}"
-        elif job.principal and (depth := sum(map(len, caches.values()))) >= self._max_principal_depth:
-            waiting = min(self.depth, depth * len(self._queues))
+        elif job.principal and (depth := self._depth_of(job.principal)) >= self._max_principal_depth:
+            waiting = min(self.num_waiting, depth * max(1, len(self._queues)))
             use = f"{depth} calls of this principal wait, but a principal's limit is {self._max_principal_depth}"
         else:
             return
         retry_after_s = min(max(waiting * self._job_s, MIN_RETRY_S), MAX_RETRY_S)
         raise Exhausted(f"{use}; retry in {retry_after_s * 1e3:.0f} ms", retry_after_s=retry_after_s)
 
+    def _depth_of(self, principal: str) -> int:
+        """Jobs of a principal that wait."""
+        caches = self._queues.get(principal, _NO_QUEUES)
+        return sum(map(len, caches.values())) + self._held.by_principal()[principal]
+
     def waiting(self) -> Counter[str]:
         """Jobs that wait, by principal."""
-        waiting: Counter[str] = Counter()
         with self._lock:
+            waiting = self._held.by_principal()
             for principal, caches in self._queues.items():
                 waiting[principal] += sum(map(len, caches.values()))
         return waiting

@@ -13,13 +13,13 @@ from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
+from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.batch import SharedLaunches, batch_of
-from attnd_server.execution.pieces import attend_in_pieces
-from attnd_server.execution.queue import IsWorthIt, Job, Joins
+from attnd_server.execution.queue import IsWorthIt, Joins
 from attnd_server.execution.step import Call, Result, attend
-from attnd_server.execution.turns import Outcome, Turns
-from attnd_server.execution.work import Cancelled, Pieces, Work, WorkInPieces
+from attnd_server.execution.turns import Outcome, Turns, attend_in_pieces
+from attnd_server.execution.work import Cancelled, Job, Pieces, Work, WorkInPieces
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +75,17 @@ class Runner:
         self._faults = faults
         self._observer = observer
         self.ended = ""
-        self._turns = Turns(self._reason_against, self._begin, self.told)
+        self._turns = Turns(self.reason_against, self._begin, self.told)
 
     def forget(self) -> None:
         """Keeps no plans of steps that are over."""
         self._shared.forget()
 
     def outcomes(self, jobs: list[Job], started: float) -> list[Outcome]:
-        """What comes of a job, or of several that joined. With the device."""
+        """What comes of a job, or of several that joined. With the device.
+
+        The error is KernelMissing if a job is to run again once the kernel is there: it has changed nothing yet.
+        """
         return [self.outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
 
     def outcome(self, job: Job, started: float | None = None) -> Outcome:
@@ -90,7 +93,7 @@ class Runner:
 
         With the device, unless its work is SideWork.
         """
-        error = self._reason_against(job)
+        error = self.reason_against(job)
         if error is not None:
             return None, error
         try:
@@ -195,12 +198,14 @@ class Runner:
 
     def _outcomes_together(self, jobs: list[Job], started: float) -> list[Outcome]:
         """What comes of jobs that joined, of which some may not be wanted any more."""
-        outcomes: list[Outcome] = [(None, self._reason_against(job)) for job in jobs]
+        outcomes: list[Outcome] = [(None, self.reason_against(job)) for job in jobs]
         left = [index for index, (_, error) in enumerate(outcomes) if error is None]
         calls = [call for index in left if isinstance(call := jobs[index].work, Call)]
         try:
             waited = [_waited_us(jobs[index], started) for index in left]
             results = self._replies(calls, waited) if len(calls) > 1 else []
+        except KernelMissing:  # by then each may have run alone, or waits for what it needs itself
+            results = []
         except Exception as fault:
             # Whatever it was, one call alone may do without it; if not, each is told its own. So it is if the device
             # has failed: then none is begun.
@@ -214,8 +219,8 @@ class Runner:
             outcomes[index] = (None, result) if isinstance(result, Exception) else (result, None)
         return outcomes
 
-    def _reason_against(self, job: Job) -> Exception | None:
-        """Why a job whose turn has come is not started, or a call not gone on with."""
+    def reason_against(self, job: Job) -> Exception | None:
+        """Why a job whose turn has come, or that waits for a kernel, is not started, or a call not gone on with."""
         if self._faults.reason:
             return self._faults.refusal()
         if job.ran_s and not isinstance(job.work, Call):

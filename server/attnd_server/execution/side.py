@@ -11,8 +11,8 @@ import torch
 
 from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
-from attnd_server.execution.queue import Job
 from attnd_server.execution.runner import Runner
+from attnd_server.execution.work import Job
 from attnd_server.identity.quota import Quota
 
 # SideWork that runs or waits.

@@ -18,13 +18,12 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.device.host_results import on_host
-from attnd_server.execution.by_options import ByOptions
+from attnd_server.execution.by_options import ByOptions, ShareKey
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
 from attnd_server.execution.kept_plans import KeptPlans, Plans, most_bytes, tensor_bytes
 from attnd_server.execution.replaced_slots import replaced
-from attnd_server.execution.share_key import ShareKey
 from attnd_server.execution.step_observers import StepCounts, StepTrace
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.layer_group import LayerGroup

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnd_server.execution.step import Call
 from attnd_server.kv.cache import Cache
+
+# Stands for the cache of what belongs to none: the turns of warm-ups.
+NO_CACHE = b""
 
 Done = Callable[[bytes | None, BaseException | None], None]
 """Gets the result of some work, or its error."""
@@ -85,6 +88,41 @@ class SideWork:
 
 Work = Call | CacheWork | WorkInPieces | SideWork | Callable[[], bytes]
 """The executor attends a call; the rest it calls."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A piece of work that waits.
+
+    Attributes:
+        work: what to do.
+        done: gets its result or its error.
+        deadline: `time.monotonic()` after which it is not started.
+        submitted_at: `time.perf_counter()`.
+        is_wanted: asked before it starts, and between its pieces: whether anybody still waits for it; raises
+            AttndError: it may not go on. None: somebody does, and it may.
+        rest: what is left of it, if it runs in pieces and was begun.
+        ran_s: seconds for which it has had the device, if it runs in pieces.
+        is_cancelled: whether it is to end before its next piece.
+        cache_id: the cache in whose queue it waits.
+        principal: whose it is; "" of what is nobody's.
+    """
+
+    work: Work
+    done: Done
+    deadline: float
+    submitted_at: float
+    is_wanted: Callable[[], bool] | None = None
+    rest: Pieces | None = None
+    ran_s: float = 0.0
+    is_cancelled: bool = False
+    cache_id: bytes = field(default=NO_CACHE, init=False)
+    principal: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        """Asks its work, once."""
+        if isinstance(self.work, (Call, CacheWork, WorkInPieces)):
+            self.cache_id, self.principal = self.work.cache_id, self.work.principal
 
 
 def on_cache(cache: Cache, work: Callable[[], bytes]) -> CacheWork:

@@ -16,8 +16,8 @@ from functools import partial
 
 from attnd.errors import AttndError
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.queue import Job
 from attnd_server.execution.step import Call
+from attnd_server.execution.work import Job
 from attnd_server.planes.shm.loop_clients import LoopClient, LoopClients
 
 log = logging.getLogger(__name__)
