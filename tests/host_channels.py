@@ -40,9 +40,11 @@ class EventFlags:
 
     def __init__(self, given: threading.Semaphore, taken: threading.Semaphore) -> None:
         self.is_stopped = False
+        self.num_waits = 0
         self._given, self._taken = given, taken
 
     def wait(self, stream: int, layer: int, is_last: bool) -> None:
+        self.num_waits += 1
         while not self.is_stopped:
             if self._taken.acquire(timeout=0.01):
                 return

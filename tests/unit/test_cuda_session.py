@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.identity import TokenFile
 from attnd_server.identity.tokens import add_token
 from attnd_server.observe.counts import Metrics
 from attnd_server.planes.cuda import session as cuda_server
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from tests import host_channels, interpreter
+from tests.servers import wait_for
 
 pytestmark = pytest.mark.skipif(
     interpreter.reason_against() is not None or torch.cuda.is_available(), reason="needs Triton's interpreter"
@@ -41,6 +44,8 @@ GEOMETRY = {
     "backend": "triton_grouped",
 }
 HEADS = 4
+# Seconds: longer than anything here should take.
+TIMEOUT_S = 20.0
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +102,75 @@ def test_outputs_are_those_of_inline_bit_for_bit(opened: tuple[attnd.Client, hos
             for k_or_v in range(2):
                 stored = [cache.read_kv(layer, range(12), torch.empty(0))[k_or_v] for cache in (one, other)]
                 assert torch.equal(*stored)
+
+
+def test_a_step_counts_as_one_that_waits_until_it_is_over(
+    opened: tuple[attnd.Client, host_channels.HostPlanes],
+) -> None:
+    client, _ = opened
+    quiet = client.transport._service.executor.quiet
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 4), num_heads=HEADS)
+        step.attend(0, *new_tokens(4))
+        assert not quiet.are_over(0)
+        step.attend(1, *new_tokens(4))
+        step.attend(2, *new_tokens(4))
+        step.finish()
+        assert quiet.are_over(TIMEOUT_S)
+        step = session.step(metadata(4, 1), num_heads=HEADS)
+        step.attend(0, *new_tokens(1))
+        assert not quiet.are_over(0)
+    assert quiet.are_over(TIMEOUT_S)  # also one that its worker leaves
+
+
+def test_a_step_is_held_back_while_nothing_may_wait(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
+    client, planes = opened
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        with client.transport._service.executor.quiet.moment(0) as is_quiet:
+            assert is_quiet
+            step = session.step(metadata(0, 4), num_heads=HEADS)
+            time.sleep(0.05)
+            assert planes.channels[-1].flags.num_waits == 0
+        for layer in range(3):
+            step.attend(layer, *new_tokens(4))
+        step.finish()
+        assert planes.channels[-1].flags.num_waits == 3
+
+
+def test_a_step_whose_kernel_is_not_there_yet_waits_for_it_outside_the_gpu(
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = opened
+    quiet, enqueue = client.transport._service.executor.quiet, cuda_server.CudaStep.enqueue
+    kernels: list[Future[None]] = [Future(), Future()]
+    tries: list[int] = []
+
+    def lacking(step: cuda_server.CudaStep, *arguments: object) -> None:
+        tries.append(len(tries))
+        if len(tries) <= len(kernels):
+            raise KernelMissing("a_kernel", kernels[len(tries) - 1])
+        enqueue(step, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cuda_server.CudaStep, "enqueue", lacking)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        step = session.step(metadata(0, 4), num_heads=HEADS)
+        for number, kernel in enumerate(kernels, 1):
+            wait_for(lambda number=number: len(tries) == number, "the step was not tried")
+            with quiet.moment(TIMEOUT_S) as is_quiet:
+                assert is_quiet
+                assert len(cache.written_pages()) == 0  # others go on
+            kernel.set_result(None)
+        for layer in range(3):
+            step.attend(layer, *new_tokens(4))
+        step.finish()
+        assert cache.written_pages() == [0]
+        kernels.append(Future())
+        kernels[-1].set_exception(attnd.Unsupported("no such kernel can be"))
+        tries[:] = [0, 1]
+        step = session.step(metadata(4, 1), num_heads=HEADS)
+        with pytest.raises(attnd.Unsupported, match="no such kernel can be"):
+            step.finish()
+    assert quiet.are_over(TIMEOUT_S)
 
 
 def test_a_step_that_refines_in_place_has_no_window(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:

@@ -6,12 +6,14 @@ import ctypes
 import logging
 import mmap
 import threading
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from attnd_server.device.quiet import QuietGpu
 from attnd_server.planes import server as plane_server
 from attnd_server.planes.shm.pinning import CudaRegistrar, Pinning, registrar_for
 from tests.servers import wait_for
@@ -91,6 +93,27 @@ def test_no_more_than_the_limit_is_pinned(caplog: pytest.LogCaptureFixture) -> N
         assert "8192 bytes are, of at most 8192" in caplog.messages[0]
     with pinning.pinned(third) as is_pinned:
         assert is_pinned
+
+
+def test_what_is_pinned_stays_so_and_counts_while_a_step_waits_in_the_gpu() -> None:
+    registrar, quiet = FakeRegistrar(), QuietGpu()
+    pinning = Pinning(registrar, quiet, max_bytes=8192)
+    memory = mmap.mmap(-1, 8192)
+    is_there = weakref.ref(memory)
+    with quiet.waits():
+        with pinning.pinned(memory):
+            pass
+        del memory
+        assert pinning.num_bytes == sum(registrar.registered.values()) == 8192
+        assert is_there() is not None  # mapped
+        with pinning.pinned(mmap.mmap(-1, 4096)) as is_pinned:
+            assert not is_pinned
+    wait_until_nothing_is_registered(registrar)
+    wait_for(lambda: pinning.num_bytes == 0 and is_there() is None, "the region is still there")
+    with pinning.pinned(mmap.mmap(-1, 4096)) as is_pinned:
+        assert is_pinned
+    assert not registrar.registered  # at once, where nothing waits
+    quiet.close(1)
 
 
 def test_a_processor_needs_no_pinned_memory() -> None:

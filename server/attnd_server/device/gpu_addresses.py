@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 
 from attnd.protocol.cuda.driver import call, driver
+from attnd_server.device.quiet import quiet_gpu
+
+# Seconds that a lack of memory waits for a quiet moment, in which torch can give back what it keeps.
+_QUIET_S = 0.05
 
 
 class GpuAddresses:
@@ -55,11 +59,14 @@ class GpuAddresses:
         try:
             self._map(self._base + start, end - start)
         except RuntimeError:
-            torch.cuda.empty_cache()  # torch keeps what it may need again
+            with quiet_gpu(self._device).moment(_QUIET_S) as is_quiet:
+                if is_quiet:
+                    torch.cuda.empty_cache()  # torch keeps what it may need again
             try:
                 self._map(self._base + start, end - start)
             except RuntimeError as error:
-                raise torch.OutOfMemoryError(f"{self._device} has no {end - start} bytes left: {error}") from None
+                kept = "" if is_quiet else "; what torch keeps unused cannot be freed while a cuda plane's step waits"
+                raise torch.OutOfMemoryError(f"{self._device} has no {end - start} bytes left: {error}{kept}") from None
         self.tensor[start:end].zero_()
 
     def give_back(self, start: int, end: int) -> None:

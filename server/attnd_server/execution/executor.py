@@ -17,6 +17,7 @@ from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
 from attnd_server.device.kernels.launch import KernelMissing, let_wait
+from attnd_server.device.quiet import quiet_gpu
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import most_work
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
@@ -45,6 +46,7 @@ class Executor:
         runner: runs what has the device.
         waiting: counts, by principal, the jobs that wait.
         ops: its backends.
+        quiet: knows what may wait in the device for a worker.
         prepare_thread: makes torch's settings of the calling thread what calls need.
         thread_settings: whose these are.
         kept_plans: which steps keep theirs.
@@ -78,6 +80,7 @@ class Executor:
         self._caches, self._config, self.device = caches, config, device
         self.capture = capture or cuda_capture(device)
         self.faults = faults or DeviceFaults(device)
+        self.quiet = quiet_gpu(device)
         self.graphs = CapturedGraphs()
         self.runner = Runner(device, config, self.faults, observer)
         self.ops = self.runner.ops
@@ -185,16 +188,20 @@ class Executor:
         """After `close`: whether nothing touches KV memory any more, nor ever will again.
 
         Args:
-            timeout_s: how long to wait for calls that run, on this thread or others, in seconds each.
+            timeout_s: how long to wait for calls that run, on this thread or others or in the GPU, in seconds each.
 
         Raises:
             RuntimeError: the device has failed.
         """
         self._thread.join(timeout_s)
-        if self._thread.is_alive() or not self._idle.lock.acquire(timeout=timeout_s):
+        # Not all that the process has on the GPU is waited for: some of it may wait for a worker. Steps on cuda planes
+        # were let go when their planes ended.
+        if self._thread.is_alive() or not self.quiet.are_over(timeout_s):
+            return False
+        if not self._idle.lock.acquire(timeout=timeout_s):
             return False
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.default_stream(self.device).synchronize()
         return True
 
     def _run(self) -> None:

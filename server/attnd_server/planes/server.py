@@ -50,7 +50,7 @@ class PlaneServer:
         )
         self._cuda = cuda_planes(service.executor.device, config.cuda_region_bytes, config.max_cuda_planes)
         planes.offer(self._planes, self._cuda)
-        self._pinning = Pinning(registrar_for(service.executor.device))
+        self._pinning = Pinning(registrar_for(service.executor.device), service.executor.quiet)
         self._loop = SharedLoop(service.executor)
         self._connections: dict[PlaneConnection, None] = {}
         self._arrivals = Arrivals(self._listener, self._check, self._let_in)

@@ -39,7 +39,7 @@ class CudaChannel:
         on_same_gpu: bool,
         worker: Device | None,
     ) -> None:
-        """Takes the memory, and owns `words`, whatever happens. The device must be the thread's current one.
+        """Takes the memory; owns `words` once it is made. The device must be the thread's current one.
 
         Args:
             device: the server's GPU.
@@ -80,7 +80,6 @@ class CudaChannel:
         except BaseException:
             for memory in self._memory:
                 memory.close()
-            words.close()
             raise
         self.num_bytes = min(memory.num_bytes for memory in self._memory)
         # torch's own DLPack import, because it takes our word for the device: also of what lies on the worker's.
@@ -117,12 +116,15 @@ class CudaChannel:
             time.sleep(_STOP_PERIOD_S)
 
     def free(self) -> None:
-        """Frees the memory of a channel that is drained. May wait for everybody's steps. The device is current."""
+        """Frees the memory of a channel that is drained, all but the host's words. The device is current."""
         self._bytes = []
-        self.flags.close()
-        self._words.close()
         for memory in self._memory:
             memory.close()
+
+    def free_words(self) -> None:
+        """Frees the host's words afterwards. Waits for everything on the GPU, which is current."""
+        self.flags.close()
+        self._words.close()
 
 
 def _written(writer: CopyAndWrite, stream: int, address: int, value: int) -> None:

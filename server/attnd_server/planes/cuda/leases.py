@@ -1,4 +1,4 @@
-"""What is made ahead for sessions on cuda planes: streams with their counters, and pages of the host's words."""
+"""What sessions on cuda planes have beside memory: streams with their counters, and pages of the host's words."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SharedWords:
         return descriptor
 
     def close(self) -> None:
-        """Nobody's stream may wait for a word."""
+        """Nobody's stream may wait for a word. Waits for everything on the GPU."""
         self.words.close()
         if self.descriptor >= 0:
             os.close(self.taken())

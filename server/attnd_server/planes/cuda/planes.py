@@ -2,16 +2,16 @@
 
 A session's steps run on a stream of its own, of which the driver lets no other stream wait. While it waits for its
 worker, nobody may ask the driver for what waits for the whole GPU, or they wait too. So what sessions need of that kind
-is made ahead, when the server starts: streams and counters, which the next session takes over, kernels, and pages of
-the host's words. A session's memory is made for it and never another's, because its worker may keep it mapped: only
-virtual memory management makes it, which waits for nobody's work, and a thread of its own frees it.
+is made ahead, when the server starts: streams and counters, which the next session takes over, kernels, what libraries
+make at their first use, and local memory. A session's memory is made for it and never another's, because its worker may
+keep it mapped: only virtual memory management makes and frees it, which waits for nobody's work. The host's words are
+taken from the GPU in a quiet moment.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ import torch
 
 from attnd.errors import Exhausted, Unsupported
 from attnd_server.device.faults import is_device_fault
+from attnd_server.device.quiet import quiet_gpu
 from attnd_server.planes.cuda.gpu_channel import CudaChannel
 from attnd_server.planes.cuda.leases import SharedWords, StreamLease
 
@@ -65,21 +66,18 @@ class CudaPlanes:
         refusal = "the driver does not show the server's GPU" if found is None else found.refusal()
         if found is None or refusal is not None:
             raise Unsupported(refusal or "", field="plane")
-        self._device = found
+        self._device, self._quiet = found, quiet_gpu(device)
         self.gpu_uuid = found.uuid
         self.num_bytes = cuda_memory.size_on(found, num_bytes)
         _let_torch_keep_memory(device)
         self._leases: queue.SimpleQueue[StreamLease] = queue.SimpleQueue()
-        self._words: queue.SimpleQueue[SharedWords] = queue.SimpleQueue()
         with found.current():
             cuda_gates.prepare(found)
             cuda_copies.prepare(found)
-            for stream in independent_streams(found, device, max_planes):
+            with self._quiet.waits():
+                streams = independent_streams(found, device, max_planes)
+            for stream in streams:
                 self._leases.put(StreamLease(found, stream))
-                self._words.put(SharedWords())
-        # What may wait for everybody's steps: nobody waits for it.
-        self._slow_work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._do_slow_work, name="cuda-planes", daemon=True).start()
 
     def open(self, worker_gpu: str) -> CudaChannel:
         """Memory, words and a stream for a session. No more than `max_planes` at once.
@@ -95,13 +93,13 @@ class CudaPlanes:
         self._device.make_current()
         lease = self._leases.get()
         try:
+            words = SharedWords()
             try:
-                words = self._words.get_nowait()
-            except queue.Empty:  # sessions came faster than words
-                words = SharedWords()
-            self._slow_work.put(lambda: self._words.put(SharedWords()))
-            on_same_gpu, worker = worker_gpu == self.gpu_uuid, self._memory_of(worker_gpu)
-            return CudaChannel(self._device, lease, words, self.num_bytes, on_same_gpu, worker)
+                on_same_gpu, worker = worker_gpu == self.gpu_uuid, self._memory_of(worker_gpu)
+                return CudaChannel(self._device, lease, words, self.num_bytes, on_same_gpu, worker)
+            except BaseException:
+                self._when_quiet(words.close)
+                raise
         except BaseException as error:
             self._leases.put(lease)
             if isinstance(error, CudaError):
@@ -131,19 +129,19 @@ class CudaPlanes:
         self._device.make_current()
         try:
             channel.drain()
+            channel.free()
         finally:
-            self._slow_work.put(channel.free)
+            self._when_quiet(channel.free_words)
             self._leases.put(channel.lease)
 
-    def _do_slow_work(self) -> None:
-        self._device.make_current()
-        while True:
-            work = self._slow_work.get()
-            try:
-                work()
-            except Exception:
-                log.exception("a cuda plane's memory cannot be made or freed")
-            del work  # holds the channel
+    def _when_quiet(self, work: Callable[[], None]) -> None:
+        """Does what waits for everything on the GPU, once nothing there waits for a worker."""
+
+        def work_there() -> None:
+            self._device.make_current()
+            work()
+
+        self._quiet.later(work_there)
 
 
 def cuda_planes(device: torch.device, num_bytes: int, max_planes: int) -> CudaPlanes | str:

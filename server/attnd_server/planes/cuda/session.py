@@ -2,6 +2,9 @@
 
 The watchdog looks at a step's worker while the step is under way: if that goes away, or lets too much time pass,
 nothing waits for it any more. Such a step failed, whatever the stream made of it.
+
+From before its first launch until its stream is done with it, a step counts as one that waits in the GPU. It is held
+back where nothing may for a moment (`QuietGpu`), on the plane's own thread.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import NamedTuple
 from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest, Unsupported
 from attnd.protocol import frames
 from attnd.v1 import attention_pb2, backend_pb2, step_pb2
+from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.execution.cost import too_costly
 from attnd_server.execution.step import Step
 from attnd_server.execution.work import on_cache
@@ -81,12 +85,9 @@ class CudaSession:
             is_refused = partial(is_revoked, self._principal)
             watch = cuda_watchdog.Watch(self._channel.flags, self._connection, self._is_stuck, timeout_s, is_refused)
             held.enter_context(cuda_watchdog.WATCHDOG.watching(watch))
-            try:
-                self._enqueue(step)
-            except BaseException:
-                # Some of its layers may wait behind a step that is all right: what they use stays until the plane ends.
-                self._begun_in_part.append((step, held.pop_all()))
-                raise
+            while (missing := self._enqueued(step, held)) is not None:
+                missing.ready.result()  # not in the GPU, where kernels are loaded while nobody waits
+                watch.restart()
             return StepUnderWay(step, arrived, watch, held.pop_all())
 
     def finish(self, under_way: StepUnderWay) -> bytes:
@@ -194,19 +195,43 @@ class CudaSession:
             raise too_costly(work, service.executor.most_work)
         return CudaStep(step, layers, heads)
 
-    def _enqueue(self, step: CudaStep) -> None:
+    def _enqueued(self, step: CudaStep, held: ExitStack) -> KernelMissing | None:
+        """Enqueues a step, or says which kernel it needs first; then nothing of it waits.
+
+        Args:
+            step: to be enqueued.
+            held: what is let go when it is over: from now on also that it may be waiting.
+        """
+        with ExitStack() as waiting:
+            waiting.enter_context(self._service.executor.quiet.waits())
+            try:
+                missing = self._enqueue(step)
+            except BaseException:
+                # Some of its layers may wait behind a step that is all right: what they use stays until the plane ends.
+                held.push(waiting.pop_all())
+                self._begun_in_part.append((step, held.pop_all()))
+                raise
+            if missing is None:
+                held.push(waiting.pop_all())
+            return missing
+
+    def _enqueue(self, step: CudaStep) -> KernelMissing | None:
         executor = self._service.executor
         outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        missing: list[KernelMissing] = []
 
         def enqueue() -> bytes:
-            step.enqueue(self._channel, self._graphs, executor.ops)
+            try:
+                step.enqueue(self._channel, self._graphs, executor.ops)
+            except KernelMissing as kernel:  # before any of its layers
+                missing.append(kernel)
             return b""
 
         # In its turn among the cache's calls, copies and deletion.
         work = on_cache(step.step.cache, enqueue)
-        if executor.run_now(work) is not None:
-            return
-        executor.submit(work, lambda result, error: outcome.put(error))
-        error = outcome.get()
-        if error is not None:
-            raise error
+        if executor.run_now(work) is None:
+            executor.submit(work, lambda result, error: outcome.put(error))
+            error = outcome.get()
+            if error is not None:
+                raise error
+        return missing[0] if missing else None

@@ -12,9 +12,9 @@ What the executor promises everybody else still holds:
   waits for the answer (`CudaStep.finish`) before it asks for anything else of the cache.
 - A cache that is deleted meanwhile, or whose lease ends, is closed at once for everybody; the step keeps hold of its
   pages (`Cache.held`), so that their memory stays until the step is over, and is answered with CacheLost.
-- It waits for no other session's worker: a step is planned, and its kernels are loaded, on the stream of all other work
-  and with memory of that stream; the session's own has the layers alone, and kernels that bring a graph its step. Only
-  kernels that no step has used before may make the driver wait for the whole GPU, and so for steps that are running.
+- It waits for no other session's worker: a step is planned, and its kernels are launched once, on the stream of all
+  other work and with memory of that stream; the session's own has the layers alone, and kernels that bring a graph its
+  step. A kernel that is not on the device yet is waited for by the session before anything of the step waits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.kernels.pages import stored_tokens
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
+from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.execution.step import Step
 from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.step_graph import StepGraph
@@ -88,6 +89,7 @@ class CudaStep:
         Raises:
             CacheLost: the cache is closed.
             Unsupported: no backend that only launches can serve the step, or not the one that is named.
+            KernelMissing: a kernel is not there yet; nothing of the step waits.
         """
         self.started_at = time.perf_counter()
         self.step.cache.refuse_if_closed()
@@ -96,13 +98,17 @@ class CudaStep:
         self.graph = graph = graphs.find(self.step.cache, self.step.group, self.step.metadata, self.options, layout)
         if graph is not None:
             self.backend = graph.backend
-            with channel.current():  # after the step before, which may still read what the graph has of it
-                graph.load(self.step.metadata)
-                graph.replay()
         else:
             self._plan(channel, layout, ops)
+        try:
             with channel.current():
-                self._enqueue_layers(channel, layout)
+                if graph is not None:  # after the step before, which may still read what the graph has of it
+                    graph.load(self.step.metadata)
+                    graph.replay()
+                else:
+                    self._enqueue_layers(channel, layout)
+        except KernelMissing as kernel:
+            raise RuntimeError(f"{kernel}, and layers of the step wait already") from kernel
         self.wait = channel.mark()
 
     def refuse_if_lost(self) -> None:
@@ -149,7 +155,7 @@ class CudaStep:
     ) -> None:
         """Launches every kernel of the step once, to no effect, before anything of it waits.
 
-        To load a kernel that is not on the device yet the driver may wait for all that is there: for the worker, too.
+        So it is here that one is found to be missing, or that Triton compiles and loads it where there is no library.
         The results go elsewhere, because the worker may still be reading those of the step before.
         """
         group, metadata = self.step.group, self.step.metadata

@@ -48,7 +48,7 @@ class StepGraphs:
         """
         self._channel, self._caches, self._ops, self._backends = channel, caches, ops, backends
         self._graphs: OrderedDict[tuple[object, ...], StepGraph | None] = OrderedDict()  # None: there can be none
-        self._seen: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._seen: OrderedDict[tuple[object, ...], int] = OrderedDict()  # `id` of the metadata of the first step
 
     def find(
         self,
@@ -77,20 +77,23 @@ class StepGraphs:
             found = self._graphs[key]
             return found if found is not None and found.fits(metadata) else None
         if key not in self._seen:
-            self._seen[key] = None
+            self._seen[key] = id(metadata)
             if len(self._seen) > _MAX_SEEN:
                 self._seen.popitem(last=False)
+            return None
+        if self._seen[key] == id(metadata):  # that step once more, for which a kernel was missing
             return None
         self._make_room()
         self._graphs[key] = graph = self._made(cache, group, metadata, options, shape, layout)
         if graph is not None:
             try:
                 graph.capture(capture, metadata)
-            except RuntimeError as error:  # CUDA's: launched layer by layer, the step may do
-                if is_device_fault(error):
+            except BaseException as error:
+                self._drop(key)
+                # CUDA's: launched layer by layer, the step may do. For a kernel that is missing it comes again.
+                if not isinstance(error, RuntimeError) or is_device_fault(error):
                     raise
                 log.warning("a cuda plane's step cannot be captured", exc_info=error)
-                self._drop(key)
                 self._graphs[key] = graph = None
         return graph
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from attnd_server.device.quiet import QuietGpu
+
 log = logging.getLogger(__name__)
 
 # Bytes of all regions together that may be pinned: they are in memory from then on, written to or not.
@@ -27,7 +29,7 @@ class Registrar(Protocol):
         """Pins memory. Raises RuntimeError if it cannot."""
 
     def unregister(self, address: int) -> None:
-        """Waits for what copies from the memory, and makes it ordinary again. Raises RuntimeError if it cannot."""
+        """Waits for everything on the GPU, and makes memory ordinary again. Raises RuntimeError if it cannot."""
 
 
 class CudaRegistrar:
@@ -62,9 +64,18 @@ def registrar_for(device: torch.device) -> Registrar | None:
 class Pinning:
     """The regions that are pinned. Any thread may use it."""
 
-    def __init__(self, registrar: Registrar | None, max_bytes: int = MAX_PINNED_BYTES) -> None:
-        """Pins with `registrar`, if there is one, and never more than `max_bytes`."""
+    def __init__(
+        self, registrar: Registrar | None, quiet: QuietGpu | None = None, max_bytes: int = MAX_PINNED_BYTES
+    ) -> None:
+        """Nothing is pinned yet.
+
+        Args:
+            registrar: that pins; None: nothing does.
+            quiet: of the GPU; None: one of its own, which is always quiet.
+            max_bytes: that are pinned at once.
+        """
         self._registrar = registrar
+        self._quiet = quiet or QuietGpu()
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._has_told = False
@@ -72,12 +83,15 @@ class Pinning:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are pinned."""
+        """Bytes that are pinned, those of sessions that have ended and still are among them."""
         return self._num_bytes
 
     @contextmanager
     def pinned(self, memory: mmap.mmap) -> Iterator[bool]:
-        """Has `memory` pinned until the end of the block if that can be, and says whether it is."""
+        """Has `memory` pinned until the end of the block if that can be, and says whether it is.
+
+        It stays pinned, and mapped, beyond that end until nothing waits in the GPU for a worker: at once in most cases.
+        """
         registrar, address, num_bytes = self._registrar, _address(memory), len(memory)
         if registrar is None or not self._register(registrar, address, num_bytes):
             yield False
@@ -85,7 +99,7 @@ class Pinning:
         try:
             yield True
         finally:
-            self._unregister(registrar, address, num_bytes)
+            self._unregister(registrar, memory)
 
     def _register(self, registrar: Registrar, address: int, num_bytes: int) -> bool:
         with self._lock:
@@ -102,13 +116,20 @@ class Pinning:
             return False
         return True
 
-    def _unregister(self, registrar: Registrar, address: int, num_bytes: int) -> None:
-        try:
-            registrar.unregister(address)
-        except RuntimeError as error:  # of a GPU that is lost, most likely, which calls tell better
-            log.warning("a region stays pinned: %s", error)
-        with self._lock:
-            self._num_bytes -= num_bytes
+    def _unregister(self, registrar: Registrar, memory: mmap.mmap) -> None:
+        def unregister() -> None:  # holds the memory, which must still be there
+            try:
+                registrar.unregister(_address(memory))
+            except RuntimeError as error:  # of a GPU that is lost, most likely, which calls tell better
+                log.warning("a region stays pinned: %s", error)
+            with self._lock:
+                self._num_bytes -= len(memory)
+
+        with self._quiet.moment(0) as is_quiet:
+            if is_quiet:
+                unregister()
+        if not is_quiet:
+            self._quiet.later(unregister)
 
     def _tell(self, reason: str) -> None:
         if not self._has_told:
