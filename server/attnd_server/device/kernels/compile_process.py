@@ -1,0 +1,283 @@
+"""The process in which kernels are compiled: it imports them once, and forks for each.
+
+`ProcessCompiler` starts it, and is all that it listens to. It ends when the other end of its socket is closed, and with
+it everything that it has started. No process here has anything to do with the GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Any, NoReturn
+
+from attnd_server.device.kernels import launchers
+from attnd_server.device.kernels.spec import KernelSpec
+
+# What the program that is started runs: with the module path of its parent, and never with the folder it stands in.
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from attnd_server.device.kernels.compile_process import main; main()"
+)
+# How much less than the service the processes may claim of busy cores.
+_NICE, _MORE_NICE = 5, 10
+# How often it is looked whether the parent is there.
+_LOOK_S = 2.0
+# Characters of what a compilation has printed that go into its error.
+_MOST_TEXT = 2_000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the process is told first.
+
+    Attributes:
+        target: the `GPUTarget` to compile for.
+        modules: that have kernels.
+        scratch: a folder for files that compilers leave, which it removes.
+        timeout_s: that one compilation may take.
+    """
+
+    target: Any
+    modules: tuple[str, ...]
+    scratch: str
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel to compile."""
+
+    number: int
+    spec: KernelSpec
+    is_urgent: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a compilation ended; of number -1: how the start of the process did.
+
+    Attributes:
+        number: of the request.
+        error: what went wrong, or "".
+    """
+
+    number: int
+    error: str
+
+
+class _Target:
+    """All that Triton's compiler asks of a driver."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+@dataclass
+class _Child:
+    """A process that compiles one kernel."""
+
+    number: int
+    process: int
+    descriptor: int
+    log: int
+    scratch: str
+    end_s: float
+    is_late: bool = False
+
+
+def main() -> None:
+    """Serves the parent at the other end of the standard input."""
+    # The parent says when to end: a Ctrl-C, or the end of a control group, is for it.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    os.nice(_NICE)
+    parent = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        setup = parent.recv()
+        with _removed(setup.scratch):
+            try:
+                _prepare(setup)
+            except Exception as error:  # whatever an import may raise
+                parent.send(Answer(-1, f"{type(error).__name__}: {error}"))
+                return
+            parent.send(Answer(-1, ""))
+            _ForkServer(parent, setup).serve()
+    except (EOFError, OSError):
+        pass  # the parent has gone
+
+
+@contextmanager
+def _removed(folder: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepare(setup: Setup) -> None:
+    """Does once what every compilation needs, before processes are forked that have it."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_Target(setup.target))
+    for module in setup.modules:
+        for value in vars(import_module(module)).values():
+            if isinstance(value, JITFunction):
+                _ = value.cache_key  # of its source and of all that it calls; kept
+    triton_key()
+    backend = make_backend(setup.target)
+    backend.hash()
+    backend.parse_options({}).hash()
+    backend.get_module_map()
+    import_module("triton.compiler.code_generator")
+    launchers.look_for_driver()
+    gc.collect()
+    gc.freeze()
+
+
+class _ForkServer:
+    """Forks for each request, and says how it ended. It has one thread, so that it may fork."""
+
+    def __init__(self, parent: Connection, setup: Setup) -> None:
+        self._parent, self._setup = parent, setup
+        self._parent_process = os.getppid()
+        self._children: dict[int, _Child] = {}  # by their descriptors
+
+    def serve(self) -> None:
+        """Until the parent has gone."""
+        try:
+            while os.getppid() == self._parent_process:
+                self._wait()
+        finally:
+            for child in self._children.values():
+                _kill(child)
+
+    def _wait(self) -> None:
+        """Looks at whatever comes next, for a while."""
+        now = time.monotonic()
+        next_s = min((child.end_s for child in self._children.values() if not child.is_late), default=now + _LOOK_S)
+        patience = max(0.0, min(next_s - now, _LOOK_S))
+        for descriptor in select.select([self._parent.fileno(), *self._children], [], [], patience)[0]:
+            if (child := self._children.pop(descriptor, None)) is not None:
+                self._end(child)
+            else:
+                self._fork(self._parent.recv())
+        for child in self._children.values():
+            if not child.is_late and time.monotonic() >= child.end_s:
+                child.is_late = True
+                _kill(child)
+
+    def _fork(self, request: Request) -> None:
+        """Starts a compilation."""
+        log = os.memfd_create("log")
+        scratch = tempfile.mkdtemp(dir=self._setup.scratch)
+        server = os.getpid()
+        process = os.fork()
+        if not process:
+            _compile(request, self._setup, server, log, scratch)
+        try:
+            os.setpgid(process, process)
+        except OSError:
+            pass  # it has done so, or has ended
+        end_s = time.monotonic() + self._setup.timeout_s
+        descriptor = os.pidfd_open(process)
+        self._children[descriptor] = _Child(request.number, process, descriptor, log, scratch, end_s)
+
+    def _end(self, child: _Child) -> None:
+        """Says how a compilation ended."""
+        status = os.waitpid(child.process, 0)[1]
+        os.close(child.descriptor)
+        _kill(child)  # what it has left running
+        error = ""
+        if status:
+            code = os.waitstatus_to_exitcode(status)
+            how = f"took longer than {self._setup.timeout_s:g} s" if child.is_late else f"was ended by signal {-code}"
+            text = [f"its process {how}"] if code < 0 else []
+            error = "; ".join([*text, *filter(None, [_last_text(child.log)])]) or f"its process ended with {code}"
+        os.close(child.log)
+        shutil.rmtree(child.scratch, ignore_errors=True)
+        self._parent.send(Answer(child.number, error))
+
+
+def _kill(child: _Child) -> None:
+    """Ends a process and all that it has started."""
+    try:
+        os.killpg(child.process, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _last_text(log: int) -> str:
+    """The end of what was printed."""
+    size = os.fstat(log).st_size
+    first = max(0, size - _MOST_TEXT)
+    return os.pread(log, size - first, first).decode(errors="replace").strip()
+
+
+def _compile(request: Request, setup: Setup, server: int, log: int, scratch: str) -> NoReturn:
+    """In a process of its own: compiles one kernel into Triton's cache."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        _end_with(server)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if not request.is_urgent:
+            os.nice(_MORE_NICE)
+        tempfile.tempdir = os.environ["TMPDIR"] = scratch
+        _compile_and_build(request.spec, setup.target)
+        code = 0
+    except BaseException as error:
+        # Of a device function's error, Triton's own says only where it was called.
+        error = error.__cause__ or error
+        print(f"{type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(code)
+
+
+def _compile_and_build(spec: KernelSpec, target: Any) -> None:
+    """Compiles a kernel, and builds its launcher meanwhile."""
+    if not launchers.has_launchers():
+        spec.compile(target)
+        return
+    # It may fail where there is no driver to link with; if so, the call below fails again and says why.
+    ahead = Thread(target=_tried, args=(spec.source(),), daemon=True)
+    ahead.start()
+    compiled = spec.compile(target)
+    ahead.join()
+    launchers.build_launcher(compiled.src, getattr(compiled.metadata, "tensordesc_meta", None) or [])
+
+
+def _tried(source: Any) -> None:
+    try:
+        launchers.build_launcher(source)
+    except Exception:
+        pass
+
+
+def _end_with(parent: int) -> None:
+    """Has the system end this process when its parent ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)

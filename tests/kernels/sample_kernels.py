@@ -1,0 +1,48 @@
+"""Kernels that compile fast, slowly, badly or not at all; never run."""
+
+import os
+import signal
+import time
+
+import triton
+import triton.language as tl
+
+
+def sleep_for(seconds, _semantic=None):
+    """The compiler calls it."""
+    time.sleep(seconds.value)
+
+
+def crash(_semantic=None):
+    """Ends the compiler."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+# So that Triton's compiler takes them for its own.
+sleep_for.__triton_builtin__ = crash.__triton_builtin__ = True
+
+
+@triton.jit
+def add(output, FACTOR: tl.constexpr):
+    """Compiles at once."""
+    tl.store(output + tl.arange(0, 16), tl.load(output + tl.arange(0, 16)) + FACTOR)
+
+
+@triton.jit
+def slow(output, SECONDS: tl.constexpr):
+    """Compiles for some seconds."""
+    sleep_for(SECONDS)
+    tl.store(output, 1.0)
+
+
+@triton.jit
+def broken(output, FACTOR: tl.constexpr):
+    """Does not compile."""
+    tl.store(output, no_such_name)  # noqa: F821
+
+
+@triton.jit
+def crashing(output, FACTOR: tl.constexpr):
+    """Ends the compiler."""
+    crash()
+    tl.store(output, 1.0)
