@@ -25,6 +25,7 @@ from attnd.protocol.cuda import host_flags as cuda_words
 from attnd.protocol.cuda import memory as cuda_memory
 from attnd.protocol.cuda.device_bytes import CPU
 from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES
+from attnd_server.device.kernels.local_memory import local_memory
 from attnd_server.planes.cuda import gpu_channel
 from attnd_server.planes.cuda import planes as planes_of_gpu
 from attnd_server.planes.cuda import streams as cuda_streams
@@ -123,6 +124,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
     monkeypatch.setattr(planes_of_gpu, "_let_torch_keep_memory", lambda device: None)
+    monkeypatch.setattr(planes_of_gpu, "use_libraries", lambda device: None)
+    local_memory.cache_clear()
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **where: zeros(*shape, dtype=dtype))
     monkeypatch.setattr(
@@ -176,7 +179,7 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
     opened = planes()
     made = driver.asked_here()
     assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
-    assert made["cuModuleLoadData"] == 2  # gates and copies
+    assert made["cuModuleLoadData"] == 3  # gates, copies and what needs local memory
     num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
     for _ in range(5):
         channels = [take(opened, worker_gpu) for _ in range(2)]

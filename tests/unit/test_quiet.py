@@ -103,23 +103,19 @@ def test_nobody_is_held_back_for_what_has_stalled(monkeypatch: pytest.MonkeyPatc
     waiting.end()
 
 
-def test_another_condition_is_looked_at_while_new_ones_are_held_back() -> None:
+def test_new_ones_are_held_back_while_others_go_on() -> None:
     quiet = QuietGpu()
-    waiting, looks = begun(quiet), []
-
-    def is_quiet() -> bool:
-        looks.append(not Waiting(quiet).has_begun.is_set())
-        return len(looks) == 3
-
-    with quiet.moment(PATIENCE_S, is_quiet) as found:
-        assert found
-        assert looks == [True] * 3
-    with quiet.moment(0.01, lambda: False) as found:
-        assert not found
-    with pytest.raises(ZeroDivisionError), quiet.moment(0, lambda: bool(1 // 0)):
-        pass
+    waiting = begun(quiet)
+    with quiet.holding_back():
+        held_back = Waiting(quiet)
+        assert not held_back.has_begun.wait(0.05)
+        waiting.end()
+        assert quiet.are_over(0)
+    assert held_back.has_begun.wait(PATIENCE_S)
+    held_back.end()
+    with pytest.raises(ZeroDivisionError), quiet.holding_back():
+        raise ZeroDivisionError
     begun(quiet).end()
-    waiting.end()
 
 
 def test_a_failure_within_a_moment_ends_it() -> None:

@@ -25,8 +25,6 @@ _STALLED_S = 1.0
 # Seconds for which new steps are held back at first until those under way are over, and at most: each try is longer
 # than the one before, for sessions whose steps are long. Between two tries so many times that.
 _TRY_S, _MOST_TRY_S, _PAUSE_PER_TRY = 0.05, 0.4, 10
-# Seconds between two looks at a condition that nobody tells of.
-_LOOK_S = 0.0005
 # Seconds that the end of the process gives what was put off.
 _END_S = 2.0
 
@@ -66,13 +64,12 @@ class QuietGpu:
                 self._changed.notify_all()
 
     @contextmanager
-    def moment(self, timeout_s: float, is_quiet: Callable[[], bool] | None = None) -> Iterator[bool]:
+    def moment(self, timeout_s: float) -> Iterator[bool]:
         """A block in which nothing waits in the GPU nor begins to, if that comes within so many seconds.
 
         Args:
             timeout_s: for which new waits are held back at most, until those under way are over. Less if one of these
                 has gone on for so long that it will not be.
-            is_quiet: what is to be so instead; asked again and again.
 
         Yields:
             Whether it is so. If not, nobody is held back any more.
@@ -82,13 +79,25 @@ class QuietGpu:
             yield False
             return
         try:
-            found = self._becomes_quiet(deadline, is_quiet)
-            if not found:
-                self._let_on()
-            yield found
+            with self._changed:
+                self._hold_back(timeout_s)
+                if not (is_quiet := self._all_end(deadline)):
+                    self._let_on()
+            yield is_quiet
         finally:
             self._let_on()
             self._turn.release()
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """A block in which nothing begins to wait; what did before may go on. For milliseconds."""
+        with self._turn:
+            try:
+                with self._changed:
+                    self._hold_back()
+                yield
+            finally:
+                self._let_on()
 
     def later(self, work: Callable[[], None]) -> None:
         """Has `work` done in a quiet moment, on a thread of its own; pieces of work one after the other, in order."""
@@ -113,22 +122,13 @@ class QuietGpu:
             self._put_off.clear()
             self._changed.notify_all()
 
-    def _becomes_quiet(self, deadline: float, is_quiet: Callable[[], bool] | None) -> bool:
-        """Holds new waits back, and says whether it becomes quiet in time."""
-        with self._changed:
-            # Who was held back by the moment before goes first.
-            self._changed.wait_for(lambda: not self._num_held_back, max(0.0, deadline - time.monotonic()))
-            self._is_held_back = True
-            if is_quiet is None:
-                return self._all_end(deadline)
-        while not is_quiet():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_LOOK_S)
-        return True
+    def _hold_back(self, timeout_s: float | None = None) -> None:
+        """New waits from now on; those that a moment before held back begin first. With the lock."""
+        self._changed.wait_for(lambda: not self._num_held_back, timeout_s)
+        self._is_held_back = True
 
     def _all_end(self, deadline: float) -> bool:
-        """With the lock, which it gives up meanwhile."""
+        """Whether all that wait are over by then, or before one counts as stalled. With the lock."""
         while self._waits:
             now, stalls_at = time.monotonic(), min(self._waits.values()) + _STALLED_S
             if now >= min(deadline, stalls_at):

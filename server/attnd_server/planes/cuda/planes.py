@@ -19,6 +19,7 @@ import torch
 
 from attnd.errors import Exhausted, Unsupported
 from attnd_server.device.faults import is_device_fault
+from attnd_server.device.first_uses import use_libraries
 from attnd_server.device.quiet import quiet_gpu
 from attnd_server.planes.cuda.gpu_channel import CudaChannel
 from attnd_server.planes.cuda.leases import SharedWords, StreamLease
@@ -59,6 +60,7 @@ class CudaPlanes:
         from attnd.protocol.cuda import driver as cuda_driver
         from attnd.protocol.cuda import gate_flags as cuda_gates
         from attnd.protocol.cuda import memory as cuda_memory
+        from attnd_server.device.kernels.local_memory import LEAST_BYTES, local_memory
         from attnd_server.planes.cuda.streams import independent_streams
 
         torch.cuda.init()
@@ -70,8 +72,10 @@ class CudaPlanes:
         self.gpu_uuid = found.uuid
         self.num_bytes = cuda_memory.size_on(found, num_bytes)
         _let_torch_keep_memory(device)
+        use_libraries(device)
         self._leases: queue.SimpleQueue[StreamLease] = queue.SimpleQueue()
         with found.current():
+            local_memory(found.index).reserve(LEAST_BYTES)
             cuda_gates.prepare(found)
             cuda_copies.prepare(found)
             with self._quiet.waits():

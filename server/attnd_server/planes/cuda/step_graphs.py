@@ -16,6 +16,7 @@ from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device.faults import is_device_fault
+from attnd_server.device.kernels.loading import num_standing_in
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
 from attnd_server.kv.layer_group import LayerGroup
@@ -81,7 +82,8 @@ class StepGraphs:
             if len(self._seen) > _MAX_SEEN:
                 self._seen.popitem(last=False)
             return None
-        if self._seen[key] == id(metadata):  # that step once more, for which a kernel was missing
+        # That step once more, for which a kernel was missing; or kernels that would stay in the second context.
+        if self._seen[key] == id(metadata) or num_standing_in(self._ops.device):
             return None
         self._make_room()
         self._graphs[key] = graph = self._made(cache, group, metadata, options, shape, layout)
