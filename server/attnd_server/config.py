@@ -62,6 +62,14 @@ class ServerConfig:
         0, Kind.COUNT, GENERAL, "Threads of one call on the processor; 0: half of the cores.", unit="threads"
     )
 
+    kernel_cache: str = setting(
+        "",
+        Kind.FOLDER,
+        GENERAL,
+        "Folder in which kernels compiled for the GPU are kept; made for this user alone if there is none.",
+        default_text="in the user's caches",
+    )
+
     max_step_tokens: int = setting(65_536, Kind.COUNT, LIMITS, "New tokens of one step.", unit="tokens", low=1)
     max_step_reqs: int = setting(4_096, Kind.COUNT, LIMITS, "Requests of one step.", unit="requests", low=1)
     max_page_table_elements: int = setting(

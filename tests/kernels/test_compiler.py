@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from attnd_server.device.kernels.compiler import CompilationFailed, CompilerUnavailable, ProcessCompiler
+from attnd_server.device.kernels.folder import KernelFolder
 from attnd_server.device.kernels.launchers import stand_in_for_driver
 from attnd_server.device.kernels.spec import KernelSpec
 from tests.kernels.test_compile import reason_against
@@ -31,7 +32,9 @@ LOOK_UP = """
 import pickle, sys
 from triton import knobs
 knobs.compilation.listener = lambda *, cache_hit, **_: print(cache_hit)
-target, specs = pickle.loads(sys.stdin.buffer.read())
+target, folder, specs = pickle.loads(sys.stdin.buffer.read())
+if folder is not None:
+    folder.install()
 for spec in specs:
     spec.compile(target)
 """
@@ -59,9 +62,9 @@ def target() -> Any:
     return GPUTarget("cuda", 90, 32)
 
 
-def found(*specs: KernelSpec) -> list[bool]:
+def found(*specs: KernelSpec, folder: KernelFolder | None = None) -> list[bool]:
     """Whether another process finds each kernel compiled; it is afterwards."""
-    given = pickle.dumps((target(), specs))
+    given = pickle.dumps((target(), folder, specs))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", LOOK_UP]
     printed = subprocess.run(command, input=given, env=environment, stdout=subprocess.PIPE, timeout=60, check=True)
@@ -127,6 +130,20 @@ def test_a_second_process_compiles_nothing(start: Start) -> None:
     assert futures[0] is not futures[3]  # Triton does not take True for 1
     assert not wait(futures, 60).not_done
     assert found(*specs) == [True] * 4
+
+
+def test_a_kernel_is_kept_in_a_folder_and_compiled_again_if_it_is_spoilt(start: Start, tmp_path: Path) -> None:
+    """What another server finds, or one after a restart."""
+    folder = KernelFolder.open(str(tmp_path / "kernels"), "sm_90")
+    specs = [sample("add", value) for value in (1, 2)]
+    compiler = start(folder=folder)
+    assert not wait([compiler.submit(spec, urgent=False) for spec in specs], 60).not_done
+    assert found(*specs, folder=KernelFolder.open(str(tmp_path / "kernels"), "sm_90")) == [True, True]
+    assert not (tmp_path / "cache").exists()
+    for cubin in Path(folder.path).glob("*/*.cubin"):
+        cubin.write_bytes(b"")
+    assert found(*specs, folder=folder) == [False, False]
+    assert found(*specs, folder=folder) == [True, True]
 
 
 def test_a_kernel_that_does_not_compile_says_why(start: Start) -> None:

@@ -22,6 +22,7 @@ KNOWN = {
         "--insecure": ("ATTND_INSECURE", False),
         "--device": ("ATTND_DEVICE", "auto"),
         "--kv-bytes": ("ATTND_KV_BYTES", 0),
+        "--kernel-cache": ("ATTND_KERNEL_CACHE", ""),
         "--threads": ("ATTND_THREADS", 0),
     },
     "Limits of a step and of the server": {

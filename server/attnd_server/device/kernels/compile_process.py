@@ -23,6 +23,7 @@ from threading import Thread
 from typing import Any, NoReturn
 
 from attnd_server.device.kernels import launchers
+from attnd_server.device.kernels.folder import KernelFolder
 from attnd_server.device.kernels.spec import KernelSpec
 
 # What the program that is started runs: with the module path of its parent, and never with the folder it stands in.
@@ -46,12 +47,14 @@ class Setup:
     Attributes:
         target: the `GPUTarget` to compile for.
         modules: that have kernels.
+        folder: to keep them in; None: Triton's own.
         scratch: a folder for files that compilers leave, which it removes.
         timeout_s: that one compilation may take.
     """
 
     target: Any
     modules: tuple[str, ...]
+    folder: KernelFolder | None
     scratch: str
     timeout_s: float
 
@@ -138,6 +141,8 @@ def _prepare(setup: Setup) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
+    if setup.folder is not None:
+        setup.folder.install()
     driver.set_active(_Target(setup.target))
     for module in setup.modules:
         for value in vars(import_module(module)).values():

@@ -18,6 +18,7 @@ from threading import Lock, Thread
 from typing import Any, Protocol
 
 from attnd_server.device.kernels.compile_process import START, Answer, Request, Setup
+from attnd_server.device.kernels.folder import KernelFolder
 from attnd_server.device.kernels.spec import KernelSpec
 from attnd_server.device.machine import num_cores
 
@@ -53,6 +54,9 @@ class Compiler(Protocol):
             `CompilerUnavailable`. It cannot be cancelled.
         """
 
+    def compiling(self) -> set[KernelSpec]:
+        """What is being compiled now, and does not wait for its turn."""
+
     def close(self) -> None:
         """Ends everything at once: what is not compiled yet is unavailable."""
 
@@ -87,16 +91,25 @@ class ProcessCompiler:
     The process is started at once, and takes seconds until it has imported everything. If it ends it is started again.
     """
 
-    def __init__(self, target: Any, modules: Iterable[str], *, places: int = 0, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        target: Any,
+        modules: Iterable[str],
+        folder: KernelFolder | None = None,
+        *,
+        places: int = 0,
+        timeout_s: float = 120.0,
+    ) -> None:
         """Starts it.
 
         Args:
             target: the `GPUTarget` to compile for.
             modules: that have kernels; others are imported for each kernel again.
+            folder: to keep them in, which this process uses too; None: Triton's own.
             places: kernels compiled at once, and as many urgent ones beside them; 0: half of the cores.
             timeout_s: that one kernel may take.
         """
-        self._target, self._modules, self._timeout_s = target, tuple(modules), timeout_s
+        self._target, self._modules, self._folder, self._timeout_s = target, tuple(modules), folder, timeout_s
         self._places = places or max(1, num_cores() // 2)
         self._lock = Lock()
         self._jobs: dict[KernelSpec, _Job] = {}
@@ -118,6 +131,11 @@ class ProcessCompiler:
             job.is_urgent |= urgent
             self._fill()
         return job.future
+
+    def compiling(self) -> set[KernelSpec]:
+        """See `Compiler.compiling`."""
+        with self._lock:
+            return {job.spec for job in self._jobs.values() if job.number >= 0}
 
     def close(self) -> None:
         """See `Compiler.close`."""
@@ -159,7 +177,7 @@ class ProcessCompiler:
             )  # fmt: skip
         connection = Connection(ours.detach())
         try:
-            connection.send(Setup(self._target, self._modules, scratch, self._timeout_s))
+            connection.send(Setup(self._target, self._modules, self._folder, scratch, self._timeout_s))
             while True:
                 self._take(connection, connection.recv())
         except (EOFError, OSError):
