@@ -1,10 +1,45 @@
-"""The one place from which kernels of Triton are launched."""
+"""The one place from which kernels of Triton are launched, and what happens to one that is not on the device yet.
+
+Triton compiles and loads a kernel where it is first launched, and whoever launches waits. For the kernels of this
+package it asks here first: where a library has the device's kernels, that brings them there, on threads and processes
+of its own.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+from contextlib import contextmanager
+from functools import cache
+from inspect import signature
+from typing import Any, Protocol
+
+from attnd_server.device.kernels.spec import KernelSpec
+
+log = logging.getLogger(__name__)
+
+# Whose kernels these are; others' compile as Triton does it.
+PACKAGE = "attnd_server"
+# What Triton is to compile a kernel with, all versions that were tried: 3.6 and 3.7.
+_PARAMETERS = ["self", "key", "signature", "device", "constexprs", "options", "attrs", "warmup"]
+
+
+class Library(Protocol):
+    """Has the kernels of one device."""
+
+    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> Future[None]:
+        """Brings a kernel to the device, before all that nobody waits for.
+
+        Args:
+            kernel: the function.
+            key: by which it looks for the kernel.
+            spec: of the kernel.
+
+        Returns:
+            Done once the function finds the kernel, or with the reason why it never will.
+        """
 
 
 class KernelMissing(Exception):
@@ -20,12 +55,16 @@ class KernelMissing(Exception):
 
 
 class _Here(threading.local):
-    """Of the calling thread: whether it may wait for a kernel."""
+    """Of the calling thread: whether it may wait for a kernel, and what is collected."""
 
     may_wait = True
+    collected: dict[KernelSpec, None] | None = None
 
 
 _here = _Here()
+_num_collecting = 0  # threads
+_collecting = threading.Lock()
+_libraries: dict[int, Library] = {}  # by the device's number
 
 
 def let_wait(may_wait: bool) -> None:
@@ -48,6 +87,9 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
     Raises:
         KernelMissing: it is not there yet, and this thread must not wait.
     """
+    if _num_collecting and _here.collected is not None:
+        kernel.warmup(*args, grid=grid, **options)
+        return
     while True:
         try:
             kernel[grid](*args, **options)
@@ -56,3 +98,65 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
             if not (_here.may_wait or missing.ready.done()):
                 raise
             missing.ready.result()  # or the reason why it cannot be had
+
+
+@contextmanager
+def collecting() -> Iterator[dict[KernelSpec, None]]:
+    """The kernels that the calling thread would launch and the device does not have yet. It launches none meanwhile.
+
+    The tensors of a launch need no data: see torch's device "meta".
+    """
+    global _num_collecting
+    ask_before_compiling()
+    before, specs = _here.collected, dict[KernelSpec, None]()
+    with _collecting:
+        _num_collecting += 1
+    _here.collected = specs
+    try:
+        yield specs
+    finally:
+        _here.collected = before
+        with _collecting:
+            _num_collecting -= 1
+
+
+def install(device: int, library: Library) -> None:
+    """From now on the device's kernels come from a library."""
+    if ask_before_compiling():
+        _libraries[device] = library
+
+
+def uninstall(device: int) -> None:
+    """From now on Triton compiles the device's kernels where they are launched."""
+    _libraries.pop(device, None)
+
+
+@cache
+def ask_before_compiling() -> bool:
+    """Has Triton ask here before it compiles a kernel of this package. Returns whether it will.
+
+    Not by `triton.knobs.runtime.jit_cache_hook`, for which Triton writes every kernel of the process as JSON, and fails
+    where a kernel's constants are no JSON.
+    """
+    from triton.runtime.jit import JITFunction
+
+    compile_at_once = JITFunction._do_compile
+    if list(signature(compile_at_once).parameters) != _PARAMETERS:
+        log.warning("this version of triton compiles kernels where they are launched")
+        return False
+
+    def ask(
+        kernel: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
+    ) -> Any:
+        library, collected = _libraries.get(device), _here.collected
+        if (collected is None and library is None) or kernel.module.partition(".")[0] != PACKAGE:
+            return compile_at_once(kernel, key, signature, device, constexprs, options, attrs, warmup)
+        spec = KernelSpec.of(kernel, signature, constexprs, attrs, options)
+        if collected is not None:
+            collected[spec] = None
+            return None
+        assert library is not None
+        raise KernelMissing(spec.name, library.ask(kernel, key, spec))
+
+    JITFunction._do_compile = ask
+    return True

@@ -1,0 +1,237 @@
+"""The kernels of a device: which it has, which are on their way, and which cannot be had.
+
+A kernel is looked for in Triton's cache on disk, compiled if that does not have it, loaded, and put where its function
+looks for it when it is launched. That takes a thread of the library's own and its compiler's processes; whoever needs
+a kernel gets a future.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+from queue import PriorityQueue
+from typing import Any
+
+import torch
+
+from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault
+from attnd_server.device.kernels import launch
+from attnd_server.device.kernels.compiler import CompilationFailed, Compiler
+from attnd_server.device.kernels.disk import has_kernel
+from attnd_server.device.kernels.spec import KernelSpec
+from attnd_server.device.kernels.states import KernelStates, State, label
+from attnd_server.device.memory import is_memory_error
+
+log = logging.getLogger(__name__)
+
+# Seconds until a kernel that could not be had is tried again, if somebody needs it.
+RETRY_S = 10.0
+_END, _URGENT, _BACKGROUND = range(3)
+
+
+def loaded_here(compiled: Any) -> Any:
+    """Loads a compiled kernel as Triton does, into this thread's context."""
+    compiled._init_handles()
+    return compiled
+
+
+@dataclass(eq=False)
+class _Kernel:
+    """A kernel that somebody has asked for.
+
+    Attributes:
+        spec: of it.
+        state: where it is.
+        since: when that began, `time.monotonic`.
+        ready: of those who wait for it.
+        is_urgent: whether anybody does.
+        places: functions that look for it, and their keys.
+        handle: what they find, once it is loaded.
+        error: why it cannot be had.
+    """
+
+    spec: KernelSpec
+    state: State = State.WAITING
+    since: float = field(default_factory=time.monotonic)
+    ready: Future[None] = field(default_factory=Future)
+    is_urgent: bool = False
+    places: list[tuple[Any, str]] = field(default_factory=list)
+    handle: Any = None
+    error: str = ""
+
+
+class KernelLibrary:
+    """The kernels of one device. Any thread may use it."""
+
+    def __init__(
+        self, device: torch.device, compiler: Compiler, load: Callable[[Any], Any] = loaded_here, number: int = 0
+    ) -> None:
+        """Has none yet, and starts its thread.
+
+        Args:
+            device: where they run.
+            compiler: brings them into Triton's cache on disk; it is closed with this.
+            load: makes of a compiled kernel what its function launches. On the library's thread.
+            number: the device's, to Triton.
+        """
+        self._device, self._compiler, self._load, self._number = device, compiler, load, number
+        self._lock = threading.Lock()
+        self._kernels: dict[KernelSpec, _Kernel] = {}
+        self._num_compiled = self._num_found = 0
+        self._is_closed = False
+        self._order = count()
+        self._todo: PriorityQueue[tuple[int, int, _Kernel | None]] = PriorityQueue()
+        self._thread = threading.Thread(target=self._run, name=f"kernels-{device}", daemon=True)
+        self._thread.start()
+
+    def install(self) -> None:
+        """Kernels of the device come from here from now on."""
+        launch.install(self._number, self)
+
+    def close(self) -> None:
+        """Ends the thread and the compiler. Who waits is told."""
+        launch.uninstall(self._number)
+        with self._lock:
+            self._is_closed = True
+            waiting = [each for each in self._kernels.values() if not each.ready.done()]
+        self._todo.put((_END, next(self._order), None))
+        self._compiler.close()
+        for each in waiting:
+            self._fail(each, Disconnected("the server is shutting down"))
+
+    def wanted(self, specs: Iterable[KernelSpec]) -> list[Future[None]]:
+        """Brings kernels to the device that are not there yet, when nobody waits for another. See `ask`."""
+        return [self._wanted(spec, is_urgent=False).ready for spec in specs]
+
+    def needed(self, specs: Iterable[KernelSpec]) -> list[Future[None]]:
+        """As `wanted`, for somebody who waits for them."""
+        return [self._wanted(spec, is_urgent=True).ready for spec in specs]
+
+    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> Future[None]:
+        """See `launch.Library`."""
+        entry = self._wanted(spec, is_urgent=True)
+        with self._lock:
+            entry.places.append((kernel, key))
+            if entry.state is State.LOADED:
+                self._put(entry)
+        return entry.ready
+
+    def _wanted(self, spec: KernelSpec, is_urgent: bool) -> _Kernel:
+        with self._lock:
+            entry = self._kernels.get(spec)
+            if entry is None or (entry.state is State.FAILED and time.monotonic() - entry.since > RETRY_S):
+                places = [] if entry is None else entry.places
+                entry = self._kernels[spec] = _Kernel(spec, is_urgent=is_urgent, places=places)
+                entry.ready.set_running_or_notify_cancel()  # it is shared: nobody may cancel it
+                self._do(entry)
+            elif is_urgent and not (entry.is_urgent or entry.ready.done()):
+                entry.is_urgent = True
+                self._do(entry)
+            if self._is_closed and not entry.ready.done():
+                entry.state = State.FAILED
+                entry.ready.set_exception(Disconnected("the server is shutting down"))
+            return entry
+
+    def _do(self, entry: _Kernel) -> None:
+        self._todo.put((_URGENT if entry.is_urgent else _BACKGROUND, next(self._order), entry))
+
+    def replace(self, handle: Any, by: Any) -> None:
+        """Has what `load` gave replaced, where functions look for it."""
+        with self._lock:
+            for entry in self._kernels.values():
+                if entry.handle is handle:
+                    entry.handle = by
+                    self._put(entry)
+
+    def _put(self, entry: _Kernel) -> None:
+        """Puts a loaded kernel where its functions look for it. With the lock."""
+        for kernel, key in entry.places:
+            kernel.device_caches[self._number][0][key] = entry.handle
+
+    def states(self) -> KernelStates:
+        """How many there are in each state, and what is under way."""
+        now = time.monotonic()
+        with self._lock:
+            entries = list(self._kernels.values())
+            counts = self._num_compiled, self._num_found
+        of = {state: [each for each in entries if each.state is state] for state in State}
+        return KernelStates(
+            num_loaded=len(of[State.LOADED]),
+            num_waiting=len(of[State.WAITING]),
+            compiling=[(label(each.spec), now - each.since) for each in of[State.COMPILING] + of[State.COMPILED]],
+            failed=[(label(each.spec), each.error) for each in of[State.FAILED]],
+            num_compiled=counts[0],
+            num_found=counts[1],
+        )
+
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        while (entry := self._todo.get()[2]) is not None:
+            try:
+                self._go_on(entry)
+            except Exception as error:  # of the kernel; the thread must live
+                self._fail(entry, error)
+
+    def _go_on(self, entry: _Kernel) -> None:
+        """Does the next thing for a kernel."""
+        if entry.state is State.WAITING:
+            if has_kernel(entry.spec):
+                with self._lock:
+                    self._num_found += 1
+                self._finish(entry)
+            else:
+                self._move(entry, State.COMPILING)
+                asked = self._compiler.submit(entry.spec, entry.is_urgent)
+                asked.add_done_callback(lambda asked: self._compiled(entry, asked))
+        elif entry.state is State.COMPILING:
+            self._compiler.submit(entry.spec, urgent=True)  # somebody waits by now
+        elif entry.state is State.COMPILED:
+            self._finish(entry)
+
+    def _compiled(self, entry: _Kernel, asked: Future[None]) -> None:
+        """On a thread of the compiler's. If that has gone, this process compiles."""
+        error = asked.exception()
+        if isinstance(error, CompilationFailed):
+            self._fail(entry, error)
+            return
+        with self._lock:
+            if self._is_closed or entry.state is not State.COMPILING:
+                return
+            self._num_compiled += 1
+            entry.state = State.COMPILED
+            self._do(entry)
+
+    def _finish(self, entry: _Kernel) -> None:
+        handle = self._load(entry.spec.compile())
+        with self._lock:
+            if entry.ready.done():  # closed meanwhile
+                return
+            entry.handle, entry.state = handle, State.LOADED
+            self._put(entry)
+        entry.ready.set_result(None)
+
+    def _move(self, entry: _Kernel, state: State) -> None:
+        entry.state, entry.since = state, time.monotonic()
+
+    def _fail(self, entry: _Kernel, error: BaseException) -> None:
+        name = label(entry.spec)
+        with self._lock:
+            if entry.ready.done():
+                return
+            self._move(entry, State.FAILED)
+            entry.error = str(error)
+        if isinstance(error, AttndError):
+            entry.ready.set_exception(error)
+            return
+        log.error("kernel %s cannot be had", name, exc_info=error)
+        told: AttndError = ServerFault(f"kernel {name} cannot be had on this server, whose log says why")
+        if is_memory_error(error):
+            told = Exhausted(f"there is no memory left to load kernel {name}", retry_after_s=RETRY_S)
+        told.__cause__ = error
+        entry.ready.set_exception(told)

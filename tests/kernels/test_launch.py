@@ -1,0 +1,144 @@
+"""What a launch of a kernel does that is not on the device: in a process whose Triton compiles, for a GPU not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.servers import ROOT
+
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+
+BEGIN = """
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import torch
+import triton
+
+from attnd_server.device.kernels import launch
+from attnd_server.device.kernels.launch import KernelMissing, collecting, let_wait
+from tests.compile_kernels import BF16, Case, FakeDriver, launch_store
+
+triton.runtime.driver.set_active(FakeDriver(90))
+
+
+class Library:
+    def __init__(self):
+        self.asked, self.ready = [], Future()
+
+    def ask(self, kernel, key, spec):
+        self.asked.append((kernel, key, spec))
+        return self.ready
+
+    def load(self):
+        launched = []
+        handle = SimpleNamespace(
+            run=lambda *args: launched.append(args[:3]), function=None, packed_metadata=None,
+            launch_metadata=lambda *args: None,
+        )
+        for kernel, key, _ in self.asked:
+            kernel.device_caches[0][0][key] = handle
+        self.ready.set_result(None)
+        return launched
+
+
+def step():
+    launch_store(Case(BF16, 128))
+"""
+
+
+def run(script: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    command = [sys.executable, "-c", BEGIN + script]
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_thread_that_must_not_wait_is_told_and_may_launch_later() -> None:
+    run("""
+library = Library()
+launch.install(0, library)
+let_wait(False)
+try:
+    step()
+    raise AssertionError("it was launched")
+except KernelMissing as missing:
+    assert missing.ready is library.ready and "_store_kernel" in str(missing)
+launched = library.load()
+step()
+assert len(launched) == 1 and len(library.asked) == 1
+""")
+
+
+def test_other_threads_wait_and_learn_what_is_wrong() -> None:
+    run("""
+library, launched = Library(), []
+launch.install(0, library)
+threading.Timer(0.3, lambda: launched.append(library.load())).start()
+step()
+assert len(launched[0]) == 1
+library.ready, library.asked = Future(), []
+library.ready.set_exception(ZeroDivisionError())
+for may_wait in (True, False):
+    let_wait(may_wait)
+    try:
+        launch_store(Case(BF16, 64))
+        raise AssertionError("it was launched")
+    except ZeroDivisionError:
+        pass
+""")
+
+
+def test_what_is_collected_is_what_a_launch_asks_for_and_is_not_launched() -> None:
+    run("""
+with collecting() as specs:
+    step()
+    step()
+    with collecting() as inner:
+        launch_store(Case(BF16, 64))
+    other = threading.Thread(target=lambda: seen.append(launch._here.collected))
+    seen = []
+    other.start(); other.join()
+assert len(specs) == len(inner) == 1 and seen == [None]
+library = Library()
+launch.install(0, library)
+library.ready.set_exception(ZeroDivisionError())
+try:
+    step()
+except ZeroDivisionError:
+    pass
+((_, _, asked),) = library.asked
+assert list(specs) == [asked] and hash(asked) == hash(next(iter(specs)))
+library.ready = Future()
+library.load()
+step()
+with collecting() as specs:
+    step()
+assert not specs, "it is there"
+""")
+
+
+def test_kernels_of_others_compile_where_they_are_launched() -> None:
+    run("""
+launch.install(0, Library())
+kernel, compiled = launch_store.__globals__["store_kv"].__globals__["_store_kernel"], []
+kernel.module = "others.kernels"
+kernel.device_caches[0]  # sets what it compiles with
+
+
+def compile(*args, **options):
+    compiled.append(args)
+    nothing = lambda *args: None
+    return SimpleNamespace(run=nothing, function=None, packed_metadata=None, launch_metadata=nothing)
+
+
+kernel.compile = compile
+step()
+assert len(compiled) == 1
+""")

@@ -1,0 +1,192 @@
+"""The library of a device's kernels: what it does for whom, with stand-ins for Triton, compiler and driver."""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from attnd.errors import Disconnected, Exhausted, ServerFault
+from attnd_server.device.kernels import library as library_module
+from attnd_server.device.kernels.compiler import CompilationFailed, CompilerUnavailable
+from attnd_server.device.kernels.library import KernelLibrary
+from attnd_server.device.kernels.spec import KernelSpec
+
+CPU = torch.device("cpu")
+PATIENCE_S = 30.0
+
+
+def spec(name: str) -> KernelSpec:
+    return KernelSpec("module", name, {"x": "*fp32", "DIM": "constexpr"}, {(1,): 64}, {}, {}, key=name)
+
+
+class StandInCompiler:
+    """Compiles when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.futures: dict[str, Future[None]] = {}
+        self.is_closed = False
+
+    def submit(self, spec: KernelSpec, urgent: bool) -> Future[None]:
+        self.asked.append((spec.name, urgent))
+        return self.futures.setdefault(spec.name, Future())
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Function:
+    """Stands for a `JITFunction`."""
+
+    def __init__(self) -> None:
+        self.device_caches: dict[int, tuple[dict[str, Any]]] = {0: ({},)}
+
+    def finds(self, key: str) -> Any:
+        return self.device_caches[0][0].get(key)
+
+
+@pytest.fixture
+def compiler() -> StandInCompiler:
+    return StandInCompiler()
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that Triton's cache has."""
+    names: set[str] = set()
+    monkeypatch.setattr(library_module, "has_kernel", lambda spec: spec.name in names)
+    monkeypatch.setattr(KernelSpec, "compile", lambda spec: f"compiled {spec.name}")
+    return names
+
+
+@pytest.fixture
+def library(compiler: StandInCompiler, on_disk: set[str]) -> Iterator[KernelLibrary]:
+    made = KernelLibrary(CPU, compiler, lambda compiled: types.SimpleNamespace(of=compiled))
+    yield made
+    made.close()
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_kernel_on_disk_is_loaded_and_put_where_its_function_looks(
+    library: KernelLibrary, on_disk: set[str], compiler: StandInCompiler
+) -> None:
+    on_disk.add("a")
+    function = Function()
+    library.ask(function, "one", spec("a")).result(PATIENCE_S)
+    assert function.finds("one").of == "compiled a"
+    library.ask(function, "other", spec("a")).result(0)  # at once: it is there
+    assert function.finds("other") is function.finds("one")
+    assert compiler.asked == []
+    states = library.states()
+    assert (states.num_loaded, states.num_found, states.num_compiled) == (1, 1, 0)
+
+
+def test_others_are_compiled_once_and_are_urgent_once_somebody_waits(
+    library: KernelLibrary, compiler: StandInCompiler
+) -> None:
+    (background,) = library.wanted([spec("a")])
+    eventually(lambda: compiler.asked == [("a", False)])
+    function = Function()
+    urgent = library.ask(function, "key", spec("a"))
+    assert urgent is background
+    eventually(lambda: compiler.asked == [("a", False), ("a", True)])
+    ((name, seconds),) = library.states().compiling
+    assert (name, 0 <= seconds < PATIENCE_S) == ("a[DIM=64]", True)
+    compiler.futures["a"].set_result(None)
+    urgent.result(PATIENCE_S)
+    assert function.finds("key").of == "compiled a"
+    assert (library.states().num_compiled, library.states().compiling) == (1, [])
+
+
+def test_what_somebody_waits_for_goes_before_the_rest(
+    compiler: StandInCompiler, on_disk: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, loaded = threading.Event(), []
+
+    def load(compiled: str) -> str:
+        go_on.wait(PATIENCE_S)
+        loaded.append(compiled)
+        return compiled
+
+    library = KernelLibrary(CPU, compiler, load)
+    on_disk |= {"first", "later", "urgent"}
+    futures = library.wanted([spec("first"), spec("later")])
+    eventually(lambda: library.states().num_found == 1)
+    futures += library.needed([spec("urgent")])
+    assert library.states().num_waiting == 3
+    go_on.set()
+    for future in futures:
+        future.result(PATIENCE_S)
+    library.close()
+    assert loaded == ["compiled first", "compiled urgent", "compiled later"]
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_tried_again_later(
+    library: KernelLibrary, compiler: StandInCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = library.ask(Function(), "key", spec("a"))
+    eventually(lambda: len(compiler.asked) == 1)
+    compiler.futures.pop("a").set_exception(CompilationFailed("no such layout"))
+    with pytest.raises(ServerFault, match=r"kernel a\[DIM=64\] cannot be had on this server, whose log says why"):
+        failing.result(PATIENCE_S)
+    assert "no such layout" in caplog.text
+    assert library.states().failed == [("a[DIM=64]", "no such layout")]
+    assert library.ask(Function(), "key", spec("a")) is failing  # not in a loop
+    monkeypatch.setattr(library_module, "RETRY_S", 0.0)
+    function = Function()
+    again = library.ask(function, "key", spec("a"))
+    eventually(lambda: len(compiler.asked) == 2)
+    compiler.futures["a"].set_result(None)
+    again.result(PATIENCE_S)
+    assert function.finds("key").of == "compiled a"
+    assert library.states().failed == []
+
+
+def test_without_a_compiler_this_process_compiles(library: KernelLibrary, compiler: StandInCompiler) -> None:
+    asked = library.ask(function := Function(), "key", spec("a"))
+    eventually(lambda: len(compiler.asked) == 1)
+    compiler.futures["a"].set_exception(CompilerUnavailable("it has gone"))
+    asked.result(PATIENCE_S)
+    assert function.finds("key").of == "compiled a"
+    assert library.states().num_compiled == 1
+
+
+def test_no_memory_for_a_kernel_says_so(compiler: StandInCompiler, on_disk: set[str]) -> None:
+    def load(compiled: str) -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    library = KernelLibrary(CPU, compiler, load)
+    on_disk.add("a")
+    with pytest.raises(Exhausted, match="no memory left to load kernel a"):
+        library.ask(Function(), "key", spec("a")).result(PATIENCE_S)
+    library.close()
+
+
+def test_a_stand_in_is_replaced_where_functions_look(library: KernelLibrary, on_disk: set[str]) -> None:
+    on_disk.add("a")
+    function = Function()
+    library.ask(function, "key", spec("a")).result(PATIENCE_S)
+    library.replace(function.finds("key"), "itself")
+    assert function.finds("key") == "itself"
+
+
+def test_who_waits_is_told_when_the_library_closes(library: KernelLibrary, compiler: StandInCompiler) -> None:
+    waiting = library.ask(Function(), "key", spec("a"))
+    library.close()
+    for late in (waiting, library.ask(Function(), "key", spec("b"))):
+        with pytest.raises(Disconnected, match="shutting down"):
+            late.result(PATIENCE_S)
+    assert compiler.is_closed
