@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import pkgutil
+from functools import partial
+
 import torch
 
 from attnd.errors import InvalidRequest
+from attnd_server.attention import kernels
+from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
+from attnd_server.device.kernels.compiler import ProcessCompiler
+from attnd_server.device.kernels.library import KernelLibrary
+from attnd_server.device.kernels.loading import KernelLoader
 from attnd_server.device.machine import memory_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.kv.caches import CacheTable
@@ -46,6 +54,29 @@ def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
     return memory_bytes() // 4
 
 
+def kernel_library(device: torch.device) -> KernelLibrary | None:
+    """The library of a device's kernels, from which they come from now on; None: no kernels of ours run there."""
+    if device.type != "cuda" or availability(device) is not None:
+        return None
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        return None
+    with torch.cuda.device(device):
+        target = driver.active.get_current_target()
+    compiler = ProcessCompiler(target, kernel_modules(has_hopper=torch.cuda.get_device_capability(device)[0] == 9))
+    library = KernelLibrary(device, compiler, partial(KernelLoader, device))
+    library.install()
+    return library
+
+
+def kernel_modules(has_hopper: bool) -> list[str]:
+    """The modules that have kernels; those of Hopper need its language."""
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.", onerror=lambda name: None)
+    return [each.name for each in found if not each.ispkg and (has_hopper or ".hopper." not in each.name)]
+
+
 def build_service(
     config: ServerConfig,
     metrics: Metrics | None = None,
@@ -74,5 +105,6 @@ def build_service(
     if config.verify:
         verifier = Verifier(config.verify, device, faults, refuses=config.verify_action == "refuse")
     observer = None if metrics is None and verifier is None else CallObserver(metrics, verifier)
-    executor = Executor(device, caches, config, faults=faults, observer=observer)
+    library = kernel_library(device)
+    executor = Executor(device, caches, config, faults=faults, kernels=library, observer=observer)
     return AttentionService(config, executor, caches, planes or Planes(), metrics, verifier, traces)

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 import attnd
-from attnd.errors import Disconnected
-from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd.errors import Disconnected, Unsupported
+from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, status_pb2, step_pb2, tensor_pb2
 from attnd_server.cli import info
 
 CAPABILITIES = capabilities_pb2.GetCapabilitiesResponse(
@@ -49,14 +49,20 @@ CACHE = cache_pb2.CacheInfo(
 
 
 class FakeClient:
-    def __init__(self, caches):
+    def __init__(self, caches, status=None):
         self._caches = caches
+        self._status = status or status_pb2.GetStatusResponse()
 
     def capabilities(self):
         return CAPABILITIES
 
     def list_caches(self):
         return self._caches
+
+    def status(self):
+        if isinstance(self._status, Exception):
+            raise self._status
+        return self._status
 
     def __enter__(self):
         return self
@@ -140,6 +146,36 @@ def test_says_that_there_are_no_caches(monkeypatch):
     code, out, _ = run(monkeypatch, lambda address, **_: FakeClient([]))
     assert code == 0
     assert "No caches." in out
+
+
+KERNELS = status_pb2.KernelStatus(
+    num_loaded=1_234,
+    num_compiling=1,
+    num_failed=1,
+    num_compiled=7,
+    num_found=1_228,
+    compiling=[status_pb2.CompilingKernel(name="store_kernel[HEAD_DIM=128]", seconds=1.25)],
+    failed=[status_pb2.FailedKernel(name="merge_kernel[]", reason="no [layout]")],
+)
+
+
+def test_prints_kernels_that_are_there_and_on_their_way(monkeypatch):
+    told = status_pb2.GetStatusResponse(kernels=KERNELS)
+    code, out, _ = run(monkeypatch, lambda address, **_: FakeClient([], told))
+    assert code == 0
+    for text in ("1,234", "1,228", "compiling for 1.2 s", "store_kernel[HEAD_DIM=128]", "merge_kernel[]: no [layout]"):
+        assert text in out
+    said = info.to_json("host:1", CAPABILITIES, [], KERNELS)["kernels"]
+    assert said["num_found"] == 1_228
+    assert said["compiling"] == [{"name": "store_kernel[HEAD_DIM=128]", "seconds": 1.25}]
+    assert said["failed"] == [{"name": "merge_kernel[]", "reason": "no [layout]"}]
+
+
+def test_a_server_that_does_not_tell_of_kernels_has_no_such_table(monkeypatch):
+    code, out, _ = run(monkeypatch, lambda address, **_: FakeClient([], Unsupported("no GetStatus")))
+    assert code == 0
+    assert "Kernels" not in out
+    assert info.to_json("host:1", CAPABILITIES, [])["kernels"] is None
 
 
 def test_nobody_answers(monkeypatch):

@@ -7,16 +7,23 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from attnd.errors import Disconnected, Exhausted, ServerFault
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.config import ServerConfig
+from attnd_server.device.kernels import launch
 from attnd_server.device.kernels import library as library_module
 from attnd_server.device.kernels.compiler import CompilationFailed, CompilerUnavailable
 from attnd_server.device.kernels.library import KernelLibrary
 from attnd_server.device.kernels.spec import KernelSpec
+from attnd_server.kv.caches import CacheTable
+from attnd_server.service.needed_kernels import NeededKernels
+from attnd_server.service.warm_up import WarmUp
 
 CPU = torch.device("cpu")
 PATIENCE_S = 30.0
@@ -40,6 +47,11 @@ class StandInCompiler:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+def loading(load: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """What makes a loader."""
+    return lambda replace: types.SimpleNamespace(load=load, close=lambda: None)
 
 
 class Function:
@@ -68,7 +80,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def library(compiler: StandInCompiler, on_disk: set[str]) -> Iterator[KernelLibrary]:
-    made = KernelLibrary(CPU, compiler, lambda compiled: types.SimpleNamespace(of=compiled))
+    made = KernelLibrary(CPU, compiler, loading(lambda compiled: types.SimpleNamespace(of=compiled)))
     yield made
     made.close()
 
@@ -121,7 +133,7 @@ def test_what_somebody_waits_for_goes_before_the_rest(
         loaded.append(compiled)
         return compiled
 
-    library = KernelLibrary(CPU, compiler, load)
+    library = KernelLibrary(CPU, compiler, loading(load))
     on_disk |= {"first", "later", "urgent"}
     futures = library.wanted([spec("first"), spec("later")])
     eventually(lambda: library.states().num_found == 1)
@@ -168,7 +180,7 @@ def test_no_memory_for_a_kernel_says_so(compiler: StandInCompiler, on_disk: set[
     def load(compiled: str) -> None:
         raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    library = KernelLibrary(CPU, compiler, load)
+    library = KernelLibrary(CPU, compiler, loading(load))
     on_disk.add("a")
     with pytest.raises(Exhausted, match="no memory left to load kernel a"):
         library.ask(Function(), "key", spec("a")).result(PATIENCE_S)
@@ -181,6 +193,79 @@ def test_a_stand_in_is_replaced_where_functions_look(library: KernelLibrary, on_
     library.ask(function, "key", spec("a")).result(PATIENCE_S)
     library.replace(function.finds("key"), "itself")
     assert function.finds("key") == "itself"
+
+
+class Collectable:
+    """A kernel whose variant on the device "meta" is `spec(name)`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def warmup(self, grid: tuple[int, ...]) -> None:
+        collected = launch._here.collected
+        assert collected is not None
+        collected[spec(self.name)] = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+        raise AssertionError("it was launched")
+
+    def __call__(self) -> None:
+        launch.launch_kernel(self, (1,))
+
+
+def test_what_a_cache_can_need_is_brought_once_for_each_geometry(
+    library: KernelLibrary, on_disk: set[str], compiler: StandInCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ask_before_compiling", lambda: True)
+    asked: list[AttentionConfig] = []
+    on_disk |= {f"kernel {index}" for index in range(9)}
+
+    def launches(config: AttentionConfig) -> Iterator[Callable[[], None]]:
+        asked.append(config)
+        yield from (Collectable(f"kernel {index}") for index in range(10))
+
+    needed = NeededKernels(library, launches)
+    config = AttentionConfig(num_layers=1, num_kv_heads=2, head_dim=64, num_pages=8, page_size=16)
+    needed.ask(config)
+    needed.ask(replace(config, num_layers=3, num_pages=2))
+    eventually(lambda: compiler.asked == [("kernel 9", False)])
+    assert library.states().num_loaded == 9
+    assert asked == [config]
+    needed.ask(replace(config, head_dim=128))
+    eventually(lambda: len(asked) == 2)
+
+
+def test_each_layer_group_of_a_new_cache_is_told() -> None:
+    table, told = CacheTable(ServerConfig(), CPU, 1 << 20), []
+    table.created = told.append
+    config = AttentionConfig(num_layers=1, num_kv_heads=1, head_dim=16, num_pages=2, page_size=4)
+    for _ in range(2):  # the second time it is there
+        table.create(config, principal="alice", ttl_s=60.0, name="", key=b"the same request, once")
+    assert told == [config]
+
+
+def test_a_warm_up_asks_for_all_its_kernels_before_it_waits_for_one(
+    library: KernelLibrary, compiler: StandInCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ask_before_compiling", lambda: True)
+    launched: list[str] = []
+
+    def launches() -> None:
+        for name in ("a", "b"):
+            if launch._here.collected is None:
+                launched.append(name)
+            else:
+                Collectable(name)()
+
+    warm_up: Any = types.SimpleNamespace(_executor=types.SimpleNamespace(kernels=library))
+    thread = threading.Thread(target=WarmUp._launch, args=(warm_up, launches))
+    thread.start()
+    eventually(lambda: compiler.asked == [("a", True), ("b", True)])
+    assert launched == []
+    for future in compiler.futures.values():
+        future.set_result(None)
+    thread.join(PATIENCE_S)
+    assert launched == ["a", "b"]
 
 
 def test_who_waits_is_told_when_the_library_closes(library: KernelLibrary, compiler: StandInCompiler) -> None:

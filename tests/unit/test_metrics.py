@@ -18,6 +18,7 @@ from attnd_server.attention.config import AttentionBackend
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import Copies
 from attnd_server.device.faults import DeviceFaults
+from attnd_server.device.kernels.states import KernelStates
 from attnd_server.execution.step import Call, Result
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.endpoint import MetricsEndpoint
@@ -32,11 +33,12 @@ CALL = Call(None, 0, None, Q, K, V)
 RESULT = Result(torch.ones(5, 6, 8), torch.ones(5, 6), AttentionBackend.SDPA, Copies(20, 30))
 
 
-def collector(metrics, caches=(), queue_depth=0, faults=None, verifier=None):
+def collector(metrics, caches=(), queue_depth=0, faults=None, verifier=None, kernels=None):
     table = types.SimpleNamespace(all=lambda: list(caches), kv_bytes=1 << 30)
     executor = types.SimpleNamespace(
         queue_depth=queue_depth,
         faults=faults or DeviceFaults(torch.device("cpu")),
+        kernels=None if kernels is None else types.SimpleNamespace(states=lambda: kernels),
         graphs=types.SimpleNamespace(all=lambda: [graphs for cache in caches for graphs in cache.graphs]),
     )
     return ServerCollector(metrics, executor, table, ServerConfig(max_caches=9), verifier)
@@ -176,6 +178,16 @@ def test_memory_and_queue_are_what_they_are_when_asked():
         "attnd_graph_memory_bytes": 200,
         "attnd_device_healthy": 1,
     }
+
+
+def test_kernels_are_told_by_state_where_they_are_compiled():
+    states = KernelStates(5, 4, [("a", 1.0), ("b", 2.0)], [("c", "why")], num_compiled=3, num_found=2)
+    scrape = scraped(Metrics(), kernels=states)
+    told = {state: scrape.value("attnd_kernels", state=state) for state in ("loaded", "waiting", "compiling", "failed")}
+    assert told == {"loaded": 5, "waiting": 4, "compiling": 2, "failed": 1}
+    assert scrape.value("attnd_kernels_compiled_total") == 3
+    assert scrape.value("attnd_kernels_found_total") == 2
+    assert "attnd_kernels" not in scraped(Metrics()).types
 
 
 class Context:

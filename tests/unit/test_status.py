@@ -16,6 +16,7 @@ from attnd.v1 import cache_pb2, error_pb2, plane_pb2, status_pb2
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import Copies
+from attnd_server.device.kernels.states import KernelStates
 from attnd_server.execution import runner
 from attnd_server.execution.runner import TIMED_EVERY
 from attnd_server.execution.step import Call
@@ -113,6 +114,22 @@ def test_an_operator_sees_everybody(service: AttentionService) -> None:
     invalid, unauthenticated = error_pb2.ERROR_REASON_INVALID_REQUEST, error_pb2.ERROR_REASON_UNAUTHENTICATED
     assert {each.reason: each.count for each in told.refusals} == {invalid: 1, unauthenticated: 1}
     assert {each.reason: each.count for each in told.principals[2].refusals} == {invalid: 1}
+
+
+def test_operators_alone_learn_what_is_compiled_for_whom(
+    service: AttentionService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not status(service, "olga").HasField("kernels")
+    failed = [(f"kernel {index}", "x" * 10_000) for index in range(100)]
+    states = KernelStates(7, 6, [("a kernel", 2.5)], failed, num_compiled=8, num_found=9)
+    kernels = SimpleNamespace(states=lambda: states, close=lambda: None)
+    monkeypatch.setattr(service.executor, "kernels", kernels)
+    told = status(service, "olga").kernels
+    numbers = told.num_loaded, told.num_waiting, told.num_compiling, told.num_failed, told.num_compiled, told.num_found
+    assert numbers == (7, 6, 1, 100, 8, 9)
+    assert [(each.name, each.seconds) for each in told.compiling] == [("a kernel", 2.5)]
+    assert (len(told.failed), told.failed[0].name, told.failed[0].reason) == (64, "kernel 0", "x" * 500)
+    assert not status(service, "alice").HasField("kernels")
 
 
 def test_where_nobody_is_asked_everybody_is_shown() -> None:

@@ -221,6 +221,100 @@ class PrincipalStatus(google.protobuf.message.Message):
 global___PrincipalStatus = PrincipalStatus
 
 @typing.final
+class CompilingKernel(google.protobuf.message.Message):
+    """A kernel that is being compiled."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its function, and what it is compiled for."""
+    seconds: builtins.float
+    """Since when, in seconds."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "seconds", b"seconds"]) -> None: ...
+
+global___CompilingKernel = CompilingKernel
+
+@typing.final
+class FailedKernel(google.protobuf.message.Message):
+    """A kernel that cannot be had."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its function, and what it should have been compiled for."""
+    reason: builtins.str
+    """Why."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "reason", b"reason"]) -> None: ...
+
+global___FailedKernel = FailedKernel
+
+@typing.final
+class KernelStatus(google.protobuf.message.Message):
+    """The kernels that the server compiles for its device: ahead for each cache, and for calls that need another."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_LOADED_FIELD_NUMBER: builtins.int
+    NUM_WAITING_FIELD_NUMBER: builtins.int
+    NUM_COMPILING_FIELD_NUMBER: builtins.int
+    NUM_FAILED_FIELD_NUMBER: builtins.int
+    NUM_COMPILED_FIELD_NUMBER: builtins.int
+    NUM_FOUND_FIELD_NUMBER: builtins.int
+    COMPILING_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    num_loaded: builtins.int
+    """Those that are on the device."""
+    num_waiting: builtins.int
+    """Those that wait to be looked for in the kernel cache, or to be compiled."""
+    num_compiling: builtins.int
+    """Those that are being compiled."""
+    num_failed: builtins.int
+    """Those that cannot be had."""
+    num_compiled: builtins.int
+    """Those that were compiled since the server began."""
+    num_found: builtins.int
+    """Those that it found in the kernel cache instead."""
+    @property
+    def compiling(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CompilingKernel]:
+        """Which are being compiled, 64 at most."""
+
+    @property
+    def failed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___FailedKernel]:
+        """Which cannot be had, 64 at most."""
+
+    def __init__(
+        self,
+        *,
+        num_loaded: builtins.int = ...,
+        num_waiting: builtins.int = ...,
+        num_compiling: builtins.int = ...,
+        num_failed: builtins.int = ...,
+        num_compiled: builtins.int = ...,
+        num_found: builtins.int = ...,
+        compiling: collections.abc.Iterable[global___CompilingKernel] | None = ...,
+        failed: collections.abc.Iterable[global___FailedKernel] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compiling", b"compiling", "failed", b"failed", "num_compiled", b"num_compiled", "num_compiling", b"num_compiling", "num_failed", b"num_failed", "num_found", b"num_found", "num_loaded", b"num_loaded", "num_waiting", b"num_waiting"]) -> None: ...
+
+global___KernelStatus = KernelStatus
+
+@typing.final
 class GetStatusResponse(google.protobuf.message.Message):
     """Response of GetStatus. It has no ids of caches. Rows of others are there only for an operator, whom the server's settings
     name, or where the server asks nobody who they are and everybody is one principal.
@@ -242,6 +336,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     NUM_SESSIONS_LEFT_OUT_FIELD_NUMBER: builtins.int
     REFUSALS_FIELD_NUMBER: builtins.int
     NUM_PROCESS_BYTES_FIELD_NUMBER: builtins.int
+    KERNELS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The server's version."""
     epoch: builtins.int
@@ -278,6 +373,12 @@ class GetStatusResponse(google.protobuf.message.Message):
     def refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RefusalCount]:
         """Errors that everybody was told, by kind; also those whom nobody knows. Only where rows are everybody's."""
 
+    @property
+    def kernels(self) -> global___KernelStatus:
+        """The kernels of the device, which tell of the geometries of caches. Only where rows are everybody's, and where kernels
+        are compiled for the device.
+        """
+
     def __init__(
         self,
         *,
@@ -295,7 +396,9 @@ class GetStatusResponse(google.protobuf.message.Message):
         num_sessions_left_out: builtins.int = ...,
         refusals: collections.abc.Iterable[global___RefusalCount] | None = ...,
         num_process_bytes: builtins.int = ...,
+        kernels: global___KernelStatus | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_failure", b"device_failure", "devices", b"devices", "draining", b"draining", "epoch", b"epoch", "num_principals_left_out", b"num_principals_left_out", "num_process_bytes", b"num_process_bytes", "num_sessions_left_out", b"num_sessions_left_out", "principals", b"principals", "queue_depth", b"queue_depth", "refusals", b"refusals", "sessions", b"sessions", "shows_everybody", b"shows_everybody", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["kernels", b"kernels"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_failure", b"device_failure", "devices", b"devices", "draining", b"draining", "epoch", b"epoch", "kernels", b"kernels", "num_principals_left_out", b"num_principals_left_out", "num_process_bytes", b"num_process_bytes", "num_sessions_left_out", b"num_sessions_left_out", "principals", b"principals", "queue_depth", b"queue_depth", "refusals", b"refusals", "sessions", b"sessions", "shows_everybody", b"shows_everybody", "uptime_s", b"uptime_s", "version", b"version"]) -> None: ...
 
 global___GetStatusResponse = GetStatusResponse

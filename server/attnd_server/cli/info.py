@@ -10,9 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 import attnd
-from attnd.errors import AttndError
-from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, step_pb2, tensor_pb2
+from attnd.errors import AttndError, Unsupported
+from attnd.v1 import backend_pb2, cache_pb2, capabilities_pb2, plane_pb2, status_pb2, step_pb2, tensor_pb2
 from attnd_server.cli.texts import bytes_text, enum_name, shown, told
+
+# Of a KernelStatus, and what they are in a table.
+_KERNEL_NUMBERS = {
+    "num_loaded": "on the device",
+    "num_compiling": "being compiled",
+    "num_waiting": "waiting",
+    "num_failed": "that cannot be had",
+    "num_compiled": "compiled since the server began",
+    "num_found": "found in the kernel cache",
+}
 
 
 def run_info(
@@ -42,24 +52,39 @@ def run_info(
             address, timeout_s=timeout_s, connect_timeout_s=timeout_s, credentials=credentials
         ) as client:
             capabilities, caches = client.capabilities(), client.list_caches()
+            kernels = _kernels(client)
     except AttndError as error:
         told(errors, "info", error)
         return 1
     if as_json:
-        console.file.write(json.dumps(to_json(address, capabilities, caches)) + "\n")
+        console.file.write(json.dumps(to_json(address, capabilities, caches, kernels)) + "\n")
         return 0
     console.print(
         shown(f"{address}  attnd {capabilities.version}, epoch {capabilities.epoch}"), style="bold", highlight=False
     )
     tables = [device_table(capabilities), choice_table(capabilities), limit_table(capabilities)]
+    if kernels is not None:
+        tables.append(kernel_table(kernels))
     for part in (*tables, cache_table(caches) if caches else "No caches."):
         console.print()
         console.print(part)
     return 0
 
 
+def _kernels(client: attnd.Client) -> status_pb2.KernelStatus | None:
+    """The kernels of a server; None: it compiles none, is of a version that does not tell, or tells its operators."""
+    try:
+        told = client.status()
+    except Unsupported:
+        return None
+    return told.kernels if told.HasField("kernels") else None
+
+
 def to_json(
-    address: str, capabilities: capabilities_pb2.GetCapabilitiesResponse, caches: list[cache_pb2.CacheInfo]
+    address: str,
+    capabilities: capabilities_pb2.GetCapabilitiesResponse,
+    caches: list[cache_pb2.CacheInfo],
+    kernels: status_pb2.KernelStatus | None = None,
 ) -> dict[str, Any]:
     """As `--json` has it: see docs/operating.md."""
     devices = ("name", "description", "uuid", "num_bytes_used", "num_bytes_limit")
@@ -74,7 +99,16 @@ def to_json(
         },
         **{kind: values for kind, _, values in _kinds(capabilities)},
         "limits": {field.name: value for field, value in capabilities.limits.ListFields()},
+        "kernels": None if kernels is None else _kernels_json(kernels),
         "caches": [_cache_json(cache) for cache in caches],
+    }
+
+
+def _kernels_json(kernels: status_pb2.KernelStatus) -> dict[str, Any]:
+    return {
+        **{name: getattr(kernels, name) for name in _KERNEL_NUMBERS},
+        "compiling": [{"name": each.name, "seconds": each.seconds} for each in kernels.compiling],
+        "failed": [{"name": each.name, "reason": each.reason} for each in kernels.failed],
     }
 
 
@@ -155,6 +189,18 @@ def limit_table(capabilities: capabilities_pb2.GetCapabilitiesResponse) -> Table
         table.add_row(label, ", ".join(names))
     for field, value in capabilities.limits.ListFields():
         table.add_row(field.name, bytes_text(value) if field.name.endswith("_bytes") else f"{value:,.0f}")
+    return table
+
+
+def kernel_table(kernels: status_pb2.KernelStatus) -> Table:
+    """Kernels: how many, which are being compiled, and why one cannot be had."""
+    table = _table("Kernels", "", "")
+    for name, text in _KERNEL_NUMBERS.items():
+        table.add_row(text, f"{getattr(kernels, name):,}")
+    for compiling in kernels.compiling:
+        table.add_row(shown(f"compiling for {compiling.seconds:.1f} s"), shown(compiling.name))
+    for failed in kernels.failed:
+        table.add_row(shown("cannot be had"), shown(f"{failed.name}: {failed.reason}"))
     return table
 
 

@@ -17,6 +17,7 @@ from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
 from attnd_server.device.kernels.launch import KernelMissing, let_wait
+from attnd_server.device.kernels.library import KernelLibrary
 from attnd_server.device.quiet import quiet_gpu
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import most_work
@@ -42,6 +43,7 @@ class Executor:
 
     Attributes:
         faults: whether the device has failed: then nothing runs any more.
+        kernels: those of the device, closed with this; None: Triton compiles them where they are launched.
         graphs: what warm-ups captured.
         runner: runs what has the device.
         waiting: counts, by principal, the jobs that wait.
@@ -65,6 +67,7 @@ class Executor:
         capture: Capture | None = None,
         *,
         faults: DeviceFaults | None = None,
+        kernels: KernelLibrary | None = None,
         observer: Observer | None = None,
     ) -> None:
         """Starts the thread.
@@ -75,13 +78,14 @@ class Executor:
             config: the limits.
             capture: how decode steps are captured; None: as CUDA graphs, where there are any.
             faults: of the device; None: new ones.
+            kernels: those of the device; None: Triton compiles them where they are launched.
             observer: sees the calls that ran; None: nobody does.
         """
         self._caches, self._config, self.device = caches, config, device
         self.capture = capture or cuda_capture(device)
         self.faults = faults or DeviceFaults(device)
         self.quiet = quiet_gpu(device)
-        self.graphs = CapturedGraphs()
+        self.kernels, self.graphs = kernels, CapturedGraphs()
         self.runner = Runner(device, config, self.faults, observer)
         self.ops = self.runner.ops
         num_threads = config.threads or default_threads(device)
@@ -182,6 +186,8 @@ class Executor:
         """Lets what waits finish, then ends the thread."""
         self._queue.close()
         self._side.close()
+        if self.kernels is not None:  # for which nobody waits any more
+            self.kernels.close()
         self._thread.join(timeout_s)
 
     def is_quiet(self, timeout_s: float = 0.0) -> bool:

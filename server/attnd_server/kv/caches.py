@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -43,6 +44,7 @@ class CacheTable:
         epoch: a random number that names this life of the server.
         kv_bytes: bytes that all caches may take.
         share: what one principal may take.
+        created: told of each layer group of a cache that was made, on the executor's thread.
     """
 
     def __init__(self, config: ServerConfig, device: torch.device, kv_bytes: int) -> None:
@@ -63,6 +65,7 @@ class CacheTable:
         self._keyed: dict[tuple[str, bytes], Cache] = {}  # by principal and key, those that have one
         self._reserved: dict[object, Holding] = {}  # of caches that are being allocated
         self._keeps_all = False
+        self.created: Callable[[AttentionConfig], None] = lambda config: None
         self._lock = threading.Lock()
 
     @property
@@ -127,6 +130,8 @@ class CacheTable:
             self._caches[cache.id] = cache
             if key:
                 self._keyed[principal, key] = cache
+        for config in shape.groups:
+            self.created(config)
         return cache
 
     def reserve(self, cache: Cache, num_bytes: int, purpose: str) -> None:

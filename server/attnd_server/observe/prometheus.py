@@ -44,6 +44,7 @@ class ServerCollector(Collector):
         yield from self._refusals()
         yield from self._queue()
         yield from self._device()
+        yield from self._kernels()
         yield from self._verification()
         yield from self._memory()
         yield from self._rpcs()
@@ -90,6 +91,21 @@ class ServerCollector(Collector):
     def _device(self) -> Iterable[Metric]:
         text = "1, or 0 once the device has failed: then the server ends."
         yield GaugeMetricFamily("attnd_device_healthy", text, 0 if self._executor.faults.reason else 1)
+
+    def _kernels(self) -> Iterable[Metric]:
+        if self._executor.kernels is None:
+            return
+        states = self._executor.kernels.states()
+        text = "Kernels of the device. waiting: to be looked for or compiled; failed: cannot be had."
+        kernels = GaugeMetricFamily("attnd_kernels", text, labels=["state"])
+        kernels.add_metric(["loaded"], states.num_loaded)
+        kernels.add_metric(["waiting"], states.num_waiting)
+        kernels.add_metric(["compiling"], len(states.compiling))
+        kernels.add_metric(["failed"], len(states.failed))
+        yield kernels
+        yield CounterMetricFamily("attnd_kernels_compiled", "Kernels that were compiled.", states.num_compiled)
+        text = "Kernels that were found in the kernel cache, and not compiled."
+        yield CounterMetricFamily("attnd_kernels_found", text, states.num_found)
 
     def _verification(self) -> Iterable[Metric]:
         labels = ["backend"]

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from attnd._version import __version__
 from attnd.v1 import error_pb2, plane_pb2, status_pb2
 from attnd_server.config import ServerConfig
+from attnd_server.device.kernels.states import KernelStates
 from attnd_server.device.machine import process_bytes
 from attnd_server.execution.executor import Executor
 from attnd_server.identity.quota import Quota
@@ -19,6 +20,8 @@ from attnd_server.service.capabilities import device_message
 
 # Rows of an answer at the most, of principals and of sessions each: some 30 KB.
 MAX_ROWS = 64
+# Kernels that it names, and characters of the reason why one cannot be had.
+MAX_KERNELS, MAX_REASON_CHARS = 64, 500
 # Pages that are looked at for one answer, whether they were written to: numpy takes half a millisecond for them.
 MAX_PAGES_LOOKED_AT = 1 << 24
 _PLANES = {
@@ -70,6 +73,8 @@ class Status:
             principals += sorted({*known, *(cache.principal for cache in caches)} - {principal})
             message.refusals.extend(_refusals(self._callers.all_refusals()))
             message.num_process_bytes = process_bytes()
+            if self._executor.kernels is not None:
+                message.kernels.CopyFrom(_kernels(self._executor.kernels.states()))
         else:
             sessions = [session for session in sessions if session.principal == principal]
         sessions.sort(key=lambda session: session.used_at, reverse=True)
@@ -131,6 +136,24 @@ def _session(session: SessionCounts) -> status_pb2.SessionStatus:
         open_s=now - session.opened_at,
         idle_s=now - session.used_at,
         served=_served(session.served),
+    )
+
+
+def _kernels(states: KernelStates) -> status_pb2.KernelStatus:
+    return status_pb2.KernelStatus(
+        num_loaded=states.num_loaded,
+        num_waiting=states.num_waiting,
+        num_compiling=len(states.compiling),
+        num_failed=len(states.failed),
+        num_compiled=states.num_compiled,
+        num_found=states.num_found,
+        compiling=[
+            status_pb2.CompilingKernel(name=name, seconds=seconds) for name, seconds in states.compiling[:MAX_KERNELS]
+        ],
+        failed=[
+            status_pb2.FailedKernel(name=name, reason=reason[:MAX_REASON_CHARS])
+            for name, reason in states.failed[:MAX_KERNELS]
+        ],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +16,7 @@ from attnd_server.attention.metadata import decode_step
 from attnd_server.attention.warming_up import this_thread_warms_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
+from attnd_server.device.kernels.launch import collecting
 from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
@@ -168,9 +170,23 @@ class WarmUp:
 
         q = tokens(num_heads, config.head_dim)
         k, v = tokens(config.num_kv_heads, config.head_dim), tokens(config.num_kv_heads, config.head_dim_v)
-        group.store_at(0, k, v, torch.full((query_len,), -1, device=device))
-        plan = kernel.plan(config, decode_step(1, query_len, config.page_size, config.page_size), self._options, device)
-        kernel.run(plan, q, k, v, group.layers[0])
+
+        def step() -> None:
+            group.store_at(0, k, v, torch.full((query_len,), -1, device=device))
+            one = decode_step(1, query_len, config.page_size, config.page_size)
+            kernel.run(kernel.plan(config, one, self._options, device), q, k, v, group.layers[0])
+
+        self._launch(step)
+
+    def _launch(self, launches: Callable[[], None]) -> None:
+        """Makes some launches, after all their kernels were brought to the device at the same time."""
+        kernels = self._executor.kernels
+        if kernels is not None:  # else Triton compiles one after the other
+            with collecting() as specs:
+                launches()
+            for ready in kernels.needed(specs):
+                ready.result()
+        launches()
 
     def _check_count(self) -> None:
         in_use = self._executor.graphs.of(self._cache)
@@ -188,9 +204,12 @@ class WarmUp:
             with this_thread_warms_up():
                 graphs.capture_next(group, capture)
 
-        with this_thread_warms_up():
+        def step() -> None:
             graphs.load(decode_step(graphs.shape.num_reqs, graphs.shape.query_len))
-            graphs.launch(group, 0)  # compiles what the plan did not
+            graphs.launch(group, 0)
+
+        with this_thread_warms_up():
+            self._launch(step)
         for _ in range(group.config.num_layers):
             self._executor.take_turn(capture_next)
 

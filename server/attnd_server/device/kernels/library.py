@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from queue import PriorityQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,12 +32,21 @@ log = logging.getLogger(__name__)
 # Seconds until a kernel that could not be had is tried again, if somebody needs it.
 RETRY_S = 10.0
 _END, _URGENT, _BACKGROUND = range(3)
+# Launches that are collected at a time, tens of milliseconds: then come kernels that somebody waits for.
+_COLLECTED = 4
+
+Launches = Iterable[Callable[[], None]]
+"""Each makes launches by `launch_kernel`."""
 
 
-def loaded_here(compiled: Any) -> Any:
-    """Loads a compiled kernel as Triton does, into this thread's context."""
-    compiled._init_handles()
-    return compiled
+class Loader(Protocol):
+    """Brings compiled kernels to the device; see `loading.KernelLoader`."""
+
+    def load(self, compiled: Any) -> Any:
+        """Brings a kernel there. Returns what its function is to launch. On the library's thread."""
+
+    def close(self) -> None:
+        """Ends a `load` that waits."""
 
 
 @dataclass(eq=False)
@@ -69,23 +78,23 @@ class KernelLibrary:
     """The kernels of one device. Any thread may use it."""
 
     def __init__(
-        self, device: torch.device, compiler: Compiler, load: Callable[[Any], Any] = loaded_here, number: int = 0
+        self, device: torch.device, compiler: Compiler, loader_for: Callable[[Callable[[Any, Any], None]], Loader]
     ) -> None:
         """Has none yet, and starts its thread.
 
         Args:
-            device: where they run.
+            device: where they run, with its index.
             compiler: brings them into Triton's cache on disk; it is closed with this.
-            load: makes of a compiled kernel what its function launches. On the library's thread.
-            number: the device's, to Triton.
+            loader_for: makes what loads them, likewise, and is given `replace`.
         """
-        self._device, self._compiler, self._load, self._number = device, compiler, load, number
+        self._device, self._number = device, device.index or 0
+        self._compiler, self._loader = compiler, loader_for(self.replace)
         self._lock = threading.Lock()
         self._kernels: dict[KernelSpec, _Kernel] = {}
         self._num_compiled = self._num_found = 0
         self._is_closed = False
         self._order = count()
-        self._todo: PriorityQueue[tuple[int, int, _Kernel | None]] = PriorityQueue()
+        self._todo: PriorityQueue[tuple[int, int, _Kernel | Iterator[Callable[[], None]] | None]] = PriorityQueue()
         self._thread = threading.Thread(target=self._run, name=f"kernels-{device}", daemon=True)
         self._thread.start()
 
@@ -100,9 +109,19 @@ class KernelLibrary:
             self._is_closed = True
             waiting = [each for each in self._kernels.values() if not each.ready.done()]
         self._todo.put((_END, next(self._order), None))
+        self._loader.close()
         self._compiler.close()
         for each in waiting:
             self._fail(each, Disconnected("the server is shutting down"))
+
+    def collect(self, launches: Launches) -> None:
+        """Brings the kernels of launches to the device, those of the first ones first. It makes none of them.
+
+        Args:
+            launches: called on the library's thread, a few at a time, when nobody waits for a kernel. Their tensors
+                need no data.
+        """
+        self._todo.put((_BACKGROUND, next(self._order), iter(launches)))
 
     def wanted(self, specs: Iterable[KernelSpec]) -> list[Future[None]]:
         """Brings kernels to the device that are not there yet, when nobody waits for another. See `ask`."""
@@ -141,7 +160,7 @@ class KernelLibrary:
         self._todo.put((_URGENT if entry.is_urgent else _BACKGROUND, next(self._order), entry))
 
     def replace(self, handle: Any, by: Any) -> None:
-        """Has what `load` gave replaced, where functions look for it."""
+        """Has what the loader gave replaced, where functions look for it."""
         with self._lock:
             for entry in self._kernels.values():
                 if entry.handle is handle:
@@ -172,11 +191,25 @@ class KernelLibrary:
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        while (entry := self._todo.get()[2]) is not None:
+        while (each := self._todo.get()[2]) is not None:
+            if not isinstance(each, _Kernel):
+                self._collect(each)
+                continue
             try:
-                self._go_on(entry)
+                self._go_on(each)
             except Exception as error:  # of the kernel; the thread must live
-                self._fail(entry, error)
+                self._fail(each, error)
+
+    def _collect(self, launches: Iterator[Callable[[], None]]) -> None:
+        try:
+            with launch.collecting() as specs:
+                few = [make() for make in islice(launches, _COLLECTED)]
+        except Exception:  # whoever needs a kernel will ask for it
+            log.exception("kernels that may be needed cannot be told")
+            return
+        self.wanted(specs)
+        if few:
+            self.collect(launches)
 
     def _go_on(self, entry: _Kernel) -> None:
         """Does the next thing for a kernel."""
@@ -208,7 +241,7 @@ class KernelLibrary:
             self._do(entry)
 
     def _finish(self, entry: _Kernel) -> None:
-        handle = self._load(entry.spec.compile())
+        handle = self._loader.load(entry.spec.compile())
         with self._lock:
             if entry.ready.done():  # closed meanwhile
                 return
