@@ -13,6 +13,7 @@ from attnd_server.attention.backends.triton.attention import availability
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.device.kernels.compiler import ProcessCompiler
+from attnd_server.device.kernels.folder import KernelFolder
 from attnd_server.device.kernels.library import KernelLibrary
 from attnd_server.device.kernels.loading import KernelLoader
 from attnd_server.device.machine import memory_bytes
@@ -54,8 +55,12 @@ def kv_bytes_limit(config: ServerConfig, device: torch.device) -> int:
     return memory_bytes() // 4
 
 
-def kernel_library(device: torch.device) -> KernelLibrary | None:
-    """The library of a device's kernels, from which they come from now on; None: no kernels of ours run there."""
+def kernel_library(device: torch.device, config: ServerConfig) -> KernelLibrary | None:
+    """The library of a device's kernels, from which they come from now on; None: no kernels of ours run there.
+
+    Raises:
+        OSError: the folder of the configuration cannot be used for compiled kernels.
+    """
     if device.type != "cuda" or availability(device) is not None:
         return None
     from triton import knobs
@@ -65,7 +70,9 @@ def kernel_library(device: torch.device) -> KernelLibrary | None:
         return None
     with torch.cuda.device(device):
         target = driver.active.get_current_target()
-    compiler = ProcessCompiler(target, kernel_modules(has_hopper=torch.cuda.get_device_capability(device)[0] == 9))
+    folder = KernelFolder.open(config.kernel_cache, f"sm_{target.arch}")
+    folder.install()
+    compiler = ProcessCompiler(target, kernel_modules(has_hopper=target.arch == 90), folder)
     library = KernelLibrary(device, compiler, partial(KernelLoader, device))
     library.install()
     return library
@@ -92,6 +99,7 @@ def build_service(
         spans: gets the steps that are traced; None: a collector, if the configuration says that any are.
 
     Raises:
+        OSError: see `kernel_library`.
         RuntimeError: what sends traces to a collector is missing.
     """
     if config.traces and spans is None:
@@ -105,6 +113,6 @@ def build_service(
     if config.verify:
         verifier = Verifier(config.verify, device, faults, refuses=config.verify_action == "refuse")
     observer = None if metrics is None and verifier is None else CallObserver(metrics, verifier)
-    library = kernel_library(device)
+    library = kernel_library(device, config)
     executor = Executor(device, caches, config, faults=faults, kernels=library, observer=observer)
     return AttentionService(config, executor, caches, planes or Planes(), metrics, verifier, traces)

@@ -45,6 +45,11 @@ class StandInCompiler:
         self.asked.append((spec.name, urgent))
         return self.futures.setdefault(spec.name, Future())
 
+    def compiling(self) -> set[KernelSpec]:
+        """The first that is not compiled."""
+        names = [name for name, future in self.futures.items() if not future.done()]
+        return {spec(name) for name in names[:1]}
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -115,12 +120,15 @@ def test_others_are_compiled_once_and_are_urgent_once_somebody_waits(
     urgent = library.ask(function, "key", spec("a"))
     assert urgent is background
     eventually(lambda: compiler.asked == [("a", False), ("a", True)])
+    library.wanted([spec("b")])
+    eventually(lambda: len(compiler.asked) == 3)
     ((name, seconds),) = library.states().compiling
+    assert library.states().num_waiting == 1
     assert (name, 0 <= seconds < PATIENCE_S) == ("a[DIM=64]", True)
     compiler.futures["a"].set_result(None)
     urgent.result(PATIENCE_S)
     assert function.finds("key").of == "compiled a"
-    assert (library.states().num_compiled, library.states().compiling) == (1, [])
+    assert (library.states().num_compiled, library.states().num_loaded) == (1, 1)
 
 
 def test_what_somebody_waits_for_goes_before_the_rest(

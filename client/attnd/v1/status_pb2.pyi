@@ -231,7 +231,7 @@ class CompilingKernel(google.protobuf.message.Message):
     name: builtins.str
     """Its function, and what it is compiled for."""
     seconds: builtins.float
-    """Since when, in seconds."""
+    """Seconds since the compiler was asked for it."""
     def __init__(
         self,
         *,

@@ -174,15 +174,16 @@ class KernelLibrary:
 
     def states(self) -> KernelStates:
         """How many there are in each state, and what is under way."""
-        now = time.monotonic()
+        now, compiling = time.monotonic(), self._compiler.compiling()
         with self._lock:
             entries = list(self._kernels.values())
             counts = self._num_compiled, self._num_found
         of = {state: [each for each in entries if each.state is state] for state in State}
+        under_way = [each for each in of[State.COMPILING] if each.spec in compiling] + of[State.COMPILED]
         return KernelStates(
             num_loaded=len(of[State.LOADED]),
-            num_waiting=len(of[State.WAITING]),
-            compiling=[(label(each.spec), now - each.since) for each in of[State.COMPILING] + of[State.COMPILED]],
+            num_waiting=len(entries) - len(of[State.LOADED]) - len(of[State.FAILED]) - len(under_way),
+            compiling=[(label(each.spec), now - each.since) for each in under_way],
             failed=[(label(each.spec), each.error) for each in of[State.FAILED]],
             num_compiled=counts[0],
             num_found=counts[1],

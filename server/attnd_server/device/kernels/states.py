@@ -25,7 +25,7 @@ class KernelStates:
     Attributes:
         num_loaded: that are on the device.
         num_waiting: that wait to be looked for or compiled.
-        compiling: names of those that are being compiled, and for how many seconds.
+        compiling: names of those that are being compiled, and for how many seconds the compiler has known of them.
         failed: names of those that cannot be had, and why.
         num_compiled: kernels that this process had compiled.
         num_found: kernels that it found compiled, in the cache on disk.
