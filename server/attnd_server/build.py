@@ -68,10 +68,11 @@ def kernel_library(device: torch.device, config: ServerConfig) -> KernelLibrary 
 
     if knobs.runtime.interpret:
         return None
+    major, minor = torch.cuda.get_device_capability(device)
+    folder = KernelFolder.open(config.kernel_cache, f"sm_{major}{minor}")
+    folder.install()  # before Triton has a driver: it builds what it calls that by, too
     with torch.cuda.device(device):
         target = driver.active.get_current_target()
-    folder = KernelFolder.open(config.kernel_cache, f"sm_{target.arch}")
-    folder.install()
     compiler = ProcessCompiler(target, kernel_modules(has_hopper=target.arch == 90), folder)
     library = KernelLibrary(device, compiler, partial(KernelLoader, device))
     library.install()
