@@ -1,4 +1,4 @@
-"""How kernels get to a GPU while steps wait there: at once, or into a second context first. CUDA and Triton are fakes."""
+"""How kernels get to a GPU while steps wait there: at once, or into a second context first; with fakes for CUDA."""
 
 from __future__ import annotations
 

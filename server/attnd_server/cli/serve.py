@@ -54,7 +54,7 @@ def serve(config: ServerConfig, command: ServeConfig) -> None:
     check_sizes(config)
     let_idle_threads_sleep()
     let_streams_have_queues()
-    if config.socket_dir and config.max_cuda_planes and config.device != "cpu":
+    if config.socket_dir and config.device != "cpu":
         let_kernels_be_loaded_at_the_start()
     from attnd_server.app import run_server
 

@@ -8,6 +8,7 @@ waits for all that the context has on the GPU. So memory is made to grow ahead, 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 from attnd.protocol.cuda.driver import Stream, call, device, kernels
@@ -55,16 +56,30 @@ class LocalMemory:
         if num_bytes <= self.num_bytes:
             return
         num_bytes = -(-num_bytes // 16) * 16
-        (kernel,) = kernels(_PTX % num_bytes, ("attnd_local_memory",)).values()
+        user_of(self._index, num_bytes)()
+        self.num_bytes = num_bytes
+
+
+def user_of(index: int, num_bytes: int) -> Callable[[], None]:
+    """Loads a kernel that needs so many bytes; returns what launches it and waits until it is over.
+
+    Args:
+        index: of the GPU in this process, whose context is current.
+        num_bytes: a multiple of 16.
+    """
+    (kernel,) = kernels(_PTX % num_bytes, ("attnd_local_memory",)).values()
+
+    def use() -> None:
         value = ctypes.c_uint64(0)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(value))
-        stream = Stream(device(self._index))
+        stream = Stream(device(index))
         try:
             call("cuLaunchKernel", kernel, 1, 1, 1, 1, 1, 1, 0, stream.handle, ctypes.addressof(arguments), 0)
             stream.synchronize()
         finally:
             stream.close()
-        self.num_bytes = num_bytes
+
+    return use
 
 
 @cache
