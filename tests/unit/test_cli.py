@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from attnd._version import __version__
 from attnd.credentials import Credentials
 from attnd_server import __main__, app
 from attnd_server.cli import credentials as cli_credentials
-from attnd_server.cli import exposure, parsers
+from attnd_server.cli import exposure, parsers, serve
 from attnd_server.cli import main as cli
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
@@ -48,6 +49,29 @@ def served(monkeypatch):
 
 def test_the_commands_are_these():
     assert set(typer.main.get_command(cli.app).commands) == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "expected"),
+    [
+        (["--socket-dir", "sockets"], None, "EAGER"),
+        (["--socket-dir", "sockets"], "LAZY", "LAZY"),  # as the operator says
+        (["--socket-dir", "sockets", "--device", "cpu"], None, None),
+        ([], None, None),
+    ],
+)
+def test_kernels_are_loaded_at_the_start_where_there_can_be_cuda_planes(served, monkeypatch, options, before, expected):
+    for name in ("CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, before or "")  # what the command sets goes with the test
+        if before is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(serve, "find_spec", lambda name: object())
+    assert run("serve", *options).exit_code == 0
+    assert os.environ.get("CUDA_MODULE_LOADING") == expected
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)  # without cuda-bindings there are none
+    assert run("serve", *options).exit_code == 0
+    assert "CUDA_MODULE_LOADING" not in os.environ
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from attnd_server.kv.caches import CacheTable
 from attnd_server.planes.negotiation import Planes
 from attnd_server.service.service import AttentionService
 from attnd_server.service.warm_up import batch_sizes
+from tests.servers import wait_for
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEADS, DIM, DIM_V, PAGE, PAGES = 2, 2, 4, 24, 8, 4, 32
@@ -329,6 +331,37 @@ def test_a_step_that_was_open_before_the_first_warm_up_uses_its_graphs() -> None
         cache.warm_up(num_heads=HEADS, max_reqs=1)
         step.attend(1, *tensors(1))
         assert server.captures.replays == [1]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["", "deleted"])
+def test_graphs_with_kernels_of_the_second_context_are_captured_again(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    standing_in = [0]
+    monkeypatch.setattr("attnd_server.service.warm_up.num_standing_in", lambda device: standing_in[0])
+    with serving() as server, new_cache(server.client) as cache, cache.session() as session:
+        cache.warm_up(num_heads=HEADS, max_reqs=1)
+        quiet, captures = server.executor.quiet, server.captures
+        assert captures.num_captures == LAYERS
+        standing_in[0] = 1
+        with quiet.waits():
+            assert cache.warm_up(num_heads=HEADS, max_reqs=4).num_graphs == 2 * LAYERS
+            time.sleep(0.05)
+            assert captures.num_captures == 2 * LAYERS
+            if ends:
+                cache.delete()
+        if ends:
+            done = threading.Event()
+            quiet.later(done.set)
+            assert done.wait(20)
+            time.sleep(0.1)
+            assert captures.num_captures == 2 * LAYERS
+            return
+        wait_for(lambda: captures.num_captures == 3 * LAYERS, "nothing was captured again")
+        step = session.step(decode([0, 0, 0, 0]))
+        outputs = [step.attend(layer, *tensors(4)) for layer in range(LAYERS)]
+        assert all(output.isfinite().all() for output in outputs)
+        assert captures.replays[-LAYERS:] == list(range(2 * LAYERS, 3 * LAYERS))  # those alone that came after
 
 
 def test_a_cache_takes_its_graphs_along() -> None:

@@ -19,6 +19,7 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
 from attnd_server.device import gpu_addresses
 from attnd_server.device.indexed import with_index
+from attnd_server.device.quiet import QuietGpu
 from attnd_server.kv import addresses
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.cache_shape import CacheShape
@@ -232,6 +233,21 @@ def test_a_full_gpu_says_so_and_keeps_nothing(fake_driver: FakeDriver) -> None:
         held.take(config)
     held.give_back(kept, small)
     assert (fake_driver.mapped, fake_driver.reserved, fake_driver.free) == ({}, {}, 20 * UNIT)
+
+
+def test_what_torch_keeps_is_not_asked_for_while_a_step_waits(
+    fake_driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet, asked = QuietGpu(), []
+    monkeypatch.setattr("attnd_server.device.gpu_addresses.quiet_gpu", lambda device: quiet)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append(quiet.are_over(0)))
+    config = replace(CONFIG, num_layers=1, num_pages=12 * UNIT // (4 * 2 * 16 * 4))
+    with quiet.waits(), pytest.raises(torch.OutOfMemoryError, match="cannot be freed while a cuda plane's step waits"):
+        spaces(1 << 23).take(config)
+    assert asked == []
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA_ERROR_OUT_OF_MEMORY$"):
+        spaces(1 << 23).take(config)
+    assert asked == [True]
 
 
 def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,11 @@ class DecodeGraphs:
             self._copies_of_graph = self._timed_copies()
         self._replays.append(capture(launches))
 
+    def capture_again(self, group: LayerGroup, layer: int, capture: Capture) -> None:
+        """Captures a layer once more, unless the graphs were closed. On the executor's thread; launches nothing."""
+        if self._replays:
+            self._replays[layer] = capture(partial(self.launch, group, layer))
+
     def load(self, metadata: AttentionMetadata) -> _Loaded:
         """Makes a step that fits the one that calls run, until another is loaded. Does not wait for the device."""
         plan, inputs, results = self._held

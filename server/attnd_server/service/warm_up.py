@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from attnd.errors import AttndError
+from attnd.threads import start_thread
 from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.attention.backends.base import AttentionKernel, DecodeShape
 from attnd_server.attention.config import AttentionConfig
@@ -17,6 +19,7 @@ from attnd_server.attention.warming_up import this_thread_warms_up
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import is_device_fault
 from attnd_server.device.kernels.launch import collecting
+from attnd_server.device.kernels.loading import num_standing_in
 from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.decode_graphs import Capture, DecodeGraphs, buffer_bytes
 from attnd_server.execution.executor import Executor
@@ -82,6 +85,7 @@ class WarmUp:
         self._options = steps.options
         self._shapes = shapes_of(steps, group.config, limits)
         self._made: list[DecodeGraphs] = []  # captured, and their bytes counted, but not in use yet
+        self._stood_in = False  # whether kernels may have been captured that are in the second context for now
 
     def __call__(self) -> bytes:
         """Makes what is not there yet. Answers the WarmUpResponse.
@@ -101,6 +105,8 @@ class WarmUp:
             for graphs in self._made:
                 self._discard(graphs)
             raise
+        if self._stood_in:  # behind what loads those kernels
+            self._executor.quiet.later(partial(start_thread, self._capture_all_again, "capture-again"))
         ready = [captured for shape in self._shapes if (captured := self._ready(shape))]
         backend = self._executor.ops.kernel_for(self._group.config, self._shapes[-1], self._options).backend
         response = attention_pb2.WarmUpResponse(
@@ -210,8 +216,25 @@ class WarmUp:
 
         with this_thread_warms_up():
             self._launch(step)
+        self._stood_in = self._stood_in or num_standing_in(self._executor.device) > 0
         for _ in range(group.config.num_layers):
             self._executor.take_turn(capture_next)
+
+    def _capture_all_again(self) -> None:
+        """Captures the graphs once more that are in use, a layer a turn."""
+        capture = self._executor.capture
+        assert capture is not None
+
+        def again(graphs: DecodeGraphs, layer: int) -> None:
+            with this_thread_warms_up():
+                graphs.capture_again(self._group, layer, capture)
+
+        try:
+            for graphs in self._made:
+                for layer in range(self._group.config.num_layers):
+                    self._executor.take_turn(partial(again, graphs, layer))
+        except Exception as error:  # they are right as they are, only slower
+            log.info("graphs keep kernels of the second context: %s", error)
 
     def _use(self) -> None:
         refuse_if_revoked(self._principal)
