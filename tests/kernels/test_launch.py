@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -53,8 +54,8 @@ def step():
 """
 
 
-def run(script: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+def run(script: str, **variables: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | variables
     command = [sys.executable, "-c", BEGIN + script]
     process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
@@ -142,3 +143,18 @@ kernel.compile = compile
 step()
 assert len(compiled) == 1
 """)
+
+
+@pytest.mark.slow
+def test_a_kernel_is_found_on_disk_once_it_was_compiled(tmp_path: Path) -> None:
+    script = """
+from attnd_server.device.kernels.disk import has_kernel
+with collecting() as specs:
+    step()
+    launch_store(Case(BF16, 64))
+one, other = specs
+assert not has_kernel(one)
+one.compile()
+assert has_kernel(one) and not has_kernel(other)
+"""
+    run(script, TRITON_CACHE_DIR=str(tmp_path))

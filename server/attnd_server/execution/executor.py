@@ -186,9 +186,9 @@ class Executor:
         """Lets what waits finish, then ends the thread."""
         self._queue.close()
         self._side.close()
-        if self.kernels is not None:  # for which nobody waits any more
-            self.kernels.close()
         self._thread.join(timeout_s)
+        if self.kernels is not None:
+            self.kernels.close()
 
     def is_quiet(self, timeout_s: float = 0.0) -> bool:
         """After `close`: whether nothing touches KV memory any more, nor ever will again.

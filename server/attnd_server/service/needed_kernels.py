@@ -12,7 +12,7 @@ from attnd_server.device.kernels.library import KernelLibrary, Launches
 MAX_WAITING = 512
 # Geometries that are remembered, and fields of a configuration that are none of it: kernels are the same for all.
 MAX_GEOMETRIES = 4_096
-_NO_GEOMETRY = {"num_layers", "num_pages", "k_scales", "v_scales", "kv_split", "window"}
+_NO_GEOMETRY = {"num_layers", "num_pages", "k_scales", "v_scales", "window"}
 
 
 class NeededKernels:

@@ -126,9 +126,10 @@ def install(device: int, library: Library) -> None:
         _libraries[device] = library
 
 
-def uninstall(device: int) -> None:
-    """From now on Triton compiles the device's kernels where they are launched."""
-    _libraries.pop(device, None)
+def uninstall(device: int, library: Library) -> None:
+    """From now on Triton compiles the device's kernels where they are launched, if they came from this library."""
+    if _libraries.get(device) is library:
+        del _libraries[device]
 
 
 @cache

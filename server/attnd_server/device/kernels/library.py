@@ -104,7 +104,7 @@ class KernelLibrary:
 
     def close(self) -> None:
         """Ends the thread and the compiler. Who waits is told."""
-        launch.uninstall(self._number)
+        launch.uninstall(self._number, self)
         with self._lock:
             self._is_closed = True
             waiting = [each for each in self._kernels.values() if not each.ready.done()]

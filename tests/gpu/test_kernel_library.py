@@ -1,0 +1,118 @@
+"""Kernels are compiled once, beside the service: what a machine has seen is found again after a restart."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnd
+from attnd.v1 import status_pb2
+from tests.servers import ServerProcess, wait_for
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+PAGE, HEADS, KV_HEADS = 16, 8, 2
+# Geometries whose kernels differ, of layers that Hopper's own kernels serve and of others.
+HEAD_DIMS = (64, 80)
+
+
+def geometry(head_dim: int) -> dict[str, Any]:
+    return {
+        "num_layers": 1, "num_kv_heads": KV_HEADS, "head_dim": head_dim, "num_pages": 64, "page_size": PAGE,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def kernels(client: attnd.Client) -> status_pb2.KernelStatus:
+    return client.status().kernels
+
+
+def calls(cache: attnd.Cache, head_dim: int) -> None:
+    """A prefill and a decode step over its context."""
+    pages = list(range(8))
+    with cache.session() as session:
+        for kind, context_len, num_new in (("prefill", 0, 37), ("decode", 37, 1)):
+            slots = list(range(context_len, context_len + num_new))
+            step = session.step(attnd.StepMetadata([num_new], [context_len], [pages], slots, kind=kind))
+            q = torch.randn(num_new, HEADS, head_dim, dtype=torch.bfloat16)
+            k, v = (torch.randn(num_new, KV_HEADS, head_dim, dtype=torch.bfloat16) for _ in "kv")
+            assert step.attend(0, q, k, v).isfinite().all()
+
+
+def served(log: Path, folder: Path) -> status_pb2.KernelStatus:
+    """What a server says of its kernels in its life, after calls of each geometry and all that it compiles ahead."""
+    with ServerProcess(log, "--device", "cuda", "--kernel-cache", str(folder)) as server:
+        with attnd.connect(server.address, timeout_s=120) as client:
+            for head_dim in HEAD_DIMS:
+                with client.create_cache(**geometry(head_dim)) as cache:
+                    calls(cache, head_dim)
+
+            def is_idle() -> bool:
+                told = kernels(client)
+                return not (told.num_compiling or told.num_waiting)
+
+            wait_for(is_idle, "kernels that caches can need", timeout_s=240)
+            return kernels(client)
+
+
+def test_what_this_machine_has_seen_is_never_compiled_again(tmp_path: Path) -> None:
+    first = served(tmp_path / "first.log", tmp_path / "kernels")
+    assert first.num_compiled > 0
+    assert first.num_failed == 0, first.failed
+    assert first.num_loaded == first.num_compiled + first.num_found
+    second = served(tmp_path / "second.log", tmp_path / "kernels")
+    assert (second.num_compiled, second.num_failed) == (0, 0)
+    assert second.num_found == second.num_loaded >= first.num_compiled
+
+
+def test_others_go_on_while_a_call_waits_for_its_kernel(tmp_path: Path) -> None:
+    """Prints how long a call of a fresh geometry took, and what another's calls took meanwhile."""
+    with ServerProcess(tmp_path / "log", "--device", "cuda", "--kernel-cache", str(tmp_path / "kernels")) as server:
+        with (
+            attnd.connect(server.address, timeout_s=120) as other,
+            attnd.connect(server.address, timeout_s=120) as fresh,
+            other.create_cache(**geometry(64)) as cache,
+            cache.session() as session,
+        ):
+            q = torch.randn(1, HEADS, 64, dtype=torch.bfloat16)
+            k, v = (torch.randn(1, KV_HEADS, 64, dtype=torch.bfloat16) for _ in "kv")
+
+            def call() -> float:
+                began = time.perf_counter()
+                step = session.step(attnd.StepMetadata([1], [37], [list(range(8))], [37], kind="decode"))
+                step.attend(0, q, k, v)
+                return time.perf_counter() - began
+
+            for _ in range(50):
+                call()
+            wait_for(lambda: not kernels(other).num_compiling, "the first geometry's kernels", timeout_s=240)
+            alone = [call() for _ in range(500)]
+            took: list[float] = []
+
+            def first_call() -> None:
+                with fresh.create_cache(**geometry(80)) as its:
+                    began = time.perf_counter()
+                    calls(its, 80)
+                    took.append(time.perf_counter() - began)
+
+            thread = threading.Thread(target=first_call)
+            thread.start()
+            beside = []
+            while thread.is_alive():
+                beside.append(call())
+            thread.join()
+            longest = max(beside)
+            middle = statistics.median(alone), statistics.median(beside)
+            print(f"fresh prefill and decode {took[0]:.2f} s; another's calls {middle[0] * 1e3:.2f} ms alone, "
+                  f"{middle[1] * 1e3:.2f} ms beside it, longest {longest * 1e3:.1f} ms of {len(beside)}")  # fmt: skip
+            assert longest < took[0] / 2  # nobody waits for another's kernel
