@@ -27,6 +27,7 @@ from attnd_server.identity.tokens import add_token
 from attnd_server.observe.counts import Metrics
 from attnd_server.planes.cuda import session as cuda_server
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
+from attnd_server.planes.cuda.step_graph import StepGraph
 from tests import host_channels, interpreter
 from tests.servers import wait_for
 
@@ -296,6 +297,39 @@ def test_captured_steps_give_the_same_bits(
         assert wait_until(lambda: planes.channels[0].is_closed)
         used = client.capabilities().devices[0].num_bytes_used
         assert used == one.info().num_bytes + other.info().num_bytes
+
+
+def test_a_graph_whose_kernel_is_not_there_yet_is_captured_once_it_is(
+    opened: tuple[attnd.Client, host_channels.HostPlanes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = opened
+    capture, kernel, tries = StepGraph.capture, Future[None](), []
+
+    def lacking(graph: StepGraph, *arguments: Any) -> None:
+        tries.append(graph)
+        if not kernel.done():
+            raise KernelMissing("a_kernel", kernel)
+        capture(graph, *arguments)
+
+    def fixed_plan(kernel: object, config: Any, shape: DecodeShape, options: Any, device: object) -> ReplannedPlan:
+        return ReplannedPlan(config, shape, options)
+
+    monkeypatch.setattr(TritonPagedAttention, "fixed_plan", fixed_plan)
+    monkeypatch.setattr(host_channels.HostChannel, "capture", staticmethod(lambda launches: launches))
+    monkeypatch.setattr(StepGraph, "capture", lacking)
+    with client.create_cache(**GEOMETRY) as cache, cache.session() as session:
+        for context_len in range(3):
+            decode = attnd.StepMetadata([1], [context_len], [[0]], [context_len], kind="decode")
+            step = session.step(decode, num_heads=HEADS)
+            if context_len == 1:
+                wait_for(lambda: len(tries) == 1, "the step was not tried")
+                used = client.capabilities().devices[0].num_bytes_used
+                assert used == cache.info().num_bytes  # nothing of the graph is kept
+                kernel.set_result(None)
+            for layer in range(3):
+                step.attend(layer, *new_tokens(1))
+            step.finish()
+        assert len(tries) == 2  # the third step has the graph of the second
 
 
 def test_a_step_is_told_by_its_first_call(opened: tuple[attnd.Client, host_channels.HostPlanes]) -> None:
