@@ -23,7 +23,7 @@ import torch
 import triton
 
 from attnd_server.device.kernels import launch
-from attnd_server.device.kernels.launch import KernelMissing, collecting, let_wait
+from attnd_server.device.kernels.launch import KernelMissing, collecting, here
 from tests.compile_kernels import BF16, Case, FakeDriver, launch_store
 
 triton.runtime.driver.set_active(FakeDriver(90))
@@ -65,7 +65,7 @@ def test_a_thread_that_must_not_wait_is_told_and_may_launch_later() -> None:
     run("""
 library = Library()
 launch.install(0, library)
-let_wait(False)
+here.may_wait = False
 try:
     step()
     raise AssertionError("it was launched")
@@ -87,7 +87,7 @@ assert len(launched[0]) == 1
 library.ready, library.asked = Future(), []
 library.ready.set_exception(ZeroDivisionError())
 for may_wait in (True, False):
-    let_wait(may_wait)
+    here.may_wait = may_wait
     try:
         launch_store(Case(BF16, 64))
         raise AssertionError("it was launched")
@@ -103,7 +103,7 @@ with collecting() as specs:
     step()
     with collecting() as inner:
         launch_store(Case(BF16, 64))
-    other = threading.Thread(target=lambda: seen.append(launch._here.collected))
+    other = threading.Thread(target=lambda: seen.append(launch.here.collected))
     seen = []
     other.start(); other.join()
 assert len(specs) == len(inner) == 1 and seen == [None]

@@ -210,7 +210,7 @@ class Collectable:
         self.name = name
 
     def warmup(self, grid: tuple[int, ...]) -> None:
-        collected = launch._here.collected
+        collected = launch.here.collected
         assert collected is not None
         collected[spec(self.name)] = None
 
@@ -260,7 +260,7 @@ def test_a_warm_up_asks_for_all_its_kernels_before_it_waits_for_one(
 
     def launches() -> None:
         for name in ("a", "b"):
-            if launch._here.collected is None:
+            if launch.here.collected is None:
                 launched.append(name)
             else:
                 Collectable(name)()

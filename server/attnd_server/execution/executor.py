@@ -16,13 +16,13 @@ import torch
 from attnd.errors import Disconnected
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults, watch
-from attnd_server.device.kernels.launch import KernelMissing, let_wait
+from attnd_server.device.kernels.launch import KernelMissing, here
 from attnd_server.device.kernels.library import KernelLibrary
 from attnd_server.device.quiet import quiet_gpu
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import most_work
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.idle_device import IdleDevice
+from attnd_server.execution.idle_device import settle_together
 from attnd_server.execution.kept_plans import KeptPlans
 from attnd_server.execution.queue import WorkQueue
 from attnd_server.execution.runner import Observer, Runner
@@ -56,8 +56,7 @@ class Executor:
         running_cache_id: of the cache whose work the thread does; `NO_CACHE` if of none.
     """
 
-    # How often leases that have ended are looked for, in seconds.
-    EXPIRY_PERIOD_S = 1.0
+    EXPIRY_PERIOD_S = 1.0  # seconds between two looks for leases that have ended
 
     def __init__(
         self,
@@ -96,7 +95,8 @@ class Executor:
         self._queue = WorkQueue(config.max_queue_depth, config.max_cache_queue_depth, caches.share.queue_depth)
         self.waiting = self._queue.waiting
         self.faults.listen(lambda reason: self._queue.release())
-        self._idle = IdleDevice(self._queue, self.runner, self.faults)
+        self._began = 0.0  # when what has the device began, `time.monotonic`; 0: nothing has it
+        self._device_lock = threading.Lock()
         self._side = SideThread(device, config, self.runner, self.prepare_thread)
         self._thread = threading.Thread(target=self._run, name=f"executor-{device}", daemon=True)
         self._thread.start()
@@ -111,7 +111,7 @@ class Executor:
     @property
     def busy_s(self) -> float:
         """Seconds for which the running work has had the device; 0 if there is none."""
-        return time.monotonic() - began if (began := self._idle.began) else 0.0
+        return time.monotonic() - began if (began := self._began) else 0.0
 
     def submit(
         self,
@@ -159,18 +159,49 @@ class Executor:
             job.rest = None  # and what it holds
 
     def run_now(self, work: Work) -> bytes | None:
-        """Runs `work` on the caller's thread if the device is idle; see `IdleDevice.run_now`."""
-        return self._idle.run_now(work)
+        """Runs `work` on the caller's thread if the device is idle, which saves a lone caller two switches of thread.
+
+        Returns:
+            What `work` gives, or raises; None: the device is busy or a kernel is not there yet, submit it instead.
+        """
+        if not self._take_idle_device():
+            return None
+        try:
+            if self.faults.reason:
+                self.faults.refuse()
+            if getattr(work, "cache_id", NO_CACHE) in self._queue.held:
+                return None
+            return self.runner.perform(work, queue_us=0)
+        except KernelMissing:
+            return None
+        except Exception as error:
+            told = self.runner.told(error)
+            if told is error:
+                raise
+            raise told from None
+        finally:
+            self._give_device_back()
 
     def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
-        """Runs jobs on the caller's thread while the device is idle; see `IdleDevice.settle_now`."""
-        return self._idle.settle_now(jobs)
+        """Runs jobs on the caller's thread while the device is idle; see `settle_together`."""
+        return settle_together(jobs, self.runner, self._queue, self._take_idle_device, self._give_device_back)
+
+    def _take_idle_device(self) -> bool:
+        """Takes the device for the calling thread, unless somebody has it or waits for it."""
+        queue = self._queue  # what waits or is about to begin came before: it may be of the same cache
+        if queue.is_closed or queue.depth or queue.is_taken or not self._device_lock.acquire(blocking=False):
+            return False
+        self._began = time.monotonic()
+        here.may_wait = False
+        return True
+
+    def _give_device_back(self) -> None:
+        here.may_wait = True
+        self._began = 0.0
+        self._device_lock.release()
 
     def take_turn(self, work: Callable[[], None]) -> None:
-        """Runs a piece of SideWork on the executor's thread, and waits until it is done.
-
-        Raises what it raises, and Disconnected if the executor was closed.
-        """
+        """Runs a piece of SideWork on the executor's thread, to its end. Raises what it raises, and Disconnected."""
         take_turn(partial(self._queue.put, always=True), self._thread.is_alive, work)
 
     def end_running(self, reason: str) -> None:
@@ -204,7 +235,7 @@ class Executor:
         # were let go when their planes ended.
         if self._thread.is_alive() or not self.quiet.are_over(timeout_s):
             return False
-        if not self._idle.lock.acquire(timeout=timeout_s):
+        if not self._device_lock.acquire(timeout=timeout_s):
             return False
         if self.device.type == "cuda":
             torch.cuda.default_stream(self.device).synchronize()
@@ -212,12 +243,12 @@ class Executor:
 
     def _run(self) -> None:
         self.thread_settings.prepare(opens_team=True)
-        let_wait(False)
+        here.may_wait = False
         expiry = time.monotonic() + self.EXPIRY_PERIOD_S
         while True:
             now = time.monotonic()
             if now >= expiry or self._queue.is_closed:
-                self._queue.give_up_held(self._reason_against_held)
+                self._queue.give_up_held(self.runner.reason_against, self._refusal())
             if now >= expiry:
                 self._tidy()
                 expiry = now + self.EXPIRY_PERIOD_S
@@ -228,15 +259,12 @@ class Executor:
             elif self._queue.is_closed and not self._queue.num_waiting:
                 return
 
-    def _reason_against_held(self, job: Job) -> Exception | None:
-        return self.runner.reason_against(job) or (self._refusal() if self._queue.is_closed else None)
-
     def _tidy(self) -> None:
         """Frees what nobody holds any more."""
         if self.faults.reason:
             return
-        with self._idle.lock:
-            self._idle.began = time.monotonic()
+        with self._device_lock:
+            self._began = time.monotonic()
             try:
                 self._caches.expire()
                 if self._queue.is_idle:
@@ -245,11 +273,11 @@ class Executor:
                 if not self.faults.look_at(error):
                     log.exception("what nobody holds any more cannot be freed")
             finally:
-                self._idle.began = 0.0
+                self._began = 0.0
 
     def _settle(self, job: Job) -> None:
-        with self._idle.lock:
-            self._idle.began, self.running_cache_id = time.monotonic(), job.cache_id
+        with self._device_lock:
+            self._began, self.running_cache_id = time.monotonic(), job.cache_id
             started = time.perf_counter()
             jobs = [job]
             if self.runner.runs_in_turns(job):
@@ -258,7 +286,7 @@ class Executor:
                 if self._queue.depth:
                     jobs += self.runner.others_for(job, partial(self._queue.take_others, job.cache_id))
                 outcomes = list(self.runner.outcomes(jobs, time.perf_counter()))
-            self._idle.began, self.running_cache_id = 0.0, NO_CACHE
+            self._began, self.running_cache_id = 0.0, NO_CACHE
         for each, outcome in zip(jobs, outcomes, strict=True):
             if outcome is None:
                 self._queue.put_back(each)

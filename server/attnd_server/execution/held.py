@@ -13,26 +13,27 @@ class HeldJobs:
 
     Attributes:
         depth: jobs in them.
+        firsts: by cache, the job that waits for a kernel.
     """
 
     def __init__(self) -> None:
         """None is."""
         self.depth = 0
         self._queues: dict[Job, deque[Job]] = {}  # by the first job of each, which is the one that waits for a kernel
-        self._firsts: dict[bytes, Job] = {}  # by cache
+        self.firsts: dict[bytes, Job] = {}
 
     def add(self, first: Job, behind: Iterable[Job]) -> None:
         """Holds a job and what is behind it. What belongs to no cache holds up nothing else."""
         jobs = self._queues[first] = deque([first, *behind])
         if first.cache_id != NO_CACHE:
-            self._firsts[first.cache_id] = first
+            self.firsts[first.cache_id] = first
         self.depth += len(jobs)
 
     def put(self, job: Job) -> bool:
         """Adds a job at the end of the queue of its cache, if that is held. Returns whether it is."""
-        if job.cache_id not in self._firsts:
+        if job.cache_id not in self.firsts:
             return False
-        self._queues[self._firsts[job.cache_id]].append(job)
+        self._queues[self.firsts[job.cache_id]].append(job)
         self.depth += 1
         return True
 
@@ -41,7 +42,7 @@ class HeldJobs:
         jobs = self._queues.pop(first, None)
         if jobs is None:
             return deque()
-        self._firsts.pop(first.cache_id, None)
+        self.firsts.pop(first.cache_id, None)
         self.depth -= len(jobs)
         return jobs
 
@@ -62,16 +63,12 @@ class HeldJobs:
         self.depth -= 1
         return deque()
 
-    def holds(self, cache_id: bytes) -> bool:
-        """Whether the queue of a cache is held. Needs no lock."""
-        return cache_id in self._firsts
-
     def of(self, cache_id: bytes) -> deque[Job]:
         """What is held of a cache, in its order."""
-        return self._queues[self._firsts[cache_id]] if cache_id in self._firsts else deque()
+        return self._queues[self.firsts[cache_id]] if cache_id in self.firsts else deque()
 
-    def firsts(self) -> list[Job]:
-        """Those that wait for a kernel."""
+    def all_firsts(self) -> list[Job]:
+        """Those that wait for a kernel, those that belong to no cache included."""
         return list(self._queues)
 
     def all(self) -> list[Job]:

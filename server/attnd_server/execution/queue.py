@@ -43,6 +43,7 @@ class WorkQueue:
         depth: jobs that wait for their turn.
         is_taken: whether one was taken that is not finished yet.
         is_closed: whether nothing is to be put any more.
+        held: by cache whose queue is held, the job that waits for a kernel.
     """
 
     def __init__(self, max_depth: int, max_cache_depth: int, max_principal_depth: int | None = None) -> None:
@@ -60,6 +61,7 @@ class WorkQueue:
         # By principal, and by cache. None is empty; the next in turn is first.
         self._queues: OrderedDict[str, OrderedDict[bytes, deque[Job]]] = OrderedDict()
         self._held = HeldJobs()
+        self.held = self._held.firsts
         self._turn: Job | None = None  # whose it is
         self.depth = 0
         self.is_taken = self.is_closed = False
@@ -115,7 +117,7 @@ class WorkQueue:
     def release(self, *jobs: Job) -> None:
         """Lets jobs that are held, or all, have their turns."""
         with self._lock:
-            for job in jobs or self._held.firsts():
+            for job in jobs or self._held.all_firsts():
                 self._put_first(self._held.pop(job))
 
     def _put_first(self, jobs: Sequence[Job]) -> None:
@@ -128,18 +130,14 @@ class WorkQueue:
             self.depth += 1
             self._tokens.put(None)
 
-    def give_up_held(self, reason_against: Callable[[Job], Exception | None]) -> None:
-        """Answers the jobs that are held and may not wait on, or need not, with the reason."""
+    def give_up_held(self, reason_against: Callable[[Job], Exception | None], closed: Exception) -> None:
+        """Answers jobs that are held and may not wait on, or need not, with the reason; once closed, all of them."""
         with self._lock:
             held = self._held.all()
         for job in held:
-            error = reason_against(job)
+            error = reason_against(job) or (closed if self.is_closed else None)
             if error is not None and self.remove(job):
                 job.done(None, error)
-
-    def holds(self, cache_id: bytes) -> bool:
-        """Whether the queue of a cache is held."""
-        return self._held.holds(cache_id)
 
     def take(self, timeout_s: float) -> Job | None:
         """The next job, to be `finished` then; None if none came within `timeout_s`, or for no reason: ask again."""

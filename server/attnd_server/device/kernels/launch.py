@@ -54,25 +54,23 @@ class KernelMissing(Exception):
         self.ready = ready
 
 
-class _Here(threading.local):
-    """Of the calling thread: whether it may wait for a kernel, and what is collected."""
+class Here(threading.local):
+    """What launches are to do on the calling thread.
+
+    Attributes:
+        may_wait: whether it may wait for a kernel that is not there yet. Whoever has the device for others must not:
+            what it launches then raises KernelMissing.
+        collected: takes the kernels of what would be launched; None: it is launched.
+    """
 
     may_wait = True
     collected: dict[KernelSpec, None] | None = None
 
 
-_here = _Here()
+here = Here()
 _num_collecting = 0  # threads
 _collecting = threading.Lock()
 _libraries: dict[int, Library] = {}  # by the device's number
-
-
-def let_wait(may_wait: bool) -> None:
-    """Says whether the calling thread may wait for a kernel that is not there yet, as every thread may at first.
-
-    Whoever has the device for others must not: what it launches then raises KernelMissing.
-    """
-    _here.may_wait = may_wait
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -87,7 +85,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
     Raises:
         KernelMissing: it is not there yet, and this thread must not wait.
     """
-    if _num_collecting and _here.collected is not None:
+    if _num_collecting and here.collected is not None:
         kernel.warmup(*args, grid=grid, **options)
         return
     while True:
@@ -95,7 +93,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
             kernel[grid](*args, **options)
             return
         except KernelMissing as missing:
-            if not (_here.may_wait or missing.ready.done()):
+            if not (here.may_wait or missing.ready.done()):
                 raise
             missing.ready.result()  # or the reason why it cannot be had
 
@@ -108,14 +106,14 @@ def collecting() -> Iterator[dict[KernelSpec, None]]:
     """
     global _num_collecting
     ask_before_compiling()
-    before, specs = _here.collected, dict[KernelSpec, None]()
+    before, specs = here.collected, dict[KernelSpec, None]()
     with _collecting:
         _num_collecting += 1
-    _here.collected = specs
+    here.collected = specs
     try:
         yield specs
     finally:
-        _here.collected = before
+        here.collected = before
         with _collecting:
             _num_collecting -= 1
 
@@ -149,7 +147,7 @@ def ask_before_compiling() -> bool:
     def ask(
         kernel: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
     ) -> Any:
-        library, collected = _libraries.get(device), _here.collected
+        library, collected = _libraries.get(device), here.collected
         if (collected is None and library is None) or kernel.module.partition(".")[0] != PACKAGE:
             return compile_at_once(kernel, key, signature, device, constexprs, options, attrs, warmup)
         spec = KernelSpec.of(kernel, signature, constexprs, attrs, options)
