@@ -45,6 +45,7 @@ class FakeCuda:
         self.pending: set[int] = set()
         self.captured: set[int] = set()
         self.is_full = False
+        self.mode = "global"
         self.contexts: list[str] = []  # of the thread
         self._numbers = itertools.count(1)
 
@@ -61,6 +62,9 @@ class FakeCuda:
                 raise CudaError(function, "CUDA_ERROR_OUT_OF_MEMORY")
             self.contexts.append(SECOND)
             return SECOND
+        elif function == "cuThreadExchangeStreamCaptureMode":
+            self.mode, before = arguments[0], self.mode
+            return before
         elif function == "cuStreamIsCapturing":
             return arguments[0] in self.captured
         return next(self._numbers)
@@ -74,6 +78,7 @@ class FakeCuda:
             CUfunction=int,
             CUstream_flags=SimpleNamespace(CU_STREAM_NON_BLOCKING=1),
             CUevent_flags=SimpleNamespace(CU_EVENT_DISABLE_TIMING=2),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"),
             CUstreamCaptureStatus=SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=False),
             cuStreamQuery=self._query,
         )
@@ -87,8 +92,9 @@ class FakeCuda:
         return 1, 4711, 32, 300, 1024
 
     def names(self) -> list[tuple[Any, ...]]:
-        """What was asked, without the stack of contexts."""
-        return [each[:2] for each in self.asked if each[1] not in ("cuCtxPushCurrent", "cuCtxPopCurrent")]
+        """What was asked, without the stack of contexts and the mode."""
+        left_out = ("cuCtxPushCurrent", "cuCtxPopCurrent", "cuThreadExchangeStreamCaptureMode")
+        return [each[:2] for each in self.asked if each[1] not in left_out]
 
 
 class FakePrimary:
@@ -154,6 +160,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     for module in (loading, second_context):
         monkeypatch.setattr(module, "driver", fake.driver)
     monkeypatch.setattr(second_context, "device", lambda index: FakePrimary(fake))
+    monkeypatch.setattr(loading, "gpu", lambda index: SimpleNamespace(make_current=lambda: None))
     monkeypatch.setattr(local_memory.LocalMemory, "reserve", lambda memory, size: reserve(fake, memory, size))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return fake
@@ -228,10 +235,12 @@ def test_a_kernel_stands_in_until_it_is_loaded(cuda: FakeCuda, quiet: QuietGpu) 
 def test_a_launch_in_the_second_context_comes_in_the_order_of_the_stream(cuda: FakeCuda) -> None:
     context = SecondContext(7)
     cuda.asked.clear()
-    context.launch(99, lambda own: cuda.call("launch", own))
+    context.launch(99, lambda own: cuda.call("launch", own, cuda.mode))
     assert cuda.contexts == []
+    assert cuda.mode == "global"
     made = {each[1]: each for each in cuda.asked}
-    own = made["launch"][2]
+    own, mode = made["launch"][2:]
+    assert mode == "relaxed"  # streams and events can be made while the thread captures
     names = [
         (PRIMARY, "cuEventCreate"),
         (PRIMARY, "cuEventRecord"),
@@ -264,6 +273,7 @@ def test_a_launch_that_fails_leaves_nothing(cuda: FakeCuda) -> None:
         context.launch(99, lambda own: 1 // 0)
     names = [name for _, name in cuda.names()]
     assert names.count("cuEventCreate") == names.count("cuEventDestroy") == 1
+    assert cuda.mode == "global"
     assert cuda.contexts == []
     context.launch(99, lambda own: None)
 

@@ -19,6 +19,7 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd.protocol.cuda.driver import CudaError, call, driver
+from attnd.protocol.cuda.driver import device as gpu
 from attnd_server.device.kernels.local_memory import local_memory
 from attnd_server.device.kernels.second_context import SecondContext, triton_driver
 from attnd_server.device.quiet import quiet_gpu
@@ -80,7 +81,7 @@ class StandIn:
             loaded.run(*grid, stream, loaded.function, packed_metadata, *hooks, *args)
             return
         # Addresses: of a tensor the launcher would ask where it lies, and the answer is the primary context's.
-        plain = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in args]
+        plain = [each.data_ptr() if hasattr(each, "data_ptr") else each for each in args]
         self._context.launch(
             stream, lambda own: self._launcher(*grid, own, self._function, packed_metadata, *hooks, *plain)
         )
@@ -101,7 +102,7 @@ class KernelLoader:
         self._device, self._on_loaded = device, on_loaded
         self._quiet = quiet_gpu(device)
         self._context: SecondContext | None = None
-        self._may_have_context = _has_bindings()
+        self._has_bindings = self._may_have_context = _has_bindings()
         self._making = threading.Lock()
         self._is_closed = False
 
@@ -136,7 +137,8 @@ class KernelLoader:
     def _load_here(self, compiled: CompiledKernel) -> None:
         """Loads a kernel into the primary context, in a quiet moment."""
         compiled._init_handles()
-        if self._may_have_context:
+        if self._has_bindings:
+            gpu(self._device.index).make_current()
             call("cuFuncLoad", driver().CUfunction(compiled.function))
             local_memory(self._device.index).reserve(compiled.n_spills * 4)  # registers of 32 bits
 

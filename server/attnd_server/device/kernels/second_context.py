@@ -79,7 +79,7 @@ class SecondContext:
             launch: is given a stream.
         """
         events: list[Any] = []
-        with self._lock:
+        with self._lock, _may_make_streams():
             try:
                 with self._primary.current():
                     events.append(_recorded(stream))
@@ -142,6 +142,16 @@ def _created(index: int) -> Any:
         return call("cuCtxCreate", None, 0, found)
     except TypeError:  # before version 13 of cuda-bindings
         return call("cuCtxCreate", 0, found)
+
+
+@contextmanager
+def _may_make_streams() -> Iterator[None]:
+    """Lets the thread make streams and events though it may be capturing another stream."""
+    mode = call("cuThreadExchangeStreamCaptureMode", driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", mode)
 
 
 def _recorded(stream: Any) -> Any:
