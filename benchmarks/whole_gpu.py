@@ -24,9 +24,9 @@ from rich.console import Console
 from benchmarks import report
 
 # Seconds after which a call counts as one that waits: if it is known to, and if it is not.
-HOLD_S, PATIENCE_S = 0.3, 5.0
+HOLD_S, PATIENCE_S = 0.2, 1.0
 # Seconds after that until the wait ends, whatever the thread does that should have ended it.
-LET_GO_S = 5.0
+LET_GO_S = 3.0
 COLUMNS = {
     "call": "call",
     "none_ms": "no wait",
@@ -87,8 +87,8 @@ def outcome(gate: Any, work: Callable[[], object], patience_s: float) -> Outcome
     return Outcome(returned, seconds, error)
 
 
-def measure() -> list[dict[str, Any]]:
-    """A row for each call."""
+def measure(tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """A row for each call, told as soon as it is measured."""
     from benchmarks.gpu_calls import KINDS, NONE, Gate, gpu_calls
 
     gates = {kind: Gate(kind) for kind in (*KINDS, NONE)}
@@ -107,6 +107,7 @@ def measure() -> list[dict[str, Any]]:
                 "errors": [found.error for found in outcomes.values() if found.error],
             }
         )
+        tell(rows[-1])
     return rows
 
 
@@ -123,7 +124,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if not torch.cuda.is_available():
         raise report.WrongResult("there is no GPU here")
     torch.cuda.set_device(0)
-    rows = measure()
+
+    def tell(row: dict[str, Any]) -> None:
+        times = ", ".join(f"{kind} {row[f'{kind}_ms']:.2f} ms" for kind in ("none", "words", "spinning"))
+        waits = row["waits"] or "no"
+        console.print(f"{row['call']}: {times}; waits: {waits}; as known: {row['is_known']}", highlight=False)
+
+    rows = measure(tell)
     console.print(report.table("What waits for the whole GPU", CAPTION, rows, COLUMNS))
     path = options.out / "whole-gpu.json"
     report.write_json(path, "whole_gpu", {"hold_s": HOLD_S, "patience_s": PATIENCE_S}, rows)
