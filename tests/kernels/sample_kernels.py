@@ -22,6 +22,21 @@ def crash(_semantic=None):
 sleep_for.__triton_builtin__ = crash.__triton_builtin__ = True
 
 
+_STEP = tl.constexpr(2)
+
+
+@triton.jit
+def more(value):
+    """Uses a constant of the module."""
+    return value + _STEP
+
+
+@triton.jit
+def calling(output, FACTOR: tl.constexpr):
+    """Compiles at once, and has what it calls compiled with it."""
+    tl.store(output, more(tl.load(output)) + FACTOR)
+
+
 @triton.jit
 def add(output, FACTOR: tl.constexpr):
     """Compiles at once."""

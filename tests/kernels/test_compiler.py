@@ -146,6 +146,12 @@ def test_a_kernel_is_kept_in_a_folder_and_compiled_again_if_it_is_spoilt(start: 
     assert found(*specs, folder=folder) == [True, True]
 
 
+def test_a_kernel_that_calls_others_is_found(start: Start) -> None:
+    """Though the other process has looked at what it calls in another order."""
+    start().submit(sample("calling"), urgent=False).result(60)
+    assert found(sample("calling")) == [True]
+
+
 def test_a_kernel_that_does_not_compile_says_why(start: Start) -> None:
     compiler = start()
     with pytest.raises(CompilationFailed, match=r"(?s)sample_kernels\.broken could not be compiled: .*no_such_name"):

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from attnd_server.device.kernels import launchers
 from attnd_server.device.kernels.folder import KernelFolder
-from attnd_server.device.kernels.spec import KernelSpec
+from attnd_server.device.kernels.spec import KernelSpec, hash_callees_first
 
 # What the program that is started runs: with the module path of its parent, and never with the folder it stands in.
 START = (
@@ -143,6 +143,7 @@ def _prepare(setup: Setup) -> None:
 
     if setup.folder is not None:
         setup.folder.install()
+    hash_callees_first()
     driver.set_active(_Target(setup.target))
     for module in setup.modules:
         for value in vars(import_module(module)).values():

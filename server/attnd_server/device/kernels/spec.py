@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -64,6 +65,7 @@ class KernelSpec:
         from triton.compiler.compiler import ASTSource
         from triton.experimental.gluon._runtime import GluonASTSource
 
+        hash_callees_first()
         function = self.function()
         kind = GluonASTSource if function.is_gluon() else ASTSource
         return kind(function, dict(self.signature), dict(self.constexprs), dict(self.attrs))
@@ -77,3 +79,21 @@ class KernelSpec:
         import triton
 
         return triton.compile(self.source(), target=target, options=dict(self.options))
+
+
+@cache
+def hash_callees_first() -> None:
+    """Makes Triton's key of a function the same whatever was looked at before; called before any key is made.
+
+    Triton joins the constants that a callee uses to those of the caller before it has looked for the callee's. So the
+    keys of two processes would be different, and neither would find what the other has compiled.
+    """
+    from triton.runtime.jit import DependenciesFinder
+
+    join = DependenciesFinder._update_hash
+
+    def look_and_join(finder: Any, callee: Any) -> None:
+        _ = callee.cache_key
+        join(finder, callee)
+
+    DependenciesFinder._update_hash = look_and_join
