@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from attnd._version import __version__
+from attnd_server.device.kernels.spec import hash_callees_first
 from attnd_server.identity.own_folder import own_folder, refuse_if_not_own
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class KernelFolder:
         """Has Triton use it in this process, for all that is compiled from now on."""
         from triton import knobs
 
+        hash_callees_first()
         knobs.cache.manager_class = partial(_Entry, self)
         # It is part of Triton's keys, and so must be the same for all who share a folder.
         if "TRITON_DISABLE_LINE_INFO" not in os.environ:
