@@ -29,6 +29,8 @@ GPU = torch.device("cuda", 0)
 WORDS, SPINNING, NONE = "words", "spinning", "none"
 KINDS = (WORDS, SPINNING)
 _MIB = 1 << 20
+# Memory that is registered with CUDA stays mapped: its addresses must not be another's while they are registered.
+_words: list[HostWords] = []
 _PTX = """.version 7.0
 .target sm_70
 .address_size 64
@@ -52,6 +54,7 @@ class Gate:
         self._memory = torch.zeros(64, dtype=torch.int64, device=GPU)
         self._counter = gate_flags.Counter(self._gpu)
         self._words, self._indices = HostWords.private(), itertools.count()
+        _words.append(self._words)
         self._flags: HostFlags | gate_flags.GateFlags | None = None
 
     def hold(self) -> None:
@@ -125,6 +128,7 @@ def launched(kernel: Any, target: torch.Tensor, number: int) -> None:
 
 def gpu_calls() -> list[GpuCall]:
     """All of them, for the thread's GPU."""
+    torch.cuda.Stream(GPU)  # torch makes a pool of streams at the first, as a server does when it starts
     use_libraries(GPU)
     local_memory(GPU.index).reserve(LEAST_BYTES)
     return [*_modules(), *_libraries(), *_memory(), *_streams(), *_second_context()]
