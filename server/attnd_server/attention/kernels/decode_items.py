@@ -21,17 +21,17 @@ from attnd_server.attention.kernels.cuts import (
 )
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
-    CHUNK_KEYS,
     CONTEXT_LEN,
-    COUNTER,
     END_KEY,
     FIRST_CHUNK,
     FIRST_KEY,
     FIRST_ROW,
+    FIRST_TOKEN,
     HAS_ABSENT_PAGES,
     HOLE_END,
     HOLE_START,
     ITEM_FIELDS,
+    LAST_TOKEN,
     MERGE_FIELDS,
     NUM_CHUNKS,
     NUM_ITEMS,
@@ -67,6 +67,10 @@ _MOST_COST = tl.constexpr(1 << 62)
 _ITEMS = tl.constexpr(32)
 _CANDIDATES = tl.constexpr(64)
 _COMPARED = tl.constexpr(64)
+# Items that one program marks at once, where there are fewer than are looked at.
+_LOOKED_AT = tl.constexpr(256)
+# Requests that a program looks at: the least of these that is enough. The kernel is compiled for each.
+SLOTS = (16, 128, MAX_REQUESTS)
 
 
 @triton.jit
@@ -96,20 +100,21 @@ def _key_tiles(context_lens, window):
 
 @triton.jit
 def _own_tiles(
-    context_lens, key_tiles, chunk_size, least_chunk, max_splits, window,
-    CHUNKED: tl.constexpr, LENGTHS: tl.constexpr, CHUNKS: tl.constexpr,
+    context_lens, key_tiles, chunk_size, least_chunk, max_splits, window, is_chunked,
+    LENGTHS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of a part of each request by its own length; see `part_tiles_of` and `KVSplitConfig.chunk_keys`."""
-    if CHUNKED:
-        num_keys = context_lens - _first_keys(context_lens, window)
-        chunks = tl.full(num_keys.shape, CHUNKS[0], tl.int32)
-        for index in tl.static_range(len(LENGTHS)):
-            chunks = tl.where(num_keys > LENGTHS[index], CHUNKS[index + 1], chunks)
-        chunks = tl.where(chunk_size > 0, chunk_size, chunks)
-        chunks = tl.maximum(chunks, _power_of_two(tl.cdiv(num_keys, max_splits)))
-        own = tl.maximum(tl.maximum(chunks, least_chunk) // _KEYS, 1)
-    else:
-        own = tl.maximum(tl.cdiv(key_tiles, _OWN_PARTS), _MIN_OWN_TILES)
+    num_keys = context_lens - _first_keys(context_lens, window)
+    chunks = tl.full(num_keys.shape, CHUNKS[0], tl.int32)
+    for index in tl.static_range(len(LENGTHS)):
+        chunks = tl.where(num_keys > LENGTHS[index], CHUNKS[index + 1], chunks)
+    chunks = tl.where(chunk_size > 0, chunk_size, chunks)
+    chunks = tl.maximum(chunks, _power_of_two(tl.cdiv(num_keys, max_splits)))
+    own = tl.where(
+        is_chunked != 0,
+        tl.maximum(tl.maximum(chunks, least_chunk) // _KEYS, 1),
+        tl.maximum(tl.cdiv(key_tiles, _OWN_PARTS), _MIN_OWN_TILES),
+    )
     return tl.maximum(own, tl.cdiv(key_tiles, max_splits))
 
 
@@ -145,7 +150,19 @@ def _even_tiles(context_lens, num_reqs, longest, num_tiles, num_groups, num_mult
 
 @triton.jit
 def _write_items(
-    items, num_items, step, slot, num_reqs, first_tile, part_tiles, num_parts, partial_row, query_len, num_tiles, rows
+    items,
+    num_items,
+    step,
+    slot,
+    num_reqs,
+    first_tile,
+    part_tiles,
+    num_parts,
+    partial_row,
+    query_len,
+    num_tiles,
+    rows,
+    group,
 ):
     """Writes the items of a request, the parts of a tile of rows one after the other, from `items` on."""
     columns = step + _HEADER + slot
@@ -178,11 +195,11 @@ def _write_items(
         tl.store(item + FIRST_ROW, tile * rows, mask=exists)
         tl.store(item + FIRST_KEY, (first_tile + part * part_tiles) * _KEYS, mask=exists)
         tl.store(item + END_KEY, end_key, mask=exists)
-        tl.store(item + CHUNK_KEYS, 0, mask=exists)
+        tl.store(item + FIRST_TOKEN, tile * rows // group, mask=exists)
         tl.store(item + FIRST_CHUNK, part, mask=exists)
         tl.store(item + NUM_CHUNKS, num_parts, mask=exists)
         tl.store(item + PARTIAL_ROW, partial_row + part * query_len, mask=exists)
-        tl.store(item + COUNTER, 0, mask=exists)
+        tl.store(item + LAST_TOKEN, ((tile + 1) * rows - 1) // group, mask=exists)
         tl.store(item + NUM_ITEMS, num_items, mask=exists)
 
 
@@ -194,16 +211,16 @@ def _at(values, slots, slot):
 
 @triton.jit(
     do_not_specialize=[
-        "query_len", "num_tiles", "rows", "num_groups", "num_multiprocessors", "num_looked_at", "chunk_size",
-        "least_chunk", "max_splits", "window",
-    ]
+        "query_len", "num_tiles", "rows", "group", "num_groups", "num_multiprocessors", "num_looked_at", "chunk_size",
+        "least_chunk", "max_splits", "window", "is_chunked",
+    ],
+    do_not_specialize_on_alignment=["items", "merges", "step"],
 )  # fmt: skip
 def _decode_items_kernel(
     items, merges, step,
-    query_len, num_tiles, rows, num_groups, num_multiprocessors, num_looked_at,
-    chunk_size, least_chunk, max_splits, window,
-    SLOTS: tl.constexpr, LOOKED_AT: tl.constexpr, CHUNKED: tl.constexpr, EVEN: tl.constexpr, LENGTHS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    query_len, num_tiles, rows, group, num_groups, num_multiprocessors, num_looked_at,
+    chunk_size, least_chunk, max_splits, window, is_chunked,
+    SLOTS: tl.constexpr, EVEN: tl.constexpr, LENGTHS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Grid: a program for each request that a step may have. It cuts all requests, and writes what is of its own."""
     slot = tl.program_id(0)
@@ -220,15 +237,16 @@ def _decode_items_kernel(
         )
     else:
         part_tiles = _own_tiles(
-            context_lens, key_tiles, chunk_size, least_chunk, max_splits, window, CHUNKED, LENGTHS, CHUNKS
+            context_lens, key_tiles, chunk_size, least_chunk, max_splits, window, is_chunked, LENGTHS, CHUNKS
         )
     num_parts = tl.where(exists, tl.cdiv(key_tiles, part_tiles), 0)
     num_items = tl.sum(num_parts, 0) * num_tiles
     if slot == 0:
         # Programs of the attention kernel look at the first rows even if there are fewer items.
-        others = tl.arange(0, LOOKED_AT)
-        unused = (others >= num_items) & (others < num_looked_at)
-        tl.store(items + others * _ITEM_FIELDS + NUM_ITEMS, num_items, mask=unused)
+        for start in tl.range(0, num_looked_at, _LOOKED_AT):
+            others = start + tl.arange(0, _LOOKED_AT)
+            unused = (others >= num_items) & (others < num_looked_at)
+            tl.store(items + others * _ITEM_FIELDS + NUM_ITEMS, num_items, mask=unused)
 
     # Long ones first, so that the last to end are short.
     length = tl.minimum(part_tiles, key_tiles)
@@ -240,7 +258,7 @@ def _decode_items_kernel(
         first_tile = _first_keys(tl.load(all_lens + slot), window) // _KEYS
         _write_items(
             items + first_item * _ITEM_FIELDS, num_items, step, slot, num_reqs, first_tile,
-            _at(part_tiles, slots, slot), my_parts, partial_row, query_len, num_tiles, rows,
+            _at(part_tiles, slots, slot), my_parts, partial_row, query_len, num_tiles, rows, group,
         )  # fmt: skip
     # No new tokens: nothing to merge.
     tl.store(merges + slot * _MERGE_FIELDS, slot * query_len)
@@ -286,7 +304,7 @@ def decode_items(
     """
     num_slots = len(merges)
     least_chunk = query_len * (1 if kv_split.chunk_size else KEYS_PER_NEW_TOKEN)
-    slots = triton.next_power_of_2(num_slots)
+    slots = next(slots for slots in SLOTS if slots >= num_slots)
     with torch.cuda.device_of(items):
         launch_kernel(
             _decode_items_kernel,
@@ -297,6 +315,7 @@ def decode_items(
             query_len,
             triton.cdiv(query_len * group, rows),
             rows,
+            group,
             num_groups,
             num_multiprocessors,
             num_looked_at,
@@ -304,9 +323,8 @@ def decode_items(
             triton.next_power_of_2(min(least_chunk, MAX_LEAST_CHUNK)),
             kv_split.max_splits,
             min(window, EVERYTHING),
+            int(is_chunked),
             SLOTS=slots,
-            LOOKED_AT=triton.next_power_of_2(num_looked_at),
-            CHUNKED=is_chunked,
             EVEN=is_even,
             LENGTHS=CHUNKED_LENGTHS,
             CHUNKS=CHUNKS,

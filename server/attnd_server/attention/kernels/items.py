@@ -38,3 +38,5 @@ PREFETCHED = 16
     COUNTER,  # where programs count the chunks that are done
     NUM_ITEMS,  # of the launch; the same in every row
 ) = (tl.constexpr(column) for column in range(ITEM_FIELDS))
+# What Hopper's items have there: the new tokens of the item's first row and of its last one, which may not exist.
+FIRST_TOKEN, LAST_TOKEN = CHUNK_KEYS, COUNTER

@@ -86,6 +86,8 @@ def _lay_out(numbers: bytes, rows: int, group: int, items_at_once: float) -> _La
     result[:, columns.FIRST_KEY.value] = (first_tile[request] + part * part_tiles[request]) * HOPPER_KEYS
     end_key = (first_tile[request] + (part + 1) * part_tiles[request]) * HOPPER_KEYS
     result[:, columns.END_KEY.value] = np.where(part == num_parts[request] - 1, EVERYTHING, end_key)
+    result[:, columns.FIRST_TOKEN.value] = tile * rows // group
+    result[:, columns.LAST_TOKEN.value] = ((tile + 1) * rows - 1) // group
     result[:, columns.FIRST_CHUNK.value] = part
     result[:, columns.NUM_CHUNKS.value] = num_parts[request]
     result[:, columns.PARTIAL_ROW.value] = partial_rows[request] + part * num_new[request]

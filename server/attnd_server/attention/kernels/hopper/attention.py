@@ -15,7 +15,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import int64
 
+from attnd_server.attention.kernels.cuts import EVERYTHING
+from attnd_server.attention.kernels.division import inverse
+from attnd_server.attention.kernels.given import NARROW, RUN_TIME_NUMBERS, bits_of, some
 from attnd_server.attention.kernels.hopper.consumer import GROUP_ROWS, consumer
 from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
 from attnd_server.attention.kernels.hopper.items import COLUMNS
@@ -30,14 +34,14 @@ _GROUP_ROWS = gl.constexpr(GROUP_ROWS)
 _COLUMNS = gl.constexpr(COLUMNS)
 
 
-@gluon.jit(do_not_specialize=["window"])
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _hopper_attention_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
-    page_tables, items, alibi_slopes, sinks, scale, softcap, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    page_tables, items, alibi_slopes, sinks,
+    group, group_inverse: int64, scale, softcap, window, new_mask, given,
+    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run at once, or fewer."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -59,26 +63,24 @@ def _hopper_attention_kernel(
             (consumer, (
                 k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, scale, softcap, window,
-                0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
-                ALIBI, SINKS, LSE,
+                items, alibi_slopes, sinks, group, group_inverse, scale, softcap, window,
+                new_mask, given, 0, ROWS, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, WINDOW, SCORES,
             )),
             (consumer, (
                 k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, scale, softcap, window,
-                1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
-                ALIBI, SINKS, LSE,
+                items, alibi_slopes, sinks, group, group_inverse, scale, softcap, window,
+                new_mask, given, 1, ROWS, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, WINDOW, SCORES,
             )),
             (producer, (
-                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False, GROUPS,
+                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items,
+                window, new_mask,
+                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, True, False, GROUPS,
             )),
             (producer, (
-                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True, GROUPS,
+                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items,
+                window, new_mask,
+                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, True, True, GROUPS,
             )),
         ],
         [4, 1, 1],
@@ -133,19 +135,32 @@ def hopper_attention(
     k_pages, v_pages, _, _ = pages
     page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
     piece = 32 if page_size % 32 == 0 else 16
+    if rows == HOPPER_ROWS:
+        # Registers are short, and time too.
+        also = {"WINDOW": window > 0, "SCORES": has_options(alibi_slopes, softcap, 0)}
+    else:
+        also = {"OPTIONS": has_options(alibi_slopes, softcap, window)}
     kernel = _hopper_attention_kernel if rows == HOPPER_ROWS else hopper_decode_kernel
     launch = hopper_launch(rows, head_dim, head_dim_v)
     q, scale = plain_scale(q, scale)
+    group, others = num_heads // num_kv_heads, items.view(torch.float32)
     launch_kernel(
         kernel, (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),),
-        output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
-        *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,
-        ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
-        DIM_V=head_dim_v, KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages, NEW_TOKENS=k is not None,
-        WINDOW=window > 0, SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None,
-        LSE=lse is not None, num_warps=4, maxnreg=launch.max_registers,
+        output, some(lse, others), some(partial_output, others), some(partial_lse, others), q, some(k, k_pages),
+        some(v, v_pages), k_pages, v_pages, *descriptors(k, v, k_pages, v_pages, piece),
+        page_tables, items, some(alibi_slopes, others), some(sinks, others),
+        group, inverse(group), *log2_numbers(scale, softcap), window or EVERYTHING,
+        0 if k is None else -1,
+        bits_of(lse=lse, sinks=sinks, slopes=alibi_slopes),
+        ROWS=rows, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim, DIM_V=head_dim_v,
+        KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages,
+        **also, num_warps=4, maxnreg=launch.max_registers,
     )  # fmt: skip
+
+
+def has_options(alibi_slopes: torch.Tensor | None, softcap: float, window: int) -> bool:
+    """Whether there is an option without which a kernel is compiled to have less to do."""
+    return alibi_slopes is not None or softcap > 0 or window > 0
 
 
 def descriptors(

@@ -10,9 +10,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.language import int64
 
+from attnd_server.attention.kernels.given import NARROW, RUN_TIME_NUMBERS, SLOPES
 from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
+    divide,
+    item_at,
     limit,
     num_work,
     prefetch,
@@ -31,7 +35,6 @@ from attnd_server.attention.kernels.items import (
     FIRST_ROW,
     HOLE_END,
     HOLE_START,
-    ITEM_FIELDS,
     NUM_CHUNKS,
     NUM_NEW,
     NUM_VALID,
@@ -42,33 +45,32 @@ from attnd_server.attention.kernels.items import (
 )
 
 _COLUMNS = gl.constexpr(COLUMNS)
-_ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 
 
 @gluon.jit
 def _consumer(
     k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready,
-    output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks,
+    group, group_inverse, scale, softcap, window, new_mask, given,
+    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, KEYS: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: all rows of each item. Scores and weights are `[KEYS, ROWS]`, the sum of products `[DIM_V, ROWS]`."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    HEADS: gl.constexpr = KV_HEADS * GROUP
+    num_heads = KV_HEADS * group
     release_all(STAGES, 1)
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
-        num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
-            items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
-        )
-        prefetch(items + gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         kv_head = index % KV_HEADS
-        item = items + index // KV_HEADS * _ITEM_FIELDS
+        item = item_at(items, index, KV_HEADS)
+        num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
+            item, window, new_mask, KEYS, PIECE, OPTIONS, True
+        )
+        prefetch(item_at(items, gl.minimum(index + gl.num_programs(0), end - 1), KV_HEADS))
         q_row = gl.load(item + Q_ROW).to(gl.int64)
         num_new = gl.load(item + NUM_NEW)
         num_valid = gl.load(item + NUM_VALID)
@@ -81,20 +83,24 @@ def _consumer(
         cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
 
         q_rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
-        places = (q_row + q_rows // GROUP) * HEADS + kv_head * GROUP + q_rows % GROUP
+        q_tokens = divide(q_rows, group_inverse)
+        places = (q_row + q_tokens) * num_heads + kv_head * group + (q_rows - q_tokens * group)
         dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
         pointers = q + ((places * DIM)[:, None] + dims[None, :])
-        q_tile.store(gl.load(pointers, mask=(q_rows < num_valid * GROUP)[:, None], other=0.0))
+        q_tile.store(gl.load(pointers, mask=(q_rows < num_valid * group)[:, None], other=0.0))
         fence_async_shared()
 
         rows = first_row + gl.arange(0, ROWS, layout=ROW)
-        heads = kv_head * GROUP + rows % GROUP
-        positions = context_len + rows // GROUP
+        tokens = divide(rows, group_inverse)
+        heads = kv_head * group + (rows - tokens * group)
+        positions = context_len + tokens
         limits = limit(
             positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
         )
         limits = gl.minimum(limits, end_new)
-        slopes = gl.load(alibi_slopes + heads) if ALIBI else 0.0
+        slopes = 0.0
+        if OPTIONS:
+            slopes = gl.load(alibi_slopes + heads, mask=(heads >= 0) & ((given & SLOPES) != 0), other=0.0)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         zeros = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
         sums = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
@@ -109,7 +115,7 @@ def _consumer(
             keys = key + gl.arange(0, KEYS, layout=COLUMN)
             scores = mask_scores(
                 scores * scale, keys, order >= num_full, positions, limits, slopes, context_len, cached_keys,
-                hole_start, hole_end, end_new, softcap, window, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
+                hole_start, hole_end, end_new, softcap, window, True, OPTIONS,
             )  # fmt: skip
             row_max, base, decay = rebase(row_max, gl.max(scores, 0))
             weights = gl.exp2(scores - base[None, :])
@@ -125,18 +131,19 @@ def _consumer(
 
         store_item(
             output, lse, partial_output, partial_lse, (accumulator,), 1.0, row_max, gl.sum(sums, 0), rows, heads, sinks,
-            q_row, num_new, num_valid, partial_row, is_split, GROUP, HEADS, DIM_V, SINKS, LSE, LAYOUT,
+            q_row, num_new, num_valid, partial_row, is_split, group, num_heads, group_inverse, given, DIM_V,
+            LAYOUT,
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["window"])
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def hopper_decode_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
-    page_tables, items, alibi_slopes, sinks, scale, softcap, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
-    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    page_tables, items, alibi_slopes, sinks,
+    group, group_inverse: int64, scale, softcap, window, new_mask, given,
+    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
+    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as there are multiprocessors, or fewer. ROWS: of an item, a power of two from 16."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -152,19 +159,19 @@ def hopper_decode_kernel(
         [
             (_consumer, (
                 k_ring, v_ring, q_tile, weights_tile, k_ready, v_ready,
-                output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks, scale, softcap,
-                window, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI,
-                SINKS, LSE,
+                output, lse, partial_output, partial_lse, q, items, alibi_slopes, sinks,
+                group, group_inverse, scale, softcap, window, new_mask, given,
+                ROWS, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, OPTIONS,
             )),
             (producer, (
-                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, False, 1,
+                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items,
+                window, new_mask,
+                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, OPTIONS, True, False, 1,
             )),
             (producer, (
-                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, True, 1,
+                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items,
+                window, new_mask,
+                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, OPTIONS, True, True, 1,
             )),
         ],
         [1, 1],

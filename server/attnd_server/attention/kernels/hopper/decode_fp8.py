@@ -17,10 +17,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language import int64
 
-from attnd_server.attention.kernels.hopper.attention import descriptors
+from attnd_server.attention.kernels.cuts import EVERYTHING
+from attnd_server.attention.kernels.division import inverse
+from attnd_server.attention.kernels.given import (
+    K_SCALES,
+    NARROW,
+    RUN_TIME_NUMBERS,
+    SLOPES,
+    V_SCALES,
+    bits_of,
+    some,
+)
+from attnd_server.attention.kernels.hopper.attention import descriptors, has_options
 from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
+    divide,
+    item_at,
     limit,
     num_work,
     prefetch,
@@ -39,7 +53,6 @@ from attnd_server.attention.kernels.items import (
     FIRST_ROW,
     HOLE_END,
     HOLE_START,
-    ITEM_FIELDS,
     NUM_CHUNKS,
     NUM_NEW,
     NUM_VALID,
@@ -55,7 +68,6 @@ from attnd_server.attention.scales import plain_scale
 from attnd_server.device.kernels.launch import launch_kernel
 
 _COLUMNS = gl.constexpr(COLUMNS)
-_ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 
 
 @gluon.jit
@@ -116,11 +128,10 @@ def _load_token(k, v, token, exists, kv_head, KV_HEADS: gl.constexpr, DIM: gl.co
 @gluon.jit
 def _consumer(
     k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready,
-    output, lse, partial_output, partial_lse, q, k, v, k_scales, v_scales, items, alibi_slopes, sinks, scale, softcap,
-    window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
-    PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    output, lse, partial_output, partial_lse, q, k, v, k_scales, v_scales, items, alibi_slopes, sinks,
+    group, group_inverse, scale, softcap, window, new_mask, given,
+    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr,
+    STAGES: gl.constexpr, OPTIONS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: all rows of each item. Scores and weights are `[KEYS, ROWS]`, sums of products `[DIM / 2, ROWS]`."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -128,18 +139,18 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    HEADS: gl.constexpr = KV_HEADS * GROUP
+    num_heads = KV_HEADS * group
     PAIRS: gl.constexpr = DIM // 2
     release_all(STAGES, 1)
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
-        num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_cached = work(
-            items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, False, WINDOW
-        )
-        prefetch(items + gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
         kv_head = index % KV_HEADS
-        item = items + index // KV_HEADS * _ITEM_FIELDS
+        item = item_at(items, index, KV_HEADS)
+        num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_cached = work(
+            item, window, 0, KEYS, PIECE, OPTIONS, False
+        )
+        prefetch(item_at(items, gl.minimum(index + gl.num_programs(0), end - 1), KV_HEADS))
         q_row = gl.load(item + Q_ROW).to(gl.int64)
         num_new = gl.load(item + NUM_NEW)
         num_valid = gl.load(item + NUM_VALID)
@@ -150,57 +161,56 @@ def _consumer(
         partial_row = gl.load(item + PARTIAL_ROW)
         is_split = gl.load(item + NUM_CHUNKS) > 1
         cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
-        k_scale = scale
-        v_scale = 1.0
-        if k_scales is not None:
-            k_scale = scale * gl.load(k_scales + kv_head)
-            v_scale = gl.load(v_scales + kv_head)
-        if NEW_TOKENS:
-            # They are seen with the last part.
-            num_seen = gl.where(gl.load(item + END_KEY) > context_len, num_valid, 0)
-            k_low, k_high, v_even, v_odd = _load_token(k, v, q_row, num_seen > 0, kv_head, KV_HEADS, DIM, LAYOUT)
+        k_scale = scale * gl.load(k_scales + kv_head, mask=(given & K_SCALES) != 0, other=1.0)
+        v_scale = gl.load(v_scales + kv_head, mask=(given & V_SCALES) != 0, other=1.0)
+        # New tokens are seen with the last part.
+        num_seen = gl.where(gl.load(item + END_KEY) > context_len, num_valid & new_mask, 0)
+        k_low, k_high, v_even, v_odd = _load_token(k, v, q_row, num_seen > 0, kv_head, KV_HEADS, DIM, LAYOUT)
 
         q_rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_LAYOUT))
-        places = (q_row + q_rows // GROUP) * HEADS + kv_head * GROUP + q_rows % GROUP
+        q_tokens = divide(q_rows, group_inverse)
+        places = (q_row + q_tokens) * num_heads + kv_head * group + (q_rows - q_tokens * group)
         dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, Q_LAYOUT))
         pointers = q + ((places * DIM)[:, None] + dims[None, :])
-        queries = gl.load(pointers, mask=(q_rows < num_valid * GROUP)[:, None], other=0.0)
+        queries = gl.load(pointers, mask=(q_rows < num_valid * group)[:, None], other=0.0)
         q_factor = gl.convert_layout(_store_queries(q_low, q_high, queries, ROWS, DIM), ROW)
 
         rows = first_row + gl.arange(0, ROWS, layout=ROW)
-        heads = kv_head * GROUP + rows % GROUP
-        positions = context_len + rows // GROUP
+        tokens = divide(rows, group_inverse)
+        heads = kv_head * group + (rows - tokens * group)
+        positions = context_len + tokens
         limits = limit(
             positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
         )
-        slopes = gl.load(alibi_slopes + heads) if ALIBI else 0.0
+        slopes = 0.0
+        if OPTIONS:
+            slopes = gl.load(alibi_slopes + heads, mask=(heads >= 0) & ((given & SLOPES) != 0), other=0.0)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         row_sum = gl.full([ROWS], 0.0, gl.float32, ROW)
         zeros = gl.full([KEYS, ROWS], 0.0, gl.float32, LAYOUT)
         even = gl.full([PAIRS, ROWS], 0.0, gl.float32, LAYOUT)
         odd = gl.full([PAIRS, ROWS], 0.0, gl.float32, LAYOUT)
-        if NEW_TOKENS:
-            for token in range(num_seen):
-                low, high = q_low.permute([1, 0]).load(LAYOUT), q_high.permute([1, 0]).load(LAYOUT)
-                scores = gl.sum(low.to(gl.float32) * k_low[:, None] + high.to(gl.float32) * k_high[:, None], 0)
-                scores = cap_scores(scores * (q_factor * scale), softcap, SOFTCAP)
-                position = context_len + token
-                if ALIBI:
-                    scores += slopes * (position - positions).to(gl.float32)
-                visible = position < limits
-                if WINDOW:
-                    visible = visible & (positions - position < window)
-                scores = gl.where(visible, scores, float("-inf"))
-                row_max, base, decay = rebase(row_max, scores)
-                weights = gl.exp2(scores - base)
-                row_sum = row_sum * decay + weights
-                weights = weights / v_scale
-                even = even * decay[None, :] + v_even[:, None] * weights[None, :]
-                odd = odd * decay[None, :] + v_odd[:, None] * weights[None, :]
-                following = token + 1
-                k_low, k_high, v_even, v_odd = _load_token(
-                    k, v, q_row + following, following < num_seen, kv_head, KV_HEADS, DIM, LAYOUT
-                )
+        for token in range(num_seen):
+            low, high = q_low.permute([1, 0]).load(LAYOUT), q_high.permute([1, 0]).load(LAYOUT)
+            scores = gl.sum(low.to(gl.float32) * k_low[:, None] + high.to(gl.float32) * k_high[:, None], 0)
+            scores = cap_scores(scores * (q_factor * scale), softcap, OPTIONS)
+            position = context_len + token
+            if OPTIONS:
+                scores += slopes * (position - positions).to(gl.float32)
+            visible = position < limits
+            if OPTIONS:
+                visible = visible & (positions - position < window)
+            scores = gl.where(visible, scores, float("-inf"))
+            row_max, base, decay = rebase(row_max, scores)
+            weights = gl.exp2(scores - base)
+            row_sum = row_sum * decay + weights
+            weights = weights / v_scale
+            even = even * decay[None, :] + v_even[:, None] * weights[None, :]
+            odd = odd * decay[None, :] + v_odd[:, None] * weights[None, :]
+            following = token + 1
+            k_low, k_high, v_even, v_odd = _load_token(
+                k, v, q_row + following, following < num_seen, kv_head, KV_HEADS, DIM, LAYOUT
+            )
 
         scales = q_factor * k_scale
         first_key = gl.arange(0, KEYS, layout=COLUMN) == 0
@@ -219,7 +229,7 @@ def _consumer(
             keys = key + gl.arange(0, KEYS, layout=COLUMN)
             scores = mask_scores(
                 scores * scales[None, :], keys, order >= num_full, positions, limits, slopes, context_len, cached_keys,
-                hole_start, hole_end, end_cached, softcap, window, False, WINDOW, SOFTCAP, ALIBI,
+                hole_start, hole_end, end_cached, softcap, window, False, OPTIONS,
             )  # fmt: skip
             row_max, base, decay = rebase(row_max, gl.max(scores, 0))
             weights = gl.exp2(scores - base[None, :])
@@ -237,18 +247,18 @@ def _consumer(
 
         store_item(
             output, lse, partial_output, partial_lse, (even, odd), v_scale, row_max, gl.sum(sums, 0), rows, heads,
-            sinks, q_row, num_new, num_valid, partial_row, is_split, GROUP, HEADS, DIM, SINKS, LSE, LAYOUT,
+            sinks, q_row, num_new, num_valid, partial_row, is_split, group, num_heads, group_inverse,
+            given, DIM, LAYOUT,
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["window"])
+@gluon.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def hopper_decode_fp8_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages, k_descriptor, v_descriptor,
-    k_scales, v_scales, page_tables, items, alibi_slopes, sinks, scale, softcap, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    k_scales, v_scales, page_tables, items, alibi_slopes, sinks,
+    group, group_inverse: int64, scale, softcap, window, new_mask, given,
+    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, OPTIONS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: a few programs for each multiprocessor, or fewer. ROWS: of an item, a power of two from 16."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -260,24 +270,24 @@ def hopper_decode_fp8_kernel(
     q_high = gl.allocate_shared_memory(gl.float16, [ROWS, PAIRS], LAYOUT)
     weights_tile = gl.allocate_shared_memory(gl.float16, [KEYS, ROWS], WEIGHTS_LAYOUT)
     fence_async_shared()
-    # The last numbers: warps and registers of the roles after the first.
+    # The last numbers: warps and registers of the roles after the first. Of new tokens the producers know nothing.
     gl.warp_specialize(
         [
             (_consumer, (
                 k_ring, v_ring, q_low, q_high, weights_tile, k_ready, v_ready,
                 output, lse, partial_output, partial_lse, q, k, v, k_scales, v_scales, items, alibi_slopes, sinks,
-                scale, softcap, window, ROWS, GROUP, KV_HEADS, DIM, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
-                ALIBI, SINKS, LSE,
+                group, group_inverse, scale, softcap, window, new_mask, given,
+                ROWS, KV_HEADS, DIM, KEYS, PIECE, STAGES, OPTIONS,
             )),
             (producer, (
-                k_ring, k_ready, k_pages, k_pages, k_descriptor, k_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, False, 1,
+                k_ring, k_ready, k_pages, k_pages, k_descriptor, k_descriptor, page_tables, items,
+                window, 0,
+                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, False, 1,
             )),
             (producer, (
-                v_ring, v_ready, v_pages, v_pages, v_descriptor, v_descriptor,
-                page_tables, items, window,
-                ROWS, GROUP, KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, False, WINDOW, True, 1,
+                v_ring, v_ready, v_pages, v_pages, v_descriptor, v_descriptor, page_tables, items,
+                window, 0,
+                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, True, 1,
             )),
         ],
         [1, 1],
@@ -316,13 +326,17 @@ def hopper_decode_fp8(
     piece = 32 if page_size % 32 == 0 else 16
     launch = hopper_fp8_launch(rows, head_dim)
     q, scale = plain_scale(q, scale)
+    group, others = num_heads // num_kv_heads, items.view(torch.float32)
     launch_kernel(
         hopper_decode_fp8_kernel, (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),),
-        output, lse, partial_output, partial_lse, q, k, v, k_pairs, v_pairs,
-        *descriptors(None, None, k_pairs, v_pairs, piece)[2:],
-        k_scales, v_scales, page_tables, items, alibi_slopes, sinks, *log2_numbers(scale, softcap), window,
-        ROWS=rows, GROUP=num_heads // num_kv_heads, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim,
-        KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages, NEW_TOKENS=k is not None, WINDOW=window > 0,
-        SOFTCAP=softcap > 0, ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
+        output, some(lse, others), some(partial_output, others), some(partial_lse, others), q, some(k, q), some(v, q),
+        k_pairs, v_pairs, *descriptors(None, None, k_pairs, v_pairs, piece)[2:],
+        some(k_scales, others), some(v_scales, others), page_tables, items,
+        some(alibi_slopes, others), some(sinks, others),
+        group, inverse(group), *log2_numbers(scale, softcap), window or EVERYTHING,
+        0 if k is None else -1,
+        bits_of(lse=lse, sinks=sinks, slopes=alibi_slopes, k_scales=k_scales, v_scales=v_scales),
+        ROWS=rows, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim, KEYS=launch.keys,
+        PIECE=piece, STAGES=launch.num_stages, OPTIONS=has_options(alibi_slopes, softcap, window),
         PRODUCER_REGISTERS=56 if launch.max_registers else 96, num_warps=4, maxnreg=launch.max_registers,
     )  # fmt: skip

@@ -9,15 +9,18 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attnd_server.attention.kernels.division import SHIFT
+from attnd_server.attention.kernels.given import SINKS
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
     END_KEY,
     FIRST_KEY,
-    FIRST_ROW,
+    FIRST_TOKEN,
     HOLE_END,
     HOLE_START,
     ITEM_FIELDS,
+    LAST_TOKEN,
     NUM_ITEMS,
     NUM_VALID,
     PADDED_PREFIX_LEN,
@@ -29,10 +32,17 @@ from attnd_server.attention.kernels.launch_shapes import MAX_STAGES
 COLUMNS = 64
 
 _ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
+_SHIFT = gl.constexpr(SHIFT)
 _MAX_STAGES = gl.constexpr(MAX_STAGES)
 _FIRST_BARRIER = gl.constexpr(16 - 2 * MAX_STAGES)
 # Synchronises the warps of a role; renamed between triton 3.6 and 3.7.
 sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def divide(numbers, inverse):
+    """See `division.divide`."""
+    return (numbers.to(gl.int64) * inverse >> _SHIFT).to(gl.int32)
 
 
 @gluon.jit
@@ -97,25 +107,31 @@ def _threads(CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def item_at(items, index, KV_HEADS: gl.constexpr):
+    """Where the item of the program's work `index` lies."""
+    return items + index // KV_HEADS * _ITEM_FIELDS
+
+
+@gluon.jit
 def num_work(items, KV_HEADS: gl.constexpr):
     """Items times KV heads of the launch. Read beside the program's own first item, so that nobody waits for it."""
-    return gl.load(items + gl.program_id(0) // KV_HEADS * _ITEM_FIELDS + NUM_ITEMS) * KV_HEADS
+    return gl.load(item_at(items, gl.program_id(0), KV_HEADS) + NUM_ITEMS) * KV_HEADS
 
 
 @gluon.jit
 def work(
-    items, index, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, NEW_TOKENS: gl.constexpr,
-    WINDOW: gl.constexpr,
+    item, window, new_mask,
+    KEYS: gl.constexpr, PIECE: gl.constexpr, WINDOW: gl.constexpr, NEW_TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """What an item is: every role asks, and must get the same answer.
+    """What an item is: every role asks, and must get the same answer. `item` is a pointer to it.
 
     Returns:
         tiles: how many, how many of them are seen whole, the first, the first seen whole, the end of these; keys that
         may be read: first position, end of new ones.
+
+    WINDOW: whether there may be a window; without one it is greater than any position. NEW_TOKENS: whether new tokens
+    may be keys; `new_mask` says whether they are: -1, or 0.
     """
-    item = items + index * _ITEM_FIELDS
-    first_row = gl.load(item + FIRST_ROW)
     first_tile = gl.load(item + FIRST_KEY) // KEYS
     end_tile = gl.load(item + END_KEY) // KEYS
     num_valid = gl.load(item + NUM_VALID)
@@ -125,8 +141,8 @@ def work(
     padded_prefix_len = gl.load(item + PADDED_PREFIX_LEN)
     has_hole = gl.load(item + HOLE_END) > gl.load(item + HOLE_START)
 
-    first_token = first_row // GROUP
-    last_token = gl.minimum((first_row + ROWS - 1) // GROUP, num_valid - 1)
+    first_token = gl.load(item + FIRST_TOKEN)
+    last_token = gl.minimum(gl.load(item + LAST_TOKEN), num_valid - 1)
     cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
     shift = cached_keys - context_len
     first_position = 0
@@ -137,7 +153,9 @@ def work(
     end_new = context_len
     full_end = context_len
     if NEW_TOKENS:
-        end_position = context_len + num_valid
+        # No branch for steps that see none, behind which loads would wait for those before it, and no choice either,
+        # which would take all of this from the units for scalars, and its numbers into registers that are short.
+        end_position = context_len + (num_valid & new_mask)
         last_limit = limit(context_len + last_token, block_size, prefix_len, padded_prefix_len)
         end_new = gl.minimum(end_position, last_limit)
         if shift == 0:
@@ -182,7 +200,7 @@ def tile_of(ring, stage, KEYS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, SINKS: gl.constexpr):
+def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, given):
     """The factor of each row's sum of products and its lse, in units of log2.
 
     For a row that saw nothing these are 0 and its sink, or -inf without one. Sinks join where a request's parts are
@@ -191,16 +209,14 @@ def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, SIN
     row_sum = gl.where(is_live, row_sum, 0.0)
     saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
     row_max = gl.where(row_max == float("-inf"), 0.0, row_max * exponent)
-    factor = gl.where(saw, 1.0, 0.0)
-    counts = saw
-    if SINKS:
-        sink = gl.where(is_split, float("-inf"), gl.load(sinks + heads))
-        sink = gl.where(is_live, sink, float("-inf"))
-        has_sink = sink != float("-inf")
-        counts = saw | has_sink
-        base = gl.where(saw, gl.maximum(row_max, sink), gl.where(has_sink, sink, 0.0))
-        factor = gl.where(saw, gl.exp2(row_max - base), 0.0)
-        row_sum = row_sum * factor + gl.exp2(sink - base)
-        row_max = base
+    # Without sinks no bit changes: factors are 1, and what is added is 0. A branch would take registers from all roles.
+    has_sinks = ((given & SINKS) != 0) & (is_split == 0)
+    sink = gl.load(sinks + heads, mask=is_live & has_sinks, other=float("-inf"))
+    has_sink = sink != float("-inf")
+    counts = saw | has_sink
+    base = gl.where(saw, gl.maximum(row_max, sink), gl.where(has_sink, sink, 0.0))
+    factor = gl.where(saw, gl.exp2(row_max - base), 0.0)
+    row_sum = row_sum * factor + gl.exp2(sink - base)
+    row_max = base
     denominator = gl.where(counts, row_sum, 1.0)
     return factor / denominator, gl.where(counts, row_max + gl.log2(denominator), float("-inf"))

@@ -6,11 +6,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from attnd_server.attention.kernels.hopper.items import COLUMNS, await_release, num_work, prefetch, sync, tile_at, work
-from attnd_server.attention.kernels.items import CONTEXT_LEN, FIRST_KEY, HOLE_END, HOLE_START, ITEM_FIELDS, Q_ROW, TABLE
+from attnd_server.attention.kernels.hopper.items import (
+    COLUMNS,
+    await_release,
+    item_at,
+    num_work,
+    prefetch,
+    sync,
+    tile_at,
+    work,
+)
+from attnd_server.attention.kernels.items import CONTEXT_LEN, FIRST_KEY, HOLE_END, HOLE_START, Q_ROW, TABLE
 
 _COLUMNS = gl.constexpr(COLUMNS)
-_ITEM_FIELDS = gl.constexpr(ITEM_FIELDS)
 
 
 @gluon.jit
@@ -78,9 +86,8 @@ def _bring_piece(
 def _bring_tile(
     ring, stage, ready, tokens, pages, descriptor, pages_descriptor, table, key, kv_head, q_row,
     context_len, cached_keys, first_position, end_new, hole_start, hole_end, is_full,
-    KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, NEW_TOKENS: gl.constexpr, IS_V: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
+    PIECE: gl.constexpr, NEW_TOKENS: gl.constexpr, IS_V: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Brings K or V of the tile that begins at `key`."""
     PIECES: gl.constexpr = KEYS // PIECE
@@ -115,8 +122,8 @@ def _bring_tile(
                 high = gl.where(page >= 0, gl.minimum(context_len - start, PIECE), 0)
                 row = page * PAGE_SIZE + start % PAGE_SIZE
                 _bring_piece(
-                    ring, first_slot + piece, ready, pages, pages_descriptor, row, kv_head, low, high,
-                    hole_start - start, hole_end - start, KV_HEADS, DIM, PIECE, PIECES, IS_V,
+                    ring, first_slot + piece, ready, pages, pages_descriptor, row, kv_head,
+                    low, high, hole_start - start, hole_end - start, KV_HEADS, DIM, PIECE, PIECES, IS_V,
                 )  # fmt: skip
             else:
                 token = start - cached_keys
@@ -124,8 +131,8 @@ def _bring_tile(
                 high = gl.minimum(end_new - context_len - token, PIECE)
                 if NEW_TOKENS:
                     _bring_piece(
-                        ring, first_slot + piece, ready, tokens, descriptor, q_row + token, kv_head, low, high, 0, 0,
-                        KV_HEADS, DIM, PIECE, PIECES, IS_V,
+                        ring, first_slot + piece, ready, tokens, descriptor, q_row + token, kv_head,
+                        low, high, 0, 0, KV_HEADS, DIM, PIECE, PIECES, IS_V,
                     )  # fmt: skip
                 else:
                     mbarrier.expect(ready, descriptor.block_type.nbytes * (DIM // _COLUMNS))
@@ -134,20 +141,25 @@ def _bring_tile(
 
 @gluon.jit
 def producer(
-    ring, ready, tokens, pages, descriptor, pages_descriptor, page_tables, items, window,
-    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr, WINDOW: gl.constexpr,
-    IS_V: gl.constexpr, CONSUMERS: gl.constexpr,
+    ring, ready, tokens, pages, descriptor, pages_descriptor, page_tables, items,
+    window, new_mask,
+    KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, NEW_TOKENS: gl.constexpr, IS_V: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: brings K or V of each tile of each item, in the order in which the consumers take them."""
+    """One warp: brings K or V of each tile of each item, in the order in which the consumers take them.
+
+    NEW_TOKENS: those of `tokens` may be keys too, if `new_mask` says so.
+    """
     end = num_work(items, KV_HEADS)
     count = 0
     for index in range(gl.program_id(0), end, gl.num_programs(0)):
-        prefetch(items + gl.minimum(index + 2 * gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS)
+        prefetch(item_at(items, gl.minimum(index + 2 * gl.num_programs(0), end - 1), KV_HEADS))
+        kv_head = index % KV_HEADS
+        item = item_at(items, index, KV_HEADS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, first_position, end_new = work(
-            items, index // KV_HEADS, window, ROWS, GROUP, KEYS, PIECE, NEW_TOKENS, WINDOW
+            item, window, new_mask, KEYS, PIECE, WINDOW, NEW_TOKENS
         )
-        item = items + index // KV_HEADS * _ITEM_FIELDS
         q_row = gl.load(item + Q_ROW)
         context_len = gl.load(item + CONTEXT_LEN)
         hole_start = gl.load(item + HOLE_START)
@@ -159,13 +171,13 @@ def producer(
             key = tile_at(order, first_tile, full_tile, full_end_tile) * KEYS
             _bring_tile(
                 ring, stage, ready.index(stage), tokens, pages,
-                descriptor, pages_descriptor, table, key, index % KV_HEADS, q_row, context_len, cached_keys,
+                descriptor, pages_descriptor, table, key, kv_head, q_row, context_len, cached_keys,
                 first_position, end_new, hole_start, hole_end, order < num_full,
                 KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, NEW_TOKENS, IS_V, CONSUMERS,
             )  # fmt: skip
             count += 1
             if order == 0:
                 # The next item's first page ids, now that this one's first copies are under way.
-                following = gl.minimum(index + gl.num_programs(0), end - 1) // KV_HEADS * _ITEM_FIELDS
-                next_table = page_tables + gl.load(items + following + TABLE)
-                prefetch(next_table + gl.load(items + following + FIRST_KEY) // PAGE_SIZE)
+                next_item = item_at(items, gl.minimum(index + gl.num_programs(0), end - 1), KV_HEADS)
+                next_table = page_tables + gl.load(next_item + TABLE)
+                prefetch(next_table + gl.load(next_item + FIRST_KEY) // PAGE_SIZE)
