@@ -17,6 +17,7 @@ from attnd_server.attention.kernels.launch_shapes import (
     FEW_NEW_TOKENS,
     HOPPER_DECODE_ROWS,
     HOPPER_ROWS,
+    MAX_SPLIT_TOKENS,
     Tile,
     fits_hopper_fp8,
     launch_shape,
@@ -49,10 +50,13 @@ def _hopper_kernels_load(device: torch.device) -> bool:
 
 def fits_hopper(config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether Hopper's kernels serve a cache: what its units take, on a device that has them. Of FP8, decode alone."""
+    return device.type == "cuda" and _hopper_kernels_load(device) and hopper_serves(config, dtype)
+
+
+def hopper_serves(config: AttentionConfig, dtype: torch.dtype) -> bool:
+    """Whether Hopper's kernels serve a cache on a Hopper GPU, multiplying in `dtype`."""
     return (
-        device.type == "cuda"
-        and _hopper_kernels_load(device)
-        and dtype in (torch.float16, torch.bfloat16)
+        dtype in (torch.float16, torch.bfloat16)
         and dtype == config.dtype
         and config.kv_dtype in (dtype, FP8)
         and config.is_uniform
@@ -166,3 +170,17 @@ def _launch(
     both = config.k_is_quantised and config.v_is_quantised
     tile = launch_shape(num_new, group, dims, 1 if both else dtype.itemsize)
     return LaunchShape(tile, tile.rows, few, keys)
+
+
+def shapes_of(config: AttentionConfig, hopper: bool) -> Iterator[LaunchShape]:
+    """Every launch shape that requests of a cache can get, each once: those of few tokens and of Hopper's first."""
+    dtype, seen = config.precision.dtype(config.dtype), set()
+    # Rows of one token are query heads of a KV head, and those of more are as many or more.
+    requests = [(1, 1 << bit) for bit in range(4, HOPPER_ROWS.bit_length())]
+    requests += [(FEW_NEW_TOKENS + 1, 1), (FEW_NEW_TOKENS + 1, HOPPER_ROWS), (MAX_SPLIT_TOKENS + 1, 1)]
+    for has_absent_pages in (False, True):
+        for num_new, group in requests:
+            shape = _launch(num_new, has_absent_pages, Keys(), config, group, dtype, hopper)
+            if (shape.tile, shape.rows) not in seen:
+                seen.add((shape.tile, shape.rows))
+                yield shape
