@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from attnd_server.attention.backends.triton.needed import without_data as empty
 from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
 from attnd_server.attention.kernels.decode_items import decode_items
 from attnd_server.attention.kernels.gather import read_kv
@@ -129,11 +130,6 @@ class Case:
         return {"scale": 0.1, "softcap": 30.0 * self.options, "window": 1000 * self.options}
 
 
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without data."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def tables() -> tuple[torch.Tensor, torch.Tensor]:
     """Page tables and items."""
     return empty(4, 16, dtype=torch.int32), empty(8, ITEM_FIELDS, dtype=torch.int32)
@@ -141,7 +137,6 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 def launch_paged(case: Case) -> None:
     """Decode if a request has one token, else prefill; as `TritonPlan` launches it."""
-    is_few = case.tokens <= 16
     dims = max(16, triton.next_power_of_2(case.head_dim))
     item_size = 1 if case.kv_dtype is FP8 and case.v_dtype in (None, FP8) else case.dtype.itemsize
     heads = case.group * NUM_KV_HEADS
@@ -149,7 +144,7 @@ def launch_paged(case: Case) -> None:
         *case.outputs(), empty(64, dtype=torch.int32) if case.split else None, case.query(),
         *case.new(not case.cached_only), case.pages(), *tables(), case.per_head(heads),
         case.per_head(heads), tile=launch_shape(case.tokens, case.group, dims, item_size), heads=case.group,
-        is_few=is_few, compute=case.dtype, **case.numbers(),
+        compute=case.dtype, **case.numbers(),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from attnd_server.attention.config import DISTINCT_LANES, Layout
+from attnd_server.attention.kernels.given import K_SCALES, NARROW, RUN_TIME_NUMBERS, V_SCALES, bits_of, some
 from attnd_server.attention.kernels.store import slot_offsets, slot_tile
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.kernels.launch import launch_kernel
@@ -20,40 +21,45 @@ _LANES = tl.constexpr(DISTINCT_LANES)
 
 @triton.jit
 def _write_piece(
-    read, values, scales, tokens, elements, exists,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SCALED: tl.constexpr,
+    read, values, scales, tokens, elements, exists, kv_heads, has_scales,
+    HEAD_DIM: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """What the pages hold of elements `elements` of tokens `tokens`, `[TOKENS, PIECE]`, into the result."""
     if SCALED:
         heads = elements // HEAD_DIM
-        scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)
+        scale = tl.load(scales + heads, mask=(heads < kv_heads) & has_scales, other=1.0)
         values = values.to(tl.float32) * scale[None, :]
     # int64: a result may hold more than 2^31 elements.
-    targets = tokens.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :]
+    targets = tokens.to(tl.int64)[:, None] * (kv_heads * HEAD_DIM) + elements[None, :]
     tl.store(read + targets, values.to(read.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _read_kernel(
     k, v,
-    k_pages, v_pages, slot_mapping, k_scales, v_scales, num_tokens,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    DISTINCT: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    k_pages, v_pages, slot_mapping, k_scales, v_scales, num_tokens, kv_heads, given,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
     TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     elements = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     slots = tl.load(slot_mapping + tokens, mask=tokens < num_tokens, other=0)
-    k_exists = (tokens < num_tokens)[:, None] & (elements < KV_HEADS * HEAD_DIM)[None, :]
-    v_exists = (tokens < num_tokens)[:, None] & (elements < KV_HEADS * HEAD_DIM_V)[None, :]
-    k_offsets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
-    v_offsets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    k_exists = (tokens < num_tokens)[:, None] & (elements < kv_heads * HEAD_DIM)[None, :]
+    v_exists = (tokens < num_tokens)[:, None] & (elements < kv_heads * HEAD_DIM_V)[None, :]
+    k_offsets = slot_offsets(slots, elements, kv_heads, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
+    v_offsets = slot_offsets(slots, elements, kv_heads, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    K_SCALED: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
+    V_SCALED: tl.constexpr = v_pages.dtype.element_ty == tl.float8e4nv
     # Both loads first, so that they wait for memory together.
     stored_k = tl.load(k_pages + k_offsets, mask=k_exists)
     stored_v = tl.load(v_pages + v_offsets, mask=v_exists)
-    _write_piece(k, stored_k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, K_SCALED)
-    _write_piece(v, stored_v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, V_SCALED)
+    _write_piece(
+        k, stored_k, k_scales, tokens, elements, k_exists, kv_heads, (given & K_SCALES) != 0, HEAD_DIM, K_SCALED
+    )
+    _write_piece(
+        v, stored_v, v_scales, tokens, elements, v_exists, kv_heads, (given & V_SCALES) != 0, HEAD_DIM_V, V_SCALED
+    )
 
 
 def read_kv(
@@ -82,6 +88,7 @@ def read_kv(
     row = num_kv_heads * max(head_dim, head_dim_v)
     # As in the store: the same bytes go the other way.
     tokens, piece = slot_tile(layout, row, dtype.itemsize)
+    others = slots.view(torch.float32)
     with torch.cuda.device_of(pages.k):
         launch_kernel(
             _read_kernel,
@@ -91,16 +98,15 @@ def read_kv(
             pages.k,
             pages.v,
             slots,
-            pages.k_scales,
-            pages.v_scales,
+            some(pages.k_scales, others),
+            some(pages.v_scales, others),
             num_tokens,
-            KV_HEADS=num_kv_heads,
+            num_kv_heads,
+            bits_of(k_scales=pages.k_scales, v_scales=pages.v_scales),
             HEAD_DIM=head_dim,
             HEAD_DIM_V=head_dim_v,
-            PAGE_SIZE=page_size,
+            PAGE_SIZE=page_size if layout is Layout.DISTINCT else 0,
             DISTINCT=layout is Layout.DISTINCT,
-            K_SCALED=pages.k_scales is not None,
-            V_SCALED=pages.v_scales is not None,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,

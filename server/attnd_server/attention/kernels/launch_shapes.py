@@ -17,12 +17,14 @@ class Tile(NamedTuple):
         keys: keys that it takes at once, a power of two from 16.
         num_warps: warps of it.
         num_stages: tiles of keys under way.
+        most_tokens: new tokens of the requests that it is for: FEW_NEW_TOKENS, MAX_SPLIT_TOKENS, or None for any.
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    most_tokens: int | None = None
 
 
 # Requests with at most so many new tokens are decode; those with more than the other number are never cut into chunks.
@@ -101,7 +103,7 @@ def hopper_fp8_launch(rows: int, head_dim: int) -> HopperLaunch:
 
 
 def launch_shape(num_new: int, heads: int, dims: int, item_size: int) -> Tile:
-    """The launch shape of a request, with no more rows than it has.
+    """The launch shape of a request; that of a few tokens with no more rows than it has.
 
     Args:
         num_new: its new tokens.
@@ -109,5 +111,7 @@ def launch_shape(num_new: int, heads: int, dims: int, item_size: int) -> Tile:
         dims: head dim of K or V, whichever is greater, padded to a power of two.
         item_size: bytes of an element of the pages if K and V are quantised, else of the products.
     """
-    tile = TILES[item_size, max(64, dims)][(num_new > FEW_NEW_TOKENS) + (num_new > MAX_SPLIT_TOKENS)]
-    return tile._replace(rows=min(tile.rows, max(16, 1 << (num_new * heads - 1).bit_length())))
+    size = (num_new > FEW_NEW_TOKENS) + (num_new > MAX_SPLIT_TOKENS)
+    tile = TILES[item_size, max(64, dims)][size]
+    rows = min(tile.rows, max(16, 1 << (num_new * heads - 1).bit_length())) if size == 0 else tile.rows
+    return tile._replace(rows=rows, most_tokens=(FEW_NEW_TOKENS, MAX_SPLIT_TOKENS, None)[size])

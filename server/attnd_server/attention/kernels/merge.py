@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language import int64
 
+from attnd_server.attention.kernels.division import divide, inverse
+from attnd_server.attention.kernels.given import LSE, NARROW, RUN_TIME_NUMBERS, SINKS, bits_of, some
 from attnd_server.attention.kernels.items import MERGE_FIELDS
 from attnd_server.attention.kernels.softmax import finish
 from attnd_server.device.kernels.launch import launch_kernel
@@ -31,22 +34,23 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def merge_rows(
     output, lse, partial_output, partial_lse, sinks,
     q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
-    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr,
+    num_heads, heads, heads_inverse, given, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
 ):  # fmt: skip
     """Merges `_ROWS` rows of a request, from `first_row` on, and stores them."""
     rows = first_row + tl.arange(0, _ROWS)
-    tokens = rows // HEADS
-    heads = first_head + rows % HEADS
+    tokens = divide(rows, heads_inverse)
+    head = first_head + (rows - tokens * heads)
     exists = tokens < num_new
     dims = tl.arange(0, DIMS_V)
     in_v = dims < HEAD_DIM_V
+    first_place = (partial_row + tokens).to(tl.int64) * num_heads + head
+    chunk_places = num_new.to(tl.int64) * num_heads
     # Past the first cache, which does not know what other multiprocessors have written.
     row_max = tl.full([_ROWS], float("-inf"), dtype=tl.float32)
     for start in tl.range(0, num_chunks, _CHUNKS):
         chunks = start + tl.arange(0, _CHUNKS)
         there = (chunks < num_chunks)[:, None] & exists[None, :]
-        places = ((partial_row + chunks * num_new)[:, None] + tokens[None, :]).to(tl.int64) * NUM_HEADS + heads[None, :]
+        places = first_place[None, :] + (chunks * chunk_places)[:, None]
         partial = tl.load(partial_lse + places, mask=there, other=float("-inf"), cache_modifier=".cg")
         row_max = tl.maximum(row_max, tl.max(partial, 0))
     base = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -57,7 +61,7 @@ def merge_rows(
         for offset in tl.static_range(_TOGETHER):
             chunk = start + offset
             there = exists & (chunk < num_chunks)
-            places = (partial_row + chunk * num_new + tokens).to(tl.int64) * NUM_HEADS + heads
+            places = first_place + chunk * chunk_places
             partial = tl.load(partial_lse + places, mask=there, other=float("-inf"), cache_modifier=".cg")
             values = tl.load(
                 partial_output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]),
@@ -69,24 +73,25 @@ def merge_rows(
             row_sum += weights
             accumulator += weights[:, None] * values
 
-    sink = tl.load(sinks + heads, mask=tokens < num_valid, other=float("-inf")) if SINKS else 0.0
-    result, row_lse = finish(accumulator, row_max, row_sum, sink, SINKS)
-    places = (q_row + tokens).to(tl.int64) * NUM_HEADS + heads
+    has_sinks = (tokens < num_valid) & ((given & SINKS) != 0)
+    sink = tl.load(sinks + head, mask=has_sinks, other=float("-inf"))
+    result, row_lse = finish(accumulator, row_max, row_sum, sink, True)
+    places = (q_row + tokens).to(tl.int64) * num_heads + head
     tl.store(output + ((places * HEAD_DIM_V)[:, None] + dims[None, :]), result, mask=exists[:, None] & in_v[None, :])
-    if LSE:
-        tl.store(lse + places, row_lse * _LN2, mask=exists)
+    tl.store(lse + places, row_lse * _LN2, mask=exists & ((given & LSE) != 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _merge_kernel(
     output, lse,
     partial_output, partial_lse, merges, sinks,
-    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
-    SINKS: tl.constexpr, LSE: tl.constexpr,
+    num_heads, heads, heads_inverse: int64, groups, groups_inverse: int64, given,
+    HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (merges * NUM_HEADS / HEADS, most rows of a merge / _ROWS)."""
-    fields = merges + tl.program_id(0) // (NUM_HEADS // HEADS) * _MERGE_FIELDS
-    first_head = tl.program_id(0) % (NUM_HEADS // HEADS) * HEADS
+    """Grid: (merges * groups, most rows of a merge / _ROWS)."""
+    index = divide(tl.program_id(0), groups_inverse)
+    fields = merges + index * _MERGE_FIELDS
+    first_head = (tl.program_id(0) - index * groups) * heads
     q_row = tl.load(fields)
     num_new = tl.load(fields + 1)
     partial_row = tl.load(fields + 2)
@@ -94,11 +99,11 @@ def _merge_kernel(
     num_valid = tl.load(fields + 4)
     first_row = tl.program_id(1) * _ROWS
     # A request of one chunk has nothing to merge.
-    if (first_row < num_new * HEADS) & (num_chunks > 1):
+    if (first_row < num_new * heads) & (num_chunks > 1):
         merge_rows(
             output, lse, partial_output, partial_lse, sinks,
             q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
-            NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
+            num_heads, heads, heads_inverse, given, HEAD_DIM_V, DIMS_V,
         )  # fmt: skip
 
 
@@ -126,20 +131,23 @@ def merge(
         max_tokens: most new tokens of a merge.
     """
     num_heads, head_dim_v = output.shape[1:]
+    groups = num_heads // heads
     launch_kernel(
         _merge_kernel,
-        (len(merges) * (num_heads // heads), triton.cdiv(max_tokens * heads, ROWS)),
+        (len(merges) * groups, triton.cdiv(max_tokens * heads, ROWS)),
         output,
-        lse,
+        some(lse, partial_lse),
         partial_output,
         partial_lse,
         merges,
-        sinks,
-        NUM_HEADS=num_heads,
-        HEADS=heads,
+        some(sinks, partial_lse),
+        num_heads,
+        heads,
+        inverse(heads),
+        groups,
+        inverse(groups),
+        bits_of(lse=lse, sinks=sinks),
         HEAD_DIM_V=head_dim_v,
         DIMS_V=triton.next_power_of_2(head_dim_v),
-        SINKS=sinks is not None,
-        LSE=lse is not None,
         num_warps=4,
     )

@@ -3,8 +3,8 @@
 A program computes an item (see `items.py`): first over the cached keys, gathered through the page table, then over the
 new ones from the call's own tensors. Several programs may share the keys of one request ("Flash-Decoding", arXiv
 2311.01282); the one that finishes the last chunk puts the partial results together. Products are in the type COMPUTE,
-softmax and accumulation in float32. An option that is off is compiled away. Nothing that no row of a tile may see is
-loaded: others' data or NaN may lie there.
+softmax and accumulation in float32. What a launch may lack, it says by `given`. Nothing that no row of a tile may see
+is loaded: others' data or NaN may lie there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,24 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language import int64
 
+from attnd_server.attention.kernels.cuts import EVERYTHING
+from attnd_server.attention.kernels.division import divide, inverse
+from attnd_server.attention.kernels.given import (
+    K_SCALES,
+    LSE,
+    NARROW,
+    NEW_IS_SCALED,
+    NEW_TOKENS,
+    RUN_TIME_NUMBERS,
+    SEEN_TOKENS,
+    SINKS,
+    SLOPES,
+    V_SCALES,
+    bits_of,
+    some,
+)
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CHUNK_KEYS,
@@ -61,12 +78,12 @@ def _limits(positions, block_size, prefix_len, padded_prefix_len):
 
 @triton.jit
 def _store_partial(
-    partial_output, partial_lse, accumulator, row_max, row_sum, live, exists, first_place, tokens, heads, dims_v,
-    NUM_HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    partial_output, partial_lse, accumulator, row_max, row_sum, live, exists, first_place, tokens, head, dims_v,
+    num_heads, HEAD_DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Stores the attention over the keys of one chunk."""
     result, row_lse = finish(accumulator, row_max, tl.where(live, row_sum, 0.0), 0.0, False)
-    places = (first_place + tokens).to(tl.int64) * NUM_HEADS + heads
+    places = (first_place + tokens).to(tl.int64) * num_heads + head
     mask = exists[:, None] & (dims_v < HEAD_DIM_V)[None, :]
     tl.store(partial_output + ((places * HEAD_DIM_V)[:, None] + dims_v[None, :]), result, mask=mask)
     tl.store(partial_lse + places, row_lse, mask=exists)
@@ -74,44 +91,42 @@ def _store_partial(
 
 @triton.jit
 def _store_output(
-    output, lse, sinks, accumulator, row_max, row_sum, live, exists, places, heads, dims_v,
-    NUM_HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    output, lse, sinks, accumulator, row_max, row_sum, live, exists, places, head, dims_v,
+    num_heads, given, HEAD_DIM_V: tl.constexpr,
 ):  # fmt: skip
     """Stores the output and lse of rows whose keys were all seen here."""
-    sink = tl.load(sinks + heads, mask=live, other=float("-inf")) if SINKS else 0.0
-    result, row_lse = finish(accumulator, row_max, tl.where(live, row_sum, 0.0), sink, SINKS)
-    places = places * NUM_HEADS + heads
+    sink = tl.load(sinks + head, mask=live & ((given & SINKS) != 0), other=float("-inf"))
+    result, row_lse = finish(accumulator, row_max, tl.where(live, row_sum, 0.0), sink, True)
+    places = places * num_heads + head
     stored = exists[:, None] & (dims_v < HEAD_DIM_V)[None, :]
     tl.store(output + ((places * HEAD_DIM_V)[:, None] + dims_v[None, :]), result, mask=stored)
-    if LSE:
-        tl.store(lse + places, row_lse * _LN2, mask=exists)
+    tl.store(lse + places, row_lse * _LN2, mask=exists & ((given & LSE) != 0))
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _paged_attention_kernel(
     output, lse, partial_output, partial_lse, counters,
     q, k, v,
     k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, seen_tokens,
-    scale, softcap, window,
-    NUM_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, DISTINCT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, DIMS_V: tl.constexpr, COMPUTE: tl.constexpr,
-    NEW_TOKENS: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
-    SOME_NEW: tl.constexpr, NEW_SCALED: tl.constexpr,
+    num_heads, heads, heads_inverse: int64, groups, groups_inverse: int64,
+    scale, softcap, window, given,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DISTINCT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, DIMS_V: tl.constexpr,
+    COMPUTE: tl.constexpr, FEW: tl.constexpr, SPLIT: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: items * NUM_HEADS / HEADS. The tensors are `paged_attention`'s.
+    """Grid: items * groups. The tensors are `paged_attention`'s; `given` says which of them there are.
 
-    FEW: no request has more than `_FEW` new tokens. SPLIT: some have more than one chunk. K_SCALED, V_SCALED: K's pages
-    have scales, V's. SOME_NEW: only new tokens whose `seen_tokens` is not 0 are keys. NEW_SCALED: they have the scales
-    of pages.
+    FEW: no request has more than `_FEW` new tokens. SPLIT: some may have more than one chunk. OPTIONS: there may be a
+    softcap, ALiBi or a window.
     """
-    # What to do: an item of the work list, for HEADS query heads of one KV head. All loads at once.
-    GROUPS: tl.constexpr = NUM_HEADS // HEADS
-    group = tl.program_id(0) % GROUPS
-    first_head = group * HEADS
-    kv_head = first_head // (NUM_HEADS // KV_HEADS)
-    item = items + tl.program_id(0) // GROUPS * _ITEM_FIELDS
+    # What to do: an item of the work list, for `heads` query heads of one KV head. All loads at once.
+    index = divide(tl.program_id(0), groups_inverse)
+    group = tl.program_id(0) - index * groups
+    first_head = group * heads
+    kv_head = divide(group * KV_HEADS, groups_inverse)
+    K_SCALED: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
+    V_SCALED: tl.constexpr = v_pages.dtype.element_ty == tl.float8e4nv
+    item = items + index * _ITEM_FIELDS
     table = page_tables + tl.load(item + TABLE)
     q_row = tl.load(item + Q_ROW).to(tl.int64)
     num_new = tl.load(item + NUM_NEW)
@@ -134,17 +149,16 @@ def _paged_attention_kernel(
 
     # Its rows. Those past the request's valid tokens are stored, but see nothing.
     rows = first_row + tl.arange(0, ROWS)
-    tokens = rows // HEADS
-    heads = first_head + rows % HEADS
+    tokens = divide(rows, heads_inverse)
+    head = first_head + (rows - tokens * heads)
     exists = tokens < num_new
     live = tokens < num_valid
     positions = context_len + tokens
     limits = _limits(positions, block_size, prefix_len, padded_prefix_len)
-    first_token = first_row // HEADS
-    last_token = tl.minimum((first_row + ROWS - 1) // HEADS, num_valid - 1)
-    end_new = tl.minimum(
-        context_len + num_valid, _limits(context_len + last_token, block_size, prefix_len, padded_prefix_len)
-    )
+    first_token = divide(first_row, heads_inverse)
+    last_token = tl.minimum(divide(first_row + ROWS - 1, heads_inverse), num_valid - 1)
+    end_position = context_len + tl.where((given & NEW_TOKENS) != 0, num_valid, 0)
+    end_new = tl.minimum(end_position, _limits(context_len + last_token, block_size, prefix_len, padded_prefix_len))
     num_mine = tl.cdiv(tl.maximum(end_key - first_key, 1), chunk_keys)
     if chunk + num_mine < num_chunks:
         end_new = context_len
@@ -154,34 +168,41 @@ def _paged_attention_kernel(
     full_key = tl.minimum(end_key, context_len)
     if (hole_end > hole_start) | (has_absent_pages != 0):
         full_key = first_key
+    # Without a window it is greater than any position. What the last row does not see, not all rows do.
+    starts = positions - window + 1
+    last_start = context_len + last_token - window + 1
+    if OPTIONS:
+        full_key = tl.where(last_start > first_key, first_key, full_key)
     dims = tl.arange(0, DIMS)
     dims_v = tl.arange(0, DIMS_V)
-    q_rows = ((q_row + tokens) * NUM_HEADS + heads) * HEAD_DIM
+    q_rows = ((q_row + tokens) * num_heads + head) * HEAD_DIM
     q_mask = live[:, None] & (dims < HEAD_DIM)[None, :]
     q_tile = tl.load(q + (q_rows[:, None] + dims[None, :]), mask=q_mask, other=0.0).to(COMPUTE)
-    slopes = tl.load(alibi_slopes + heads) if ALIBI else 0.0
+    slopes = 0.0
+    if OPTIONS:
+        slopes = tl.load(alibi_slopes + head, mask=exists & ((given & SLOPES) != 0), other=0.0)
+    seen_given = (given & SEEN_TOKENS) != 0
     new_keys = context_len + tl.arange(0, _FEW)
-    if NEW_TOKENS and FEW:
+    if FEW:
         # On their way while the cached keys are worked on.
         seen_new = new_keys < end_new
-        if SOME_NEW:
-            seen_new &= tl.load(seen_tokens + q_row + tl.arange(0, _FEW), mask=seen_new, other=0) != 0
+        seen_new &= tl.load(seen_tokens + q_row + tl.arange(0, _FEW), mask=seen_new & seen_given, other=1) != 0
         k_new, v_new = load_new(
             k, v, q_row + tl.arange(0, _FEW), kv_head, seen_new, dims, dims_v, KV_HEADS, HEAD_DIM, HEAD_DIM_V, DIMS,
             DIMS_V, True,
         )  # fmt: skip
-    if WINDOW:
-        # Keys before the window of the tile's first token are skipped, those before the last one's seen by some rows.
-        full_key = first_key
-        if not SPLIT:
-            first_key = tl.maximum(first_key, context_len + first_token - window + 1)
+    if OPTIONS and not SPLIT:
+        # Keys before the window of the tile's first token are skipped.
+        first_key = tl.maximum(first_key, context_len + first_token - window + 1)
     k_scale = scale
     v_scale = 1.0
     if K_SCALED:
-        k_scale = scale * tl.load(k_scales + kv_head)
+        k_scale = scale * tl.load(k_scales + kv_head, mask=(given & K_SCALES) != 0, other=1.0)
     if V_SCALED:
-        v_scale = tl.load(v_scales + kv_head)
-    new_scale = k_scale if NEW_SCALED else scale
+        v_scale = tl.load(v_scales + kv_head, mask=(given & V_SCALES) != 0, other=1.0)
+    new_is_scaled = (given & NEW_IS_SCALED) != 0
+    new_scale = tl.where(new_is_scaled, k_scale, scale)
+    new_v_scale = tl.where(new_is_scaled, v_scale, 1.0)
 
     accumulator = tl.zeros([ROWS, DIMS_V], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -207,9 +228,9 @@ def _paged_attention_kernel(
                 KV_HEADS, HEAD_DIM, HEAD_DIM_V, DIMS, DIMS_V, PAGE_SIZE, DISTINCT, phase == PHASES - 1,
             )  # fmt: skip
             visible = seen[None, :]
-            if WINDOW:
-                visible = visible & (positions[:, None] - keys[None, :] < window)
-            scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, k_scale, softcap, SOFTCAP, ALIBI)
+            if OPTIONS:
+                visible = visible & (keys[None, :] >= starts[:, None])
+            scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, k_scale, softcap, OPTIONS)
             accumulator, row_max, row_sum = attend(
                 accumulator,
                 row_max,
@@ -224,86 +245,81 @@ def _paged_attention_kernel(
             if SPLIT:
                 done = start + KEYS - first_key
                 if (done % chunk_keys == 0) & (start + KEYS < end_key):
-                    place = partial_row + (chunk + done // chunk_keys - 1) * num_new
+                    chunk_place = partial_row + (chunk + done // chunk_keys - 1) * num_new
                     _store_partial(
-                        partial_output, partial_lse, accumulator, row_max, row_sum, live, exists, place, tokens, heads,
-                        dims_v, NUM_HEADS, HEAD_DIM_V,
+                        partial_output, partial_lse, accumulator, row_max, row_sum, live, exists, chunk_place, tokens,
+                        head, dims_v, num_heads, HEAD_DIM_V,
                     )  # fmt: skip
                     accumulator = tl.zeros([ROWS, DIMS_V], dtype=tl.float32)
                     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
                     row_sum = tl.zeros([ROWS], dtype=tl.float32)
 
     # New keys, from the call's own tensors, up to the last that any row sees.
-    if NEW_TOKENS and FEW:
+    if FEW:
         visible = seen_new[None, :] & (new_keys[None, :] < limits[:, None])
-        if WINDOW:
-            visible = visible & (positions[:, None] - new_keys[None, :] < window)
-        scores = score(q_tile, k_new.to(COMPUTE), positions, new_keys, slopes, new_scale, softcap, SOFTCAP, ALIBI)
+        if OPTIONS:
+            visible = visible & (new_keys[None, :] >= starts[:, None])
+        scores = score(q_tile, k_new.to(COMPUTE), positions, new_keys, slopes, new_scale, softcap, OPTIONS)
         accumulator, row_max, row_sum = attend(
-            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), v_scale, True, NEW_SCALED and V_SCALED
+            accumulator, row_max, row_sum, scores, visible, v_new.to(COMPUTE), new_v_scale, True, V_SCALED
         )
-    elif NEW_TOKENS:
+    else:
         first_new = context_len
+        if OPTIONS:
+            first_new = tl.maximum(context_len, context_len + first_token - window + 1)
         full_new = tl.minimum(
-            context_len + num_valid, _limits(context_len + first_token, block_size, prefix_len, padded_prefix_len)
+            end_position, _limits(context_len + first_token, block_size, prefix_len, padded_prefix_len)
         )
-        if WINDOW:
-            first_new = tl.maximum(first_new, context_len + first_token - window + 1)
-            full_new = first_new
+        if OPTIONS:
+            full_new = tl.where(last_start > first_new, first_new, full_new)
+        full_new = tl.where(seen_given, first_new, full_new)
         full_new = first_new + tl.maximum(tl.minimum(full_new, end_new) - first_new, 0) // KEYS * KEYS
         for phase in tl.static_range(2):
             for start in tl.range(full_new if phase == 1 else first_new, end_new if phase == 1 else full_new, KEYS):
                 keys = start + tl.arange(0, KEYS)
                 seen = keys < end_new
-                if SOME_NEW:
-                    seen &= tl.load(seen_tokens + q_row + (keys - context_len), mask=seen, other=0) != 0
+                if phase == 1:
+                    seen &= tl.load(seen_tokens + q_row + (keys - context_len), mask=seen & seen_given, other=1) != 0
                 k_tile, v_tile = load_new(
                     k, v, q_row + (keys - context_len), kv_head, seen, dims, dims_v, KV_HEADS, HEAD_DIM, HEAD_DIM_V,
-                    DIMS, DIMS_V, SOME_NEW or phase == 1,
+                    DIMS, DIMS_V, phase == 1,
                 )  # fmt: skip
                 visible = seen[None, :] & (keys[None, :] < limits[:, None])
-                if WINDOW:
-                    visible = visible & (positions[:, None] - keys[None, :] < window)
-                scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, new_scale, softcap, SOFTCAP, ALIBI)
+                if OPTIONS:
+                    visible = visible & (keys[None, :] >= starts[:, None])
+                scores = score(q_tile, k_tile.to(COMPUTE), positions, keys, slopes, new_scale, softcap, OPTIONS)
                 accumulator, row_max, row_sum = attend(
-                    accumulator,
-                    row_max,
-                    row_sum,
-                    scores,
-                    visible,
-                    v_tile.to(COMPUTE),
-                    v_scale,
-                    SOME_NEW or phase == 1,
-                    NEW_SCALED and V_SCALED,
-                )
+                    accumulator, row_max, row_sum, scores, visible, v_tile.to(COMPUTE), new_v_scale, phase == 1,
+                    V_SCALED,
+                )  # fmt: skip
 
     if SPLIT:
         if num_chunks > 1:
             _store_partial(
                 partial_output, partial_lse, accumulator, row_max, row_sum, live, exists,
-                partial_row + (chunk + num_mine - 1) * num_new, tokens, heads, dims_v, NUM_HEADS, HEAD_DIM_V,
+                partial_row + (chunk + num_mine - 1) * num_new, tokens, head, dims_v, num_heads, HEAD_DIM_V,
             )  # fmt: skip
             # Every warp's stores before the count, and the count before the loads of who merges.
             tl.debug_barrier()
-            place = counters + counter * GROUPS + group
+            place = counters + counter * groups + group
             if tl.atomic_add(place, num_mine, sem="acq_rel", scope="gpu") + num_mine == num_chunks:
                 tl.debug_barrier()
                 tl.store(place, 0)  # for the next layer
-                for row in tl.range(first_row, tl.minimum(first_row + ROWS, num_new * HEADS), _MERGE_ROWS):
+                for row in tl.range(first_row, tl.minimum(first_row + ROWS, num_new * heads), _MERGE_ROWS):
                     merge_rows(
                         output, lse, partial_output, partial_lse, sinks,
                         q_row, num_new, num_valid, partial_row, num_chunks, row, first_head,
-                        NUM_HEADS, HEADS, HEAD_DIM_V, DIMS_V, SINKS, LSE,
+                        num_heads, heads, heads_inverse, given, HEAD_DIM_V, DIMS_V,
                     )  # fmt: skip
         else:
             _store_output(
-                output, lse, sinks, accumulator, row_max, row_sum, live, exists, q_row + tokens, heads, dims_v,
-                NUM_HEADS, HEAD_DIM_V, SINKS, LSE,
+                output, lse, sinks, accumulator, row_max, row_sum, live, exists, q_row + tokens, head, dims_v,
+                num_heads, given, HEAD_DIM_V,
             )  # fmt: skip
     else:
         _store_output(
-            output, lse, sinks, accumulator, row_max, row_sum, live, exists, q_row + tokens, heads, dims_v,
-            NUM_HEADS, HEAD_DIM_V, SINKS, LSE,
+            output, lse, sinks, accumulator, row_max, row_sum, live, exists, q_row + tokens, head, dims_v,
+            num_heads, given, HEAD_DIM_V,
         )  # fmt: skip
 
 
@@ -325,7 +341,6 @@ def paged_attention(
     *,
     tile: Tile,
     heads: int,
-    is_few: bool,
     new_is_scaled: bool = False,
     compute: torch.dtype,
     scale: float,
@@ -352,7 +367,6 @@ def paged_attention(
         seen_tokens: int32 `[num_tokens]`, 0 for new tokens that are no keys; None: all are.
         tile: the launch shape.
         heads: query heads that share a program: 1, or num_heads // num_kv_heads.
-        is_few: no request of the items has more than FEW_NEW_TOKENS new tokens.
         new_is_scaled: k and v are numbers of FP8 pages, to be multiplied by their scales.
         compute: type of the products.
         scale: factor of q.k.
@@ -365,18 +379,22 @@ def paged_attention(
     distinct = k_pages.dim() == 5
     num_kv_heads, page_size = v_pages.shape[1::2] if distinct else v_pages.shape[2:0:-1]
     dims, dims_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    others, groups = items.view(torch.float32), num_heads // heads
     launch_kernel(
-        _paged_attention_kernel, (len(items) * (num_heads // heads),),
-        output, lse, partial_output, partial_lse, counters,
-        q, k, v,
-        k_pages, v_pages, k_scales, v_scales, page_tables, items, alibi_slopes, sinks, seen_tokens,
-        *log2_numbers(scale, softcap), window,
-        NUM_HEADS=num_heads, KV_HEADS=num_kv_heads, HEADS=heads,
-        HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size, DISTINCT=distinct,
-        ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
-        NEW_TOKENS=k is not None, FEW=is_few, SPLIT=partial_output is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
-        ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None,
-        K_SCALED=k_scales is not None, V_SCALED=v_scales is not None,
-        SOME_NEW=seen_tokens is not None, NEW_SCALED=new_is_scaled,
+        _paged_attention_kernel, (len(items) * groups,),
+        output, some(lse, others), some(partial_output, others), some(partial_lse, others), some(counters, items),
+        q, some(k, q), some(v, q),
+        k_pages, v_pages, some(k_scales, others), some(v_scales, others), page_tables, items,
+        some(alibi_slopes, others), some(sinks, others), some(seen_tokens, items),
+        num_heads, heads, inverse(heads), groups, inverse(groups),
+        *log2_numbers(scale, softcap), window or EVERYTHING,
+        bits_of(
+            lse=lse, sinks=sinks, slopes=alibi_slopes, new_tokens=k, k_scales=k_scales, v_scales=v_scales,
+            seen_tokens=seen_tokens, new_is_scaled=new_is_scaled,
+        ),
+        KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size,
+        DISTINCT=distinct, ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
+        FEW=tile.most_tokens == FEW_NEW_TOKENS, SPLIT=tile.most_tokens is not None,
+        OPTIONS=softcap > 0 or alibi_slopes is not None or window > 0,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

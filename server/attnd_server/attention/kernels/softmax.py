@@ -23,13 +23,16 @@ def _float32(number: float) -> float:
 
 
 @triton.jit
-def score(q, k, positions, keys, slopes, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
-    """Scores `[rows, keys]` in units of log2. The caller has put log2(e) into `scale`, `softcap` and `slopes`."""
+def score(q, k, positions, keys, slopes, scale, softcap, OPTIONS: tl.constexpr):
+    """Scores `[rows, keys]` in units of log2. The caller has put log2(e) into `scale`, `softcap` and `slopes`.
+
+    OPTIONS: there may be a softcap or ALiBi; without, neither is looked at.
+    """
     scores = tl.dot(q, k, input_precision="ieee") * scale
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
-    if ALIBI:
+    if OPTIONS:
+        if softcap != 0.0:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
         scores += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
     return scores
 

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnd_server.attention.config import DISTINCT_LANES, FP8, Layout
+from attnd_server.attention.config import DISTINCT_LANES, Layout
+from attnd_server.attention.kernels.given import K_SCALES, NARROW, RUN_TIME_NUMBERS, V_SCALES, bits_of, some
 from attnd_server.attention.kernels.pages import FP8_MAX
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.kernels.launch import launch_kernel
@@ -27,14 +28,14 @@ _DISTINCT_TILE = (16, 64)
 
 @triton.jit
 def _load_piece(
-    new, scales, tokens, elements, exists, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, QUANTISED: tl.constexpr
+    new, scales, tokens, elements, exists, kv_heads, has_scales, HEAD_DIM: tl.constexpr, QUANTISED: tl.constexpr
 ):
     """Elements `elements` of tokens `tokens`, `[TOKENS, PIECE]`, as they are to be stored."""
     # int64: a step's k may hold more than 2^31 elements.
-    values = tl.load(new + tokens.to(tl.int64)[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :], mask=exists)
+    values = tl.load(new + tokens.to(tl.int64)[:, None] * (kv_heads * HEAD_DIM) + elements[None, :], mask=exists)
     if QUANTISED:
         heads = elements // HEAD_DIM
-        scale = tl.load(scales + heads, mask=heads < KV_HEADS, other=1.0)
+        scale = tl.load(scales + heads, mask=(heads < kv_heads) & has_scales, other=1.0)
         scale = tl.broadcast_to(scale[None, :], values.shape)
         scaled = tl.math.div_rn(values.to(tl.float32), scale)  # `/` would not round as torch does
         # Comparisons keep NaN.
@@ -44,38 +45,44 @@ def _load_piece(
 
 
 @triton.jit
-def slot_offsets(
-    slots, elements, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LANES: tl.constexpr
-):
-    """Where elements `elements` of int64 slots `slots` lie in the pages. LANES: of the distinct layout; 0: unified."""
+def slot_offsets(slots, elements, kv_heads, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Where elements `elements` of int64 slots `slots` lie in the pages.
+
+    LANES, PAGE_SIZE: of the distinct layout; 0: unified, where a slot is a row whatever the page size.
+    """
     # Slots are int64 because a layer's pages may hold more than 2^31 elements.
     if LANES == 0:
-        return slots[:, None] * (KV_HEADS * HEAD_DIM) + elements[None, :]
+        return slots[:, None] * (kv_heads * HEAD_DIM) + elements[None, :]
     heads, dims = elements // HEAD_DIM, elements % HEAD_DIM
     in_page = heads * (HEAD_DIM * PAGE_SIZE) + dims // LANES * (PAGE_SIZE * LANES) + dims % LANES
-    of_slots = slots // PAGE_SIZE * (KV_HEADS * HEAD_DIM * PAGE_SIZE) + slots % PAGE_SIZE * LANES
+    of_slots = slots // PAGE_SIZE * (kv_heads * HEAD_DIM * PAGE_SIZE) + slots % PAGE_SIZE * LANES
     return of_slots[:, None] + in_page[None, :]
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _store_kernel(
     k_pages, v_pages,
-    k, v, slot_mapping, k_scales, v_scales, num_tokens,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    DISTINCT: tl.constexpr, K_QUANTISED: tl.constexpr, V_QUANTISED: tl.constexpr,
-    TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    k, v, slot_mapping, k_scales, v_scales, num_tokens, kv_heads, given,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DISTINCT: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (groups of TOKENS tokens, pieces of PIECE elements of a token)."""
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     elements = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     slots = tl.load(slot_mapping + tokens, mask=tokens < num_tokens, other=-1)
-    k_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM)[None, :]
-    v_exists = (slots >= 0)[:, None] & (elements < KV_HEADS * HEAD_DIM_V)[None, :]
+    k_exists = (slots >= 0)[:, None] & (elements < kv_heads * HEAD_DIM)[None, :]
+    v_exists = (slots >= 0)[:, None] & (elements < kv_heads * HEAD_DIM_V)[None, :]
+    K_QUANTISED: tl.constexpr = k_pages.dtype.element_ty == tl.float8e4nv
+    V_QUANTISED: tl.constexpr = v_pages.dtype.element_ty == tl.float8e4nv
     # Both loads first, so that they wait for memory together.
-    new_k = _load_piece(k, k_scales, tokens, elements, k_exists, KV_HEADS, HEAD_DIM, K_QUANTISED)
-    new_v = _load_piece(v, v_scales, tokens, elements, v_exists, KV_HEADS, HEAD_DIM_V, V_QUANTISED)
-    k_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
-    v_targets = slot_offsets(slots, elements, KV_HEADS, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
+    new_k = _load_piece(
+        k, k_scales, tokens, elements, k_exists, kv_heads, (given & K_SCALES) != 0, HEAD_DIM, K_QUANTISED
+    )
+    new_v = _load_piece(
+        v, v_scales, tokens, elements, v_exists, kv_heads, (given & V_SCALES) != 0, HEAD_DIM_V, V_QUANTISED
+    )
+    k_targets = slot_offsets(slots, elements, kv_heads, HEAD_DIM, PAGE_SIZE, _LANES if DISTINCT else 0)
+    v_targets = slot_offsets(slots, elements, kv_heads, HEAD_DIM_V, PAGE_SIZE, 1 if DISTINCT else 0)
     tl.store(k_pages + k_targets, new_k, mask=k_exists)
     tl.store(v_pages + v_targets, new_v, mask=v_exists)
 
@@ -101,6 +108,7 @@ def store_kv(
         return
     row = num_kv_heads * max(head_dim, v.shape[2])
     tokens, piece = slot_tile(layout, row, k.element_size())
+    others = slot_mapping.view(torch.float32)
     with torch.cuda.device_of(k):
         launch_kernel(
             _store_kernel,
@@ -110,16 +118,15 @@ def store_kv(
             k.contiguous(),
             v.contiguous(),
             slot_mapping,
-            pages.k_scales,
-            pages.v_scales,
+            some(pages.k_scales, others),
+            some(pages.v_scales, others),
             num_tokens,
-            KV_HEADS=num_kv_heads,
+            num_kv_heads,
+            bits_of(k_scales=pages.k_scales, v_scales=pages.v_scales),
             HEAD_DIM=head_dim,
             HEAD_DIM_V=v.shape[2],
-            PAGE_SIZE=pages.v.shape[3 if layout is Layout.DISTINCT else 1],
+            PAGE_SIZE=pages.v.shape[3] if layout is Layout.DISTINCT else 0,
             DISTINCT=layout is Layout.DISTINCT,
-            K_QUANTISED=pages.k.dtype is FP8,
-            V_QUANTISED=pages.v.dtype is FP8,
             TOKENS=tokens,
             PIECE=piece,
             num_warps=4,

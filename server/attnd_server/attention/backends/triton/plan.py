@@ -160,7 +160,6 @@ class TritonPlan:
             self.seen_new if launch.shape.keys.new == SOME_SEEN else None,
             tile=tile,
             heads=self.group,
-            is_few=launch.shape.is_few,
             new_is_scaled=self.reads_rounded,
             compute=self.config.precision.dtype(q.dtype),
             scale=self.options.scale,
