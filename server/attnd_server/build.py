@@ -24,6 +24,7 @@ from attnd_server.observe.counts import Metrics
 from attnd_server.observe.traces import SpanSink, Traces
 from attnd_server.observe.verify import Verifier
 from attnd_server.planes.negotiation import Planes
+from attnd_server.service.needed_kernels import NeededKernels
 from attnd_server.service.service import AttentionService
 
 
@@ -85,6 +86,14 @@ def kernel_modules(has_hopper: bool) -> list[str]:
     return [each.name for each in found if not each.ispkg and (has_hopper or ".hopper." not in each.name)]
 
 
+def needed_kernels(library: KernelLibrary, device: torch.device) -> NeededKernels:
+    """Has the kernels that a new cache's calls can need brought to the device."""
+    from attnd_server.attention.backends.triton.needed import needed_launches  # with triton
+
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return NeededKernels(library, lambda config: needed_launches(config, is_hopper, device))
+
+
 def build_service(
     config: ServerConfig,
     metrics: Metrics | None = None,
@@ -115,5 +124,7 @@ def build_service(
         verifier = Verifier(config.verify, device, faults, refuses=config.verify_action == "refuse")
     observer = None if metrics is None and verifier is None else CallObserver(metrics, verifier)
     library = kernel_library(device, config)
+    if library is not None:
+        caches.created = needed_kernels(library, device).ask
     executor = Executor(device, caches, config, faults=faults, kernels=library, observer=observer)
     return AttentionService(config, executor, caches, planes or Planes(), metrics, verifier, traces)
