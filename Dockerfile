@@ -43,6 +43,16 @@ RUN /opt/build/bin/python -m hatchling build --target wheel --directory /wheels 
     && /opt/build/bin/pip --python /opt/attnd/bin/python install --prefix /code /wheels/*.whl \
     && cp -r /code/. /opt/attnd && /opt/build/bin/pip --python /opt/attnd/bin/python check
 
+# Kernels of common geometries, compiled for the GPUs that are named here: no GPU is needed for it. A build of torch
+# without CUDA has no Triton, and gets none.
+FROM code AS kernels
+# hadolint ignore=DL3008,DL3009
+RUN apt-get install --yes --no-install-recommends gcc libc6-dev
+RUN mkdir /kernels \
+    && if [ -e "$(echo /opt/attnd/lib/python3*/site-packages/triton)" ]; then \
+         /opt/attnd/bin/attnd kernels --kernel-cache /kernels --target sm_80 --target sm_89 --target sm_90; fi \
+    && chmod -R go+rX /kernels
+
 # hadolint ignore=DL3006
 FROM ${BASE}
 # Triton compiles a launcher for each kernel when it first runs.
@@ -56,6 +66,7 @@ RUN install --directory --owner=10001 --group=10001 /var/cache/attnd \
     && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/attnd
 COPY --from=packages /opt/attnd /opt/attnd
 COPY --from=code /code /opt/attnd
+COPY --from=kernels /kernels /opt/attnd/share/attnd/kernels
 ENV PATH=/opt/attnd/bin:$PATH \
     HOME=/var/cache/attnd \
     TRITON_CACHE_DIR=/var/cache/attnd/triton \

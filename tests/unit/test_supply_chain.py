@@ -108,7 +108,7 @@ def test_the_image_installs_nothing_without_a_hash_but_attnd():
     assert len(of_pip) == 5
     assert [each.strip() for each in of_pip if "--require-hashes" not in each] == ["--prefix /code /wheels/*.whl"]
     assert re.search(r"^ARG BASE=(\S+)$", DOCKERFILE, re.M)
-    assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)) == {"${BASE}", "packages"}
+    assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)) == {"${BASE}", "packages", "code"}
     assert "!locks/" in (ROOT / ".dockerignore").read_text().splitlines()
 
 

@@ -14,10 +14,12 @@ import typer
 from attnd_server.cli import cache
 from attnd_server.cli.credentials import with_credentials
 from attnd_server.cli.demo.commands import chat, demo
-from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, timeout
-from attnd_server.cli.parsers import number
+from attnd_server.cli.derived_options import option_of
+from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, several, timeout
+from attnd_server.cli.parsers import call_type, gpu_kind, number, whole
 from attnd_server.cli.serve import serve
 from attnd_server.cli.streams import errors, output
+from attnd_server.config import ServerConfig
 
 app = typer.Typer(
     cls=Group,
@@ -110,6 +112,32 @@ def top(
 
     modes = {"once": once, "as_json": as_json}
     raise typer.Exit(run_top(address, interval_s, timeout_s, output(), errors(), credentials, **modes))
+
+
+@app.command(cls=Command)
+def kernels(
+    kernel_cache: Annotated[str, option_of(ServerConfig, "kernel_cache")] = "",
+    target: Annotated[
+        list[str] | None, several("A kind of GPU, by its compute capability.", gpu_kind, "sm_NN", "sm_80, sm_89, sm_90")
+    ] = None,
+    head_dim: Annotated[list[int] | None, several("Elements of a head.", whole(8, 512), "N", "64, 128, 256")] = None,
+    dtype: Annotated[
+        list[str] | None, several("Type of a call's tensors.", call_type, "NAME", "bfloat16, float16")
+    ] = None,
+    no_fp8: Annotated[bool, typer.Option("--no-fp8", help="Not for pages of FP8.")] = False,
+    places: Annotated[
+        int, typer.Option(parser=whole(0, 256), metavar="N", help="Kernels at once; 0: half of the cores.")
+    ] = 0,
+) -> None:
+    """Compile kernels into a folder before a server needs them. This machine needs a C compiler, and no GPU."""
+    from attnd_server.cli import kernels as compiling
+
+    chosen = (target or compiling.TARGETS, head_dim or compiling.HEAD_DIMS, dtype or compiling.DTYPES)
+    try:
+        code = compiling.run_kernels(kernel_cache, *chosen, not no_fp8, places, output(), errors())
+    except PermissionError as error:
+        raise typer.BadParameter(str(error), param_hint="--kernel-cache") from None
+    raise typer.Exit(code)
 
 
 @app.command(cls=Command)

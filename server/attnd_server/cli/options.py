@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +57,11 @@ def option(envvar: str, text: str, *, flag: str = "", panel: str | None = None, 
 def timeout(text: str) -> Any:
     """The option --timeout-s with the help `text`."""
     return typer.Option(parser=number(0.1), metavar="SECONDS", help=text)
+
+
+def several(text: str, parser: Callable[[str], Any], metavar: str, default: str) -> Any:
+    """An option with the help `text` that may be given several times, each time with one value."""
+    return typer.Option(help=f"{text} Give it once for each.", parser=parser, metavar=metavar, show_default=default)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")]

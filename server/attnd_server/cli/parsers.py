@@ -80,6 +80,20 @@ def names(value: str | frozenset[str]) -> frozenset[str]:
     return frozenset(name for each in value.split(",") if (name := each.strip()))
 
 
+def gpu_kind(value: str) -> str:
+    """Parses a kind of GPU by its compute capability: sm_90."""
+    if not re.fullmatch(r"sm_[0-9]{2,3}", value):
+        raise typer.BadParameter(f"it is {value!r}, but must be like sm_90")
+    return value
+
+
+def call_type(value: str) -> str:
+    """Parses the type of a call's tensors."""
+    if value not in (types := ("bfloat16", "float16", "float32")):
+        raise typer.BadParameter(f"it is {value!r}, but must be one of {', '.join(types)}")
+    return value
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str | int], int]:
     """A parser of whole numbers in `low..high`."""
 

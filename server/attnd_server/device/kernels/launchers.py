@@ -101,3 +101,12 @@ def stand_in_for_driver(folder: Path) -> Path:
     command = [compiler, "-shared", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(folder / name)]
     subprocess.run(command, input=source.encode(), check=True)
     return folder
+
+
+def link_without_driver(folder: Path) -> None:
+    """Has launchers linked with what stands in for the driver, from now on and in all processes that this one starts.
+
+    Args:
+        folder: for it, which must stay as long.
+    """
+    os.environ["TRITON_LIBCUDA_PATH"] = str(stand_in_for_driver(folder))
