@@ -177,13 +177,14 @@ def run(options: argparse.Namespace, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="attnd-") as name:
         folder = Path(name)
         quiet, first = timed_first_calls(options.device, folder, options)
-        console.print(f"first calls done: {len(first.seconds)}")
+        quiet_p99_us = quiet.neighbour["p99_us"]
+        for phase, timed in (("quiet", quiet), ("first", first)):
+            console.print(timed.row(phase, quiet_p99_us))
         # Once for what the mix needs beside the first calls, and once more, when all of it has been seen.
         seen, counts = timed_mix(options.device, folder, options, options.calls)
-        console.print(f"mix, some kernels new: {counts}")
+        console.print(seen.row("mix, some kernels new", quiet_p99_us), counts)
         again, counts_again = timed_mix(options.device, folder, options, options.calls)
-        console.print(f"mix, no kernel new: {counts_again}")
-    quiet_p99_us = quiet.neighbour["p99_us"]
+        console.print(again.row("mix", quiet_p99_us), counts_again)
     phases = {"quiet": quiet, "first": first, "mix, some new": seen, "mix": again}
     rows = [timed.row(phase, quiet_p99_us) for phase, timed in phases.items()]
     console.print(report.table(f"first calls, {options.device}", CAPTION, rows, COLUMNS))
