@@ -111,6 +111,7 @@ def served(device: str, folder: Path) -> Iterator[tuple[attnd.Client, str]]:
 @contextmanager
 def neighbour_of(address: str, device: str) -> Iterator[Child]:
     """Another client, which is ready to run decode steps."""
+    device = "cuda:0" if device == "cuda" else device
     options = ["--plane", PLANE, "--device", device, "--model", LLAMA_8B.name, "--context", str(CONTEXT_LEN)]
     options += ["--kv-bytes", str(1 << 30), "--threads", "1", "--tokens", str(BATCH)]
     with started("benchmarks.caller", address, *options) as child:
