@@ -22,7 +22,7 @@ from attnd_server.device.first_uses import use_libraries
 from attnd_server.device.gpu_addresses import GpuAddresses
 from attnd_server.device.kernels.loading import KernelLoader, StandIn
 from attnd_server.device.kernels.local_memory import LEAST_BYTES, local_memory, user_of
-from attnd_server.device.kernels.second_context import SecondContext
+from attnd_server.device.kernels.second_context import SecondContext, second_context
 from attnd_server.device.quiet import quiet_gpu
 
 GPU = torch.device("cuda", 0)
@@ -131,6 +131,7 @@ def gpu_calls() -> list[GpuCall]:
     torch.cuda.Stream(GPU)  # torch makes a pool of streams at the first, as a server does when it starts
     use_libraries(GPU)
     local_memory(GPU.index).reserve(LEAST_BYTES)
+    second_context(GPU.index)
     return [*_modules(), *_libraries(), *_memory(), *_streams(), *_second_context()]
 
 

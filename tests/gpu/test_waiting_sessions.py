@@ -80,6 +80,7 @@ def on_a_thread(work: Callable[[], Any], timeout_s: float) -> Any:
 def test_a_kernel_in_the_second_context_is_right_until_it_is_loaded_where_it_belongs(kind: str) -> None:
     from attnd_server.device.cuda_graph import captured
     from attnd_server.device.kernels.loading import KernelLoader, StandIn, num_standing_in
+    from attnd_server.device.kernels.second_context import second_context
     from attnd_server.device.quiet import quiet_gpu
     from benchmarks.gpu_calls import Gate, compiled, launched
 
@@ -89,6 +90,7 @@ def test_a_kernel_in_the_second_context_is_right_until_it_is_loaded_where_it_bel
     captured(lambda: target.add_(0), stream)()  # what torch loads for it
     target.zero_()
     torch.cuda.synchronize()
+    second_context(GPU.index)
     gate, told = Gate(kind), list[Any]()
     loader = KernelLoader(GPU, lambda *loaded: told.append(loaded))
     let_go = threading.Timer(60, gate.open)

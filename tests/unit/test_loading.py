@@ -19,8 +19,9 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd.protocol.cuda.driver import CudaError
+from attnd_server.device import quiet as quiet_module
 from attnd_server.device.kernels import loading, local_memory, second_context
-from attnd_server.device.kernels.loading import KernelLoader, StandIn, num_standing_in
+from attnd_server.device.kernels.loading import KernelLoader, NotNow, StandIn, num_standing_in
 from attnd_server.device.kernels.second_context import SecondContext
 from attnd_server.device.quiet import QuietGpu
 from tests.servers import wait_for
@@ -38,6 +39,7 @@ class FakeCuda:
         pending: streams on which something is not over.
         captured: streams that are being captured.
         is_full: whether there is no memory for another context.
+        num_spills: registers of a loaded kernel that lie in local memory.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class FakeCuda:
         self.pending: set[int] = set()
         self.captured: set[int] = set()
         self.is_full = False
+        self.num_spills = 200
         self.mode = "global"
         self.contexts: list[str] = []  # of the thread
         self._numbers = itertools.count(1)
@@ -89,7 +92,7 @@ class FakeCuda:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, index: int) -> tuple[int, int, int, int, int]:
         self.asked.append((self.current, "load_binary", name, kernel, shared, index))
-        return 1, 4711, 32, 300, 1024
+        return 1, 4711, 32, self.num_spills, 1024
 
     def names(self) -> list[tuple[Any, ...]]:
         """What was asked, without the stack of contexts and the mode."""
@@ -150,7 +153,7 @@ class FakeCompiled:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     active = SimpleNamespace(launcher_cls=FakeLauncher, utils=SimpleNamespace(load_binary=fake.load_binary))
     for module in (loading, second_context):
@@ -163,7 +166,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(loading, "gpu", lambda index: SimpleNamespace(make_current=lambda: None))
     monkeypatch.setattr(local_memory.LocalMemory, "reserve", lambda memory, size: reserve(fake, memory, size))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    return fake
+    second_context.second_context.cache_clear()
+    yield fake
+    second_context.second_context.cache_clear()
 
 
 def reserve(cuda: FakeCuda, memory: local_memory.LocalMemory, num_bytes: int) -> None:
@@ -211,8 +216,7 @@ def test_a_kernel_stands_in_until_it_is_loaded(cuda: FakeCuda, quiet: QuietGpu) 
         assert compiled.module is None
         assert num_standing_in(GPU) == 1
         assert (SECOND, "load_binary", "a_kernel", b"cubin", 100_000, 7) in cuda.asked
-        assert cuda.names()[-3:] == [(SECOND, "load_binary"), (SECOND, "cuFuncLoad"), (SECOND, "reserve")]
-        assert cuda.asked[-2][1:] == ("reserve", 1200)
+        assert cuda.names()[-3:] == [(SECOND, "reserve"), (SECOND, "load_binary"), (SECOND, "cuFuncLoad")]
         assert cuda.contexts == []
         assert stand_in.launch_metadata((1,), 99) is None
         stand_in.run(*ARGUMENTS, q, 5, None)
@@ -230,6 +234,28 @@ def test_a_kernel_stands_in_until_it_is_loaded(cuda: FakeCuda, quiet: QuietGpu) 
     (launch,) = compiled.launches
     assert launch[3:5] == (99, 12)
     assert launch[-2] is q
+
+
+def test_a_kernel_that_needs_more_local_memory_waits_for_a_moment(cuda: FakeCuda, quiet: QuietGpu) -> None:
+    """The driver would wait for all that runs, in both contexts, before its first launch."""
+    cuda.num_spills = 300
+    loader, compiled = KernelLoader(GPU), FakeCompiled(quiet)
+    with quiet.waits():
+        with pytest.raises(NotNow):
+            loader.load(compiled)
+        assert num_standing_in(GPU) == 0
+    assert loader.load(compiled) is compiled
+
+
+def test_a_step_that_has_stalled_is_not_waited_for(
+    cuda: FakeCuda, quiet: QuietGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quiet_module, "_STALLED_S", 0.0)
+    monkeypatch.setattr(loading, "_PATIENCE_S", PATIENCE_S)
+    with quiet.waits():
+        assert quiet.has_stalled()
+        assert isinstance(KernelLoader(GPU).load(FakeCompiled(quiet)), StandIn)
+    assert not quiet.has_stalled()
 
 
 def test_a_launch_in_the_second_context_comes_in_the_order_of_the_stream(cuda: FakeCuda) -> None:

@@ -109,6 +109,11 @@ class QuietGpu:
                 atexit.register(self.close, _END_S)
             self._changed.notify_all()
 
+    def has_stalled(self) -> bool:
+        """Whether a step has been under way for so long that no moment is to be expected."""
+        with self._changed:
+            return bool(self._waits) and time.monotonic() >= min(self._waits.values()) + _STALLED_S
+
     def are_over(self, timeout_s: float) -> bool:
         """Whether no step may be waiting any more within so many seconds; holds nobody back."""
         with self._changed:

@@ -23,6 +23,7 @@ from attnd.errors import AttndError, Disconnected, Exhausted, ServerFault
 from attnd_server.device.kernels import launch
 from attnd_server.device.kernels.compiler import CompilationFailed, Compiler
 from attnd_server.device.kernels.disk import has_kernel
+from attnd_server.device.kernels.loading import NotNow
 from attnd_server.device.kernels.spec import KernelSpec
 from attnd_server.device.kernels.states import KernelStates, State, label
 from attnd_server.device.memory import is_memory_error
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 # Seconds until a kernel that could not be had is tried again, if somebody needs it.
 RETRY_S = 10.0
 _END, _URGENT, _BACKGROUND = range(3)
+# Seconds until a kernel that cannot be loaded now is tried again.
+_LATER_S = 0.5
 # Launches that are collected at a time, tens of milliseconds: then come kernels that somebody waits for.
 _COLLECTED = 4
 
@@ -59,6 +62,7 @@ class _Kernel:
         since: when that began, `time.monotonic`.
         ready: of those who wait for it.
         is_urgent: whether anybody does.
+        is_found: whether the cache on disk had it.
         places: functions that look for it, and their keys.
         handle: what they find, once it is loaded.
         error: why it cannot be had.
@@ -69,6 +73,7 @@ class _Kernel:
     since: float = field(default_factory=time.monotonic)
     ready: Future[None] = field(default_factory=Future)
     is_urgent: bool = False
+    is_found: bool = False
     places: list[tuple[Any, str]] = field(default_factory=list)
     handle: Any = None
     error: str = ""
@@ -217,7 +222,8 @@ class KernelLibrary:
         if entry.state is State.WAITING:
             if has_kernel(entry.spec):
                 with self._lock:
-                    self._num_found += 1
+                    self._num_found += not entry.is_found
+                    entry.is_found = True
                 self._finish(entry)
             else:
                 self._move(entry, State.COMPILING)
@@ -242,7 +248,13 @@ class KernelLibrary:
             self._do(entry)
 
     def _finish(self, entry: _Kernel) -> None:
-        handle = self._loader.load(entry.spec.compile())
+        try:
+            handle = self._loader.load(entry.spec.compile())
+        except NotNow:  # others need not wait for it
+            again = threading.Timer(_LATER_S, self._do, (entry,))
+            again.daemon = True
+            again.start()
+            return
         with self._lock:
             if entry.ready.done():  # closed meanwhile
                 return

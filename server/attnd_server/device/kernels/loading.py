@@ -21,7 +21,7 @@ from attnd.errors import Unsupported
 from attnd.protocol.cuda.driver import CudaError, call, driver
 from attnd.protocol.cuda.driver import device as gpu
 from attnd_server.device.kernels.local_memory import local_memory
-from attnd_server.device.kernels.second_context import SecondContext, triton_driver
+from attnd_server.device.kernels.second_context import SecondContext, second_context, triton_driver
 from attnd_server.device.quiet import quiet_gpu
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds that a kernel waits for a moment in which it can be loaded where it belongs, that new steps are held back for
-# one at a time, and between two tries.
+# Seconds that a kernel waits for a moment in which it can be loaded where it belongs, unless a step has stalled; that
+# new steps are held back for one at a time; and between two tries.
 _PATIENCE_S, _TRY_S, _PAUSE_S = 0.2, 0.05, 0.02
 
 _standing_in: Counter[torch.device] = Counter()
@@ -40,6 +40,10 @@ _counting = threading.Lock()
 def num_standing_in(device: torch.device) -> int:
     """Kernels of a device, given with its index, that are launched in the second context at present."""
     return _standing_in[device]
+
+
+class NotNow(Exception):
+    """A kernel cannot be loaded while a step waits: in the second context there is not enough local memory for it."""
 
 
 class StandIn:
@@ -113,6 +117,7 @@ class KernelLoader:
             What Triton is to launch: the kernel, or a StandIn that `on_loaded` is told of later.
 
         Raises:
+            NotNow: it cannot be loaded before no step waits.
             RuntimeError: it cannot be loaded, or the loader was closed.
         """
         with torch.cuda.device(self._device):
@@ -126,7 +131,8 @@ class KernelLoader:
                         return compiled
                 if self._is_closed:
                     raise RuntimeError("the server is shutting down")
-                if time.monotonic() >= deadline and (context := self._second_context()) is not None:
+                is_late = time.monotonic() >= deadline or self._quiet.has_stalled()
+                if is_late and (context := self._second_context()) is not None:
                     return self._standing_in(compiled, launcher, context)
                 time.sleep(_PAUSE_S)
 
@@ -143,7 +149,10 @@ class KernelLoader:
             local_memory(self._device.index).reserve(compiled.n_spills * 4)  # registers of 32 bits
 
     def _standing_in(self, compiled: CompiledKernel, launcher: Any, context: SecondContext) -> StandIn:
-        stand_in = StandIn(compiled, launcher, context.load(compiled, self._quiet), context)
+        function = context.load(compiled, self._quiet)
+        if function is None:
+            raise NotNow
+        stand_in = StandIn(compiled, launcher, function, context)
         log.info("kernel %s is launched in the second context until no step waits", compiled.name)
         with _counting:
             _standing_in[self._device] += 1
@@ -160,15 +169,16 @@ class KernelLoader:
         self._on_loaded(stand_in, compiled)
 
     def _second_context(self) -> SecondContext | None:
-        """Made when it is first asked for; None: there can be none, and whoever asks has to wait."""
+        """None: there can be none, and whoever asks has to wait."""
         with self._making:
-            if self._context is None and self._may_have_context:
-                try:
-                    self._context = SecondContext(self._device.index)
-                except CudaError as error:
-                    self._may_have_context = False
-                    log.warning("kernels wait for steps on cuda planes, as there is no second context: %s", error)
-            return self._context
+            if not self._may_have_context:
+                return None
+            try:
+                return second_context(self._device.index)
+            except CudaError as error:
+                self._may_have_context = False
+                log.warning("kernels wait for steps on cuda planes, as there is no second context: %s", error)
+                return None
 
 
 def _has_bindings() -> bool:

@@ -3,7 +3,8 @@
 To load a kernel the driver waits for all that runs in the context that gets it: in the primary one, which torch uses, a
 step on a cuda plane may wait for its worker there. Another context has all memory of the primary one, at the same
 addresses. What is launched there is put in the order of a stream of the primary one by events; contexts that both have
-work take turns of milliseconds. It takes half a gigabyte of the GPU, and is made when it is first needed.
+work take turns of milliseconds. It takes half a gigabyte of the GPU, and as much again for the kernels that CUDA loads
+into every context where it loads all at once. Servers with cuda planes make it when they start.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from attnd.protocol.cuda.driver import call, device, driver
-from attnd_server.device.kernels.local_memory import LocalMemory
+from attnd_server.device.kernels.local_memory import LEAST_BYTES, LocalMemory
 from attnd_server.device.quiet import QuietGpu
 
 if TYPE_CHECKING:
@@ -54,8 +56,16 @@ class SecondContext:
             call("cuCtxPopCurrent")
         log.info("kernels that cannot wait have a second context", extra={"seconds": time.perf_counter() - began})
 
-    def load(self, compiled: CompiledKernel, quiet: QuietGpu) -> int:
-        """The function of a kernel, on the GPU.
+    def reserve(self) -> None:
+        """Has all threads get the local memory that kernels have from the start. While nothing waits in the GPU.
+
+        The driver gives a kernel that needs more only once all is over, in the other context, too.
+        """
+        with self._lock, self._current():
+            self._local.reserve(LEAST_BYTES)
+
+    def load(self, compiled: CompiledKernel, quiet: QuietGpu) -> int | None:
+        """The function of a kernel, on the GPU; None: it needs more local memory than there is, and cannot run here.
 
         Waits for what was launched here: of a step that waits for its worker only if such a step has kernels here.
 
@@ -104,15 +114,15 @@ class SecondContext:
                 time.sleep(_LOOK_S)
         return True
 
-    def _loaded(self, compiled: CompiledKernel) -> int:
+    def _loaded(self, compiled: CompiledKernel) -> int | None:
         """With the lock."""
         with self._current():
             _, function, _, num_spills, _ = triton_driver().utils.load_binary(
                 compiled.name, compiled.kernel, compiled.metadata.shared, self._index
             )
             call("cuFuncLoad", driver().CUfunction(function))
-            self._local.reserve(num_spills * 4)  # of 32 bits each
-            return int(function)
+            has_memory = num_spills * 4 <= self._local.num_bytes  # registers of 32 bits
+            return int(function) if has_memory else None
 
     def _stream_for(self, stream: int) -> Any:
         """With the lock."""
@@ -127,6 +137,14 @@ class SecondContext:
             yield
         finally:
             call("cuCtxPopCurrent")
+
+
+@cache
+def second_context(index: int) -> SecondContext:
+    """That of a GPU of this process, with local memory; made now, while nothing waits there. Raises CudaError."""
+    made = SecondContext(index)
+    made.reserve()
+    return made
 
 
 def triton_driver() -> Any:

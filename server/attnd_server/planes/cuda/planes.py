@@ -3,9 +3,9 @@
 A session's steps run on a stream of its own, of which the driver lets no other stream wait. While it waits for its
 worker, nobody may ask the driver for what waits for the whole GPU, or they wait too. So what sessions need of that kind
 is made ahead, when the server starts: streams and counters, which the next session takes over, kernels, what libraries
-make at their first use, and local memory. A session's memory is made for it and never another's, because its worker may
-keep it mapped: only virtual memory management makes and frees it, which waits for nobody's work. The host's words are
-taken from the GPU in a quiet moment.
+make at their first use, local memory, and a second context for kernels that cannot wait. A session's memory is made for
+it and never another's, because its worker may keep it mapped: only virtual memory management makes and frees it, which
+waits for nobody's work. The host's words are taken from the GPU in a quiet moment.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class CudaPlanes:
         from attnd.protocol.cuda import gate_flags as cuda_gates
         from attnd.protocol.cuda import memory as cuda_memory
         from attnd_server.device.kernels.local_memory import LEAST_BYTES, local_memory
+        from attnd_server.device.kernels.second_context import second_context
         from attnd_server.planes.cuda.streams import independent_streams
 
         torch.cuda.init()
@@ -76,6 +77,10 @@ class CudaPlanes:
         self._leases: queue.SimpleQueue[StreamLease] = queue.SimpleQueue()
         with found.current():
             local_memory(found.index).reserve(LEAST_BYTES)
+            try:
+                second_context(found.index)
+            except cuda_driver.CudaError as error:
+                log.warning("kernels will wait for steps on cuda planes, as there is no second context: %s", error)
             cuda_gates.prepare(found)
             cuda_copies.prepare(found)
             with self._quiet.waits():
