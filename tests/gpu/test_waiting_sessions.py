@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -137,12 +138,18 @@ def test_a_kernel_in_the_second_context_is_right_until_it_is_loaded_where_it_bel
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerProcess]:
+    """One that, if it is still there after the test, says what each of its threads was at."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     options = ("--device", "cuda:0", "--socket-dir", str(tmp_path / "sockets"), "--kv-bytes", "4GiB")
     snapshots = ("--snapshot-dir", str(tmp_path / "snapshots"), "--drain-s", "1")
     with ServerProcess(tmp_path / "log", *options, *snapshots) as process:
         yield process
-        print(process.log)
+        try:
+            process.signal(signal.SIGABRT)  # nothing, if it has ended
+            process.wait(OTHERS_S)
+        finally:
+            print(process.log)
 
 
 def geometry(head_dim: int) -> dict[str, Any]:
