@@ -43,7 +43,7 @@ CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | s
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store windows
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
+.PHONY: help demo test test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
   bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
@@ -69,6 +69,9 @@ test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 
 fuzz: $(READY) ## a million generated requests against the server's borders, then atheris against the decoder
 	$(PY) -m tests.fuzz $(ARGS)
+
+compile: $(READY) ## every kernel compiled for every kind of GPU, without one; `make test` does it for two of them
+	COMPUTE_CAPABILITIES="80 89 90 100" $(PY) -m pytest tests/kernels/test_compile.py $(ARGS)
 
 families: $(READY) ## every family of transformers beside itself, half an hour: the table of docs/integrations.md
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m tests.families $(or $(ARGS),--table)
