@@ -15,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language import int64
 
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.division import inverse
@@ -38,12 +37,17 @@ _COLUMNS = gl.constexpr(COLUMNS)
 def _hopper_attention_kernel(
     output, lse, partial_output, partial_lse, q, k, v, k_pages, v_pages,
     k_descriptor, v_descriptor, k_pages_descriptor, v_pages_descriptor,
-    page_tables, items, alibi_slopes, sinks,
-    group, group_inverse: int64, scale, softcap, window, new_mask, given,
-    ROWS: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
+    page_tables, items, alibi_slopes, sinks, scale, softcap, window,
+    ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as run at once, or fewer."""
+    """Grid: as many programs as run at once, or fewer.
+
+    Unlike the decode kernels, this one is compiled for each group and for what a launch has: at 64 rows a group of
+    warps has no registers to spare, and each item paid some microseconds for numbers that it was told at run time.
+    `partial_output` and `partial_lse` are None where no item has several parts.
+    """
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     MOST: gl.constexpr = DIM if DIM > DIM_V else DIM_V
     GROUPS: gl.constexpr = ROWS // _GROUP_ROWS
@@ -63,24 +67,26 @@ def _hopper_attention_kernel(
             (consumer, (
                 k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, group, group_inverse, scale, softcap, window,
-                new_mask, given, 0, ROWS, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, WINDOW, SCORES,
+                items, alibi_slopes, sinks, scale, softcap, window,
+                0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                ALIBI, SINKS, LSE,
             )),
             (consumer, (
                 k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
                 output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, group, group_inverse, scale, softcap, window,
-                new_mask, given, 1, ROWS, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, WINDOW, SCORES,
+                items, alibi_slopes, sinks, scale, softcap, window,
+                1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                ALIBI, SINKS, LSE,
             )),
             (producer, (
                 k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items,
-                window, new_mask,
-                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, True, False, GROUPS,
+                window, -1,
+                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, False, GROUPS,
             )),
             (producer, (
                 v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items,
-                window, new_mask,
-                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, True, True, GROUPS,
+                window, -1,
+                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, True, GROUPS,
             )),
         ],
         [4, 1, 1],
@@ -135,26 +141,29 @@ def hopper_attention(
     k_pages, v_pages, _, _ = pages
     page_size, num_kv_heads, head_dim_v = v_pages.shape[1:]
     piece = 32 if page_size % 32 == 0 else 16
-    if rows == HOPPER_ROWS:
-        # Registers are short, and time too.
-        also = {"WINDOW": window > 0, "SCORES": has_options(alibi_slopes, softcap, 0)}
-    else:
-        also = {"OPTIONS": has_options(alibi_slopes, softcap, window)}
-    kernel = _hopper_attention_kernel if rows == HOPPER_ROWS else hopper_decode_kernel
     launch = hopper_launch(rows, head_dim, head_dim_v)
     q, scale = plain_scale(q, scale)
     group, others = num_heads // num_kv_heads, items.view(torch.float32)
+    grid = (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),)
+    read = q, some(k, k_pages), some(v, v_pages), k_pages, v_pages, *descriptors(k, v, k_pages, v_pages, piece)
+    step = page_tables, items, some(alibi_slopes, others), some(sinks, others)
+    scale, softcap = log2_numbers(scale, softcap)
+    shape = {
+        "ROWS": rows, "KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "DIM": head_dim, "DIM_V": head_dim_v,
+        "KEYS": launch.keys, "PIECE": piece, "STAGES": launch.num_stages, "num_warps": 4,
+        "maxnreg": launch.max_registers,
+    }  # fmt: skip
+    if rows == HOPPER_ROWS:
+        launch_kernel(
+            _hopper_attention_kernel, grid, output, some(lse, others), partial_output, partial_lse, *read, *step,
+            scale, softcap, window, GROUP=group, NEW_TOKENS=k is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
+            ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None, **shape,
+        )  # fmt: skip
+        return
     launch_kernel(
-        kernel, (min(launch.num_programs * num_multiprocessors, len(items) * num_kv_heads),),
-        output, some(lse, others), some(partial_output, others), some(partial_lse, others), q, some(k, k_pages),
-        some(v, v_pages), k_pages, v_pages, *descriptors(k, v, k_pages, v_pages, piece),
-        page_tables, items, some(alibi_slopes, others), some(sinks, others),
-        group, inverse(group), *log2_numbers(scale, softcap), window or EVERYTHING,
-        0 if k is None else -1,
-        bits_of(lse=lse, sinks=sinks, slopes=alibi_slopes),
-        ROWS=rows, KV_HEADS=num_kv_heads, PAGE_SIZE=page_size, DIM=head_dim, DIM_V=head_dim_v,
-        KEYS=launch.keys, PIECE=piece, STAGES=launch.num_stages,
-        **also, num_warps=4, maxnreg=launch.max_registers,
+        hopper_decode_kernel, grid, output, some(lse, others), some(partial_output, others), some(partial_lse, others),
+        *read, *step, group, inverse(group), scale, softcap, window or EVERYTHING, 0 if k is None else -1,
+        bits_of(lse=lse, sinks=sinks, slopes=alibi_slopes), OPTIONS=has_options(alibi_slopes, softcap, window), **shape,
     )  # fmt: skip
 
 

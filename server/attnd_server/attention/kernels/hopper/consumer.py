@@ -16,9 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnd_server.attention.kernels.given import LSE, SLOPES
 from attnd_server.attention.kernels.hopper.items import (
-    divide,
     finish_rows,
     item_at,
     limit,
@@ -57,14 +55,15 @@ _LN2 = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def _adjust(
     scores, key, positions, slopes, context_len, cached_keys, scale, softcap,
-    KEYS: gl.constexpr, SCORES: gl.constexpr, LAYOUT: gl.constexpr,
+    KEYS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Options that change scores. Plain scores stay without their scale: it joins the exponent's product."""
-    if SCORES:
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
+        scores = softcap * (1.0 - 2.0 / (gl.exp2(scores * scale) + 1.0))
+    elif ALIBI:
         scores = scores * scale
-        if softcap != 0.0:
-            # tanh(x) = 1 - 2 / (exp(2 x) + 1) saturates where exp overflows or vanishes; `scale` makes 2 x log2(e).
-            scores = softcap * (1.0 - 2.0 / (gl.exp2(scores) + 1.0))
+    if ALIBI:
         keys = key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
         places = gl.where(keys < cached_keys, keys, keys - cached_keys + context_len)
         scores += slopes[:, None] * (places[None, :] - positions[:, None]).to(gl.float32)
@@ -98,15 +97,18 @@ def _mask(
 def _weights(
     scores, key, is_masked, row_max, row_sum, positions, row_starts, row_ends, slopes, context_len, cached_keys,
     hole_start, hole_end, scale, softcap,
-    KEYS: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr, LAYOUT: gl.constexpr,
+    KEYS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile, the new state of its rows, and the factor of what was summed up so far."""
-    scores = _adjust(scores, key, positions, slopes, context_len, cached_keys, scale, softcap, KEYS, SCORES, LAYOUT)
+    scores = _adjust(
+        scores, key, positions, slopes, context_len, cached_keys, scale, softcap, KEYS, SOFTCAP, ALIBI, LAYOUT
+    )
     if is_masked:
         scores = _mask(
             scores, key, row_starts, row_ends, context_len, cached_keys, hole_start, hole_end, KEYS, WINDOW, LAYOUT
         )
-    if SCORES:
+    if SOFTCAP or ALIBI:
         scale = 1.0  # the scores carry it already
     new_max = gl.maximum(row_max, gl.max(scores, 1))
     # A row that has seen nothing has -inf, and -inf - -inf is NaN: subtract 0 instead, and exp2(-inf) is 0.
@@ -118,27 +120,26 @@ def _weights(
 
 @gluon.jit
 def _places(
-    q_row, first_row, kv_head, num_tokens, group, group_inverse,
-    HALF: gl.constexpr, KV_HEADS: gl.constexpr, LAYOUT: gl.constexpr,
+    q_row, first_row, kv_head, num_tokens,
+    HALF: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of q and of the output, `token * num_heads + head`, of a group's rows, and which are of the first tokens."""
+    """Rows of q and of the output, `token * HEADS + head`, of a group's rows, and which are of the first tokens."""
     rows = first_row + HALF * _GROUP_ROWS + gl.arange(0, _GROUP_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    tokens = divide(rows, group_inverse)
-    places = (q_row + tokens).to(gl.int64) * (KV_HEADS * group) + kv_head * group + (rows - tokens * group)
-    return places, rows < num_tokens * group
+    places = (q_row + rows // GROUP).to(gl.int64) * HEADS + kv_head * GROUP + rows % GROUP
+    return places, rows < num_tokens * GROUP
 
 
 @gluon.jit
 def _copy_queries(
-    tile, q, items, index, exists, group, group_inverse,
-    HALF: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
+    tile, q, items, index, exists,
+    HALF: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Starts to copy a group's queries of an item, if it exists; zeros for tokens that do not count."""
     item = item_at(items, index, KV_HEADS)
     q_row = gl.load(item + Q_ROW, mask=exists, other=0)
     first_row = gl.load(item + FIRST_ROW, mask=exists, other=0)
     num_valid = gl.load(item + NUM_VALID, mask=exists, other=0)
-    places, seen = _places(q_row, first_row, index % KV_HEADS, num_valid, group, group_inverse, HALF, KV_HEADS, LAYOUT)
+    places, seen = _places(q_row, first_row, index % KV_HEADS, num_valid, HALF, GROUP, KV_HEADS * GROUP, LAYOUT)
     columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
     async_copy.async_copy_global_to_shared(tile, q + ((places * DIM)[:, None] + columns[None, :]), mask=seen[:, None])
     async_copy.commit_group()
@@ -154,14 +155,14 @@ def _await_queries():
 
 @gluon.jit
 def _store_rows(
-    output, tile, result, q_row, first_row, kv_head, num_new, group, group_inverse,
-    HALF: gl.constexpr, KV_HEADS: gl.constexpr, DIM_V: gl.constexpr, LAYOUT: gl.constexpr,
+    output, tile, result, q_row, first_row, kv_head, num_new,
+    HALF: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, DIM_V: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Stores a group's output through shared memory, so that each row is written in one piece."""
     tile = tile._reinterpret(tile.dtype, [_GROUP_ROWS, DIM_V], gl.NVMMASharedLayout(128, 16, 2))
     tile.store(result.to(tile.dtype))
     sync()
-    places, exists = _places(q_row, first_row, kv_head, num_new, group, group_inverse, HALF, KV_HEADS, LAYOUT)
+    places, exists = _places(q_row, first_row, kv_head, num_new, HALF, GROUP, HEADS, LAYOUT)
     columns = gl.arange(0, DIM_V, layout=gl.SliceLayout(0, LAYOUT))
     gl.store(output + ((places * DIM_V)[:, None] + columns[None, :]), tile.load(LAYOUT), mask=exists[:, None])
 
@@ -177,23 +178,24 @@ def _store_partial(partial_output, result, places, exists, DIM_V: gl.constexpr, 
 def consumer(
     k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
     output, lse, partial_output, partial_lse, q,
-    items, alibi_slopes, sinks, group, group_inverse, scale, softcap, window, new_mask, given,
-    HALF: gl.constexpr, ROWS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr,
-    KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, SCORES: gl.constexpr,
+    items, alibi_slopes, sinks, scale, softcap, window,
+    HALF: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 rows of each item, the first half or the second."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_V, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     IO_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    num_heads = KV_HEADS * group
+    HEADS: gl.constexpr = KV_HEADS * GROUP
     # With options the scores carry their scale already.
-    exponent = 1.0 if SCORES else scale
+    exponent = 1.0 if SOFTCAP or ALIBI else scale
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     Q_TILES: gl.constexpr = q_tiles.shape[0] // _GROUPS
     first = gl.program_id(0)
     tile = q_tiles.index(HALF)._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], Q_LAYOUT)
-    _copy_queries(tile, q, items, first, True, group, group_inverse, HALF, KV_HEADS, DIM, IO_LAYOUT)
+    _copy_queries(tile, q, items, first, True, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
     release_all(STAGES, _GROUPS)
     end = num_work(items, KV_HEADS)
     count = 0
@@ -201,11 +203,11 @@ def consumer(
     _await_queries()
     for index in range(first, end, gl.num_programs(0)):
         prefetch(item_at(items, gl.minimum(index + gl.num_programs(0), end - 1), KV_HEADS))
-        kv_head = index % KV_HEADS
         item = item_at(items, index, KV_HEADS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, _, end_new = work(
-            item, window, new_mask, KEYS, PIECE, WINDOW, True
+            item, window, -1, KEYS, PIECE, WINDOW, NEW_TOKENS, ROWS, GROUP
         )
+        kv_head = index % KV_HEADS
         context_len = gl.load(item + CONTEXT_LEN)
         hole_start = gl.load(item + HOLE_START)
         hole_end = gl.load(item + HOLE_END)
@@ -213,23 +215,20 @@ def consumer(
         cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
 
         rows = first_row + HALF * _GROUP_ROWS + gl.arange(0, _GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        tokens = divide(rows, group_inverse)
-        positions = context_len + tokens
+        positions = context_len + rows // GROUP
         row_ends = gl.full([_GROUP_ROWS], 0, gl.int32, gl.SliceLayout(1, S_LAYOUT)) + context_len
-        limits = limit(
-            positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
-        )
-        limits = gl.minimum(limits, context_len + (gl.load(item + NUM_VALID) & new_mask))
-        row_ends = gl.where(limits > context_len, limits + cached_keys - context_len, row_ends)
+        if NEW_TOKENS:
+            limits = limit(
+                positions, gl.load(item + BLOCK_SIZE), gl.load(item + PREFIX_LEN), gl.load(item + PADDED_PREFIX_LEN)
+            )
+            limits = gl.minimum(limits, context_len + gl.load(item + NUM_VALID))
+            row_ends = gl.where(limits > context_len, limits + cached_keys - context_len, row_ends)
         # An end of 0 marks an item of which nobody sees anything.
         row_ends = gl.where(end_new > 0, row_ends, 0)
         row_starts = positions - window + 1
         if WINDOW:
             row_starts = gl.where(row_starts < context_len, row_starts, row_starts + cached_keys - context_len)
-        slopes = 0.0
-        if SCORES:
-            heads = kv_head * group + (rows - tokens * group)
-            slopes = gl.load(alibi_slopes + heads, mask=(heads >= 0) & ((given & SLOPES) != 0), other=0.0)
+        slopes = gl.load(alibi_slopes + kv_head * GROUP + rows % GROUP) if ALIBI else 0.0
         row_max = gl.full([_GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         row_sum = gl.full([_GROUP_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         zeros = gl.full([_GROUP_ROWS, KEYS], 0.0, gl.float32, S_LAYOUT)
@@ -246,16 +245,13 @@ def consumer(
         turn = (turn + 1) % Q_TILES
         next_tile = q_tiles.index(turn * _GROUPS + HALF)._reinterpret(q.dtype.element_ty, [_GROUP_ROWS, DIM], Q_LAYOUT)
         if Q_TILES > 1:  # the next item's queries, on their way while this one is served
-            _copy_queries(
-                next_tile, q, items, following, following < end, group, group_inverse,
-                HALF, KV_HEADS, DIM, IO_LAYOUT,
-            )  # fmt: skip
+            _copy_queries(next_tile, q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
         scores = warpgroup_mma_wait(0, [scores])
         release(stage, False, _GROUPS)
         weights, row_max, row_sum, _ = _weights(
             scores, tile_at(0, first_tile, full_tile, full_end_tile) * KEYS, num_full < 1, row_max, row_sum, positions,
             row_starts, row_ends, slopes, context_len, cached_keys, hole_start, hole_end, scale, softcap,
-            KEYS, WINDOW, SCORES, S_LAYOUT,
+            KEYS, WINDOW, SOFTCAP, ALIBI, S_LAYOUT,
         )  # fmt: skip
         weights = gl.convert_layout(weights.to(q.dtype.element_ty), P_LAYOUT)
         for order in range(1, num_tiles):
@@ -271,7 +267,7 @@ def consumer(
             next_weights, row_max, row_sum, decay = _weights(
                 scores, tile_at(order, first_tile, full_tile, full_end_tile) * KEYS, order >= num_full, row_max,
                 row_sum, positions, row_starts, row_ends, slopes, context_len, cached_keys, hole_start, hole_end,
-                scale, softcap, KEYS, WINDOW, SCORES, S_LAYOUT,
+                scale, softcap, KEYS, WINDOW, SOFTCAP, ALIBI, S_LAYOUT,
             )  # fmt: skip
             next_weights = gl.convert_layout(next_weights.to(q.dtype.element_ty), P_LAYOUT)
             # Waits for nothing: its branch keeps the assembler from moving the softmax behind the next wait, where it
@@ -297,33 +293,35 @@ def consumer(
         partial_row = gl.load(item + PARTIAL_ROW)
         is_split = gl.load(item + NUM_CHUNKS) > 1
         rows = first_row + HALF * _GROUP_ROWS + gl.arange(0, _GROUP_ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        tokens = divide(rows, group_inverse)
-        heads = kv_head * group + (rows - tokens * group)
+        heads = kv_head * GROUP + rows % GROUP
         # Those past the request's valid tokens see nothing.
-        is_live = rows < num_valid * group
-        factor, row_lse = finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, given)
+        is_live = rows < num_valid * GROUP
+        factor, row_lse = finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, True, SINKS)
         factor = gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
         # A row that saw nothing may share a tile with NaN, and 0 * NaN is NaN.
         result = gl.where(factor != 0.0, accumulator * factor, 0.0)
-        is_new = rows < num_new * group
-        places = (tokens * num_heads + heads).to(gl.int64)
-        if is_split:
-            places += partial_row.to(gl.int64) * num_heads
+        is_new = rows < num_new * GROUP
+        places = (rows // GROUP * HEADS + heads).to(gl.int64)
+        if partial_output is None:
+            if LSE:
+                gl.store(lse + q_row * HEADS + places, row_lse * _LN2, mask=is_new)
+            _store_rows(
+                output, io_tile, result, q_row, first_row, kv_head, num_new, HALF, GROUP, HEADS, DIM_V, IO_LAYOUT
+            )
+        elif is_split:
+            places += partial_row.to(gl.int64) * HEADS
             gl.store(partial_lse + places, row_lse, mask=is_new)
             _store_partial(
                 partial_output, result, gl.convert_layout(places, gl.SliceLayout(1, O_LAYOUT)),
                 gl.convert_layout(is_new, gl.SliceLayout(1, O_LAYOUT)), DIM_V, O_LAYOUT,
             )  # fmt: skip
         else:
-            gl.store(lse + q_row * num_heads + places, row_lse * _LN2, mask=is_new & ((given & LSE) != 0))
+            if LSE:
+                gl.store(lse + q_row * HEADS + places, row_lse * _LN2, mask=is_new)
             _store_rows(
-                output, io_tile, result, q_row, first_row, kv_head, num_new, group, group_inverse,
-                HALF, KV_HEADS, DIM_V, IO_LAYOUT,
-            )  # fmt: skip
+                output, io_tile, result, q_row, first_row, kv_head, num_new, HALF, GROUP, HEADS, DIM_V, IO_LAYOUT
+            )
         if Q_TILES == 1:
             sync()  # the output has left the tile
-            _copy_queries(
-                next_tile, q, items, following, following < end, group, group_inverse,
-                HALF, KV_HEADS, DIM, IO_LAYOUT,
-            )  # fmt: skip
+            _copy_queries(next_tile, q, items, following, following < end, HALF, GROUP, KV_HEADS, DIM, IO_LAYOUT)
         _await_queries()

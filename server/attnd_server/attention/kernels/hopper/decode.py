@@ -166,12 +166,12 @@ def hopper_decode_kernel(
             (producer, (
                 k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items,
                 window, new_mask,
-                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, OPTIONS, True, False, 1,
+                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, OPTIONS, True, 0, 0, False, 1,
             )),
             (producer, (
                 v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items,
                 window, new_mask,
-                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, OPTIONS, True, True, 1,
+                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, OPTIONS, True, 0, 0, True, 1,
             )),
         ],
         [1, 1],

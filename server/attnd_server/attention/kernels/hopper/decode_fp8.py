@@ -282,12 +282,12 @@ def hopper_decode_fp8_kernel(
             (producer, (
                 k_ring, k_ready, k_pages, k_pages, k_descriptor, k_descriptor, page_tables, items,
                 window, 0,
-                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, False, 1,
+                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, 0, 0, False, 1,
             )),
             (producer, (
                 v_ring, v_ready, v_pages, v_pages, v_descriptor, v_descriptor, page_tables, items,
                 window, 0,
-                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, True, 1,
+                KV_HEADS, PAGE_SIZE, PAIRS, KEYS, PIECE, STAGES, OPTIONS, False, 0, 0, True, 1,
             )),
         ],
         [1, 1],

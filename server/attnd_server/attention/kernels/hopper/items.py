@@ -10,12 +10,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from attnd_server.attention.kernels.division import SHIFT
-from attnd_server.attention.kernels.given import SINKS
 from attnd_server.attention.kernels.items import (
     BLOCK_SIZE,
     CONTEXT_LEN,
     END_KEY,
     FIRST_KEY,
+    FIRST_ROW,
     FIRST_TOKEN,
     HOLE_END,
     HOLE_START,
@@ -122,6 +122,7 @@ def num_work(items, KV_HEADS: gl.constexpr):
 def work(
     item, window, new_mask,
     KEYS: gl.constexpr, PIECE: gl.constexpr, WINDOW: gl.constexpr, NEW_TOKENS: gl.constexpr,
+    ROWS: gl.constexpr = 0, GROUP: gl.constexpr = 0,
 ):  # fmt: skip
     """What an item is: every role asks, and must get the same answer. `item` is a pointer to it.
 
@@ -130,7 +131,8 @@ def work(
         may be read: first position, end of new ones.
 
     WINDOW: whether there may be a window; without one it is greater than any position. NEW_TOKENS: whether new tokens
-    may be keys; `new_mask` says whether they are: -1, or 0.
+    may be keys; `new_mask` says whether they are: -1, or 0. ROWS and GROUP: of an item, and query heads of a KV head,
+    where the kernel is compiled for them; if not, the item says which tokens it is of.
     """
     first_tile = gl.load(item + FIRST_KEY) // KEYS
     end_tile = gl.load(item + END_KEY) // KEYS
@@ -141,8 +143,14 @@ def work(
     padded_prefix_len = gl.load(item + PADDED_PREFIX_LEN)
     has_hole = gl.load(item + HOLE_END) > gl.load(item + HOLE_START)
 
-    first_token = gl.load(item + FIRST_TOKEN)
-    last_token = gl.minimum(gl.load(item + LAST_TOKEN), num_valid - 1)
+    if GROUP:
+        first_row = gl.load(item + FIRST_ROW)
+        first_token = first_row // GROUP
+        last_token = (first_row + ROWS - 1) // GROUP
+    else:
+        first_token = gl.load(item + FIRST_TOKEN)
+        last_token = gl.load(item + LAST_TOKEN)
+    last_token = gl.minimum(last_token, num_valid - 1)
     cached_keys = (context_len + PIECE - 1) // PIECE * PIECE
     shift = cached_keys - context_len
     first_position = 0
@@ -200,23 +208,28 @@ def tile_of(ring, stage, KEYS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, given):
+def finish_rows(row_max, row_sum, is_live, is_split, exponent, sinks, heads, has_sinks, SINKS: gl.constexpr):
     """The factor of each row's sum of products and its lse, in units of log2.
 
     For a row that saw nothing these are 0 and its sink, or -inf without one. Sinks join where a request's parts are
     merged, if it has several. See `finish` in `softmax.py`.
+
+    SINKS: whether there may be sinks; `has_sinks` says whether there are.
     """
     row_sum = gl.where(is_live, row_sum, 0.0)
     saw = row_sum != 0.0  # true for NaN as well: who sends NaN gets NaN
     row_max = gl.where(row_max == float("-inf"), 0.0, row_max * exponent)
-    # Without sinks no bit changes: factors are 1, and what is added is 0. A branch would take registers from all roles.
-    has_sinks = ((given & SINKS) != 0) & (is_split == 0)
-    sink = gl.load(sinks + heads, mask=is_live & has_sinks, other=float("-inf"))
-    has_sink = sink != float("-inf")
-    counts = saw | has_sink
-    base = gl.where(saw, gl.maximum(row_max, sink), gl.where(has_sink, sink, 0.0))
-    factor = gl.where(saw, gl.exp2(row_max - base), 0.0)
-    row_sum = row_sum * factor + gl.exp2(sink - base)
-    row_max = base
+    factor = gl.where(saw, 1.0, 0.0)
+    counts = saw
+    if SINKS:
+        # Without them no bit changes: factors are 1, and what is added is 0. A branch would take registers from all.
+        joins = has_sinks & (is_split == 0)
+        sink = gl.load(sinks + heads, mask=is_live & joins, other=float("-inf"))
+        has_sink = sink != float("-inf")
+        counts = saw | has_sink
+        base = gl.where(saw, gl.maximum(row_max, sink), gl.where(has_sink, sink, 0.0))
+        factor = gl.where(saw, gl.exp2(row_max - base), 0.0)
+        row_sum = row_sum * factor + gl.exp2(sink - base)
+        row_max = base
     denominator = gl.where(counts, row_sum, 1.0)
     return factor / denominator, gl.where(counts, row_max + gl.log2(denominator), float("-inf"))

@@ -144,12 +144,12 @@ def producer(
     ring, ready, tokens, pages, descriptor, pages_descriptor, page_tables, items,
     window, new_mask,
     KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr, KEYS: gl.constexpr,
-    PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, NEW_TOKENS: gl.constexpr, IS_V: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr, NEW_TOKENS: gl.constexpr, ROWS: gl.constexpr,
+    GROUP: gl.constexpr, IS_V: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """One warp: brings K or V of each tile of each item, in the order in which the consumers take them.
 
-    NEW_TOKENS: those of `tokens` may be keys too, if `new_mask` says so.
+    NEW_TOKENS: those of `tokens` may be keys too, if `new_mask` says so. ROWS and GROUP: see `work`.
     """
     end = num_work(items, KV_HEADS)
     count = 0
@@ -158,7 +158,7 @@ def producer(
         kv_head = index % KV_HEADS
         item = item_at(items, index, KV_HEADS)
         num_tiles, num_full, first_tile, full_tile, full_end_tile, first_position, end_new = work(
-            item, window, new_mask, KEYS, PIECE, WINDOW, NEW_TOKENS
+            item, window, new_mask, KEYS, PIECE, WINDOW, NEW_TOKENS, ROWS, GROUP
         )
         q_row = gl.load(item + Q_ROW)
         context_len = gl.load(item + CONTEXT_LEN)

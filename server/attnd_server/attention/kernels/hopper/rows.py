@@ -8,7 +8,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from attnd_server.attention.kernels.given import LSE
+from attnd_server.attention.kernels.given import LSE, SINKS
 from attnd_server.attention.kernels.hopper.items import divide, finish_rows
 
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -72,7 +72,8 @@ def store_item(
     """
     # Those past the request's valid tokens see nothing.
     is_live = rows < num_valid * group
-    row_factor, row_lse = finish_rows(row_max, row_sum, is_live, is_split, 1.0, sinks, heads, given)
+    has_sinks = (given & SINKS) != 0
+    row_factor, row_lse = finish_rows(row_max, row_sum, is_live, is_split, 1.0, sinks, heads, has_sinks, True)
     row_factor = row_factor[None, :]
     results = ()
     for index in gl.static_range(len(accumulators)):
