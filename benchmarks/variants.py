@@ -2,7 +2,8 @@
 
 `python -m benchmarks.variants --count-only` needs no GPU: steps are planned and launched with a driver that only knows
 a GPU's name, and what Triton would compile is counted. `--checkout` does it with the code of another checkout. Where
-the code can say what a cache needs, a variant that it does not say is an error.
+the code can say what a cache needs, a variant that it does not say is an error. Hopper's kernel of many rows may be
+another one for what a cache does not know: a group that its code does not have ahead, and options.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Hopper's kernel of many rows, and its arguments that only calls know; of those, what calls without options have.
+MANY_ROWS = "hopper_attention_kernel"
+OF_CALLS = {"NEW_TOKENS": True, "WINDOW": False, "SOFTCAP": False, "ALIBI": False, "SINKS": False, "LSE": False}
+ALSO_OF_CALLS = ("GROUP", "partial_output", "partial_lse")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,13 +45,16 @@ class Variants:
 
     Attributes:
         seen: for each kernel the variants, with what compiles one.
-        needed: the keys of those that the cache at hand needs, by kernel; None: nobody says.
+        needed: the keys of those that the cache at hand needs, by kernel; None: nobody says. Of Hopper's kernel of many
+            rows also what is left of each without what calls alone know.
+        groups: those for which that kernel is needed.
         collects: whether what is asked for is what a cache needs.
         unforeseen: variants that a call needed, and its cache was not said to need.
     """
 
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)
     needed: dict[str, set[str]] | None = None
+    groups: Sequence[int] = ()
     collects: bool = False
     unforeseen: set[str] = field(default_factory=set)
 
@@ -60,16 +68,29 @@ class Variants:
             kernel: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
         ) -> None:
             name = kernel.__name__.strip("_")
+            told = {kernel.arg_names[path[0]]: value for path, value in constexprs.items() if len(path) == 1}
+            of_cache = _of_cache(kernel.arg_names, signature, constexprs, attrs, options) if name == MANY_ROWS else key
             if self.collects:
                 assert self.needed is not None
-                self.needed.setdefault(name, set()).add(key)
+                self.needed.setdefault(name, set()).update((key, of_cache))
                 return
             given = key, signature, device, constexprs, options, attrs, True
             self.seen.setdefault(name, {})[key] = lambda: compile_now(kernel, *given)
-            if self.needed is not None and key not in self.needed.get(name, ()):
+            is_plain = told.get("GROUP") in self.groups and told.items() >= OF_CALLS.items()
+            known = key if name != MANY_ROWS or is_plain else of_cache
+            if self.needed is not None and known not in self.needed.get(name, ()):
                 self.unforeseen.add(f"{name}: {key}")
 
         JITFunction._do_compile = note
+
+
+def _of_cache(names: Sequence[str], signature: Any, constexprs: Any, attrs: Any, options: Any) -> str:
+    """What is left of a variant of Hopper's kernel of many rows without what calls alone know."""
+    left = [name not in OF_CALLS and name not in ALSO_OF_CALLS for name in names]
+    types = {name: kind for name, kind in signature.items() if left[names.index(name)]}
+    return str(
+        [types, *({path: each[path] for path in each if left[path[0]]} for each in (constexprs, attrs)), options]
+    )
 
 
 class NamedGpu:
@@ -163,11 +184,12 @@ def _served(fits_hopper: Any) -> Any:
 def _needed(config: Any, hopper: bool, variants: Variants) -> dict[str, set[str]] | None:
     """The variants that the code says a cache needs; None: it does not say."""
     try:
-        from attnd_server.attention.backends.triton.needed import needed_launches
+        from attnd_server.attention.backends.triton import needed
     except ModuleNotFoundError:
         return None
     variants.needed, variants.collects = {}, True
-    for launch in needed_launches(config, hopper):
+    variants.groups = getattr(needed, "GROUPS_AHEAD", ())
+    for launch in needed.needed_launches(config, hopper):
         launch()
     variants.collects = False
     return variants.needed

@@ -25,6 +25,8 @@ from attnd_server.attention.metadata import AttentionOptions
 
 # The first GPUs that have FP8.
 _FP8_ARCH = 89
+# Query heads of a KV head for which Hopper's kernel of many rows is there before a call: those of most models.
+GROUPS_AHEAD = (4, 8, 1)
 
 
 def needed_launches(
@@ -32,7 +34,9 @@ def needed_launches(
 ) -> Iterator[Callable[[], None]]:
     """What makes every launch that calls of a cache can need, the most likely first.
 
-    Numbers of heads, lengths and most options are no part of a kernel, and so neither of what is needed.
+    Numbers of heads, lengths and most options are no part of a kernel, and so neither of what is needed. But Hopper's
+    kernel of many rows is compiled for each group and each option. Those without options are here, for GROUPS_AHEAD;
+    others are too many: a first call brings them, or a warm-up.
 
     Args:
         config: of the cache.
@@ -74,11 +78,14 @@ def _launches(config: AttentionConfig, hopper: bool) -> Iterator[Callable[[], ob
     yield partial(store_kv, pages, k, v, slots, config.layout)
     if hopper:
         yield from (partial(_lay_out, config, SLOTS[0], even) for even in (False, True))
-    # All attention kernels are compiled once more for options; Hopper's of many rows for windows alone, too.
-    windowed = [shape for shape in shapes if shape.tile is None and shape.rows == HOPPER_ROWS]
+    # All other attention kernels are compiled once more for options.
     for softcap in (0.0, 1.0):
-        yield from (partial(_attend, config, shape, softcap, 0, pages) for shape in shapes)
-        yield from (partial(_attend, config, shape, softcap, 1, pages) for shape in windowed)
+        for shape in shapes:
+            if shape.tile is not None or shape.rows != HOPPER_ROWS:
+                yield partial(_attend, config, shape, softcap, 1, True, pages)
+            elif not softcap:
+                for group in GROUPS_AHEAD:
+                    yield from (partial(_attend, config, shape, 0.0, group, split, pages) for split in (False, True))
         if not softcap:
             yield partial(read_kv, pages, slots, config.layout, config.dtype)
         if hopper and not softcap:
@@ -97,12 +104,14 @@ def _pages(config: AttentionConfig) -> LayerPages:
     return LayerPages(k, v, *scales)
 
 
-def _attend(config: AttentionConfig, shape: LaunchShape, softcap: float, window: int, pages: LayerPages) -> None:
-    """A layer of a step in one launch, of one token and a query head for each KV head, and what merges its parts."""
-    heads = config.num_kv_heads
+def _attend(
+    config: AttentionConfig, shape: LaunchShape, softcap: float, group: int, split: bool, pages: LayerPages
+) -> None:
+    """A layer of a step in one launch, of one token, and what merges its parts if it is split."""
+    heads = config.num_kv_heads * group
     q = without_data(1, heads, config.head_dim, dtype=config.dtype)
-    k = without_data(1, heads, config.head_dim, dtype=config.dtype)
-    v = without_data(1, heads, config.head_dim_v, dtype=config.dtype)
+    k = without_data(1, config.num_kv_heads, config.head_dim, dtype=config.dtype)
+    v = without_data(1, config.num_kv_heads, config.head_dim_v, dtype=config.dtype)
     partials = (
         without_data(2, heads, config.head_dim_v, dtype=torch.float32),
         without_data(2, heads, dtype=torch.float32),
@@ -110,14 +119,14 @@ def _attend(config: AttentionConfig, shape: LaunchShape, softcap: float, window:
     items, merges = without_data(1, ITEM_FIELDS, dtype=torch.int32), without_data(1, MERGE_FIELDS, dtype=torch.int32)
     TritonPlan(
         config=config,
-        options=AttentionOptions(num_heads=heads, scale=1.0, softcap=softcap, window=window),
-        group=1,
-        launches=[Launch(shape, 2, items, merges, without_data(heads, dtype=torch.int32), 1)],
+        options=AttentionOptions(num_heads=heads, scale=1.0, softcap=softcap),
+        group=group,
+        launches=[Launch(shape, 2 * split, items, merges, without_data(heads, dtype=torch.int32), 1)],
         page_tables=without_data(1, dtype=torch.int32),
         alibi_slopes=None,
         sinks=None,
         partials={0: partials},
-    ).launch(torch.empty_like(v), None, q, k, v, pages)
+    ).launch(without_data(1, heads, config.head_dim_v, dtype=config.dtype), None, q, k, v, pages)
 
 
 def _lay_out(config: AttentionConfig, num_slots: int, even: bool) -> None:
