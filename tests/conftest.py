@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -17,6 +18,19 @@ def pytest_configure() -> None:
     """What is started in the background inherits that Ctrl-C is ignored, and so would all that the tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """A kernel that a test imports where Triton does not interpret is of no use to those that have it interpreted."""
+    if torch.cuda.is_available() or "triton" not in sys.modules:
+        return
+    from triton.runtime.jit import JITFunction
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("attnd_server.attention.kernels."):
+            compiled = [each for each, value in vars(module).items() if isinstance(value, JITFunction)]
+            if compiled and ".hopper." not in name:
+                raise pytest.UsageError(f"{name} was imported outside of `tests.interpreter.interpreter()`: {compiled}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

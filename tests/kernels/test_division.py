@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests import interpreter
+
 pytest.importorskip("triton", reason="triton is not installed")
 
-from attnd_server.attention.kernels.division import SHIFT, inverse
+with interpreter.interpreter():  # or other tests would find its device function compiled
+    from attnd_server.attention.kernels.division import SHIFT, inverse
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 28, 71, 96, 128])

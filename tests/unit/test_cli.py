@@ -21,7 +21,7 @@ from attnd_server.cli import main as cli
 from attnd_server.config import ServerConfig
 from attnd_server.identity import TokenFile
 
-COMMANDS = {"cache", "serve", "demo", "doctor", "chat", "info", "token", "top", "version"}
+COMMANDS = {"cache", "serve", "demo", "doctor", "chat", "info", "kernels", "token", "top", "version"}
 
 
 def run(*arguments, env=None):

@@ -206,14 +206,15 @@ def check_hopper(step: Step) -> None:
     assert work.num_counters == 0
 
 
-def cuts(work: Work, request: int) -> dict[int, list[tuple[int, ...]]]:
+def cuts(work: Work, request: int, is_hopper: bool) -> dict[int, list[tuple[int, ...]]]:
     """What each part of a request is, whoever computes it: its keys and number, by tile of rows."""
     found: dict[int, list[tuple[int, ...]]] = {}
     for first_row, items in items_of(work, request).items():
         chunks = found.setdefault(first_row, [])
         for item in items:
             first, end = value(item, columns.FIRST_KEY), value(item, columns.END_KEY)
-            chunk_keys = value(item, columns.CHUNK_KEYS) or EVERYTHING
+            # Hopper's items have a token in that column, and one part each.
+            chunk_keys = EVERYTHING if is_hopper else value(item, columns.CHUNK_KEYS) or EVERYTHING
             chunk, num_chunks = value(item, columns.FIRST_CHUNK), value(item, columns.NUM_CHUNKS)
             for order, start in enumerate(range(first, max(end, first + 1), chunk_keys)):
                 chunks.append((chunk + order, num_chunks, start, min(start + chunk_keys, end)))
@@ -222,10 +223,10 @@ def cuts(work: Work, request: int) -> dict[int, list[tuple[int, ...]]]:
 
 def check_alone(step: Step, schedule: Any, requests: list[int]) -> None:
     """Requests are cut as if they were alone on a GPU of another size."""
-    work = step.scheduled(schedule)
+    work, is_hopper = step.scheduled(schedule), schedule is hopper_schedule
     for index in requests:
         alone = replace(step, requests=(step.requests[index],), num_multiprocessors=step.num_multiprocessors % 7 + 1)
-        assert cuts(work, index) == cuts(alone.scheduled(schedule), 0)
+        assert cuts(work, index, is_hopper) == cuts(alone.scheduled(schedule), 0, is_hopper)
 
 
 LENGTHS = st.one_of(
