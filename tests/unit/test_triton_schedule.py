@@ -339,7 +339,8 @@ def test_programs_of_a_full_chip_take_several_chunks() -> None:
 def test_hopper_cuts_blocks_for_the_chip_unless_told_not_to() -> None:
     blocks = Step((Request(8192, 32, 32),) * 2, rows=128, num_multiprocessors=132)
     few_programs = replace(blocks, num_multiprocessors=2)
-    assert cuts(blocks.scheduled(hopper_schedule), 0) != cuts(few_programs.scheduled(hopper_schedule), 0)
+    cut, few = (cuts(each.scheduled(hopper_schedule), 0, True) for each in (blocks, few_programs))
+    assert cut != few
 
 
 def test_each_request_of_a_table_keeps_its_columns() -> None:
