@@ -14,8 +14,13 @@ _MOST, _LEAST = 3.4028234663852886e38, 2.0**-126
 
 
 def log2_numbers(scale: float, softcap: float) -> tuple[float, float]:
-    """What q.k is multiplied with, and tanh. Softcap's tanh(x) is made of exp2(2 x log2(e))."""
-    return _float32(2 * LOG2E * scale / softcap if softcap else LOG2E * scale), _float32(LOG2E * softcap)
+    """What q.k is multiplied with, and tanh. Softcap's tanh(x) is made of exp2(2 x log2(e)).
+
+    A softcap is never 0 here, which says that there is none: scores are as good as 0 then, whatever q.k was.
+    """
+    if not softcap:
+        return _float32(LOG2E * scale), 0.0
+    return _float32(2 * LOG2E * scale / softcap), max(_float32(LOG2E * softcap), _LEAST)
 
 
 def _float32(number: float) -> float:
