@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from attnd_server.attention.backends.triton.needed import without_data as empty
@@ -34,28 +33,13 @@ from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.store import store_kv
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.device.kernels.named_gpu import NamedGpu
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NUM_PAGES = PAGE_SIZE = 16
 NUM_KV_HEADS = 8
 BF16, FP32 = torch.bfloat16, torch.float32
 NAMES = {BF16: "bf16", FP32: "fp32", FP8: "fp8"}
-
-
-class FakeDriver:
-    """All that Triton asks of a driver before it launches."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
 
 @dataclass(frozen=True)
@@ -248,7 +232,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 def compile_all(capability: int) -> dict[str, dict[str, Any]]:
     """Resources of the kernel that each case launches, or what went wrong, by the case's name."""
-    triton.runtime.driver.set_active(FakeDriver(capability))
+    triton.runtime.driver.set_active(NamedGpu.of(capability))
     launch_or_compile, compiled = JITFunction.run, []
 
     def compile_only(*args: Any, warmup: bool, **kwargs: Any) -> None:

@@ -24,9 +24,10 @@ import triton
 
 from attnd_server.device.kernels import launch
 from attnd_server.device.kernels.launch import KernelMissing, collecting, here
-from tests.compile_kernels import BF16, Case, FakeDriver, launch_store
+from attnd_server.device.kernels.named_gpu import NamedGpu
+from tests.compile_kernels import BF16, Case, launch_store
 
-triton.runtime.driver.set_active(FakeDriver(90))
+triton.runtime.driver.set_active(NamedGpu.of(90))
 
 
 class Library:

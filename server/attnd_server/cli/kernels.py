@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 TARGETS = ("sm_80", "sm_89", "sm_90")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
-_PAGE_SIZE = 16
-# The first GPUs that have FP8.
-_FP8_ARCH = 89
+# A kernel belongs to a number of KV heads and to a page size: those of most models of 7 to 70 billion parameters.
+_NUM_KV_HEADS, _PAGE_SIZE = 8, 16
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,6 @@ class Outcome:
     errors: tuple[str, ...]
     wall_s: float
     num_bytes: int
-
-
-class _NoGpu:
-    """All that Triton asks of a driver before it launches; each kind of GPU is a device of its own."""
-
-    def __init__(self, arch: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", arch, 32)
-
-    def get_current_device(self) -> int:
-        return int(self._target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self._target
 
 
 def run_kernels(
@@ -100,7 +81,7 @@ def run_kernels(
     with tempfile.TemporaryDirectory() as scratch:
         link_without_driver(Path(scratch))
         for target in targets:
-            configs = list(geometries(head_dims, dtypes, fp8 and int(target.removeprefix("sm_")) >= _FP8_ARCH))
+            configs = list(geometries(head_dims, dtypes, fp8))
             with errors.status(f"{target}: looking for what is needed") as status:
 
                 def tell(done: int, num: int, target: str = target) -> None:
@@ -118,7 +99,7 @@ def run_kernels(
 
 
 def geometries(head_dims: Sequence[int], dtypes: Sequence[str], fp8: bool) -> Iterator[AttentionConfig]:
-    """Caches of common models. Numbers of heads and of pages are no part of a kernel."""
+    """Caches of common models. GPUs without FP8 need nothing for pages of it."""
     import torch
 
     from attnd_server.attention.config import FP8, AttentionConfig
@@ -126,7 +107,7 @@ def geometries(head_dims: Sequence[int], dtypes: Sequence[str], fp8: bool) -> It
     for kv_dtype, name, head_dim in product((None, FP8) if fp8 else (None,), dtypes, head_dims):
         yield AttentionConfig(
             num_layers=1,
-            num_kv_heads=8,
+            num_kv_heads=_NUM_KV_HEADS,
             head_dim=head_dim,
             num_pages=64,
             page_size=_PAGE_SIZE,
@@ -155,14 +136,15 @@ def compile_for(folder: str, target: str, configs: Sequence[AttentionConfig], pl
     from attnd_server.device.kernels.compiler import ProcessCompiler
     from attnd_server.device.kernels.disk import has_kernel
     from attnd_server.device.kernels.folder import KernelFolder
+    from attnd_server.device.kernels.named_gpu import NamedGpu
 
     began, arch = time.monotonic(), int(target.removeprefix("sm_"))
     kept = KernelFolder.open(folder, target)
     kept.install()
-    no_gpu = _NoGpu(arch)
-    driver.set_active(no_gpu)
+    gpu = NamedGpu.of(arch, number=arch)
+    driver.set_active(gpu)
     is_hopper = arch == 90
-    compiler = ProcessCompiler(no_gpu.get_current_target(), kernel_modules(is_hopper), kept, places=places)
+    compiler = ProcessCompiler(gpu.get_current_target(), kernel_modules(is_hopper), kept, places=places)
     try:
         launchers.build_for_driver()
         specs = _needed(configs, is_hopper)

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from attnd_server.device.kernels import launchers
 from attnd_server.device.kernels.folder import KernelFolder
+from attnd_server.device.kernels.named_gpu import NamedGpu
 from attnd_server.device.kernels.spec import KernelSpec, hash_callees_first
 
 # What the program that is started runs: with the module path of its parent, and never with the folder it stands in.
@@ -81,16 +82,6 @@ class Answer:
     error: str
 
 
-class _Target:
-    """All that Triton's compiler asks of a driver."""
-
-    def __init__(self, target: Any) -> None:
-        self._target = target
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-
 @dataclass
 class _Child:
     """A process that compiles one kernel."""
@@ -144,7 +135,7 @@ def _prepare(setup: Setup) -> None:
     if setup.folder is not None:
         setup.folder.install()
     hash_callees_first()
-    driver.set_active(_Target(setup.target))
+    driver.set_active(NamedGpu(setup.target))
     for module in setup.modules:
         for value in vars(import_module(module)).values():
             if isinstance(value, JITFunction):
