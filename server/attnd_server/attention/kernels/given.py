@@ -43,3 +43,8 @@ def bits_of(**given: torch.Tensor | bool | None) -> int:
 def some(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     """The tensor if it is given, else another one."""
     return other if tensor is None else tensor
+
+
+def has_options(alibi_slopes: torch.Tensor | None, softcap: float, window: int) -> bool:
+    """Whether there is an option without which a kernel is compiled to have less to do."""
+    return alibi_slopes is not None or softcap > 0 or window > 0

@@ -28,6 +28,7 @@ from attnd_server.attention.kernels.given import (
     SLOPES,
     V_SCALES,
     bits_of,
+    has_options,
     some,
 )
 from attnd_server.attention.kernels.items import (
@@ -395,6 +396,6 @@ def paged_attention(
         KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size,
         DISTINCT=distinct, ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
         FEW=tile.most_tokens == FEW_NEW_TOKENS, SPLIT=tile.most_tokens is not None,
-        OPTIONS=softcap > 0 or alibi_slopes is not None or window > 0,
+        OPTIONS=has_options(alibi_slopes, softcap, window),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

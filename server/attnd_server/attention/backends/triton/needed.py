@@ -34,9 +34,9 @@ def needed_launches(
 ) -> Iterator[Callable[[], None]]:
     """What makes every launch that calls of a cache can need, the most likely first.
 
-    Numbers of heads, lengths and most options are no part of a kernel, and so neither of what is needed. But Hopper's
-    kernel of many rows is compiled for each group and each option. Those without options are here, for GROUPS_AHEAD;
-    others are too many: a first call brings them, or a warm-up.
+    Numbers of query heads, lengths and most options are no part of a kernel, and so neither of what is needed; KV heads
+    and page size are. But Hopper's kernel of many rows is compiled for each group and each option. Those without
+    options are here, for GROUPS_AHEAD; others are too many: a first call brings them, or a warm-up.
 
     Args:
         config: of the cache.

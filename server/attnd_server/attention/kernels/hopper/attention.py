@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.division import inverse
-from attnd_server.attention.kernels.given import NARROW, RUN_TIME_NUMBERS, bits_of, some
+from attnd_server.attention.kernels.given import NARROW, RUN_TIME_NUMBERS, bits_of, has_options, some
 from attnd_server.attention.kernels.hopper.consumer import GROUP_ROWS, consumer
 from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
 from attnd_server.attention.kernels.hopper.items import COLUMNS
@@ -165,11 +165,6 @@ def hopper_attention(
         *read, *step, group, inverse(group), scale, softcap, window or EVERYTHING, 0 if k is None else -1,
         bits_of(lse=lse, sinks=sinks, slopes=alibi_slopes), OPTIONS=has_options(alibi_slopes, softcap, window), **shape,
     )  # fmt: skip
-
-
-def has_options(alibi_slopes: torch.Tensor | None, softcap: float, window: int) -> bool:
-    """Whether there is an option without which a kernel is compiled to have less to do."""
-    return alibi_slopes is not None or softcap > 0 or window > 0
 
 
 def descriptors(

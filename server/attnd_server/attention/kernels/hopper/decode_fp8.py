@@ -28,9 +28,10 @@ from attnd_server.attention.kernels.given import (
     SLOPES,
     V_SCALES,
     bits_of,
+    has_options,
     some,
 )
-from attnd_server.attention.kernels.hopper.attention import descriptors, has_options
+from attnd_server.attention.kernels.hopper.attention import descriptors
 from attnd_server.attention.kernels.hopper.items import (
     COLUMNS,
     divide,
