@@ -129,7 +129,10 @@ def kernels(
         int, typer.Option(parser=whole(0, 256), metavar="N", help="Kernels at once; 0: half of the cores.")
     ] = 0,
 ) -> None:
-    """Compile kernels into a folder before a server needs them. This machine needs a C compiler, and no GPU."""
+    """Compile kernels into a folder before a server needs them. This machine needs a C compiler, and no GPU.
+
+    They are for caches with 8 KV heads and pages of 16 tokens. A server compiles what others need.
+    """
     from attnd_server.cli import kernels as compiling
 
     chosen = (target or compiling.TARGETS, head_dim or compiling.HEAD_DIMS, dtype or compiling.DTYPES)
