@@ -79,9 +79,19 @@ def is_there(process: psutil.Process) -> bool:
         return False
 
 
+# Of other tests of this process, whose servers go on.
+others: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    others.clear()
+    others.update(psutil.Process().children(recursive=True))
+
+
 def processes() -> list[psutil.Process]:
     """The process that forks and all that it has started."""
-    return list(filter(is_there, psutil.Process().children(recursive=True)))
+    return [each for each in psutil.Process().children(recursive=True) if each not in others and is_there(each)]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
