@@ -89,9 +89,9 @@ def _others() -> None:
     others.update(psutil.Process().children(recursive=True))
 
 
-def processes() -> list[psutil.Process]:
-    """The process that forks and all that it has started."""
-    return [each for each in psutil.Process().children(recursive=True) if each not in others and is_there(each)]
+def processes(recursive: bool = True) -> list[psutil.Process]:
+    """The process that forks and, unless only that is asked for, all that it has started."""
+    return [each for each in psutil.Process().children(recursive) if each not in others and is_there(each)]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
@@ -224,7 +224,7 @@ def test_a_process_that_is_always_killed_is_given_up(start: Start) -> None:
     compiler = start(places=1)
     slow = compiler.submit(sample("slow", LONG_S), urgent=False)
     while not slow.done():
-        for each in psutil.Process().children():
+        for each in processes(recursive=False):
             each.kill()
         time.sleep(0.05)
     with pytest.raises(CompilerUnavailable, match="has ended 4 times"):

@@ -26,6 +26,7 @@ from attnd.protocol.cuda import memory as cuda_memory
 from attnd.protocol.cuda.device_bytes import CPU
 from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, WORDS_BYTES
 from attnd_server.device.kernels.local_memory import local_memory
+from attnd_server.device.kernels.second_context import second_context
 from attnd_server.planes.cuda import gpu_channel
 from attnd_server.planes.cuda import planes as planes_of_gpu
 from attnd_server.planes.cuda import streams as cuda_streams
@@ -125,7 +126,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
     monkeypatch.setattr(planes_of_gpu, "_let_torch_keep_memory", lambda device: None)
     monkeypatch.setattr(planes_of_gpu, "use_libraries", lambda device: None)
-    local_memory.cache_clear()
+    forget_contexts()
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, **where: zeros(*shape, dtype=dtype))
     monkeypatch.setattr(
@@ -150,6 +151,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
         words.close()
         words.words._held = None
         words.words._memory.close()
+    forget_contexts()
+
+
+def forget_contexts() -> None:
+    """What was made of a driver that is not there any more, or was not yet."""
+    local_memory.cache_clear()
+    second_context.cache_clear()
 
 
 OPENED: list[CudaPlanes] = []
@@ -179,7 +187,7 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
     opened = planes()
     made = driver.asked_here()
     assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
-    assert made["cuModuleLoadData"] == 3  # gates, copies and what needs local memory
+    assert made["cuModuleLoadData"] == 4  # gates, copies, and in both contexts what needs local memory
     num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
     for _ in range(5):
         channels = [take(opened, worker_gpu) for _ in range(2)]

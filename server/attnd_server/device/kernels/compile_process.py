@@ -201,9 +201,9 @@ class _ForkServer:
 
     def _end(self, child: _Child) -> None:
         """Says how a compilation ended."""
+        _kill(child)  # what it has left running; the number of its group is its own until the next line
         status = os.waitpid(child.process, 0)[1]
         os.close(child.descriptor)
-        _kill(child)  # what it has left running
         error = ""
         if status:
             code = os.waitstatus_to_exitcode(status)
