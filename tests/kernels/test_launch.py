@@ -36,7 +36,7 @@ class Library:
 
     def ask(self, kernel, key, spec):
         self.asked.append((kernel, key, spec))
-        return self.ready
+        return launch.Asked(self.ready, Future())
 
     def load(self):
         launched = []

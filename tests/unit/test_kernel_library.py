@@ -102,9 +102,9 @@ def test_a_kernel_on_disk_is_loaded_and_put_where_its_function_looks(
 ) -> None:
     on_disk.add("a")
     function = Function()
-    library.ask(function, "one", spec("a")).result(PATIENCE_S)
+    library.ask(function, "one", spec("a")).ready.result(PATIENCE_S)
     assert function.finds("one").of == "compiled a"
-    library.ask(function, "other", spec("a")).result(0)  # at once: it is there
+    library.ask(function, "other", spec("a")).ready.result(0)  # at once: it is there
     assert function.finds("other") is function.finds("one")
     assert compiler.asked == []
     states = library.states()
@@ -117,7 +117,7 @@ def test_others_are_compiled_once_and_are_urgent_once_somebody_waits(
     (background,) = library.wanted([spec("a")])
     eventually(lambda: compiler.asked == [("a", False)])
     function = Function()
-    urgent = library.ask(function, "key", spec("a"))
+    urgent = library.ask(function, "key", spec("a")).ready
     assert urgent is background
     eventually(lambda: compiler.asked == [("a", False), ("a", True)])
     library.wanted([spec("b")])
@@ -129,6 +129,28 @@ def test_others_are_compiled_once_and_are_urgent_once_somebody_waits(
     urgent.result(PATIENCE_S)
     assert function.finds("key").of == "compiled a"
     assert (library.states().num_compiled, library.states().num_loaded) == (1, 1)
+
+
+def test_it_says_early_whether_a_kernel_must_be_compiled(
+    library: KernelLibrary, on_disk: set[str], compiler: StandInCompiler
+) -> None:
+    on_disk.add("a")
+    found, compiled, failing = (library.ask(Function(), "key", spec(name)) for name in "abc")
+    assert not found.must_compile.result(PATIENCE_S)
+    assert compiled.must_compile.result(PATIENCE_S)
+    assert failing.must_compile.result(PATIENCE_S)
+    eventually(lambda: len(compiler.asked) == 2)
+    assert not compiled.ready.done()
+    compiler.futures.pop("c").set_exception(CompilationFailed("no such layout"))
+    with pytest.raises(ServerFault):
+        failing.ready.result(PATIENCE_S)
+
+
+def test_a_function_that_asks_again_is_remembered_once(library: KernelLibrary, compiler: StandInCompiler) -> None:
+    function = Function()
+    asked = [library.ask(function, "key", spec("a")) for _ in range(3)]
+    assert asked == asked[:1] * 3
+    assert [entry.places for entry in library._kernels.values()] == [[(function, "key")]]
 
 
 def test_what_somebody_waits_for_goes_before_the_rest(
@@ -157,17 +179,17 @@ def test_what_somebody_waits_for_goes_before_the_rest(
 def test_a_kernel_that_does_not_compile_is_named_and_tried_again_later(
     library: KernelLibrary, compiler: StandInCompiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failing = library.ask(Function(), "key", spec("a"))
+    failing = library.ask(Function(), "key", spec("a")).ready
     eventually(lambda: len(compiler.asked) == 1)
     compiler.futures.pop("a").set_exception(CompilationFailed("no such layout"))
     with pytest.raises(ServerFault, match=r"kernel a\[DIM=64\] cannot be had on this server, whose log says why"):
         failing.result(PATIENCE_S)
     assert "no such layout" in caplog.text
     assert library.states().failed == [("a[DIM=64]", "no such layout")]
-    assert library.ask(Function(), "key", spec("a")) is failing  # not in a loop
+    assert library.ask(Function(), "key", spec("a")).ready is failing  # not in a loop
     monkeypatch.setattr(library_module, "RETRY_S", 0.0)
     function = Function()
-    again = library.ask(function, "key", spec("a"))
+    again = library.ask(function, "key", spec("a")).ready
     eventually(lambda: len(compiler.asked) == 2)
     compiler.futures["a"].set_result(None)
     again.result(PATIENCE_S)
@@ -176,7 +198,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_tried_again_later(
 
 
 def test_without_a_compiler_this_process_compiles(library: KernelLibrary, compiler: StandInCompiler) -> None:
-    asked = library.ask(function := Function(), "key", spec("a"))
+    asked = library.ask(function := Function(), "key", spec("a")).ready
     eventually(lambda: len(compiler.asked) == 1)
     compiler.futures["a"].set_exception(CompilerUnavailable("it has gone"))
     asked.result(PATIENCE_S)
@@ -191,14 +213,14 @@ def test_no_memory_for_a_kernel_says_so(compiler: StandInCompiler, on_disk: set[
     library = KernelLibrary(CPU, compiler, loading(load))
     on_disk.add("a")
     with pytest.raises(Exhausted, match="no memory left to load kernel a"):
-        library.ask(Function(), "key", spec("a")).result(PATIENCE_S)
+        library.ask(Function(), "key", spec("a")).ready.result(PATIENCE_S)
     library.close()
 
 
 def test_a_stand_in_is_replaced_where_functions_look(library: KernelLibrary, on_disk: set[str]) -> None:
     on_disk.add("a")
     function = Function()
-    library.ask(function, "key", spec("a")).result(PATIENCE_S)
+    library.ask(function, "key", spec("a")).ready.result(PATIENCE_S)
     library.replace(function.finds("key"), "itself")
     assert function.finds("key") == "itself"
 
@@ -281,5 +303,6 @@ def test_who_waits_is_told_when_the_library_closes(library: KernelLibrary, compi
     library.close()
     for late in (waiting, library.ask(Function(), "key", spec("b"))):
         with pytest.raises(Disconnected, match="shutting down"):
-            late.result(PATIENCE_S)
+            late.ready.result(PATIENCE_S)
+        assert late.must_compile.done()
     assert compiler.is_closed

@@ -16,7 +16,7 @@ import torch
 from attnd.errors import DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.config import ServerConfig
 from attnd_server.device.faults import DeviceFaults
-from attnd_server.device.kernels.launch import KernelMissing, launch_kernel
+from attnd_server.device.kernels.launch import KernelMissing, for_graphs, launch_kernel
 from attnd_server.execution import runner
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call, Result
@@ -32,6 +32,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.ready: Future[None] = Future()
+        self.must_compile: Future[bool] = Future()
         self.num_launches = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
@@ -39,8 +40,26 @@ class Kernel:
 
     def _launch(self) -> None:
         if not self.ready.done() or self.ready.exception():
-            raise KernelMissing("kernel", self.ready)
+            raise KernelMissing("kernel", self.ready, self.must_compile)
         self.num_launches += 1
+
+
+class Variants:
+    """A kernel, and a variant of it that is there sooner."""
+
+    def __init__(self) -> None:
+        self.itself, self.sooner = Kernel(), Kernel()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda option: (self.sooner if option == "soon" else self.itself)[grid]()
+
+    def launch(self) -> bytes:
+        launch_kernel(self, (1,), sooner={"option": "soon"}, option="fast")
+        return b"launched"
+
+    @property
+    def num_launches(self) -> tuple[int, int]:
+        return self.itself.num_launches, self.sooner.num_launches
 
 
 class Outcomes:
@@ -121,6 +140,76 @@ def test_a_call_waits_for_its_kernel_alone_and_its_cache_keeps_its_order(
     assert list(outcomes.answers)[2:] == ["first", "second", "third"]
     assert outcomes.answers["first"] == b"launched"
     assert kernel.num_launches == 1
+
+
+def test_a_call_is_served_by_what_is_there_sooner_until_its_kernel_is(executor: Executor, outcomes: Outcomes) -> None:
+    kernel = Variants()
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("first"))
+    all_held(executor, 1)
+    kernel.itself.must_compile.set_result(True)
+    all_held(executor, 1)
+    kernel.sooner.ready.set_result(None)
+    outcomes.wait("first")
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("second"))
+    outcomes.wait("second")
+    assert kernel.num_launches == (0, 2)
+    kernel.itself.ready.set_result(None)
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("third"))
+    outcomes.wait("third")
+    assert kernel.num_launches == (1, 2)
+
+
+def test_a_kernel_that_never_comes_is_an_error_though_something_stood_in(
+    executor: Executor, outcomes: Outcomes
+) -> None:
+    kernel = Variants()
+    kernel.itself.must_compile.set_result(True)
+    kernel.sooner.ready.set_result(None)
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("first"))
+    outcomes.wait("first")
+    kernel.itself.ready.set_exception(Exhausted("there is no memory left"))
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("second"))
+    outcomes.wait("second")
+    assert outcomes.answers == {"first": b"launched", "second": Exhausted}
+
+
+def test_nothing_stands_in_for_a_kernel_that_need_not_be_compiled(executor: Executor, outcomes: Outcomes) -> None:
+    kernel = Variants()
+    kernel.sooner.ready.set_result(None)
+    executor.submit(CacheWork(b"a", "alice", kernel.launch), outcomes.of("found"))
+    all_held(executor, 1)
+    kernel.itself.must_compile.set_result(False)
+    all_held(executor, 1)
+    assert kernel.num_launches == (0, 0)
+    kernel.itself.ready.set_result(None)
+    outcomes.wait("found")
+    assert kernel.num_launches == (1, 0)
+
+
+def test_nothing_stands_in_where_a_graph_would_keep_it(executor: Executor, outcomes: Outcomes) -> None:
+    kernel = Variants()
+    kernel.itself.must_compile.set_result(True)
+    kernel.sooner.ready.set_result(None)
+
+    def work() -> bytes:
+        with for_graphs():
+            return kernel.launch()
+
+    executor.submit(CacheWork(b"a", "alice", work), outcomes.of("captured"))
+    all_held(executor, 1)
+    kernel.itself.ready.set_result(None)
+    outcomes.wait("captured")
+    executor.submit(CacheWork(b"b", "alice", kernel.launch), outcomes.of("after"))
+    outcomes.wait("after")
+    assert kernel.num_launches == (2, 0)
+
+
+def test_nothing_stands_in_for_who_may_wait() -> None:
+    kernel = Variants()
+    kernel.sooner.ready.set_result(None)
+    threading.Timer(0.05, kernel.itself.ready.set_result, (None,)).start()
+    assert kernel.launch() == b"launched"
+    assert kernel.num_launches == (1, 0)
 
 
 def test_a_call_of_two_missing_kernels_waits_for_each(executor: Executor, outcomes: Outcomes) -> None:

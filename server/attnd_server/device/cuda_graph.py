@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from attnd_server.device.kernels.launch import for_graphs
+
 Launches = Callable[[], None]
 
 
@@ -19,7 +21,8 @@ def captured(launches: Launches, stream: torch.cuda.Stream) -> Launches:
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")  # other threads may do what cannot be captured
         try:
-            launches()
+            with for_graphs():
+                launches()
         finally:
             graph.capture_end()
     return graph.replay

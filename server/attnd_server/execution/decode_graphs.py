@@ -24,6 +24,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.staging import Buffer, Head, call_fields, offsets_of
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.device.cuda_graph import Launches, captured
+from attnd_server.device.kernels.launch import for_graphs
 from attnd_server.kv.layer_group import LayerGroup
 
 Capture = Callable[[Launches], Launches]
@@ -139,7 +140,8 @@ class DecodeGraphs:
     def capture_next(self, group: LayerGroup, capture: Capture) -> None:
         """Captures the first layer that was not yet, after a step was loaded. On the executor's thread."""
         launches = partial(self.launch, group, len(self._replays))
-        launches()  # a kernel that is not on the device yet cannot be captured
+        with for_graphs():
+            launches()  # a kernel that is not on the device yet cannot be captured
         if self._has_copies and not self._replays and self._device.type == "cuda":
             self._copies_of_graph = self._timed_copies()
         self._replays.append(capture(launches))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from attnd_server.device.kernels.spec import KernelSpec
 
@@ -26,19 +26,28 @@ PACKAGE = "attnd_server"
 _PARAMETERS = ["self", "key", "signature", "device", "constexprs", "options", "attrs", "warmup"]
 
 
+class Asked(NamedTuple):
+    """A kernel on its way to the device.
+
+    Attributes:
+        ready: done once its function finds it, or with the reason why it never will.
+        must_compile: done once that is known.
+    """
+
+    ready: Future[None]
+    must_compile: Future[bool]
+
+
 class Library(Protocol):
     """Has the kernels of one device."""
 
-    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> Future[None]:
+    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> Asked:
         """Brings a kernel to the device, before all that nobody waits for.
 
         Args:
             kernel: the function.
             key: by which it looks for the kernel.
             spec: of the kernel.
-
-        Returns:
-            Done once the function finds the kernel, or with the reason why it never will.
         """
 
 
@@ -46,12 +55,13 @@ class KernelMissing(Exception):
     """A kernel is not on the device yet, and this thread must not wait for it. Nothing of it was launched.
 
     Attributes:
-        ready: done once the kernel can be launched, or has the reason why it never will be.
+        ready: done once it is worth trying again; of the kernel's own, once it can be launched, or never will be.
+        must_compile: done once it is known whether it has to be compiled; None: nobody will say.
     """
 
-    def __init__(self, name: str, ready: Future[None]) -> None:
+    def __init__(self, name: str, ready: Future[Any], must_compile: Future[bool] | None = None) -> None:
         super().__init__(f"kernel {name} is not on the device yet")
-        self.ready = ready
+        self.name, self.ready, self.must_compile = name, ready, must_compile
 
 
 class Here(threading.local):
@@ -60,10 +70,12 @@ class Here(threading.local):
     Attributes:
         may_wait: whether it may wait for a kernel that is not there yet. Whoever has the device for others must not:
             what it launches then raises KernelMissing.
+        is_for_graphs: whether what it launches may be kept in a graph.
         collected: takes the kernels of what would be launched; None: it is launched.
     """
 
     may_wait = True
+    is_for_graphs = False
     collected: dict[KernelSpec, None] | None = None
 
 
@@ -73,13 +85,18 @@ _collecting = threading.Lock()
 _libraries: dict[int, Library] = {}  # by the device's number
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+def launch_kernel(
+    kernel: Any, grid: tuple[int, ...], *args: Any, sooner: Mapping[str, Any] | None = None, **options: Any
+) -> None:
     """Launches a kernel on the current stream, once it is on the device.
 
     Args:
         kernel: a function under `triton.jit` or `gluon.jit`.
         grid: programs of each dimension.
         args: of the kernel.
+        sooner: options that make a variant of it that gives the same bits, compiles sooner and runs longer. It is
+            launched while the kernel itself is compiled, by who must not wait; but see `for_graphs`. None: there is no
+            such variant.
         options: the kernel's arguments by name, and Triton's: `num_warps` and so on.
 
     Raises:
@@ -93,9 +110,27 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any
             kernel[grid](*args, **options)
             return
         except KernelMissing as missing:
-            if not (here.may_wait or missing.ready.done()):
+            if here.may_wait or missing.ready.done():
+                missing.ready.result()  # or the reason why it cannot be had
+            elif sooner is None or missing.must_compile is None or here.is_for_graphs:
                 raise
-            missing.ready.result()  # or the reason why it cannot be had
+            elif not missing.must_compile.done():
+                raise KernelMissing(missing.name, missing.must_compile) from None
+            elif not missing.must_compile.result():
+                raise  # it is there in milliseconds
+            else:
+                launch_kernel(kernel, grid, *args, **{**options, **sooner})
+                return
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """What the calling thread launches inside, a graph may keep: no kernel is another's `sooner`."""
+    before, here.is_for_graphs = here.is_for_graphs, True
+    try:
+        yield
+    finally:
+        here.is_for_graphs = before
 
 
 @contextmanager
@@ -155,7 +190,7 @@ def ask_before_compiling() -> bool:
             collected[spec] = None
             return None
         assert library is not None
-        raise KernelMissing(spec.name, library.ask(kernel, key, spec))
+        raise KernelMissing(spec.name, *library.ask(kernel, key, spec))
 
     JITFunction._do_compile = ask
     return True

@@ -61,6 +61,7 @@ class _Kernel:
         state: where it is.
         since: when that began, `time.monotonic`.
         ready: of those who wait for it.
+        must_compile: likewise, of those who would launch another one meanwhile.
         is_urgent: whether anybody does.
         is_found: whether the cache on disk had it.
         places: functions that look for it, and their keys.
@@ -72,6 +73,7 @@ class _Kernel:
     state: State = State.WAITING
     since: float = field(default_factory=time.monotonic)
     ready: Future[None] = field(default_factory=Future)
+    must_compile: Future[bool] = field(default_factory=Future)
     is_urgent: bool = False
     is_found: bool = False
     places: list[tuple[Any, str]] = field(default_factory=list)
@@ -136,14 +138,15 @@ class KernelLibrary:
         """As `wanted`, for somebody who waits for them."""
         return [self._wanted(spec, is_urgent=True).ready for spec in specs]
 
-    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> Future[None]:
+    def ask(self, kernel: Any, key: str, spec: KernelSpec) -> launch.Asked:
         """See `launch.Library`."""
         entry = self._wanted(spec, is_urgent=True)
         with self._lock:
-            entry.places.append((kernel, key))
+            if (kernel, key) not in entry.places:
+                entry.places.append((kernel, key))
             if entry.state is State.LOADED:
                 self._put(entry)
-        return entry.ready
+        return launch.Asked(entry.ready, entry.must_compile)
 
     def _wanted(self, spec: KernelSpec, is_urgent: bool) -> _Kernel:
         with self._lock:
@@ -158,6 +161,7 @@ class KernelLibrary:
                 self._do(entry)
             if self._is_closed and not entry.ready.done():
                 entry.state = State.FAILED
+                _say(entry, must_compile=False)
                 entry.ready.set_exception(Disconnected("the server is shutting down"))
             return entry
 
@@ -220,7 +224,9 @@ class KernelLibrary:
     def _go_on(self, entry: _Kernel) -> None:
         """Does the next thing for a kernel."""
         if entry.state is State.WAITING:
-            if has_kernel(entry.spec):
+            is_found = has_kernel(entry.spec)
+            _say(entry, must_compile=not is_found)
+            if is_found:
                 with self._lock:
                     self._num_found += not entry.is_found
                     entry.is_found = True
@@ -272,6 +278,7 @@ class KernelLibrary:
                 return
             self._move(entry, State.FAILED)
             entry.error = str(error)
+        _say(entry, must_compile=False)  # nothing stands in for what will never be
         if isinstance(error, AttndError):
             entry.ready.set_exception(error)
             return
@@ -281,3 +288,9 @@ class KernelLibrary:
             told = Exhausted(f"there is no memory left to load kernel {name}", retry_after_s=RETRY_S)
         told.__cause__ = error
         entry.ready.set_exception(told)
+
+
+def _say(entry: _Kernel, must_compile: bool) -> None:
+    """Tells who would launch another kernel meanwhile, if nobody has told them yet."""
+    if not entry.must_compile.done():
+        entry.must_compile.set_result(must_compile)

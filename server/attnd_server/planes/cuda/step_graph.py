@@ -15,6 +15,7 @@ from attnd_server.attention.backends.base import FixedPlan
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.device.cuda_graph import Launches
+from attnd_server.device.kernels.launch import for_graphs
 from attnd_server.device.pinned_tensor import PinnedTensor
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.layer_group import LayerGroup
@@ -70,9 +71,10 @@ class StepGraph:
         # A kernel that is not on the device yet cannot be captured. Nothing is stored: slots are -1. The region's own
         # output may still be read by the worker.
         self._slots.fill_(-1)
-        for options in self._plans:
-            self._store_and_attend(0, options, torch.empty_like(self._output), torch.empty_like(self._lse))
-        self._replay = capture(self._layers)
+        with for_graphs():
+            for options in self._plans:
+                self._store_and_attend(0, options, torch.empty_like(self._output), torch.empty_like(self._lse))
+            self._replay = capture(self._layers)
 
     def replay(self) -> None:
         """Enqueues the layers of the step that was loaded, once it was captured. The channel's stream is current."""

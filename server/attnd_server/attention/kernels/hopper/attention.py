@@ -10,6 +10,8 @@ tile, its other units take the softmax of the next. Programs stay on their multi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,9 +21,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from attnd_server.attention.kernels.cuts import EVERYTHING
 from attnd_server.attention.kernels.division import inverse
 from attnd_server.attention.kernels.given import NARROW, RUN_TIME_NUMBERS, bits_of, has_options, some
-from attnd_server.attention.kernels.hopper.consumer import GROUP_ROWS, consumer
+from attnd_server.attention.kernels.hopper.consumer import CONSUMERS, consumer
 from attnd_server.attention.kernels.hopper.decode import hopper_decode_kernel
 from attnd_server.attention.kernels.hopper.items import COLUMNS
+from attnd_server.attention.kernels.hopper.lone_consumer import lone_consumer
 from attnd_server.attention.kernels.hopper.producer import make_ring, producer
 from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, hopper_launch
 from attnd_server.attention.kernels.softmax import log2_numbers
@@ -29,7 +32,7 @@ from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.scales import plain_scale
 from attnd_server.device.kernels.launch import launch_kernel
 
-_GROUP_ROWS = gl.constexpr(GROUP_ROWS)
+_CONSUMERS = gl.constexpr(CONSUMERS)
 _COLUMNS = gl.constexpr(COLUMNS)
 
 
@@ -41,57 +44,77 @@ def _hopper_attention_kernel(
     ROWS: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_SIZE: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, KEYS: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, NEW_TOKENS: gl.constexpr,
     WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINKS: gl.constexpr, LSE: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run at once, or fewer.
 
     Unlike the decode kernels, this one is compiled for each group and for what a launch has: at 64 rows a group of
     warps has no registers to spare, and each item paid some microseconds for numbers that it was told at run time.
-    `partial_output` and `partial_lse` are None where no item has several parts.
+    `partial_output` and `partial_lse` are None where no item has several parts. CONSUMERS: of `consumer.py`, or 1 for
+    `lone_consumer.py`, with eight warps.
     """
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     MOST: gl.constexpr = DIM if DIM > DIM_V else DIM_V
-    GROUPS: gl.constexpr = ROWS // _GROUP_ROWS
+    SHARE: gl.constexpr = ROWS // CONSUMERS
     dtype: gl.constexpr = q.dtype.element_ty
     k_ring, k_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM)
     v_ring, v_ready = make_ring(dtype, STAGES, KEYS, PIECE, DIM_V)
     # Of the item at hand and, where there is room, of the next one.
-    Q_TILES: gl.constexpr = 2 if MOST <= 128 else 1
-    q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES * GROUPS, _GROUP_ROWS, MOST], LAYOUT)
+    Q_TILES: gl.constexpr = 2 if MOST <= 128 and CONSUMERS > 1 else 1
+    q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES * CONSUMERS, SHARE, MOST], LAYOUT)
     # Open for ever: see `consumer`.
     gate = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(gate, count=1)
     fence_async_shared()
     # The last numbers: warps and registers of the roles after the first.
-    gl.warp_specialize(
-        [
-            (consumer, (
-                k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
-                output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, scale, softcap, window,
-                0, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
-                ALIBI, SINKS, LSE,
-            )),
-            (consumer, (
-                k_ring, v_ring, q_tiles, k_ready, v_ready, gate,
-                output, lse, partial_output, partial_lse, q,
-                items, alibi_slopes, sinks, scale, softcap, window,
-                1, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
-                ALIBI, SINKS, LSE,
-            )),
-            (producer, (
-                k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items,
-                window, -1,
-                KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, False, GROUPS,
-            )),
-            (producer, (
-                v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items,
-                window, -1,
-                KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, True, GROUPS,
-            )),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )  # fmt: skip
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (lone_consumer, (
+                    k_ring, v_ring, q_tiles, k_ready, v_ready, output, lse, partial_output, partial_lse, q,
+                    items, alibi_slopes, sinks, scale, softcap, window,
+                    ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP, ALIBI, SINKS,
+                    LSE,
+                )),
+                (producer, (
+                    k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items, window, -1,
+                    KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, False, _CONSUMERS,
+                )),
+                (producer, (
+                    v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items, window, -1,
+                    KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, True, _CONSUMERS,
+                )),
+            ],
+            [1, 1],
+            [24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (
+                    k_ring, v_ring, q_tiles, k_ready, v_ready, gate, output, lse, partial_output, partial_lse, q,
+                    items, alibi_slopes, sinks, scale, softcap, window,
+                    0, SHARE, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                    ALIBI, SINKS, LSE,
+                )),
+                (consumer, (
+                    k_ring, v_ring, q_tiles, k_ready, v_ready, gate, output, lse, partial_output, partial_lse, q,
+                    items, alibi_slopes, sinks, scale, softcap, window,
+                    SHARE, SHARE, ROWS, GROUP, KV_HEADS, DIM, DIM_V, KEYS, PIECE, STAGES, NEW_TOKENS, WINDOW, SOFTCAP,
+                    ALIBI, SINKS, LSE,
+                )),
+                (producer, (
+                    k_ring, k_ready, k, k_pages, k_descriptor, k_pages_descriptor, page_tables, items, window, -1,
+                    KV_HEADS, PAGE_SIZE, DIM, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, False, _CONSUMERS,
+                )),
+                (producer, (
+                    v_ring, v_ready, v, v_pages, v_descriptor, v_pages_descriptor, page_tables, items, window, -1,
+                    KV_HEADS, PAGE_SIZE, DIM_V, KEYS, PIECE, STAGES, WINDOW, NEW_TOKENS, ROWS, GROUP, True, _CONSUMERS,
+                )),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )  # fmt: skip
 
 
 def hopper_attention(
@@ -148,7 +171,7 @@ def hopper_attention(
     read = q, some(k, k_pages), some(v, v_pages), k_pages, v_pages, *descriptors(k, v, k_pages, v_pages, piece)
     step = page_tables, items, some(alibi_slopes, others), some(sinks, others)
     scale, softcap = log2_numbers(scale, softcap)
-    shape = {
+    shape: dict[str, Any] = {
         "ROWS": rows, "KV_HEADS": num_kv_heads, "PAGE_SIZE": page_size, "DIM": head_dim, "DIM_V": head_dim_v,
         "KEYS": launch.keys, "PIECE": piece, "STAGES": launch.num_stages, "num_warps": 4,
         "maxnreg": launch.max_registers,
@@ -157,7 +180,8 @@ def hopper_attention(
         launch_kernel(
             _hopper_attention_kernel, grid, output, some(lse, others), partial_output, partial_lse, *read, *step,
             scale, softcap, window, GROUP=group, NEW_TOKENS=k is not None, WINDOW=window > 0, SOFTCAP=softcap > 0,
-            ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None, **shape,
+            ALIBI=alibi_slopes is not None, SINKS=sinks is not None, LSE=lse is not None, CONSUMERS=CONSUMERS,
+            sooner={"CONSUMERS": 1, "num_warps": 8}, **shape,
         )  # fmt: skip
         return
     launch_kernel(
