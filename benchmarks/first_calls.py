@@ -32,6 +32,11 @@ from benchmarks.servers import Child, started
 from benchmarks.workload import LLAMA_8B
 
 TIMEOUT_S = 120.0
+# Of Llama-3-8B, of half of it, of Qwen2.5-7B, Qwen2.5-0.5B and Gemma-2-9B; pages of 16.
+MODELS = [
+    Geometry(num_kv_heads, head_dim, 16, torch.bfloat16, None, "unified", group)
+    for num_kv_heads, head_dim, group in ((8, 128, 4), (4, 128, 4), (4, 128, 7), (2, 64, 7), (8, 256, 2))
+]
 # Of the neighbour: its batch, its context, and the plane that it uses.
 BATCH, CONTEXT_LEN, PLANE = 4, 1024, "shm"
 COLUMNS = {
@@ -45,7 +50,8 @@ COLUMNS = {
     "p99_ratio": "p99/quiet",
 }
 CAPTION = """p50, most: ms of a call; of a first one with the creation of its cache. neighbour: us of its decode calls.
-first: one call of each new geometry, whose kernels are compiled for it; mix: random calls after a restart."""
+first: one call of each new geometry, whose kernels are compiled for it; mix: random calls after a restart. models: of
+models that people run; Hopper has kernels of its own for these, and they share some."""
 
 
 @dataclass
@@ -76,9 +82,9 @@ class Mix:
         self._rng, self._generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self._caches: list[MixedCache] = []
 
-    def first_call(self, timed: Timed) -> None:
-        """A cache of a new geometry, and its first call."""
-        geometry = Geometry.drawn(self._rng)
+    def first_call(self, timed: Timed, geometry: Geometry | None = None) -> None:
+        """A cache of a new geometry, or of a random one, and its first call."""
+        geometry = geometry or Geometry.drawn(self._rng)
         began = time.perf_counter()
         mixed = MixedCache(geometry, self._client.create_cache(**geometry.cache))
         took = time.perf_counter() - began
@@ -125,21 +131,23 @@ def answer_of(child: Child, seconds: float) -> dict[str, float]:
     return said
 
 
-def timed_first_calls(device: str, folder: Path, options: argparse.Namespace) -> tuple[Timed, Timed]:
-    """Of a server without kernels: the neighbour alone, and with first calls beside it."""
-    quiet, first = Timed(), Timed()
+def timed_first_calls(device: str, folder: Path, options: argparse.Namespace) -> tuple[Timed, Timed, Timed]:
+    """Of a server without kernels: the neighbour alone, first calls of models, and others with the neighbour beside."""
+    quiet, models, first = Timed(), Timed(), Timed()
     with ExitStack() as stack:
         client, address = stack.enter_context(served(device, folder))
         child = stack.enter_context(neighbour_of(address, device))
         child.write(f"{options.seconds:g}")
         quiet.neighbour = answer_of(child, options.seconds)
         mix = Mix(client, options.seed)
+        for geometry in MODELS:
+            mix.first_call(models, geometry)
         child.write(f"{options.seconds:g}")
         began = time.monotonic()
         while len(first.seconds) < options.geometries and time.monotonic() - began < options.seconds:
             mix.first_call(first)
         first.neighbour = answer_of(child, options.seconds)
-    return quiet, first
+    return quiet, models, first
 
 
 def timed_mix(device: str, folder: Path, options: argparse.Namespace, num_calls: int) -> tuple[Timed, dict[str, Any]]:
@@ -177,16 +185,16 @@ def run(options: argparse.Namespace, console: Console) -> None:
     attnd.tune_process()
     with tempfile.TemporaryDirectory(prefix="attnd-") as name:
         folder = Path(name)
-        quiet, first = timed_first_calls(options.device, folder, options)
+        quiet, models, first = timed_first_calls(options.device, folder, options)
         quiet_p99_us = quiet.neighbour["p99_us"]
-        for phase, timed in (("quiet", quiet), ("first", first)):
+        for phase, timed in (("quiet", quiet), ("first, models", models), ("first", first)):
             console.print(timed.row(phase, quiet_p99_us))
         # Once for what the mix needs beside the first calls, and once more, when all of it has been seen.
         seen, counts = timed_mix(options.device, folder, options, options.calls)
         console.print(seen.row("mix, some kernels new", quiet_p99_us), counts)
         again, counts_again = timed_mix(options.device, folder, options, options.calls)
         console.print(again.row("mix", quiet_p99_us), counts_again)
-    phases = {"quiet": quiet, "first": first, "mix, some new": seen, "mix": again}
+    phases = {"quiet": quiet, "first, models": models, "first": first, "mix, some new": seen, "mix": again}
     rows = [timed.row(phase, quiet_p99_us) for phase, timed in phases.items()]
     console.print(report.table(f"first calls, {options.device}", CAPTION, rows, COLUMNS))
     if options.out is not None:
