@@ -35,8 +35,12 @@ def numbers(ended: subprocess.CompletedProcess[str]) -> list[int]:
 
 
 def test_kernels_are_compiled_once(tmp_path: Path) -> None:
-    num, compiled, failed = numbers(run(tmp_path / "kernels", *NARROW))
+    ended = run(tmp_path / "kernels", *NARROW)
+    num, compiled, failed = numbers(ended)
     assert num > 5
+    progress = [line for line in ended.stderr.splitlines() if line.startswith("sm_80: ")]
+    assert 1 < len(progress) <= 10
+    assert progress[-1] == f"sm_80: {num} of {num} kernels"
     assert (compiled, failed) == (num, 0)
     assert len(list((tmp_path / "kernels").rglob("*.cubin"))) == num
     assert numbers(run(tmp_path / "kernels", *NARROW)) == [num, 0, 0]

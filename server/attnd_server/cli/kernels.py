@@ -25,6 +25,8 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 # A kernel belongs to a number of KV heads and to a page size: those of most models of 7 to 70 billion parameters.
 _NUM_KV_HEADS, _PAGE_SIZE = 8, 16
+# Of progress, for each kind of GPU, where no terminal shows it.
+_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ def run_kernels(
             with errors.status(f"{target}: looking for what is needed") as status:
 
                 def tell(done: int, num: int, target: str = target) -> None:
-                    status.update(f"{target}: {done} of {num} kernels")
+                    text = f"{target}: {done} of {num} kernels"
+                    status.update(text)
+                    if not errors.is_terminal and done * _LINES // num > (done - 1) * _LINES // num:
+                        errors.print(text)  # a log of a build has some lines, not one for each kernel
 
                 outcomes.append(compile_for(folder, target, configs, places, tell))
             for text in outcomes[-1].errors:
