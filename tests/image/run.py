@@ -61,8 +61,8 @@ class Storage:
         subprocess.run([str(word) for word in ("buildah", *self._options, *words)], check=True, stdout=sys.stderr)
 
     def make_base(self, root: Path) -> None:
-        """Debian with Python as the image that stands for python:3.12-slim-bookworm."""
-        packages = "python3,python3-venv,ca-certificates"
+        """Debian with Python and its headers, as python:3.12-slim-bookworm has them: Triton compiles with these."""
+        packages = "python3,python3-dev,python3-venv,ca-certificates"
         subprocess.run(
             ["debootstrap", "--variant=minbase", f"--include={packages}", SUITE, root], check=True, stdout=sys.stderr
         )

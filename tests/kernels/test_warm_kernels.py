@@ -66,3 +66,20 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     ended = run(tmp_path / "kernels", *NARROW)
     assert ended.returncode == 2
     assert "has mode 0777, but must let nobody else write" in " ".join(ended.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("fails", ["every time", "for want of headers"])
+def test_without_a_c_compiler_it_says_what_is_needed(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    only = "" if fails == "every time" else 'case "$*" in *cuda_utils*) ;; *) exec gcc "$@" ;; esac\n'
+    compiler.write_text(f"#!/bin/sh\n{only}exit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    ended = run(tmp_path / "kernels", *NARROW)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"attnd: {compiler} ended with 3; kernels need a C compiler that works (CC, or gcc) and the headers of this "
+        "Python (python3-dev)"
+    )

@@ -134,12 +134,17 @@ def kernels(
     They are for caches with 8 KV heads and pages of 16 tokens. A server compiles what others need.
     """
     from attnd_server.cli import kernels as compiling
+    from attnd_server.device.kernels.launchers import NoCompiler
 
     chosen = (target or compiling.TARGETS, head_dim or compiling.HEAD_DIMS, dtype or compiling.DTYPES)
     try:
         code = compiling.run_kernels(kernel_cache, *chosen, not no_fp8, places, output(), errors())
     except PermissionError as error:
         raise typer.BadParameter(str(error), param_hint="--kernel-cache") from None
+    except NoCompiler as error:
+        needed = "kernels need a C compiler that works (CC, or gcc) and the headers of this Python (python3-dev)"
+        errors().print(f"attnd: {error}; {needed}", markup=False, highlight=False, soft_wrap=True)
+        code = 1
     raise typer.Exit(code)
 
 

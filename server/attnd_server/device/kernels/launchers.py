@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
+class NoCompiler(Exception):
+    """There is no C compiler that works, or it does not find Python's headers."""
+
+
 class _Unloaded:
     """Stands for a library that was built and is not loaded."""
 
@@ -23,10 +27,10 @@ class _Unloaded:
 
 
 def build_for_driver() -> None:
-    """Builds what Triton calls the driver through."""
+    """Builds what Triton calls the driver through. Raises NoCompiler."""
     from triton.backends.nvidia import driver
 
-    with _not_loaded():
+    with _not_loaded(), _told():
         driver.CudaUtils()
 
 
@@ -83,6 +87,18 @@ def _not_loaded() -> Iterator[None]:
         build._load_module_from_path = load
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says of a compiler that fails which it is."""
+    try:
+        yield
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # Triton has a RuntimeError for none at all
+        said = str(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            said = f"{error.cmd[0]} ended with {error.returncode}"
+        raise NoCompiler(said) from error
+
+
 def stand_in_for_driver(folder: Path) -> Path:
     """Makes a library with the name of the driver's, to link with where there is no driver.
 
@@ -93,13 +109,17 @@ def stand_in_for_driver(folder: Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        NoCompiler: it cannot be built.
     """
     name = "libcuda.so.1"
     compiler = os.environ.get("CC") or "gcc"
     # Linkers may leave a library out of which nothing is used.
     source = "".join(f"void {function}(void) {{}}\n" for function in ("cuCtxGetCurrent", "cuPointerGetAttribute"))
     command = [compiler, "-shared", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(folder / name)]
-    subprocess.run(command, input=source.encode(), check=True)
+    with _told():
+        subprocess.run(command, input=source.encode(), check=True)
     return folder
 
 
@@ -108,5 +128,8 @@ def link_without_driver(folder: Path) -> None:
 
     Args:
         folder: for it, which must stay as long.
+
+    Raises:
+        NoCompiler: it cannot be built.
     """
     os.environ["TRITON_LIBCUDA_PATH"] = str(stand_in_for_driver(folder))
