@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import threading
@@ -27,6 +28,9 @@ from benchmarks import report
 HOLD_S, PATIENCE_S = 0.2, 1.0
 # Seconds after that until the wait ends, whatever the thread does that should have ended it.
 LET_GO_S = 3.0
+# Seconds after that until the process ends, and says what each thread was at: a call that waits with Python's lock lets
+# no thread open the gate. A server that made it would not answer either, and waits for its worker as long.
+GIVE_UP_S = 20.0
 COLUMNS = {
     "call": "call",
     "none_ms": "no wait",
@@ -73,6 +77,7 @@ def outcome(gate: Any, work: Callable[[], object], patience_s: float) -> Outcome
         is_over.set()
 
     torch.cuda.synchronize()
+    faulthandler.dump_traceback_later(patience_s + LET_GO_S + GIVE_UP_S, exit=True)
     with quiet_gpu(torch.device("cuda", 0)).waits():
         gate.hold()
         let_go = threading.Timer(patience_s + LET_GO_S, gate.open)
@@ -84,16 +89,20 @@ def outcome(gate: Any, work: Callable[[], object], patience_s: float) -> Outcome
         gate.release()
         thread.join()
         let_go.cancel()
+    faulthandler.cancel_dump_traceback_later()
     return Outcome(returned, seconds, error)
 
 
-def measure(tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """A row for each call, told as soon as it is measured."""
+def measure(only: str, tell: Callable[[str, dict[str, Any] | None], None]) -> list[dict[str, Any]]:
+    """A row for each call whose name has this text; its name is told before, and its row after it is measured."""
     from benchmarks.gpu_calls import KINDS, NONE, Gate, gpu_calls
 
     gates = {kind: Gate(kind) for kind in (*KINDS, NONE)}
     rows = []
     for each in gpu_calls():
+        if only not in each.name:
+            continue
+        tell(each.name, None)
         outcomes = {
             kind: outcome(gate, each.prepare(), HOLD_S if each.waits else PATIENCE_S) for kind, gate in gates.items()
         }
@@ -107,7 +116,7 @@ def measure(tell: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
                 "errors": [found.error for found in outcomes.values() if found.error],
             }
         )
-        tell(rows[-1])
+        tell(each.name, rows[-1])
     return rows
 
 
@@ -116,6 +125,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_gpu", description=description)
     results = report.ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=results, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--only", default="", metavar="TEXT", help="calls whose name has this text; default: all")
     return parser.parse_args(arguments)
 
 
@@ -125,12 +135,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
         raise report.WrongResult("there is no GPU here")
     torch.cuda.set_device(0)
 
-    def tell(row: dict[str, Any]) -> None:
+    def tell(name: str, row: dict[str, Any] | None) -> None:
+        if row is None:
+            console.print(name, end=": ", highlight=False)
+            return
         times = ", ".join(f"{kind} {row[f'{kind}_ms']:.2f} ms" for kind in ("none", "words", "spinning"))
         waits = row["waits"] or "no"
-        console.print(f"{row['call']}: {times}; waits: {waits}; as known: {row['is_known']}", highlight=False)
+        console.print(f"{times}; waits: {waits}; as known: {row['is_known']}", highlight=False)
 
-    rows = measure(tell)
+    rows = measure(options.only, tell)
+    if not rows:
+        raise report.WrongResult(f"no call has {options.only!r} in its name")
     console.print(report.table("What waits for the whole GPU", CAPTION, rows, COLUMNS))
     path = options.out / "whole-gpu.json"
     report.write_json(path, "whole_gpu", {"hold_s": HOLD_S, "patience_s": PATIENCE_S}, rows)
