@@ -66,7 +66,8 @@ def _hopper_attention_kernel(
     gate = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(gate, count=1)
     fence_async_shared()
-    # The last numbers: warps and registers of the roles after the first.
+    # The last numbers: warps and registers of the roles after the first. The producers stand here twice, because what
+    # is given a name before is no constant any more.
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
