@@ -1,9 +1,9 @@
 """Builds the image with buildah, and runs server and workers in it under bubblewrap: `make image-test`, as root.
 
-It needs buildah, bubblewrap and debootstrap (packages of Debian), 12 GB of disk and a few minutes. Where one is missing
-it says so and ends well, unless REQUIRE=1. STORAGE_DRIVER=vfs is for where overlays cannot be mounted. The base is
-Debian with its own Python, made here, because no registry of images is asked. pip's configuration on this machine
-counts inside too, so it decides which build of torch is taken.
+It needs buildah, bubblewrap and debootstrap (packages of Debian), 12 GB of disk and, with a torch for GPUs, 20 minutes.
+Where one is missing it says so and ends well, unless REQUIRE=1. STORAGE_DRIVER=vfs is for where overlays cannot be
+mounted. The base is Debian with its own Python, made here, because no registry of images is asked. pip's configuration
+on this machine counts inside too, so it decides which build of torch is taken.
 """
 
 from __future__ import annotations
