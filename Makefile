@@ -3,9 +3,9 @@
 PYTHON ?= python3
 # Where the environment lies. Empty (`make test VENV=`): use PYTHON as it is, and install nothing.
 VENV ?= .venv
-# Processes that share the tests, a file to each: many tests wait for servers. 0: this one alone, for a debugger. Their
-# folder has a short name, because paths of Unix sockets must be short.
-WORKERS ?= 2
+# Processes that share the tests, a file to each: many tests wait for servers, so two cores are busy with three, and not
+# with two. 0: this one alone, for a debugger. Their folder has a short name: paths of Unix sockets must be short.
+WORKERS ?= 3
 # More arguments for pytest, the demo or a benchmark: make test ARGS="-k cache -x"
 ARGS ?=
 
