@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,31 +93,20 @@ def outcome(gate: Any, work: Callable[[], object], patience_s: float) -> Outcome
     return Outcome(returned, seconds, error)
 
 
-def measure(only: str, tell: Callable[[str, dict[str, Any] | None], None]) -> list[dict[str, Any]]:
-    """A row for each call whose name has this text; its name is told before, and its row after it is measured."""
-    from benchmarks.gpu_calls import KINDS, NONE, Gate, gpu_calls
+def measured(each: Any, gates: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a call, a `GpuCall`, which is made once with each gate."""
+    from benchmarks.gpu_calls import KINDS
 
-    gates = {kind: Gate(kind) for kind in (*KINDS, NONE)}
-    rows = []
-    for each in gpu_calls():
-        if only not in each.name:
-            continue
-        tell(each.name, None)
-        outcomes = {
-            kind: outcome(gate, each.prepare(), HOLD_S if each.waits else PATIENCE_S) for kind, gate in gates.items()
-        }
-        waits = {kind: not outcomes[kind].returned for kind in KINDS}
-        rows.append(
-            {
-                "call": each.name,
-                **{f"{kind}_ms": found.seconds * 1e3 for kind, found in outcomes.items()},
-                "waits": "yes" if all(waits.values()) else ", ".join(kind for kind in KINDS if waits[kind]),
-                "is_known": "yes" if set(waits.values()) == {each.waits} else "NO",
-                "errors": [found.error for found in outcomes.values() if found.error],
-            }
-        )
-        tell(each.name, rows[-1])
-    return rows
+    patience_s = HOLD_S if each.waits else PATIENCE_S
+    outcomes = {kind: outcome(gate, each.prepare(), patience_s) for kind, gate in gates.items()}
+    waits = {kind: not outcomes[kind].returned for kind in KINDS}
+    return {
+        "call": each.name,
+        **{f"{kind}_ms": found.seconds * 1e3 for kind, found in outcomes.items()},
+        "waits": "yes" if all(waits.values()) else ", ".join(kind for kind in KINDS if waits[kind]),
+        "is_known": "yes" if set(waits.values()) == {each.waits} else "NO",
+        "errors": [found.error for found in outcomes.values() if found.error],
+    }
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -135,17 +124,19 @@ def run(options: argparse.Namespace, console: Console) -> None:
         raise report.WrongResult("there is no GPU here")
     torch.cuda.set_device(0)
 
-    def tell(name: str, row: dict[str, Any] | None) -> None:
-        if row is None:
-            console.print(name, end=": ", highlight=False)
-            return
-        times = ", ".join(f"{kind} {row[f'{kind}_ms']:.2f} ms" for kind in ("none", "words", "spinning"))
-        waits = row["waits"] or "no"
-        console.print(f"{times}; waits: {waits}; as known: {row['is_known']}", highlight=False)
+    from benchmarks.gpu_calls import KINDS, NONE, Gate, gpu_calls
 
-    rows = measure(options.only, tell)
-    if not rows:
+    gates = {kind: Gate(kind) for kind in (*KINDS, NONE)}
+    calls = [each for each in gpu_calls() if options.only in each.name]
+    if not calls:
         raise report.WrongResult(f"no call has {options.only!r} in its name")
+    rows = []
+    for each in calls:
+        console.print(each.name, end=": ", highlight=False)  # before, in case it never returns
+        row = measured(each, gates)
+        times = ", ".join(f"{kind} {row[f'{kind}_ms']:.2f} ms" for kind in (NONE, *KINDS))
+        console.print(f"{times}; waits: {row['waits'] or 'no'}; as known: {row['is_known']}", highlight=False)
+        rows.append(row)
     console.print(report.table("What waits for the whole GPU", CAPTION, rows, COLUMNS))
     path = options.out / "whole-gpu.json"
     report.write_json(path, "whole_gpu", {"hold_s": HOLD_S, "patience_s": PATIENCE_S}, rows)

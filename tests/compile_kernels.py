@@ -35,7 +35,8 @@ from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.device.kernels.named_gpu import NamedGpu
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run, its own folder
+# A script has its own folder there. Last, because `tests` would have a triton that is imported after it interpret.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.sooner import launched_sooner
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

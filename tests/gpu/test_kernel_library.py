@@ -54,15 +54,20 @@ def served(log: Path, folder: Path) -> status_pb2.KernelStatus:
     """What a server says of its kernels in its life, after calls of each geometry and all that it compiles ahead."""
     with ServerProcess(log, "--device", "cuda", "--kernel-cache", str(folder)) as server:
         with attnd.connect(server.address, timeout_s=120) as client:
-            for head_dim in HEAD_DIMS:
-                with client.create_cache(**geometry(head_dim)) as cache:
-                    calls(cache, head_dim)
+            num_loaded = 0
 
             def is_idle() -> bool:
                 told = kernels(client)
-                return not (told.num_compiling or told.num_waiting)
+                return told.num_loaded > num_loaded and not (told.num_compiling or told.num_waiting)
 
-            wait_for(is_idle, "kernels that caches can need", timeout_s=240)
+            for head_dim in HEAD_DIMS:
+                with client.create_cache(**geometry(head_dim)) as cache:
+                    # A call that came earlier might have another kernel compiled, to stand in for its own.
+                    wait_for(is_idle, "kernels that a cache can need", timeout_s=240)
+                    calls(cache, head_dim)
+                num_loaded = kernels(client).num_loaded
+            num_loaded = 0
+            wait_for(is_idle, "kernels that calls need", timeout_s=240)
             return kernels(client)
 
 
@@ -73,8 +78,7 @@ def test_what_this_machine_has_seen_is_never_compiled_again(tmp_path: Path) -> N
     assert first.num_loaded == first.num_compiled + first.num_found
     second = served(tmp_path / "second.log", tmp_path / "kernels")
     assert (second.num_compiled, second.num_failed) == (0, 0)
-    # Of those, one at most stood in for a prefill's kernel while that was compiled.
-    assert second.num_found == second.num_loaded >= first.num_compiled - 1
+    assert second.num_found == second.num_loaded >= first.num_compiled
 
 
 @pytest.mark.skipif(

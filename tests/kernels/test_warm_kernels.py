@@ -80,6 +80,6 @@ def test_without_a_c_compiler_it_says_what_is_needed(
     ended = run(tmp_path / "kernels", *NARROW)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        f"attnd: {compiler} ended with 3; kernels need a C compiler that works (CC, or gcc) and the headers of this "
-        "Python (python3-dev)"
+        f"attnd kernels: {compiler} ended with 3; kernels need a C compiler that works (CC, or gcc) and the headers of "
+        "this Python (python3-dev)"
     )

@@ -19,6 +19,7 @@ from attnd_server.cli.options import DEFAULT_ADDRESS, AsJson, Command, Group, se
 from attnd_server.cli.parsers import call_type, gpu_kind, number, whole
 from attnd_server.cli.serve import serve
 from attnd_server.cli.streams import errors, output
+from attnd_server.cli.texts import told
 from attnd_server.config import ServerConfig
 
 app = typer.Typer(
@@ -142,8 +143,7 @@ def kernels(
     except PermissionError as error:
         raise typer.BadParameter(str(error), param_hint="--kernel-cache") from None
     except NoCompiler as error:
-        needed = "kernels need a C compiler that works (CC, or gcc) and the headers of this Python (python3-dev)"
-        errors().print(f"attnd: {error}; {needed}", markup=False, highlight=False, soft_wrap=True)
+        told(errors(), "kernels", error)
         code = 1
     raise typer.Exit(code)
 

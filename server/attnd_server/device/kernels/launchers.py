@@ -89,14 +89,15 @@ def _not_loaded() -> Iterator[None]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Says of a compiler that fails which it is."""
+    """Says of a compiler that fails which it is, and what is needed."""
     try:
         yield
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # Triton has a RuntimeError for none at all
         said = str(error)
         if isinstance(error, subprocess.CalledProcessError):
             said = f"{error.cmd[0]} ended with {error.returncode}"
-        raise NoCompiler(said) from error
+        needed = "kernels need a C compiler that works (CC, or gcc) and the headers of this Python (python3-dev)"
+        raise NoCompiler(f"{said}; {needed}") from error
 
 
 def stand_in_for_driver(folder: Path) -> Path:
