@@ -17,12 +17,13 @@ from attnd.protocol.cuda import gate_flags
 from attnd.protocol.cuda.driver import Stream, call, device
 from attnd.protocol.cuda.host_flags import HostFlags, HostWords
 from attnd.protocol.cuda.memory import DeviceMemory
+from attnd_server.attention.backends.dense_prefill import dense_kernels
 from attnd_server.device.cuda_graph import captured
 from attnd_server.device.first_uses import use_libraries
 from attnd_server.device.gpu_addresses import GpuAddresses
 from attnd_server.device.kernels.loading import KernelLoader, StandIn
 from attnd_server.device.kernels.local_memory import LEAST_BYTES, local_memory, user_of
-from attnd_server.device.kernels.second_context import SecondContext, second_context
+from attnd_server.device.kernels.second_context import second_context
 from attnd_server.device.quiet import quiet_gpu
 
 GPU = torch.device("cuda", 0)
@@ -175,6 +176,19 @@ def _libraries() -> Iterator[GpuCall]:
     yield GpuCall("kernel of torch that was never launched", False, never_launched)
     yield GpuCall("product, of a thread's own cuBLAS handle", False, lambda: lambda: torch.bmm(halves, halves))
     yield GpuCall("torch's attention", False, lambda: lambda: attend(tokens, tokens, tokens))
+    # Of sizes in no use elsewhere: cuDNN would compile and load a kernel for each.
+    sizes = itertools.count(80, 8)
+
+    def dense() -> Callable[[], object]:
+        rows = torch.rand(1, 2, 64, next(sizes), device=GPU).half()
+
+        def attends() -> None:
+            with dense_kernels():
+                attend(rows, rows, rows, is_causal=True)
+
+        return attends
+
+    yield GpuCall("torch's attention, as backend sdpa has it", False, dense)
 
 
 def _memory() -> Iterator[GpuCall]:
@@ -283,14 +297,10 @@ def _streams() -> Iterator[GpuCall]:
 def _second_context() -> Iterator[GpuCall]:
     target = torch.zeros(128, dtype=torch.int32, device=GPU)
     quiet, loader = quiet_gpu(GPU), KernelLoader(GPU)
-    contexts: list[SecondContext] = []
-
-    def makes() -> None:
-        contexts.append(SecondContext(GPU.index))
 
     def loads() -> Callable[[], object]:
         kernel, _ = compiled(target)
-        return lambda: contexts[0].load(kernel, quiet)
+        return lambda: second_context(GPU.index).load(kernel, quiet)
 
     def stands_in() -> Callable[[], object]:
         kernel, number = compiled(target)
@@ -304,6 +314,5 @@ def _second_context() -> Iterator[GpuCall]:
 
         return load_and_launch
 
-    yield GpuCall("second context: made", False, lambda: makes)
     yield GpuCall("second context: a kernel is loaded", False, loads)
     yield GpuCall("a kernel is loaded and launched while a step waits", False, stands_in)

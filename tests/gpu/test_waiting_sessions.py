@@ -235,7 +235,8 @@ def test_everything_that_others_ask_for_ends_while_a_session_waits(server: Serve
             tenant = on_a_thread(partial(Tenant, other, head_dim, plane), OTHERS_S)
             on_a_thread(tenant.run, COMPILES_S)
             caches.append(tenant.cache)
-        warmed = on_a_thread(partial(caches[0].warm_up, num_heads=HEADS, max_reqs=4), COMPILES_S)
+        captured = on_a_thread(partial(Tenant, other, 128, "inline"), OTHERS_S).cache
+        warmed = on_a_thread(partial(captured.warm_up, num_heads=HEADS, max_reqs=4), COMPILES_S)
         assert warmed.num_graphs
         on_a_thread(caches[1].delete, OTHERS_S)
         waiting.end()  # it has been waiting all the time

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from attnd_server import NaiveAttention
-from attnd_server.attention.backends.dense_prefill import dense_prefill
+from attnd_server.attention.backends.dense_prefill import dense_kernels, dense_prefill
 from attnd_server.attention.backends.gather import BATCHED_ROWS, TILE_ROWS, Part, split
 from attnd_server.attention.backends.sdpa import SdpaAttention
 from attnd_server.attention.config import FP8, Layout, PrecisionMode
@@ -295,3 +295,18 @@ def test_latent_rows(
         )
         assert kernel.supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case))) is None
         oracle.check(kernel, case, device)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_cudnn_attends_only_where_it_is_on(is_on: bool) -> None:
+    """A server with cuda planes has it off: it would load kernels for new shapes while others' steps wait."""
+    backends = torch.backends.cuda
+    was_on = backends.cudnn_sdp_enabled()
+    backends.enable_cudnn_sdp(is_on)
+    try:
+        with dense_kernels():
+            assert backends.cudnn_sdp_enabled() == is_on
+            assert backends.flash_sdp_enabled()
+        assert backends.cudnn_sdp_enabled() == is_on
+    finally:
+        backends.enable_cudnn_sdp(was_on)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnd_server.attention.backends import plain_masks
 from attnd_server.attention.backends.gather import PLAIN_ROWS, Part
@@ -12,6 +15,9 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 
 # Most elements per head of torch's FlashAttention and cuDNN.
 MAX_HEAD_DIM = 256
+# What serves it on a GPU, the fastest first: each takes grouped heads and a causal flag, but no mask.
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+_WITHOUT_CUDNN = _KERNELS[1:]
 
 
 def is_dense_prefill(
@@ -54,6 +60,16 @@ def dense_prefill(
         for first in range(0, len(requests), most):
             parts.append(_part(metadata, requests[first : first + most], num_rows, causal, device))
     return parts
+
+
+def dense_kernels() -> AbstractContextManager[None]:
+    """A block in which torch attends with what is fastest for dense prefill on a GPU.
+
+    Without cuDNN's where that is off: torch would turn it on in the block, and a server with cuda planes must not have
+    it, see `first_uses`.
+    """
+    is_cudnn_on = torch.backends.cuda.cudnn_sdp_enabled()
+    return sdpa_kernel(_KERNELS if is_cudnn_on else _WITHOUT_CUDNN, set_priority=True)
 
 
 def _part(

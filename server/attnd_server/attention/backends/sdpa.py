@@ -10,12 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnd.protocol.alignment import aligned
 from attnd_server.attention.backends.base import DecodeShape
-from attnd_server.attention.backends.dense_prefill import dense_prefill
+from attnd_server.attention.backends.dense_prefill import dense_kernels, dense_prefill
 from attnd_server.attention.backends.gather import Part, mask_elements, split
 from attnd_server.attention.backends.part_costs import FEW_KEYS, PartCosts, longest, part_costs
 from attnd_server.attention.config import AttentionBackend, AttentionConfig, Layout
@@ -27,9 +26,6 @@ from attnd_server.attention.tiles import SCRATCH_BYTES
 
 MAX_MASK_ELEMENTS = 2**30
 """Most elements of all masks of a step, which are made anew for each layer where they are many."""
-
-# What serves dense prefill on a GPU, the fastest first: each takes grouped heads and a causal flag, but no mask.
-_DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +272,7 @@ def _attend(plan: _Plan, part: Part, queries: torch.Tensor, keys: torch.Tensor, 
         keys, values = (tensor.repeat_interleave(num_heads // num_kv_heads, dim=1) for tensor in (keys, values))
     kernels: AbstractContextManager[None] = nullcontext()
     if plan.is_dense_on_gpu:
-        kernels = sdpa_kernel(_DENSE_KERNELS, set_priority=True)
+        kernels = dense_kernels()
     with kernels:
         output = scaled_dot_product_attention(
             queries.transpose(1, 2),

@@ -37,7 +37,7 @@ class SecondContext:
     """Kernels in it, and a stream for each stream of the primary one that they are launched in the order of."""
 
     def __init__(self, index: int) -> None:
-        """Makes it, in most of a second.
+        """Makes it: in 2 to 3 s where CUDA loads all kernels of its libraries into it.
 
         Args:
             index: of the GPU in this process.
