@@ -39,6 +39,8 @@ MODELS = [
 ]
 # Of the neighbour: its batch, its context, and the plane that it uses.
 BATCH, CONTEXT_LEN, PLANE = 4, 1024, "shm"
+# Of a row with so many calls at most, the report has each.
+FEW = 20
 COLUMNS = {
     "phase": "phase",
     "calls": "calls",
@@ -64,6 +66,8 @@ class Timed:
     def row(self, phase: str, quiet_p99_us: float) -> dict[str, Any]:
         """For the report."""
         row: dict[str, Any] = {"phase": phase, "calls": len(self.seconds)}
+        if 0 < len(self.seconds) <= FEW:
+            row["each_ms"] = [round(each * 1e3) for each in self.seconds]
         if self.seconds:
             row |= {"p50_ms": statistics.median(self.seconds) * 1e3, "most_ms": max(self.seconds) * 1e3}
             row["per_s"] = len(self.seconds) / sum(self.seconds)

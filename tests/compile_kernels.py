@@ -131,8 +131,8 @@ def launch_paged(case: Case) -> None:
     paged_attention(
         *case.outputs(), empty(64, dtype=torch.int32) if case.split else None, case.query(),
         *case.new(not case.cached_only), case.pages(), *tables(), case.per_head(heads),
-        case.per_head(heads), tile=launch_shape(case.tokens, case.group, dims, item_size), heads=case.group,
-        compute=case.dtype, **case.numbers(),
+        case.per_head(heads), tile=launch_shape(case.tokens, case.group, dims, item_size),
+        may_be_split=case.split, heads=case.group, compute=case.dtype, **case.numbers(),
     )  # fmt: skip
 
 

@@ -126,6 +126,72 @@ assert not specs, "it is there"
 """)
 
 
+STEPS = """
+from benchmarks.variants import _pretend
+from attnd_server.attention.backends.triton.attention import TritonPagedAttention
+from attnd_server.attention.config import AttentionBackend, AttentionConfig
+from attnd_server.attention.kv_split import KVSplitConfig
+from attnd_server.attention.layer_pages import LayerPages
+from attnd_server.attention.metadata import AttentionOptions
+from tests.oracle import Case as Step, Request
+
+
+def run(page_size, *requests, **fields):
+    config = AttentionConfig(
+        num_layers=1, num_kv_heads=2, head_dim=128, num_pages=64, page_size=page_size, dtype=BF16, **fields
+    )
+    metadata = Step([Request(*each, each[1], [0] * 600) for each in requests]).metadata()
+    options = AttentionOptions(num_heads=8, scale=1.0, backend=AttentionBackend.TRITON_GROUPED)
+    plan = TritonPagedAttention(AttentionBackend.TRITON_GROUPED).plan(config, metadata, options, torch.device("cpu"))
+    new = [torch.empty(metadata.num_tokens, heads, 128, dtype=BF16) for heads in (8, 2, 2)]
+    pages = LayerPages(*(torch.empty(64, page_size, 2, 128, dtype=BF16) for _ in "kv"), None, None)
+    plan.run(*new, pages)
+
+
+_pretend(hopper=True)
+"""
+
+
+def test_a_call_that_misses_a_kernel_has_all_of_its_kernels_brought_at_once() -> None:
+    """Two requests whose kernels differ, for Hopper's GPUs: a decode kernel, and one that has another for meanwhile."""
+    run(f"""
+{STEPS}
+library, library.asked_for_all = Library(), []
+library.ask_for_all = library.asked_for_all.append
+launch.install(0, library)
+here.may_wait = False
+try:
+    run(16, (5, 1), (0, 300))
+    raise AssertionError("it was launched")
+except KernelMissing as missing:
+    assert missing.ready is library.ready
+((_, _, first),) = library.asked
+(specs,) = library.asked_for_all
+assert first in specs
+names = {{spec.name: sooner and sooner.options["num_warps"] for spec, sooner in specs.items()}}
+assert names == {{"hopper_decode_kernel": None, "_hopper_attention_kernel": 8}}, names
+""")
+
+
+def test_requests_in_one_chunk_have_the_faster_kernel_unless_bits_must_not_depend_on_others() -> None:
+    run(f"""
+{STEPS}
+def variants(query_len, **fields):
+    kernels = []
+    for contexts in ([20], [20, 4000]):  # of which no request is in chunks, and one is
+        with collecting() as specs:
+            run(8, *((context_len, query_len) for context_len in contexts), **fields)
+        kernels.append({{spec for spec in specs if spec.name == "_paged_attention_kernel"}})
+    return kernels
+
+
+assert len(set.union(*variants(32))) == 2
+whole, cut = variants(32, kv_split=KVSplitConfig(batch_invariant=True))
+assert whole == cut and len(whole) == 1
+assert len(set.union(*variants(1))) == len(set.union(*variants(300))) == 1
+""")
+
+
 def test_kernels_of_others_compile_where_they_are_launched() -> None:
     run("""
 launch.install(0, Library())

@@ -111,6 +111,16 @@ def test_a_kernel_on_disk_is_loaded_and_put_where_its_function_looks(
     assert (states.num_loaded, states.num_found, states.num_compiled) == (1, 1, 0)
 
 
+def test_all_kernels_of_a_call_come_at_once_and_stand_ins_only_for_what_must_compile(
+    library: KernelLibrary, on_disk: set[str], compiler: StandInCompiler
+) -> None:
+    on_disk.add("a")
+    library.ask_for_all({spec("a"): spec("instead of a"), spec("b"): spec("instead of b"), spec("c"): None})
+    eventually(lambda: len(compiler.asked) == 3)
+    assert sorted(compiler.asked) == [("b", True), ("c", True), ("instead of b", True)]
+    eventually(lambda: library.states().num_loaded == 1)
+
+
 def test_others_are_compiled_once_and_are_urgent_once_somebody_waits(
     library: KernelLibrary, compiler: StandInCompiler
 ) -> None:
@@ -167,7 +177,7 @@ def test_what_somebody_waits_for_goes_before_the_rest(
     on_disk |= {"first", "later", "urgent"}
     futures = library.wanted([spec("first"), spec("later")])
     eventually(lambda: library.states().num_found == 1)
-    futures += library.needed([spec("urgent")])
+    futures += library.wanted([spec("urgent")], is_urgent=True)
     assert library.states().num_waiting == 3
     go_on.set()
     for future in futures:

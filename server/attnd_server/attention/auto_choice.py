@@ -33,7 +33,7 @@ class StepKind(enum.Enum):
     PREFILL = "prefill"
     """No context."""
     EVEN_PREFILL = "even prefill"
-    """The same, of prompts of one length up to EVEN_TOKENS with plain masks: see `is_dense_prefill`."""
+    """The same, of prompts of one length up to EVEN_TOKENS with plain masks, see `is_dense_prefill`; cuDNN is on."""
     CHUNKED = "chunked"
     """Anything else: more new tokens, on some context."""
 
@@ -81,7 +81,9 @@ def kind_of(
     is_even = len(set(metadata.query_lens)) == 1 and metadata.query_lens[0] <= EVEN_TOKENS
     # How torch computes a prompt may depend on how many there are.
     may_depend = not config.kv_split.batch_invariant
-    if is_even and may_depend and is_dense_prefill(config, metadata, options, device):
+    # Servers with cuda planes have it off, see `first_uses`; torch's other kernels are slower than ours.
+    has_cudnn = device.type == "cpu" or torch.backends.cuda.cudnn_sdp_enabled()
+    if is_even and may_depend and has_cudnn and is_dense_prefill(config, metadata, options, device):
         return StepKind.EVEN_PREFILL
     return StepKind.PREFILL
 

@@ -190,7 +190,7 @@ class WarmUp:
         if kernels is not None:  # else Triton compiles one after the other
             with collecting() as specs:
                 launches()
-            for ready in kernels.needed(specs):
+            for ready in kernels.wanted(specs, is_urgent=True):
                 ready.result()
         launches()
 

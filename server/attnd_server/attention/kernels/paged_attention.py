@@ -341,6 +341,7 @@ def paged_attention(
     seen_tokens: torch.Tensor | None = None,
     *,
     tile: Tile,
+    may_be_split: bool = True,
     heads: int,
     new_is_scaled: bool = False,
     compute: torch.dtype,
@@ -367,6 +368,8 @@ def paged_attention(
         sinks: float32 `[num_heads]` times LOG2E, or None.
         seen_tokens: int32 `[num_tokens]`, 0 for new tokens that are no keys; None: all are.
         tile: the launch shape.
+        may_be_split: whether a request of more than FEW_NEW_TOKENS may be in several chunks; without, the kernel is
+            another one, which takes less time. With few new tokens it makes no difference, and it is one kernel.
         heads: query heads that share a program: 1, or num_heads // num_kv_heads.
         new_is_scaled: k and v are numbers of FP8 pages, to be multiplied by their scales.
         compute: type of the products.
@@ -381,6 +384,7 @@ def paged_attention(
     num_kv_heads, page_size = v_pages.shape[1::2] if distinct else v_pages.shape[2:0:-1]
     dims, dims_v = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
     others, groups = items.view(torch.float32), num_heads // heads
+    is_few = tile.most_tokens == FEW_NEW_TOKENS
     launch_kernel(
         _paged_attention_kernel, (len(items) * groups,),
         output, some(lse, others), some(partial_output, others), some(partial_lse, others), some(counters, items),
@@ -395,7 +399,7 @@ def paged_attention(
         ),
         KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_DIM_V=head_dim_v, PAGE_SIZE=page_size,
         DISTINCT=distinct, ROWS=tile.rows, KEYS=tile.keys, DIMS=dims, DIMS_V=dims_v, COMPUTE=_DTYPES[compute],
-        FEW=tile.most_tokens == FEW_NEW_TOKENS, SPLIT=tile.most_tokens is not None,
+        FEW=is_few, SPLIT=is_few or (tile.most_tokens is not None and may_be_split),
         OPTIONS=has_options(alibi_slopes, softcap, window),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

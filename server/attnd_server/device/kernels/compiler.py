@@ -106,7 +106,8 @@ class ProcessCompiler:
             target: the `GPUTarget` to compile for.
             modules: that have kernels; others are imported for each kernel again.
             folder: to keep them in, which this process uses too; None: Triton's own.
-            places: kernels compiled at once, and as many urgent ones beside them; 0: half of the cores.
+            places: kernels compiled at once, and as many urgent ones: while these are under way, no other one begins
+                unless it has a place beside them. 0: half of the cores.
             timeout_s: that one kernel may take.
         """
         self._target, self._modules, self._folder, self._timeout_s = target, tuple(modules), folder, timeout_s
@@ -231,11 +232,11 @@ class ProcessCompiler:
                 self._connection = None  # it has ended: the thread that listens to it will see
 
     def _next_job(self) -> _Job | None:
-        """What goes next: what is urgent has places of its own."""
+        """What goes next: for what is urgent, others count for nothing."""
         for is_urgent in (True, False):
-            jobs = [job for job in self._jobs.values() if job.is_urgent is is_urgent]
+            jobs = [job for job in self._jobs.values() if job.is_urgent or not is_urgent]
             if sum(job.number >= 0 for job in jobs) < self._places:
-                waiting = (job for job in jobs if job.number < 0)
+                waiting = (job for job in jobs if job.number < 0 and job.is_urgent is is_urgent)
                 if (job := next(waiting, None)) is not None:
                     return job
         return None

@@ -50,6 +50,9 @@ class Library(Protocol):
             spec: of the kernel.
         """
 
+    def ask_for_all(self, specs: Mapping[KernelSpec, KernelSpec | None]) -> None:
+        """Likewise, several at once, each with what may stand in for it while it compiles, or None."""
+
 
 class KernelMissing(Exception):
     """A kernel is not on the device yet, and this thread must not wait for it. Nothing of it was launched.
@@ -76,7 +79,7 @@ class Here(threading.local):
 
     may_wait = True
     is_for_graphs = False
-    collected: dict[KernelSpec, None] | None = None
+    collected: dict[KernelSpec, KernelSpec | None] | None = None
 
 
 here = Here()
@@ -103,7 +106,7 @@ def launch_kernel(
         KernelMissing: it is not there yet, and this thread must not wait.
     """
     if _num_collecting and here.collected is not None:
-        kernel.warmup(*args, grid=grid, **options)
+        _collect(here.collected, kernel, grid, args, options, sooner)
         return
     while True:
         try:
@@ -134,14 +137,31 @@ def for_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def collecting() -> Iterator[dict[KernelSpec, None]]:
+def asking_for_all(device: int | None) -> Iterator[None]:
+    """Has all kernels that the calling thread would launch inside brought to a device at once. It launches none.
+
+    Who must not wait learns of one missing kernel, and would learn of the next when that is there.
+
+    Args:
+        device: its number.
+    """
+    with collecting() as specs:
+        yield
+    library = _libraries.get(device or 0)
+    if library is not None:
+        library.ask_for_all(specs)
+
+
+@contextmanager
+def collecting() -> Iterator[dict[KernelSpec, KernelSpec | None]]:
     """The kernels that the calling thread would launch and the device does not have yet. It launches none meanwhile.
 
-    The tensors of a launch need no data: see torch's device "meta".
+    The tensors of a launch need no data: see torch's device "meta". Beside a kernel lies its `sooner`, if it has one
+    that is not there yet either.
     """
     global _num_collecting
     ask_before_compiling()
-    before, specs = here.collected, dict[KernelSpec, None]()
+    before, specs = here.collected, dict[KernelSpec, KernelSpec | None]()
     with _collecting:
         _num_collecting += 1
     here.collected = specs
@@ -151,6 +171,24 @@ def collecting() -> Iterator[dict[KernelSpec, None]]:
         here.collected = before
         with _collecting:
             _num_collecting -= 1
+
+
+def _collect(
+    into: dict[KernelSpec, KernelSpec | None],
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    options: Mapping[str, Any],
+    sooner: Mapping[str, Any] | None,
+) -> None:
+    """Notes what a launch would miss; see `launch_kernel`."""
+    variants: dict[KernelSpec, KernelSpec | None] = {}
+    with collecting() as specs:
+        kernel.warmup(*args, grid=grid, **options)
+    if specs and sooner is not None and not here.is_for_graphs:
+        with collecting() as variants:
+            kernel.warmup(*args, grid=grid, **{**options, **sooner})
+    into.update(dict.fromkeys(specs, next(iter(variants), None)))
 
 
 def install(device: int, library: Library) -> None:

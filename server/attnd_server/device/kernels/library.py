@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from queue import PriorityQueue
 from typing import Any, Protocol
@@ -37,9 +38,7 @@ _END, _URGENT, _BACKGROUND = range(3)
 _LATER_S = 0.5
 # Launches that are collected at a time, tens of milliseconds: then come kernels that somebody waits for.
 _COLLECTED = 4
-
-Launches = Iterable[Callable[[], None]]
-"""Each makes launches by `launch_kernel`."""
+Launches = Iterable[Callable[[], None]]  # each makes launches by `launch_kernel`
 
 
 class Loader(Protocol):
@@ -130,13 +129,9 @@ class KernelLibrary:
         """
         self._todo.put((_BACKGROUND, next(self._order), iter(launches)))
 
-    def wanted(self, specs: Iterable[KernelSpec]) -> list[Future[None]]:
-        """Brings kernels to the device that are not there yet, when nobody waits for another. See `ask`."""
-        return [self._wanted(spec, is_urgent=False).ready for spec in specs]
-
-    def needed(self, specs: Iterable[KernelSpec]) -> list[Future[None]]:
-        """As `wanted`, for somebody who waits for them."""
-        return [self._wanted(spec, is_urgent=True).ready for spec in specs]
+    def wanted(self, specs: Iterable[KernelSpec], *, is_urgent: bool = False) -> list[Future[None]]:
+        """Brings kernels to the device, when nobody waits for another unless somebody waits for these. See `ask`."""
+        return [self._wanted(spec, is_urgent).ready for spec in specs]
 
     def ask(self, kernel: Any, key: str, spec: KernelSpec) -> launch.Asked:
         """See `launch.Library`."""
@@ -147,6 +142,17 @@ class KernelLibrary:
             if entry.state is State.LOADED:
                 self._put(entry)
         return launch.Asked(entry.ready, entry.must_compile)
+
+    def ask_for_all(self, specs: Mapping[KernelSpec, KernelSpec | None]) -> None:
+        """See `launch.Library`."""
+        for spec, sooner in specs.items():
+            told = self._wanted(spec, is_urgent=True).must_compile
+            if sooner is not None:
+                told.add_done_callback(partial(self._stand_in, sooner))
+
+    def _stand_in(self, sooner: KernelSpec, must_compile: Future[bool]) -> None:
+        if must_compile.result():  # else the kernel itself is there in milliseconds
+            self.wanted([sooner], is_urgent=True)
 
     def _wanted(self, spec: KernelSpec, is_urgent: bool) -> _Kernel:
         with self._lock:
@@ -185,8 +191,7 @@ class KernelLibrary:
         """How many there are in each state, and what is under way."""
         now, compiling = time.monotonic(), self._compiler.compiling()
         with self._lock:
-            entries = list(self._kernels.values())
-            counts = self._num_compiled, self._num_found
+            entries, counts = list(self._kernels.values()), (self._num_compiled, self._num_found)
         of = {state: [each for each in entries if each.state is state] for state in State}
         under_way = [each for each in of[State.COMPILING] if each.spec in compiling] + of[State.COMPILED]
         return KernelStates(
@@ -233,8 +238,7 @@ class KernelLibrary:
                 self._finish(entry)
             else:
                 self._move(entry, State.COMPILING)
-                asked = self._compiler.submit(entry.spec, entry.is_urgent)
-                asked.add_done_callback(lambda asked: self._compiled(entry, asked))
+                self._compiler.submit(entry.spec, entry.is_urgent).add_done_callback(partial(self._compiled, entry))
         elif entry.state is State.COMPILING:
             self._compiler.submit(entry.spec, urgent=True)  # somebody waits by now
         elif entry.state is State.COMPILED:

@@ -18,7 +18,7 @@ from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.decode_items import SLOTS, decode_items
 from attnd_server.attention.kernels.gather import read_kv
 from attnd_server.attention.kernels.items import ITEM_FIELDS, MERGE_FIELDS
-from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS
+from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, MAX_SPLIT_TOKENS
 from attnd_server.attention.kernels.store import store_kv
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import AttentionOptions
@@ -82,7 +82,9 @@ def _launches(config: AttentionConfig, hopper: bool) -> Iterator[Callable[[], ob
     for softcap in (0.0, 1.0):
         for shape in shapes:
             if shape.tile is not None or shape.rows != HOPPER_ROWS:
-                yield partial(_attend, config, shape, softcap, 1, True, pages)
+                yield from (
+                    partial(_attend, config, shape, softcap, 1, split, pages) for split in _splits(config, shape)
+                )
             elif not softcap:
                 for group in GROUPS_AHEAD:
                     yield from (partial(_attend, config, shape, 0.0, group, split, pages) for split in (False, True))
@@ -90,6 +92,12 @@ def _launches(config: AttentionConfig, hopper: bool) -> Iterator[Callable[[], ob
             yield partial(read_kv, pages, slots, config.layout, config.dtype)
         if hopper and not softcap:
             yield from (partial(_lay_out, config, most, even) for most in SLOTS[1:] for even in (False, True))
+
+
+def _splits(config: AttentionConfig, shape: LaunchShape) -> tuple[bool, ...]:
+    """Whether requests are in several chunks, if the kernel is another one then; see `paged_attention`."""
+    has_both = shape.tile is not None and shape.tile.most_tokens == MAX_SPLIT_TOKENS
+    return (False, True) if has_both and not config.kv_split.batch_invariant else (True,)
 
 
 def _pages(config: AttentionConfig) -> LayerPages:

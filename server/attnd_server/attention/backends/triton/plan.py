@@ -16,6 +16,7 @@ from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.pages import quantised
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import NONE_SEEN, SOME_SEEN, AttentionOptions
+from attnd_server.device.kernels.launch import KernelMissing, asking_for_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,15 +123,31 @@ class TritonPlan:
         if self.reads_rounded and k is not None and v is not None:
             k, v = _codes(k, pages.k_scales), _codes(v, pages.v_scales)
         with torch.cuda.device_of(q):
-            for index, launch in enumerate(self.launches):
-                results = _Results(output, lse, *self._partials(index, launch, q))
-                shape = launch.shape
-                new_k, new_v = (None, None) if shape.keys.new == NONE_SEEN else (k, v)
-                sinks = self.sinks if shape.keys.sinks else None
-                if shape.tile is None:
-                    self._run_on_hopper(launch, results, q, new_k, new_v, pages, sinks)
-                else:
-                    self._run(launch, shape.tile, results, q, new_k, new_v, pages, sinks)
+            try:
+                self._launch_each(output, lse, q, k, v, pages)
+            except KernelMissing:
+                with asking_for_all(q.device.index):
+                    self._launch_each(output, lse, q, k, v, pages)
+                raise
+
+    def _launch_each(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        pages: LayerPages,
+    ) -> None:
+        for index, launch in enumerate(self.launches):
+            results = _Results(output, lse, *self._partials(index, launch, q))
+            shape = launch.shape
+            new_k, new_v = (None, None) if shape.keys.new == NONE_SEEN else (k, v)
+            sinks = self.sinks if shape.keys.sinks else None
+            if shape.tile is None:
+                self._run_on_hopper(launch, results, q, new_k, new_v, pages, sinks)
+            else:
+                self._run(launch, shape.tile, results, q, new_k, new_v, pages, sinks)
 
     def _run(
         self,
@@ -159,6 +176,7 @@ class TritonPlan:
             sinks,
             self.seen_new if launch.shape.keys.new == SOME_SEEN else None,
             tile=tile,
+            may_be_split=self.config.kv_split.batch_invariant or launch.num_partial_rows > 0,
             heads=self.group,
             new_is_scaled=self.reads_rounded,
             compute=self.config.precision.dtype(q.dtype),
