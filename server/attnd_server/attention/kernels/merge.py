@@ -30,7 +30,9 @@ _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+# LLVM inlines it after all, and the machine code is as good. But Triton's own passes, some of which look at all of a
+# function for each access of memory, take half of the time for a kernel that ends with it.
+@triton.jit(noinline=True)
 def merge_rows(
     output, lse, partial_output, partial_lse, sinks,
     q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
