@@ -49,8 +49,8 @@ define run_tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos check-protos lock bench bench-planes \
-  bench-kernels docker image-test clean
+.PHONY: help demo test test-slow test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos \
+  check-protos lock bench bench-planes bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
 help: ## this list

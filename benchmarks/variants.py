@@ -144,7 +144,7 @@ def run_calls(options: argparse.Namespace, variants: Variants) -> None:
     from attnd_server.attention.config import AttentionConfig, Layout
 
     hopper = options.arch // 10 == 9
-    _pretend(hopper)
+    pretend(hopper)
     numbers = random.Random(options.seed)
     caches = []
     for fields, group in geometries(options.geometries, options.arch >= 89, numbers):
@@ -157,7 +157,7 @@ def run_calls(options: argparse.Namespace, variants: Variants) -> None:
     variants.needed = None
 
 
-def _pretend(hopper: bool) -> None:
+def pretend(hopper: bool) -> None:
     """Has the planning take a processor for the GPU."""
     from importlib import import_module
 

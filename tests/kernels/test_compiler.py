@@ -196,6 +196,14 @@ def test_urgent_kernels_do_not_wait_for_others(start: Start) -> None:
     assert not any(each.done() for each in slow)
 
 
+def test_others_do_not_begin_while_urgent_kernels_have_all_places(start: Start) -> None:
+    compiler = start(places=1)
+    compiler.submit(sample("add"), urgent=False).result(60)  # it has started
+    compiler.submit(sample("slow", LONG_S), urgent=True)
+    compiler.submit(sample("add", 2), urgent=False)
+    assert compiler.compiling() == {sample("slow", LONG_S)}
+
+
 def test_a_kernel_becomes_urgent_when_a_call_waits_for_it(start: Start) -> None:
     compiler = start(places=1)
     compiler.submit(sample("slow", LONG_S), urgent=False)

@@ -127,7 +127,7 @@ assert not specs, "it is there"
 
 
 STEPS = """
-from benchmarks.variants import _pretend
+from benchmarks.variants import pretend
 from attnd_server.attention.backends.triton.attention import TritonPagedAttention
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.kv_split import KVSplitConfig
@@ -148,7 +148,7 @@ def run(page_size, *requests, **fields):
     plan.run(*new, pages)
 
 
-_pretend(hopper=True)
+pretend(hopper=True)
 """
 
 

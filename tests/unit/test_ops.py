@@ -121,6 +121,17 @@ def test_prompts_of_one_length_are_even_only_if_torch_needs_no_mask_and_may_serv
     assert kind_of(CASE.config(), even, PLAIN, torch.device("cuda")) is StepKind.PREFILL
 
 
+@pytest.mark.parametrize(("is_on", "kind"), [(True, StepKind.EVEN_PREFILL), (False, StepKind.PREFILL)])
+def test_prompts_of_one_length_are_even_on_a_gpu_only_while_cudnn_is_on(
+    is_on: bool, kind: StepKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: is_on)
+    config = replace(CASE, dtype=torch.bfloat16).config()
+    even = Case([Request(0, 257, 257, [1, 2])] * 2).metadata()
+    assert kind_of(config, even, PLAIN, torch.device("cuda")) is kind
+    assert kind_of(config, even, PLAIN, torch.device("cpu")) is StepKind.EVEN_PREFILL
+
+
 def test_the_first_row_of_the_table_that_fits_the_device_holds() -> None:
     naive, sdpa, flash = (AttentionBackend.NAIVE,), (AttentionBackend.SDPA,), (AttentionBackend.FLASH_ATTN,)
     choices = (

@@ -30,8 +30,8 @@ _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-# LLVM inlines it after all, and the machine code is as good. But Triton's own passes, some of which look at all of a
-# function for each access of memory, take half of the time for a kernel that ends with it.
+# LLVM inlines it after all, into a kernel with as many registers. But Triton's own passes, some of which look at all of
+# a function for each access of memory, take less time for a kernel that ends with it: docs/benchmarks.md has how much.
 @triton.jit(noinline=True)
 def merge_rows(
     output, lse, partial_output, partial_lse, sinks,

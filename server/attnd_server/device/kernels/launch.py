@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
@@ -136,20 +136,27 @@ def for_graphs() -> Iterator[None]:
         here.is_for_graphs = before
 
 
-@contextmanager
-def asking_for_all(device: int | None) -> Iterator[None]:
-    """Has all kernels that the calling thread would launch inside brought to a device at once. It launches none.
+def launch_all(launches: Callable[[], None], device: int | None) -> None:
+    """Makes launches. If one misses its kernel, those of all are brought to the device at the same time.
 
-    Who must not wait learns of one missing kernel, and would learn of the next when that is there.
+    Else whoever must not wait would learn of the next one only when the first is there.
 
     Args:
+        launches: makes them, by `launch_kernel`.
         device: its number.
+
+    Raises:
+        KernelMissing: of the first that is missing.
     """
-    with collecting() as specs:
-        yield
-    library = _libraries.get(device or 0)
-    if library is not None:
-        library.ask_for_all(specs)
+    try:
+        launches()
+    except KernelMissing:
+        with collecting() as specs:
+            launches()
+        library = _libraries.get(device or 0)
+        if library is not None:
+            library.ask_for_all(specs)
+        raise
 
 
 @contextmanager

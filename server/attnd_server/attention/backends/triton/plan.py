@@ -16,7 +16,7 @@ from attnd_server.attention.kernels.paged_attention import paged_attention
 from attnd_server.attention.kernels.pages import quantised
 from attnd_server.attention.layer_pages import LayerPages
 from attnd_server.attention.metadata import NONE_SEEN, SOME_SEEN, AttentionOptions
-from attnd_server.device.kernels.launch import KernelMissing, asking_for_all
+from attnd_server.device.kernels.launch import launch_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,32 +122,20 @@ class TritonPlan:
         """As `run`, into `output` and `lse`. All tensors are contiguous."""
         if self.reads_rounded and k is not None and v is not None:
             k, v = _codes(k, pages.k_scales), _codes(v, pages.v_scales)
-        with torch.cuda.device_of(q):
-            try:
-                self._launch_each(output, lse, q, k, v, pages)
-            except KernelMissing:
-                with asking_for_all(q.device.index):
-                    self._launch_each(output, lse, q, k, v, pages)
-                raise
 
-    def _launch_each(
-        self,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        pages: LayerPages,
-    ) -> None:
-        for index, launch in enumerate(self.launches):
-            results = _Results(output, lse, *self._partials(index, launch, q))
-            shape = launch.shape
-            new_k, new_v = (None, None) if shape.keys.new == NONE_SEEN else (k, v)
-            sinks = self.sinks if shape.keys.sinks else None
-            if shape.tile is None:
-                self._run_on_hopper(launch, results, q, new_k, new_v, pages, sinks)
-            else:
-                self._run(launch, shape.tile, results, q, new_k, new_v, pages, sinks)
+        def launch_each() -> None:
+            for index, launch in enumerate(self.launches):
+                results = _Results(output, lse, *self._partials(index, launch, q))
+                shape = launch.shape
+                new_k, new_v = (None, None) if shape.keys.new == NONE_SEEN else (k, v)
+                sinks = self.sinks if shape.keys.sinks else None
+                if shape.tile is None:
+                    self._run_on_hopper(launch, results, q, new_k, new_v, pages, sinks)
+                else:
+                    self._run(launch, shape.tile, results, q, new_k, new_v, pages, sinks)
+
+        with torch.cuda.device_of(q):
+            launch_all(launch_each, q.device.index)
 
     def _run(
         self,
