@@ -1,4 +1,4 @@
-"""What somebody without a token may send to a server, and what it costs the server: some MiB, whatever is sent."""
+"""What may be sent to a server: without a token some MiB, by a client messages in part, and whole ones without end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -18,6 +20,7 @@ from attnd.planes.grpc import SERVICE
 from attnd.v1 import cache_pb2, capabilities_pb2
 from attnd_server import health_probe
 from attnd_server.identity.tokens import add_token
+from attnd_server.rpc import arrivals
 from tests import raw_http2
 from tests.servers import ServerProcess
 
@@ -190,3 +193,18 @@ def test_half_messages_of_a_principal_hold_the_largest_message_and_little_more(
         assert push() < MOST_OF_A_PRINCIPAL
         with attnd.connect(server.address, credentials=shown, plane="inline") as client:
             assert client.list_caches() == []
+
+
+def test_a_new_client_may_send_any_number_of_whole_messages_one_after_the_other(tmp_path: Path) -> None:
+    """The server looks at what has come every other second, whenever it last did: at a new connection for the first
+    time when several times the most that may come in part has come and has been handed over."""
+    geometry = {"num_layers": 1, "num_kv_heads": 8, "head_dim": 64, "num_pages": 1, "page_size": 64, "dtype": "float32"}
+    k = v = torch.ones(64, 8, 64)
+    options = ("--device", "cpu", "--drain-s", "0", "--max-message-bytes", "1MiB")
+    with ServerProcess(tmp_path / "log", *options) as server:
+        for _ in range(3):  # the first one lets the process grow, upon which the server looks at once
+            with attnd.connect(server.address) as client, client.create_cache(**geometry) as cache:
+                started, num_bytes = time.monotonic(), 0
+                while time.monotonic() < started + arrivals.ANYWAY_S + 0.5 or num_bytes < 4 * arrivals.MORE_BYTES:
+                    num_bytes += cache.store_kv(0, range(64), k, v) * 2 * k[0].nbytes
+    assert "given up" not in server.log

@@ -46,24 +46,39 @@ _PAGE_BYTES = resource.getpagesize()
 _RECEIVED = struct.Struct("=128xQ")
 
 
+class Handed:
+    """What was handed over of a connection's messages since it was made.
+
+    Attributes:
+        num_bytes: of these messages.
+        num_messages: how many they are.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = self.num_messages = 0
+
+    def on_the_wire(self) -> int:
+        """Bytes that they can have had there."""
+        return self.num_bytes + self.num_bytes // _OVERHEAD + self.num_messages * _OVERHEAD_BYTES
+
+
 class Reader:
     """An RPC that reads.
 
     Attributes:
         is_waiting: whether it waits for a message now.
         was_ended: whether it ends because its principal's messages are too many.
-        num_bytes: of the messages that it was handed since the last look.
-        num_messages: how many these are.
+        handed: who reads a message by itself counts it here.
     """
 
-    def __init__(self, arrivals: Arrivals, peer: str, principal: str, once: bool) -> None:
+    def __init__(self, arrivals: Arrivals, peer: str, handed: Handed, principal: str, once: bool) -> None:
         """On the connection from `peer`; for the task that makes it. See `Arrivals.reading`."""
         self._arrivals = arrivals
         self.peer = peer
+        self.handed = handed
         self.principal = principal
         self._once = once
         self.is_waiting = self.was_ended = False
-        self.num_bytes = self.num_messages = 0
         self._task = asyncio.current_task()
 
     def __enter__(self) -> Reader:
@@ -91,15 +106,9 @@ class Reader:
         data = await context.read()
         self.is_waiting = False
         if isinstance(data, bytes):
-            self.num_bytes += len(data)
-            self.num_messages += 1
+            self.handed.num_bytes += len(data)
+            self.handed.num_messages += 1
         return data
-
-    def take_credit(self) -> int:
-        """Bytes that the messages which it was handed can have had on the wire; from then on it counts anew."""
-        credit = self.num_bytes + self.num_bytes // _OVERHEAD + self.num_messages * _OVERHEAD_BYTES
-        self.num_bytes = self.num_messages = 0
-        return credit
 
     def end_if_revoked(self) -> None:
         """Ends an RPC that waits for its only message, if its principal's token has gone."""
@@ -114,16 +123,16 @@ class Reader:
 
 
 class _Connection:
-    """A connection.
+    """A connection at the last look.
 
     Attributes:
-        received: bytes that had come at the last look.
-        pending: of them, those that nobody was handed.
-        credit: bytes that the messages which were handed over since can have had on the wire.
+        received: bytes that had come.
+        handed: bytes that the messages which were handed over can have had on the wire.
+        pending: bytes that had come, of messages that nobody was handed.
     """
 
     def __init__(self) -> None:
-        self.received = self.pending = self.credit = 0
+        self.received = self.handed = self.pending = 0
 
 
 class Arrivals:
@@ -138,6 +147,8 @@ class Arrivals:
         self._limit = max_message_bytes + MORE_BYTES
         self._readers: set[Reader] = set()
         self._connections: dict[str, _Connection] = {}
+        self._handed: dict[str, Handed] = {}
+        self._is_looking = True
         self._stopped = threading.Event()
         self._watching: threading.Thread | None = None
 
@@ -149,7 +160,9 @@ class Arrivals:
             principal: whose messages they are.
             once: whether it reads one message, and waits no longer for it once the principal's token has gone.
         """
-        return Reader(self, _key(context.peer()), principal, once)
+        peer = _key(context.peer())
+        handed = self._handed.setdefault(peer, Handed()) if self._is_looking else Handed()
+        return Reader(self, peer, handed, principal, once)
 
     def begin(self, reader: Reader) -> None:
         """It reads from now on."""
@@ -158,8 +171,10 @@ class Arrivals:
     def finish(self, reader: Reader) -> None:
         """It reads no more."""
         self._readers.discard(reader)
-        if connection := self._connections.get(reader.peer):
-            connection.credit += reader.take_credit()
+
+    def handed(self) -> dict[str, int]:
+        """By connection, bytes on the wire of what was handed over until now; on any thread."""
+        return {peer: handed.on_the_wire() for peer, handed in self._handed.copy().items()}
 
     def refusal(self, principal: str) -> Exhausted:
         """Why what reads for a principal ends."""
@@ -171,6 +186,7 @@ class Arrivals:
         """Looks again and again, where there are counters, on a thread of its own: the event loop is for calls."""
         if sys.platform != "linux":
             log.warning("messages that come in part are not bounded beyond the size of each: it needs Linux")
+            self._is_looking = False
             return
         loop = asyncio.get_running_loop()
         self._watching = threading.Thread(target=self._watch, args=(loop,), name="arrivals", daemon=True)
@@ -188,31 +204,38 @@ class Arrivals:
             while not self._stopped.wait(LOOK_S):
                 size, now = int(os.pread(sizes.fileno(), 128, 0).split()[1]) * _PAGE_BYTES, time.monotonic()
                 if size > calm + GROWTH_BYTES or now > looked_at + ANYWAY_S:
+                    handed = self.handed()
                     with suppress(OSError):
-                        loop.call_soon_threadsafe(self.look, _received())
+                        loop.call_soon_threadsafe(self.look, handed, _received())
                     calm, looked_at = size, now
                 calm = min(calm, size)
 
-    def look(self, received: dict[str, int]) -> None:
+    def look(self, handed: dict[str, int], received: dict[str, int]) -> None:
         """Ends what is beyond the limit.
 
         Args:
-            received: by connection, bytes that have come since it was made.
+            handed: what `handed` gave before `received` was read, so that all of it had come by then.
+            received: by connection, bytes that had come since it was made.
         """
         waiting: dict[str, list[Reader]] = defaultdict(list)
         for reader in self._readers:
-            if connection := self._connections.get(reader.peer):
-                connection.credit += reader.take_credit()
             reader.end_if_revoked()
             if reader.is_waiting:
                 waiting[reader.peer].append(reader)
-        seen = {peer: self._connections.get(peer) or _Connection() for peer in received}
-        self._connections = seen
-        for peer, connection in seen.items():
-            came = received[peer] - connection.received - connection.credit
-            connection.pending = max(0, connection.pending + came) if peer in waiting else 0
-            connection.received, connection.credit = received[peer], 0
+        for peer in handed.keys() - received.keys() - {reader.peer for reader in self._readers}:  # gone
+            self._handed.pop(peer, None)
+        self._connections = {peer: self._connections.get(peer) or _Connection() for peer in received}
+        for peer, connection in self._connections.items():
+            came, had = received[peer] - connection.received, handed.get(peer, 0) - connection.handed
+            # Never less than nothing: frames take less than what was counted for them.
+            connection.pending = max(0, connection.pending + came - had) if peer in waiting else 0
+            connection.received, connection.handed = received[peer], handed.get(peer, 0)
         self._end_beyond(waiting)
+
+    def _pending(self, peer: str) -> int:
+        """Bytes that had come at the last look and are in no message that was handed over until now."""
+        connection, handed = self._connections[peer], self._handed[peer]
+        return max(0, connection.pending - (handed.on_the_wire() - connection.handed))
 
     def _end_beyond(self, waiting: dict[str, list[Reader]]) -> None:
         """Ends those that wait on the connections with the most, until a principal's others are within the limit."""
@@ -221,7 +244,7 @@ class Arrivals:
             for reader in readers:
                 peers[reader.principal].add(peer)
         for principal, its in peers.items():
-            pending = {peer: self._connections[peer].pending for peer in its if peer in self._connections}
+            pending = {peer: self._pending(peer) for peer in its if peer in self._connections}
             over = sum(pending.values()) - (NOBODYS_BYTES if principal == NOBODY else self._limit)
             for peer in sorted(pending, key=pending.__getitem__, reverse=True):
                 if over <= 0:

@@ -58,8 +58,8 @@ class Messages:
         reader.is_waiting = False
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
-        reader.num_bytes += len(data)
-        reader.num_messages += 1
+        reader.handed.num_bytes += len(data)
+        reader.handed.num_messages += 1
         return data  # type: ignore[no-any-return]
 
 
