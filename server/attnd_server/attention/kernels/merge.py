@@ -30,10 +30,7 @@ _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-# LLVM inlines it after all, into a kernel with as many registers. But Triton's own passes, some of which look at all of
-# a function for each access of memory, take less time for a kernel that ends with it: docs/benchmarks.md has how much.
-@triton.jit(noinline=True)
-def merge_rows(
+def _merge_rows(
     output, lse, partial_output, partial_lse, sinks,
     q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
     num_heads, heads, heads_inverse, given, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
@@ -83,6 +80,13 @@ def merge_rows(
     tl.store(lse + places, row_lse * _LN2, mask=exists & ((given & LSE) != 0))
 
 
+_merge_rows_here = triton.jit(_merge_rows)
+# For a kernel that ends with it. Triton's own passes, some of which look at all of a function for each access of
+# memory, take less time for two functions, which LLVM joins: docs/benchmarks.md has how much. What Triton knows of
+# addresses is lost, though, so that a kernel which does nothing else is slower by 0.2 to 0.9 us.
+merge_rows = triton.jit(_merge_rows, noinline=True)
+
+
 @triton.jit(do_not_specialize=RUN_TIME_NUMBERS, do_not_specialize_on_alignment=NARROW)
 def _merge_kernel(
     output, lse,
@@ -102,7 +106,7 @@ def _merge_kernel(
     first_row = tl.program_id(1) * _ROWS
     # A request of one chunk has nothing to merge.
     if (first_row < num_new * heads) & (num_chunks > 1):
-        merge_rows(
+        _merge_rows_here(
             output, lse, partial_output, partial_lse, sinks,
             q_row, num_new, num_valid, partial_row, num_chunks, first_row, first_head,
             num_heads, heads, heads_inverse, given, HEAD_DIM_V, DIMS_V,
