@@ -214,6 +214,51 @@ def test_a_kernel_becomes_urgent_when_a_call_waits_for_it(start: Start) -> None:
     waiting.result(60)
 
 
+def compilations() -> list[str]:
+    """The states of the processes that compile, in the order in which they were started."""
+    (server,) = processes(recursive=False)
+    return [each.status() for each in sorted(server.children(), key=psutil.Process.create_time)]
+
+
+def test_others_stand_while_a_call_waits_and_then_go_on(start: Start) -> None:
+    compiler = start(places=2)
+    compiler.submit(sample("add"), urgent=False).result(60)  # it has started
+    others = [compiler.submit(sample("slow", 3 + i / 10), urgent=False) for i in range(2)]
+    wait_until(lambda: len(compilations()) == 2)
+    assert psutil.STATUS_STOPPED not in compilations()
+    urgent = [compiler.submit(sample("slow", 1 + i / 10), urgent=True) for i in range(2)]
+    wait_until(lambda: compilations()[:2] == [psutil.STATUS_STOPPED] * 2)
+    urgent.append(compiler.submit(sample("slow", 1.5), urgent=True))  # begins when one of the others has ended
+    assert not wait(urgent, 60).not_done
+    assert not any(each.done() for each in others)
+    assert not wait(others, 60).not_done
+    assert [each.exception() for each in [*urgent, *others]] == [None] * 5
+
+
+def test_what_a_call_waits_for_by_now_does_not_stand(start: Start) -> None:
+    compiler = start(places=3)
+    compiler.submit(sample("add"), urgent=False).result(60)
+    first, second = (compiler.submit(sample("slow", LONG_S + i), urgent=False) for i in range(2))
+    wait_until(lambda: len(compilations()) == 2)
+    compiler.submit(sample("slow", LONG_S + 2), urgent=True)
+    wait_until(lambda: compilations()[:2] == [psutil.STATUS_STOPPED] * 2)
+    assert compiler.submit(sample("slow", LONG_S + 1), urgent=True) is second
+    wait_until(lambda: [each == psutil.STATUS_STOPPED for each in compilations()] == [True, False, False])
+    assert compiler.submit(sample("slow", LONG_S), urgent=True) is first
+    wait_until(lambda: psutil.STATUS_STOPPED not in compilations())
+
+
+def test_closing_ends_what_stands(start: Start) -> None:
+    compiler = start(places=1)
+    compiler.submit(sample("add"), urgent=False).result(60)
+    compiler.submit(sample("slow", LONG_S), urgent=False)
+    wait_until(lambda: len(compilations()) == 1)
+    compiler.submit(sample("slow", LONG_S + 1), urgent=True)
+    wait_until(lambda: psutil.STATUS_STOPPED in compilations())
+    compiler.close()
+    assert not processes()
+
+
 def test_the_process_is_started_again_if_it_is_killed(start: Start) -> None:
     """What it compiled is compiled again."""
     compiler = start(places=1)

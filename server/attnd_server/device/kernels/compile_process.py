@@ -13,16 +13,17 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any, NoReturn
 
 from attnd_server.device.kernels import launchers
+from attnd_server.device.kernels.compile_child import Child
 from attnd_server.device.kernels.folder import KernelFolder
 from attnd_server.device.kernels.named_gpu import NamedGpu
 from attnd_server.device.kernels.spec import KernelSpec, hash_callees_first
@@ -36,8 +37,6 @@ START = (
 _NICE, _MORE_NICE = 5, 10
 # How often it is looked whether the parent is there.
 _LOOK_S = 2.0
-# Characters of what a compilation has printed that go into its error.
-_MOST_TEXT = 2_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,7 +61,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Request:
-    """A kernel to compile."""
+    """A kernel to compile; for a number that is being compiled: that a call waits for it by now."""
 
     number: int
     spec: KernelSpec
@@ -80,19 +79,6 @@ class Answer:
 
     number: int
     error: str
-
-
-@dataclass
-class _Child:
-    """A process that compiles one kernel."""
-
-    number: int
-    process: int
-    descriptor: int
-    log: int
-    scratch: str
-    end_s: float
-    is_late: bool = False
 
 
 def main() -> None:
@@ -157,7 +143,8 @@ class _ForkServer:
     def __init__(self, parent: Connection, setup: Setup) -> None:
         self._parent, self._setup = parent, setup
         self._parent_process = os.getppid()
-        self._children: dict[int, _Child] = {}  # by their descriptors
+        self._children: dict[int, Child] = {}  # by their descriptors
+        self._last_number = -1  # of a request
 
     def serve(self) -> None:
         """Until the parent has gone."""
@@ -166,68 +153,39 @@ class _ForkServer:
                 self._wait()
         finally:
             for child in self._children.values():
-                _kill(child)
+                child.kill()
 
     def _wait(self) -> None:
         """Looks at whatever comes next, for a while."""
-        now = time.monotonic()
-        next_s = min((child.end_s for child in self._children.values() if not child.is_late), default=now + _LOOK_S)
-        patience = max(0.0, min(next_s - now, _LOOK_S))
+        left_s = [left for child in self._children.values() if (left := child.left_s()) is not None]
+        patience = max(0.0, min([*left_s, _LOOK_S]))
         for descriptor in select.select([self._parent.fileno(), *self._children], [], [], patience)[0]:
             if (child := self._children.pop(descriptor, None)) is not None:
-                self._end(child)
+                self._parent.send(Answer(child.number, child.ended()))
             else:
-                self._fork(self._parent.recv())
+                self._take(self._parent.recv())
+        self._share()
         for child in self._children.values():
-            if not child.is_late and time.monotonic() >= child.end_s:
-                child.is_late = True
-                _kill(child)
+            child.end_if_late()
 
-    def _fork(self, request: Request) -> None:
-        """Starts a compilation."""
-        log = os.memfd_create("log")
-        scratch = tempfile.mkdtemp(dir=self._setup.scratch)
-        server = os.getpid()
-        process = os.fork()
-        if not process:
-            _compile(request, self._setup, server, log, scratch)
-        try:
-            os.setpgid(process, process)
-        except OSError:
-            pass  # it has done so, or has ended
-        end_s = time.monotonic() + self._setup.timeout_s
-        descriptor = os.pidfd_open(process)
-        self._children[descriptor] = _Child(request.number, process, descriptor, log, scratch, end_s)
+    def _take(self, request: Request) -> None:
+        """Of the parent: starts a compilation, or knows that a call waits for one, unless it has just ended."""
+        for child in self._children.values():
+            child.is_urgent |= request.is_urgent and child.number == request.number
+        if request.number > self._last_number:
+            self._last_number = request.number
+            run = partial(_compile, request, self._setup, os.getpid())
+            child = Child(request.number, request.is_urgent, self._setup.scratch, self._setup.timeout_s, run)
+            self._children[child.descriptor] = child
 
-    def _end(self, child: _Child) -> None:
-        """Says how a compilation ended."""
-        _kill(child)  # what it has left running; the number of its group is its own until the next line
-        status = os.waitpid(child.process, 0)[1]
-        os.close(child.descriptor)
-        error = ""
-        if status:
-            code = os.waitstatus_to_exitcode(status)
-            how = f"took longer than {self._setup.timeout_s:g} s" if child.is_late else f"was ended by signal {-code}"
-            text = [f"its process {how}"] if code < 0 else []
-            error = "; ".join([*text, *filter(None, [_last_text(child.log)])]) or f"its process ended with {code}"
-        os.close(child.log)
-        shutil.rmtree(child.scratch, ignore_errors=True)
-        self._parent.send(Answer(child.number, error))
-
-
-def _kill(child: _Child) -> None:
-    """Ends a process and all that it has started."""
-    try:
-        os.killpg(child.process, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def _last_text(log: int) -> str:
-    """The end of what was printed."""
-    size = os.fstat(log).st_size
-    first = max(0, size - _MOST_TEXT)
-    return os.pread(log, size - first, first).decode(errors="replace").strip()
+    def _share(self) -> None:
+        """While a call waits, what nobody waits for stands: what has another core still shares caches and memory."""
+        is_urgent = any(child.is_urgent for child in self._children.values())
+        for child in self._children.values():
+            if is_urgent and not child.is_urgent:
+                child.stand()
+            else:
+                child.go_on()
 
 
 def _compile(request: Request, setup: Setup, server: int, log: int, scratch: str) -> NoReturn:

@@ -129,7 +129,10 @@ class ProcessCompiler:
                 job.future.set_exception(CompilerUnavailable(self._unavailable))
                 return job.future
             self._jobs[spec] = job
-            job.is_urgent |= urgent
+            if urgent and not job.is_urgent:
+                job.is_urgent = True
+                if job.number >= 0:
+                    self._send(job)
             self._fill()
         return job.future
 
@@ -226,10 +229,15 @@ class ProcessCompiler:
         while self._connection is not None and (job := self._next_job()) is not None:
             job.number = self._next_number
             self._next_number += 1
-            try:
+            self._send(job)
+
+    def _send(self, job: _Job) -> None:
+        """Asks the process for a kernel, or tells it that a call waits for it by now. The lock is held."""
+        try:
+            if self._connection is not None:
                 self._connection.send(Request(job.number, job.spec, job.is_urgent))
-            except OSError:
-                self._connection = None  # it has ended: the thread that listens to it will see
+        except OSError:
+            self._connection = None  # it has ended: the thread that listens to it will see
 
     def _next_job(self) -> _Job | None:
         """What goes next: for what is urgent, others count for nothing."""
