@@ -235,6 +235,19 @@ def test_others_stand_while_a_call_waits_and_then_go_on(start: Start) -> None:
     assert [each.exception() for each in [*urgent, *others]] == [None] * 5
 
 
+def test_the_oldest_of_others_goes_on_where_there_are_cores(start: Start) -> None:
+    compiler = start(places=4)
+    compiler.submit(sample("add"), urgent=False).result(60)
+    first, *others = (compiler.submit(sample("slow", seconds), urgent=False) for seconds in (2, LONG_S, LONG_S + 1))
+    wait_until(lambda: len(compilations()) == 3)
+    compiler.submit(sample("slow", LONG_S + 2), urgent=True)
+    stopped = psutil.STATUS_STOPPED
+    wait_until(lambda: [each == stopped for each in compilations()] == [False, True, True, False])
+    first.result(60)
+    wait_until(lambda: [each == stopped for each in compilations()] == [False, True, False])
+    assert not any(each.done() for each in others)
+
+
 def test_what_a_call_waits_for_by_now_does_not_stand(start: Start) -> None:
     compiler = start(places=3)
     compiler.submit(sample("add"), urgent=False).result(60)

@@ -50,6 +50,7 @@ class Setup:
         folder: to keep them in; None: Triton's own.
         scratch: a folder for files that compilers leave, which it removes.
         timeout_s: that one compilation may take.
+        num_beside: of those that no call waits for, how many go on while a call waits.
     """
 
     target: Any
@@ -57,6 +58,7 @@ class Setup:
     folder: KernelFolder | None
     scratch: str
     timeout_s: float
+    num_beside: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ class _ForkServer:
     def _take(self, request: Request) -> None:
         """Of the parent: starts a compilation, or knows that a call waits for one, unless it has just ended."""
         for child in self._children.values():
-            child.is_urgent |= request.is_urgent and child.number == request.number
+            if request.is_urgent and child.number == request.number:
+                child.is_urgent = True
+                child.go_on()
         if request.number > self._last_number:
             self._last_number = request.number
             run = partial(_compile, request, self._setup, os.getpid())
@@ -179,13 +183,14 @@ class _ForkServer:
             self._children[child.descriptor] = child
 
     def _share(self) -> None:
-        """While a call waits, what nobody waits for stands: what has another core still shares caches and memory."""
-        is_urgent = any(child.is_urgent for child in self._children.values())
-        for child in self._children.values():
-            if is_urgent and not child.is_urgent:
-                child.stand()
-            else:
+        """While a call waits, few others go on, the oldest: what has another core still shares caches and memory."""
+        others = [child for child in self._children.values() if not child.is_urgent]
+        may_go_on = len(others) if len(others) == len(self._children) else self._setup.num_beside
+        for index, child in enumerate(others):
+            if index < may_go_on:
                 child.go_on()
+            else:
+                child.stand()
 
 
 def _compile(request: Request, setup: Setup, server: int, log: int, scratch: str) -> NoReturn:

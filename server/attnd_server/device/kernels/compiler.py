@@ -107,7 +107,7 @@ class ProcessCompiler:
             modules: that have kernels; others are imported for each kernel again.
             folder: to keep them in, which this process uses too; None: Triton's own.
             places: kernels compiled at once, and as many urgent ones: while these are under way, no other one begins
-                unless it has a place beside them. 0: half of the cores.
+                unless it has a place beside them, and a quarter of the places go on. 0: half of the cores.
             timeout_s: that one kernel may take.
         """
         self._target, self._modules, self._folder, self._timeout_s = target, tuple(modules), folder, timeout_s
@@ -181,7 +181,8 @@ class ProcessCompiler:
             )  # fmt: skip
         connection = Connection(ours.detach())
         try:
-            connection.send(Setup(self._target, self._modules, self._folder, scratch, self._timeout_s))
+            num_beside = self._places // 4
+            connection.send(Setup(self._target, self._modules, self._folder, scratch, self._timeout_s, num_beside))
             while True:
                 self._take(connection, connection.recv())
         except (EOFError, OSError):
