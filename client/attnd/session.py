@@ -75,9 +75,7 @@ class Session:
         self._begin()
         try:
             if self._going_away:
-                reason, self._going_away = self._going_away, ""
-                self._finish()
-                raise Disconnected(f"{reason}; the next step reconnects")
+                raise Disconnected(f"{self._finish()}; the next step reconnects")
             if self._stream is None:
                 self._steps.forget()
             metadata = as_step_metadata(metadata)
@@ -246,15 +244,20 @@ class Session:
             raise ServerFault(f"the server answered step {step.id} with {kind} {message}")
         self._steps.answered(step.id, kind, message)
 
-    def _finish(self) -> None:
-        """Takes the answers of all calls under way, which a server that drains still gives, and closes."""
+    def _finish(self, has_hung_up: bool = False) -> str:
+        """Takes the answers of all calls under way, which a server that drains still gives, and closes.
+
+        If the server has hung up, takes all that came before. Returns why it wants no more steps, if it has said so.
+        """
         try:
-            while any(not isinstance(sent, Step) for sent in self._unanswered):
+            while has_hung_up or any(not isinstance(sent, Step) for sent in self._unanswered):
                 self._receive()
         except AttndError:
             pass  # their waits say so
         finally:
+            reason = self._going_away
             self._end()
+        return reason
 
     def _send(self, request: bytes, sent: Sent) -> None:
         assert self._stream is not None
@@ -263,6 +266,10 @@ class Session:
         try:
             self._stream.send(request)
             self._unanswered.append(sent)
+        except Disconnected as error:
+            if reason := self._finish(has_hung_up=True):
+                raise Disconnected(f"{reason}; the next step reconnects") from error
+            raise
         except BaseException:  # it may have gone out in part
             self._end()
             raise

@@ -75,6 +75,24 @@ def test_a_server_that_takes_no_more_ends_the_stream_in_time() -> None:
     run(test, timeout_s=0.1)
 
 
+def test_what_was_answered_before_the_server_hung_up_is_there() -> None:
+    """The client learns of it when it sends, and has not read yet what came before."""
+
+    async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
+        answered, late = [await stream.ask(lambda: b"first", 30) for _ in range(2)]
+        going_away = attention_pb2.AttendResponse(going_away=attention_pb2.GoingAway(reason="the server is draining"))
+        peer.send(framing.reply_bytes(REPLY) + framing.reply_bytes(going_away.SerializeToString()))
+        peer.close()
+        unsent = await stream.ask(lambda: b"next", 30)
+        assert answered.result().message.step_id == 7
+        for each in (late, unsent):
+            assert isinstance(each.exception(), Disconnected)
+        with pytest.raises(Disconnected, match="the server is draining; open the step again"):
+            await stream.ask(lambda: b"next", 30)
+
+    run(test)
+
+
 def test_whoever_is_interrupted_in_the_middle_of_a_message_ends_the_stream() -> None:
     async def test(stream: AsyncShmStream, peer: socket.socket) -> None:
         waiting = await stream.ask(lambda: b"first", 30)

@@ -25,9 +25,13 @@ class Script(Stream):
     def __init__(self) -> None:
         self.answers: deque[tuple[str, Any] | BaseException] = deque()
         self.is_closed = False
+        self.has_hung_up = False
 
     def send(self, request: bytes) -> None:
         assert not self.is_closed
+        if self.has_hung_up:
+            self.answers.append(attnd.Disconnected("end of file"))
+            raise attnd.Disconnected("broken pipe")
 
     def receive(self, timeout_s: float) -> AttendReply:
         answer = self.answers.popleft()
@@ -147,6 +151,26 @@ def test_calls_under_way_are_answered_before_a_draining_server_is_left(
     assert streams[0].is_closed
     assert third.wait() is None
     with pytest.raises(attnd.Exhausted, match="full"):
+        second.wait()
+    session.step(METADATA)
+    assert len(streams) == 2
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_what_was_answered_before_the_server_hung_up_is_there(
+    session: attnd.Session, streams: list[Script], is_told: bool
+) -> None:
+    """The client learns of it when it sends, and has not read yet what came before."""
+    step = session.step(METADATA)
+    first, second = (step.submit(layer, None, None, None) for layer in (0, 1))
+    streams[0].answers.extend([opened(1), answered(1, 0), *[GOING_AWAY] * is_told])
+    streams[0].has_hung_up = True
+    told = "the server is draining; the next step reconnects" if is_told else "broken pipe"
+    with pytest.raises(attnd.Disconnected, match=told):
+        session.step(METADATA)
+    assert streams[0].is_closed
+    assert first.wait() is None
+    with pytest.raises(attnd.Disconnected, match="ended before the call was answered"):
         second.wait()
     session.step(METADATA)
     assert len(streams) == 2

@@ -88,6 +88,7 @@ class AsyncShmStream(ShmMessages, AsyncStream):
             self._end(error)
             raise
         except OSError as error:
+            self.read()  # what came before the server hung up
             self._end(hung_up(self._path, error))
         except BaseException:
             self._end(Disconnected("a message went out in part, and whoever sent it was interrupted"))

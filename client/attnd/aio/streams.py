@@ -20,6 +20,7 @@ from attnd.protocol.requests import AttendReply
 from attnd.v1 import step_pb2
 
 Told = Callable[[grpc.RpcError], Awaitable[AttndError]]
+_ENDED = "the step's stream has ended"
 
 
 class AsyncStream:
@@ -83,7 +84,7 @@ class AsyncStream:
     async def _made(self, request: Callable[[], bytes], timeout_s: float) -> bytes:
         while True:
             if not self.is_open:
-                raise self.lost or Disconnected("the step's stream has ended; open the step again")
+                raise self.lost or Disconnected(f"{self.going_away or _ENDED}; open the step again")
             try:
                 return request()
             except Exhausted:
