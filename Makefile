@@ -68,7 +68,7 @@ demo: $(READY) ## a real model answers with attention from a server, and again w
 test: $(READY) ## all tests but slow ones
 	$(call run_tests,not slow)
 
-test-slow: $(READY) ## slow tests: every kernel compiled for each kind of GPU, all faults under load, slow peers
+test-slow: $(READY) ## slow tests: every kernel compiled for each kind of GPU, all faults under load, slow peers, stops
 	$(call run_tests,slow)
 
 test-gpu: $(READY) ## all tests on a GPU, but those that need a package index

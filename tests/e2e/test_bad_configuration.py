@@ -256,7 +256,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [*QUICK, "info ADDRESS", "info ADDRESS --json", "doctor ADDRESS", "top ADDRESS --once"]
+    "command",
+    [
+        *QUICK,
+        "info ADDRESS",
+        "info ADDRESS --json",
+        *(pytest.param(command, marks=pytest.mark.slow) for command in ("doctor ADDRESS", "top ADDRESS --once")),
+    ],
 )
 def test_closed_and_full_streams(address: str, command: str) -> None:
     command = f"attnd {command.replace('ADDRESS', address)}"

@@ -293,6 +293,7 @@ def test_signals_at_any_moment_leave_whole_snapshots(tmp_path: Path) -> None:
         assert code == (0 if len(written) == held + 8 else 3)
 
 
+@pytest.mark.slow
 def test_a_stop_before_it_serves_leaves_the_snapshots(tmp_path: Path) -> None:
     folder = tmp_path / "snapshots"
     options = ["--snapshot-dir", str(folder), "--restore"]
@@ -365,6 +366,7 @@ def test_a_call_that_takes_long_costs_nobody_else_a_cache(tmp_path: Path) -> Non
             assert own.ref.id.hex() in server.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_a_backlog_of_the_verifier_does_not_spoil_the_end(number: int, tmp_path: Path) -> None:
     options = ["--verify", "1", "--drain-s", "5"]
