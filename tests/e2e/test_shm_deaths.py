@@ -162,6 +162,19 @@ def test_sigterm_lets_the_open_step_finish_and_refuses_the_next(tmp_path: Path) 
         assert "stopped" in server.log
 
 
+def test_a_session_that_learns_of_the_end_when_it_sends_says_why(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, attnd.connect(server.address, plane="shm") as client:
+        session = client.create_cache(**GEOMETRY).session()
+        step = session.step(decode_metadata(0))
+        for layer in range(4):
+            step.attend(layer, Q, K, V)
+        server.terminate()
+        assert server.wait(20) == 0
+        with pytest.raises(attnd.Disconnected, match="the server is draining; the next step reconnects"):
+            session.step(decode_metadata(1))
+        session.close()
+
+
 def test_a_session_that_nobody_closes_does_not_hold_up_the_end(tmp_path: Path) -> None:
     options = ("--device", "cpu", "--socket-dir", str(tmp_path / "sockets"), "--drain-s", "1")
     with ServerProcess(tmp_path / "log", *options) as server, attnd.connect(server.address, plane="shm") as client:

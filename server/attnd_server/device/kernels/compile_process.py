@@ -172,21 +172,20 @@ class _ForkServer:
 
     def _take(self, request: Request) -> None:
         """Of the parent: starts a compilation, or knows that a call waits for one, unless it has just ended."""
-        for child in self._children.values():
-            if request.is_urgent and child.number == request.number:
-                child.is_urgent = True
-                child.go_on()
         if request.number > self._last_number:
             self._last_number = request.number
             run = partial(_compile, request, self._setup, os.getpid())
             child = Child(request.number, request.is_urgent, self._setup.scratch, self._setup.timeout_s, run)
             self._children[child.descriptor] = child
+        for child in self._children.values():
+            child.is_urgent |= request.is_urgent and child.number == request.number
 
     def _share(self) -> None:
         """While a call waits, few others go on, the oldest: what has another core still shares caches and memory."""
-        others = [child for child in self._children.values() if not child.is_urgent]
-        may_go_on = len(others) if len(others) == len(self._children) else self._setup.num_beside
-        for index, child in enumerate(others):
+        children = sorted(self._children.values(), key=lambda child: (not child.is_urgent, child.number))
+        num_urgent = sum(child.is_urgent for child in children)
+        may_go_on = num_urgent + self._setup.num_beside if num_urgent else len(children)
+        for index, child in enumerate(children):
             if index < may_go_on:
                 child.go_on()
             else:
