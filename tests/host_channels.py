@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import attnd
-from attnd.planes.cuda import opening, plane
+from attnd.planes.cuda import layers, opening, plane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Place
 from attnd.protocol.shm import sockets
 from attnd.protocol.tensors import DTYPE_NAMES
@@ -63,6 +63,7 @@ class HostChannel:
     """The server's end."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+    capture_for = capture
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -185,9 +186,9 @@ def serving(
     patch.setattr(opening, "HostWords", lambda memory: memory)
     patch.setattr(opening, "HostFlags", lambda words, signal, flag: planes.channels[-1].workers_flags)
     patch.setattr(opening, "CudaPlane", HostPlane)
-    patch.setattr(plane, "Copier", lambda gpu: None)
-    patch.setattr(plane, "Counter", _Counter)
-    patch.setattr(plane, "CopyAndWrite", lambda gpu, arrived: None)
+    patch.setattr(layers, "Copier", lambda gpu: None)
+    patch.setattr(layers, "Counter", _Counter)
+    patch.setattr(layers, "CopyAndWrite", lambda gpu, arrived: None)
     try:
         with attnd.Client(InprocTransport(service), plane="cuda", timeout_s=PATIENCE_S) as client:
             yield client, planes, server

@@ -41,6 +41,8 @@ from attnd.integrations.diffulex.metadata import (
     set_warming_up,
 )
 from attnd.pages import PagedSequence, PagePool
+from attnd.planes.cuda.resident import ResidentSteps
+from attnd.planes.cuda.resident_shape import ResidentShape
 from attnd.planes.cuda.session import CudaSession
 from attnd.planes.cuda.step import CudaStep
 from attnd.protocol.attention_options import AttentionOptions
@@ -84,6 +86,8 @@ __all__ = [
     "PagedSequence",
     "PendingCall",
     "PermissionDenied",
+    "ResidentShape",
+    "ResidentSteps",
     "ServerFault",
     "Session",
     "Step",

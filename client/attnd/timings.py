@@ -35,6 +35,7 @@ class Timings:
         bytes_received: bytes of all messages from the server; likewise.
         backend: what ran last.
         plane: how tensors travelled.
+        resident: resident steps of a cuda plane that were done, of those that were finished.
     """
 
     num_steps: int = 0
@@ -49,6 +50,7 @@ class Timings:
     bytes_received: int = 0
     backend: str = ""
     plane: str = "inline"
+    resident: int = 0
 
     @property
     def wire_us(self) -> float:
@@ -90,4 +92,5 @@ _SUMS = (
     "copy_out_us",
     "bytes_sent",
     "bytes_received",
+    "resident",
 )

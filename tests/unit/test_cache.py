@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +24,15 @@ from attnd_server.attention.config import FP8, AttentionConfig, Layout
 from attnd_server.attention.kernels.pages import is_latent, stored_tokens
 from attnd_server.attention.kv_split import KVSplitConfig
 from attnd_server.config import ServerConfig
+from attnd_server.execution.step import Step
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.caches import CacheTable
+from attnd_server.kv.restored import Restored
 from attnd_server.service import validation
 
 CPU = torch.device("cpu")
+# Seconds: longer than anything here should take.
+PATIENCE_S = 20.0
 CONFIG = AttentionConfig(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=4, page_size=4, dtype=torch.float32)
 
 
@@ -248,3 +258,133 @@ def test_written_pages_are_counted_once(table: CacheTable) -> None:
     cache = table.create(CONFIG, principal="a", ttl_s=9, name="")
     cache.groups[0].mark_written(torch.tensor([0, 1, 5, -1, 3]))
     assert cache.info().num_pages_written == 2
+
+
+class Device:
+    """Stores into pages of its own, as resident steps do; each page is told once."""
+
+    def __init__(self) -> None:
+        self.num_ways_made = 0
+        self.pages: list[int] = []
+        self.may_tell: Callable[[], None] = lambda: None
+
+    def make_way(self) -> None:
+        self.num_ways_made += 1
+
+    def written_pages(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        pages, self.pages = self.pages, []
+        self.may_tell()
+        return np.array(pages, np.int64)
+
+
+def test_pages_into_which_the_device_stored_of_its_own_are_counted(table: CacheTable) -> None:
+    cache, device = table.create(CONFIG, principal="a", ttl_s=9, name=""), Device()
+    (group,) = cache.groups
+    group.watch(device)
+    group.mark_written(torch.tensor([5]))
+    device.pages = [3, 1]
+    assert cache.num_pages_written == 2
+    device.pages = [3]
+    assert cache.info().num_pages_written == 2
+    device.pages = [0]
+    assert group.written_pages.tolist() == [0, 1, 3]
+    assert group.num_pages_written == 3
+    device.pages = [2]
+    group.watch_no_more(device)  # the last that it did counts
+    assert group.num_pages_written == 4
+    device.pages = [1]
+    assert cache.num_pages_written == 4
+    assert device.pages == [1]  # nobody asks it any more
+
+
+def test_what_stores_of_its_own_makes_way_for_whatever_else_does(table: CacheTable) -> None:
+    cache, devices = table.create(CONFIG, principal="a", ttl_s=9, name=""), (Device(), Device())
+    (group,) = cache.groups
+    for device in devices:
+        group.watch(device)
+    group.mark_written(torch.tensor([5, -1]))
+    assert [device.num_ways_made for device in devices] == [1, 1]
+    group.mark_written(torch.tensor([-1]))
+    group.mark_pages_written(torch.tensor([2]))
+    group.copy_pages(torch.tensor([1]), torch.tensor([3]))
+    assert [device.num_ways_made for device in devices] == [4, 4]
+    cache.info()
+    group.read(0, torch.tensor([5]))
+    assert [device.num_ways_made for device in devices] == [4, 4]
+    group.watch_no_more(devices[0])
+    group.about_to_write()
+    assert [device.num_ways_made for device in devices] == [4, 5]
+
+
+def test_every_call_of_a_step_that_stores_makes_what_stores_of_its_own_make_way(table: CacheTable) -> None:
+    """Its pages are noted once, but between two calls of a step others come back."""
+    cache, device = table.create(CONFIG, principal="a", ttl_s=9, name=""), Device()
+    (group,) = cache.groups
+    group.watch(device)
+    stores = Step(1, cache, group, SimpleNamespace(slot_mapping=torch.tensor([5])))  # type: ignore[arg-type]
+    reads = Step(2, cache, group, SimpleNamespace(slot_mapping=None))  # type: ignore[arg-type]
+    for number in range(1, 4):
+        stores.mark_written()
+        reads.mark_written()
+        assert device.num_ways_made == number
+    assert group.num_pages_written == 1
+
+
+def test_an_adoption_is_refused_once_the_device_itself_changed_a_page(table: CacheTable) -> None:
+    old = table.create(CONFIG, principal="a", ttl_s=9, name="")
+    device, restored = Device(), Restored(old.id, (old.epoch - 1,))
+    cache = Cache(old.shape, epoch=old.epoch, principal="a", ttl_s=9, name="", device=CPU, restored=restored)
+    (group,) = cache.groups
+    group.mark_pages_written(torch.tensor([1]))
+    cache.filled()
+    group.watch(device)
+    device.pages = [2]  # of which the snapshot had nothing
+    assert cache.adoptable_epochs
+    device.pages = [1]
+    assert cache.adoptable_epochs == ()
+
+
+def test_pages_are_noted_before_anybody_else_is_told_that_there_are_no_more(table: CacheTable) -> None:
+    """Somebody counts pages while another writes a snapshot, for which a page is asked of the device but once."""
+    cache, device = table.create(CONFIG, principal="a", ttl_s=9, name=""), Device()
+    (group,) = cache.groups
+    group.watch(device)
+    is_asked, may_tell, written = threading.Event(), threading.Event(), []
+
+    def tell() -> None:
+        is_asked.set()
+        assert may_tell.wait(PATIENCE_S)
+
+    device.pages, device.may_tell = [2], tell
+    with ThreadPoolExecutor(2) as pool:
+        counted = pool.submit(lambda: cache.num_pages_written)
+        assert is_asked.wait(PATIENCE_S)
+        device.may_tell = lambda: None
+        snapshot = pool.submit(lambda: written.append(group.written_pages.tolist()))
+        with suppress(TimeoutError):
+            snapshot.result(0.05)
+        may_tell.set()
+        assert counted.result(PATIENCE_S) == 1
+        snapshot.result(PATIENCE_S)
+    assert written == [[2]]
+
+
+def test_who_listens_for_the_end_of_a_cache_may_stop_to(table: CacheTable) -> None:
+    cache, told = table.create(CONFIG, principal="a", ttl_s=9, name=""), []
+
+    def first() -> None:
+        told.append("first")
+        cache.when_closed_no_more(first)  # while all are told
+
+    def second() -> None:
+        told.append("second")
+
+    def third() -> None:
+        told.append("third")
+
+    for listener in (first, second, third):
+        cache.when_closed(listener)
+    cache.when_closed_no_more(second)
+    cache.close()
+    assert told == ["first", "third"]
+    cache.when_closed_no_more(third)  # too late, and no error

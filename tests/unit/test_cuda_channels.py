@@ -187,7 +187,7 @@ def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: No
     opened = planes()
     made = driver.asked_here()
     assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 2
-    assert made["cuModuleLoadData"] == 4  # gates, copies, and in both contexts what needs local memory
+    assert made["cuModuleLoadData"] == 5  # gates, resident ones, copies, and in both contexts what needs local memory
     num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
     for _ in range(5):
         channels = [take(opened, worker_gpu) for _ in range(2)]

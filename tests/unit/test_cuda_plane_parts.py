@@ -26,6 +26,7 @@ from attnd.protocol.cuda.layout import ALIGNMENT, WORDS_BYTES, Geometry, step_la
 from attnd.protocol.cuda.memory import rounded
 from attnd.v1 import tensor_pb2
 from attnd_server.planes.cuda.planes import cuda_planes
+from attnd_server.planes.cuda.resident import gates as resident_gates
 from attnd_server.planes.open_planes import PlaneTable
 
 LLAMA_8B = Geometry(8, 128, 128, tensor_pb2.DTYPE_BFLOAT16)
@@ -82,8 +83,17 @@ def test_the_copies_assemble(tmp_path: Path, architecture: str) -> None:
     (tmp_path / "copies.ptx").write_text(cuda_copies.PTX)
     files = [str(tmp_path / "copies.ptx"), "-o", str(tmp_path / "copies.cubin")]
     subprocess.run([triton_assembler(), f"-arch={architecture}", *files], check=True)
-    for name in ("copy", "copy_and_write", "hand_over"):
+    for name in ("copy", "copy_and_write", "post", "hand_over"):
         assert f"attnd_{name}".encode() in (tmp_path / "copies.cubin").read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+def test_the_gates_of_resident_steps_assemble(tmp_path: Path, architecture: str) -> None:
+    (tmp_path / "resident.ptx").write_text(resident_gates.PTX)
+    files = [str(tmp_path / "resident.ptx"), "-o", str(tmp_path / "resident.cubin")]
+    subprocess.run([triton_assembler(), f"-arch={architecture}", *files], check=True)
+    for name in ("begin", "wait", "signal", "end", "resume"):
+        assert f"attnd_resident_{name}".encode() in (tmp_path / "resident.cubin").read_bytes()
 
 
 def test_what_a_kernel_copies_of_a_tensor() -> None:

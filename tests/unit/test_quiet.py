@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,13 +23,13 @@ PATIENCE_S = 20.0
 class Waiting:
     """A thread that is inside `waits` until it is let go."""
 
-    def __init__(self, quiet: QuietGpu) -> None:
+    def __init__(self, quiet: QuietGpu, leave: Callable[[], None] | None = None) -> None:
         self.has_begun, self._may_end = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(quiet,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(quiet, leave), daemon=True)
         self._thread.start()
 
-    def _run(self, quiet: QuietGpu) -> None:
-        with quiet.waits():
+    def _run(self, quiet: QuietGpu, leave: Callable[[], None] | None) -> None:
+        with quiet.waits(leave):
             self.has_begun.set()
             self._may_end.wait(PATIENCE_S)
 
@@ -42,6 +43,45 @@ def begun(quiet: QuietGpu) -> Waiting:
     waiting = Waiting(quiet)
     assert waiting.has_begun.wait(PATIENCE_S)
     return waiting
+
+
+class Leaving:
+    """Waits for something to begin whenever nobody minds, as resident steps do; leaves when it is asked to, or not."""
+
+    def __init__(self, quiet: QuietGpu, leaves: bool = True) -> None:
+        self.num_asked = self.num_turns = 0
+        self._quiet, self._leaves = quiet, leaves
+        self._changed = threading.Condition()
+        self._is_to_leave = self._is_over = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.until(1)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            with self._quiet.waits(self._leave), self._changed:
+                self.num_turns += 1
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: (self._is_to_leave and self._leaves) or self._is_over, PATIENCE_S)
+                self._is_to_leave = False
+
+    def _leave(self) -> None:
+        with self._changed:
+            self.num_asked += 1
+            self._is_to_leave = True
+            self._changed.notify_all()
+
+    def until(self, num_turns: int) -> None:
+        """Waits until it has come back so many times."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.num_turns >= num_turns, PATIENCE_S)
+
+    def end(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
 
 
 def have_gone_on(now: list[int], before: list[int]) -> bool:
@@ -101,6 +141,92 @@ def test_nobody_is_held_back_for_what_has_stalled(monkeypatch: pytest.MonkeyPatc
     with quiet.moment(PATIENCE_S) as is_quiet:
         assert not is_quiet
     waiting.end()
+
+
+def test_what_waits_for_something_to_begin_leaves_for_a_moment_and_comes_back() -> None:
+    quiet = QuietGpu()
+    leaving = [Leaving(quiet) for _ in range(3)]
+    assert not quiet.are_over(0)
+    assert [each.num_asked for each in leaving] == [0, 0, 0]  # nobody has looked for a moment yet
+    for number in range(1, 4):
+        with quiet.moment(PATIENCE_S) as is_quiet:
+            assert is_quiet
+            assert quiet.are_over(0)
+            assert [each.num_asked for each in leaving] == [number] * 3
+            assert [each.num_turns for each in leaving] == [number] * 3
+        for each in leaving:
+            each.until(number + 1)
+    for each in leaving:
+        each.end()
+
+
+def test_who_waits_for_something_to_begin_has_not_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet_module, "_STALLED_S", 0.0)
+    quiet = QuietGpu()
+    leaving = Leaving(quiet)
+    assert not quiet.has_stalled()
+    waiting = begun(quiet)
+    assert quiet.has_stalled()
+    waiting.end()
+    assert not quiet.has_stalled()
+    leaving.end()
+
+
+def test_who_was_asked_to_leave_and_does_not_has_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet_module, "_STALLED_S", 0.05)
+    quiet = QuietGpu()
+    staying = Leaving(quiet, leaves=False)
+    assert not quiet.has_stalled()
+    began = time.monotonic()
+    with quiet.moment(PATIENCE_S) as is_quiet:
+        assert not is_quiet
+        begun(quiet).end()  # nobody is held back for it
+    assert time.monotonic() - began < PATIENCE_S / 2
+    assert quiet.has_stalled()
+    with quiet.moment(PATIENCE_S) as is_quiet:
+        assert not is_quiet
+    assert staying.num_asked == 1  # once is enough
+    staying.end()
+    with quiet.moment(0) as is_quiet:
+        assert is_quiet
+
+
+def test_who_leaves_late_leaves_a_moment_to_the_next_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a step does that came just before."""
+    monkeypatch.setattr(quiet_module, "_STALLED_S", PATIENCE_S)
+    quiet, asked = QuietGpu(), []
+    waiting = Waiting(quiet, lambda: asked.append(1))
+    assert waiting.has_begun.wait(PATIENCE_S)
+    with quiet.moment(0.01) as is_quiet:
+        assert not is_quiet
+    threading.Timer(0.02, waiting.end).start()
+    with quiet.moment(PATIENCE_S) as is_quiet:
+        assert is_quiet
+    assert len(asked) == 1
+
+
+def test_an_error_of_who_is_asked_to_leave_holds_nobody_back() -> None:
+    quiet = QuietGpu()
+    waiting = Waiting(quiet, lambda: [][0])
+    assert waiting.has_begun.wait(PATIENCE_S)
+    with pytest.raises(IndexError), quiet.moment(PATIENCE_S):
+        pass
+    begun(quiet).end()
+    waiting.end()
+    with quiet.moment(0) as is_quiet:
+        assert is_quiet
+
+
+def test_work_that_was_put_off_is_done_though_somebody_always_waits_for_something_to_begin() -> None:
+    quiet, done = QuietGpu(), threading.Event()
+    leaving = Leaving(quiet)
+    for _ in range(5):
+        done.clear()
+        quiet.later(lambda: done.set() if quiet.are_over(0) else None)
+        assert done.wait(PATIENCE_S)
+    assert leaving.num_asked > 0
+    leaving.end()
+    quiet.close(1)
 
 
 def test_new_ones_are_held_back_while_others_go_on() -> None:

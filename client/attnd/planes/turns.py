@@ -48,6 +48,14 @@ class Turn:
         """Goes outside."""
         self._inside.remove(get_ident())
 
+    def __enter__(self) -> None:
+        """As `begin`, of whoever does not mind whether it was inside."""
+        self.begin()
+
+    def __exit__(self, *_: object) -> None:
+        """As `end`."""
+        self.end()
+
     @property
     def is_anothers(self) -> bool:
         """Whether another thread is inside, or another process has made the object."""

@@ -209,6 +209,8 @@ class AttendRequest(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     CALL_FIELD_NUMBER: builtins.int
     CUDA_STEP_FIELD_NUMBER: builtins.int
+    RESIDENT_STEPS_FIELD_NUMBER: builtins.int
+    RESIDENT_RESUME_FIELD_NUMBER: builtins.int
     @property
     def step(self) -> attnd.v1.step_pb2.Step:
         """Opens a step. Not on a cuda plane."""
@@ -221,16 +223,26 @@ class AttendRequest(google.protobuf.message.Message):
     def cuda_step(self) -> global___CudaStep:
         """Runs a step. On a cuda plane only."""
 
+    @property
+    def resident_steps(self) -> global___ResidentSteps:
+        """Makes resident steps ready. On a cuda plane with resident steps only."""
+
+    @property
+    def resident_resume(self) -> global___ResidentResume:
+        """Ends the refusal of resident steps. Likewise."""
+
     def __init__(
         self,
         *,
         step: attnd.v1.step_pb2.Step | None = ...,
         call: attnd.v1.step_pb2.Call | None = ...,
         cuda_step: global___CudaStep | None = ...,
+        resident_steps: global___ResidentSteps | None = ...,
+        resident_resume: global___ResidentResume | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "cuda_step"] | None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "resident_resume", b"resident_resume", "resident_steps", b"resident_steps", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "message", b"message", "resident_resume", b"resident_resume", "resident_steps", b"resident_steps", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "cuda_step", "resident_steps", "resident_resume"] | None: ...
 
 global___AttendRequest = AttendRequest
 
@@ -243,8 +255,11 @@ class CudaStep(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     NUM_HEADS_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
+    AFTER_RESIDENT_FIELD_NUMBER: builtins.int
     num_heads: builtins.int
     """Query heads of each layer; a multiple of num_kv_heads. 0 in a store-only step."""
+    after_resident: builtins.int
+    """Resident steps of the plane that come before it: those that the worker has counted by then."""
     @property
     def step(self) -> attnd.v1.step_pb2.Step:
         """What its layers share."""
@@ -259,11 +274,171 @@ class CudaStep(google.protobuf.message.Message):
         step: attnd.v1.step_pb2.Step | None = ...,
         num_heads: builtins.int = ...,
         options: collections.abc.Iterable[attnd.v1.step_pb2.AttentionOptions] | None = ...,
+        after_resident: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["num_heads", b"num_heads", "options", b"options", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "num_heads", b"num_heads", "options", b"options", "step", b"step"]) -> None: ...
 
 global___CudaStep = CudaStep
+
+@typing.final
+class ResidentSteps(google.protobuf.message.Message):
+    """Steps on a cuda plane without a message for each: the worker writes their metadata into the region, counts them up, and
+    hands layers over as in any other step; the server's GPU checks the metadata as the server checks that of a Step. Each
+    request has query_len new tokens. A token's slot follows from its position and the page table. What is said here holds
+    for all of them, until another ResidentSteps of the plane comes or it ends.
+
+    The metadata begins at metadata_offset of the region: the number of the last step, 64 bits, which the worker counts up
+    when all else is there; at byte 64 int32 [4, max_reqs], the lengths; at the next multiple of 256 after these, counted
+    from byte 64, int32 [max_reqs, max_pages], the page tables. Row 0 of the lengths has the number of requests and the
+    version, 1; then come context_lens, valid_lens, both as in Step, and stored_lens: the first stored_lens[r] new tokens are
+    stored. Page ids that neither the context nor a stored token needs are not looked at, the others must be pages of the
+    cache. Step k + 1 may be counted once the first layer of step k has been handed back, and not before; a step that is
+    counted earlier is refused. The same number, as 64 bits, goes to byte 1024 of the words of the host, so that a server
+    that does not wait for a step any more learns of it.
+
+    The tensors of a step lie where those of max_reqs requests would, but K and V of odd layers behind all others, each at
+    the next multiple of 256: the server stores a layer's K and V when it has handed the layer back, and the last layer's
+    before that.
+
+    At byte 512 of the memory of results the server says when a step is done, 64 bits each: the number of the first step that
+    was refused, or 0, and that of the step. A step that is refused and all after it store nothing, and what they hand back
+    means nothing, until ResidentResume was answered. Why comes as ResidentRefusal.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CACHE_FIELD_NUMBER: builtins.int
+    NUM_HEADS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    QUERY_LEN_FIELD_NUMBER: builtins.int
+    MAX_REQS_FIELD_NUMBER: builtins.int
+    MAX_PAGES_FIELD_NUMBER: builtins.int
+    MASK_FIELD_NUMBER: builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: builtins.int
+    AFTER_RESIDENT_FIELD_NUMBER: builtins.int
+    num_heads: builtins.int
+    """As in CudaStep; not 0."""
+    query_len: builtins.int
+    """New tokens of each request; at least 1."""
+    max_reqs: builtins.int
+    """Most requests of a step; at least 1."""
+    max_pages: builtins.int
+    """Columns of the page tables; at least 1."""
+    mask: attnd.v1.step_pb2.Mask.ValueType
+    """Mask of all requests; not MASK_PREFIX_FULL."""
+    block_size: builtins.int
+    """Of MASK_BLOCK_CAUSAL."""
+    after_resident: builtins.int
+    """As in CudaStep."""
+    @property
+    def cache(self) -> attnd.v1.cache_pb2.CacheRef:
+        """The cache that the steps read and write."""
+
+    @property
+    def options(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[attnd.v1.step_pb2.AttentionOptions]:
+        """As in CudaStep."""
+
+    def __init__(
+        self,
+        *,
+        cache: attnd.v1.cache_pb2.CacheRef | None = ...,
+        num_heads: builtins.int = ...,
+        options: collections.abc.Iterable[attnd.v1.step_pb2.AttentionOptions] | None = ...,
+        query_len: builtins.int = ...,
+        max_reqs: builtins.int = ...,
+        max_pages: builtins.int = ...,
+        mask: attnd.v1.step_pb2.Mask.ValueType = ...,
+        block_size: builtins.int = ...,
+        after_resident: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "block_size", b"block_size", "cache", b"cache", "mask", b"mask", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
+
+global___ResidentSteps = ResidentSteps
+
+@typing.final
+class ResidentStepsReply(google.protobuf.message.Message):
+    """Answers ResidentSteps."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    METADATA_OFFSET_FIELD_NUMBER: builtins.int
+    MAX_REQS_FIELD_NUMBER: builtins.int
+    MAX_PAGES_FIELD_NUMBER: builtins.int
+    BACKEND_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """Why there can be none, for people; empty: there are, and what follows says where."""
+    metadata_offset: builtins.int
+    """Byte of the region where the metadata begins."""
+    max_reqs: builtins.int
+    """That of the request or a little more: as the metadata is laid out."""
+    max_pages: builtins.int
+    """Likewise."""
+    backend: attnd.v1.backend_pb2.Backend.ValueType
+    """The backend of these steps."""
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        metadata_offset: builtins.int = ...,
+        max_reqs: builtins.int = ...,
+        max_pages: builtins.int = ...,
+        backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "metadata_offset", b"metadata_offset", "reason", b"reason"]) -> None: ...
+
+global___ResidentStepsReply = ResidentStepsReply
+
+@typing.final
+class ResidentRefusal(google.protobuf.message.Message):
+    """Says of a resident step why it was refused. It answers nothing, and does not end the plane."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """Number of the step."""
+    @property
+    def error(self) -> attnd.v1.error_pb2.Error:
+        """Why."""
+
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        error: attnd.v1.error_pb2.Error | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "step", b"step"]) -> None: ...
+
+global___ResidentRefusal = ResidentRefusal
+
+@typing.final
+class ResidentResume(google.protobuf.message.Message):
+    """Lets resident steps go on after a refusal. All steps that the worker has counted must be done."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ResidentResume = ResidentResume
+
+@typing.final
+class ResidentResumeReply(google.protobuf.message.Message):
+    """Answers ResidentResume."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ResidentResumeReply = ResidentResumeReply
 
 @typing.final
 class CudaStepReply(google.protobuf.message.Message):
@@ -354,6 +529,9 @@ class AttendResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     GOING_AWAY_FIELD_NUMBER: builtins.int
     CUDA_STEP_FIELD_NUMBER: builtins.int
+    RESIDENT_STEPS_FIELD_NUMBER: builtins.int
+    RESIDENT_REFUSAL_FIELD_NUMBER: builtins.int
+    RESIDENT_RESUME_FIELD_NUMBER: builtins.int
     @property
     def step(self) -> global___StepReply:
         """Answers a step."""
@@ -374,6 +552,18 @@ class AttendResponse(google.protobuf.message.Message):
     def cuda_step(self) -> global___CudaStepReply:
         """Answers a step on a cuda plane."""
 
+    @property
+    def resident_steps(self) -> global___ResidentStepsReply:
+        """Answers ResidentSteps."""
+
+    @property
+    def resident_refusal(self) -> global___ResidentRefusal:
+        """Answers nothing: a resident step was refused."""
+
+    @property
+    def resident_resume(self) -> global___ResidentResumeReply:
+        """Answers ResidentResume."""
+
     def __init__(
         self,
         *,
@@ -382,10 +572,13 @@ class AttendResponse(google.protobuf.message.Message):
         error: attnd.v1.error_pb2.Error | None = ...,
         going_away: global___GoingAway | None = ...,
         cuda_step: global___CudaStepReply | None = ...,
+        resident_steps: global___ResidentStepsReply | None = ...,
+        resident_refusal: global___ResidentRefusal | None = ...,
+        resident_resume: global___ResidentResumeReply | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "error", "going_away", "cuda_step"] | None: ...
+    def HasField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "resident_refusal", b"resident_refusal", "resident_resume", b"resident_resume", "resident_steps", b"resident_steps", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cuda_step", b"cuda_step", "error", b"error", "going_away", b"going_away", "message", b"message", "resident_refusal", b"resident_refusal", "resident_resume", b"resident_resume", "resident_steps", b"resident_steps", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["step", "call", "error", "going_away", "cuda_step", "resident_steps", "resident_refusal", "resident_resume"] | None: ...
 
 global___AttendResponse = AttendResponse
 

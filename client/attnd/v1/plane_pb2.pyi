@@ -209,6 +209,7 @@ class CudaPlane(google.protobuf.message.Message):
     GPU_UUID_FIELD_NUMBER: builtins.int
     FLAGS_FIELD_NUMBER: builtins.int
     RESULTS_NUM_BYTES_FIELD_NUMBER: builtins.int
+    HAS_RESIDENT_STEPS_FIELD_NUMBER: builtins.int
     ticket: builtins.bytes
     """Good for one connection, for a few seconds."""
     socket_path: builtins.str
@@ -223,6 +224,8 @@ class CudaPlane(google.protobuf.message.Message):
     """Bytes of the memory of results, which the server made on the worker's GPU, so that the worker waits and reads at home.
     0: there is none, because both sides have the same GPU or the server does not see the worker's.
     """
+    has_resident_steps: builtins.bool
+    """Whether it takes ResidentSteps."""
     def __init__(
         self,
         *,
@@ -232,8 +235,9 @@ class CudaPlane(google.protobuf.message.Message):
         gpu_uuid: builtins.str = ...,
         flags: global___CudaFlags.ValueType = ...,
         results_num_bytes: builtins.int = ...,
+        has_resident_steps: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["flags", b"flags", "gpu_uuid", b"gpu_uuid", "num_bytes", b"num_bytes", "results_num_bytes", b"results_num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["flags", b"flags", "gpu_uuid", b"gpu_uuid", "has_resident_steps", b"has_resident_steps", "num_bytes", b"num_bytes", "results_num_bytes", b"results_num_bytes", "socket_path", b"socket_path", "ticket", b"ticket"]) -> None: ...
 
 global___CudaPlane = CudaPlane
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,13 +31,26 @@ _TRY_S, _MOST_TRY_S, _PAUSE_PER_TRY = 0.05, 0.4, 10
 _END_S = 2.0
 
 
+@dataclass(eq=False)
+class _Wait:
+    """What may be waiting in the GPU.
+
+    Attributes:
+        began: `time.monotonic`; infinite: it has nothing to end yet.
+        leave: see `QuietGpu.waits`.
+    """
+
+    began: float
+    leave: Callable[[], None] | None
+
+
 class QuietGpu:
     """Knows which steps may be waiting in a GPU, and finds moments when none is. Any thread may use it."""
 
     def __init__(self) -> None:
         """None is."""
         self._changed = threading.Condition()
-        self._waits: dict[object, float] = {}  # those under way, and when they began, `time.monotonic`
+        self._waits: list[_Wait] = []  # those under way
         self._is_held_back = False  # whether new ones are
         self._num_held_back = 0
         self._turn = threading.Lock()  # one moment at a time
@@ -44,23 +59,27 @@ class QuietGpu:
         self._is_closed = False
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
+    def waits(self, leave: Callable[[], None] | None = None) -> Iterator[None]:
         """What may wait for somebody outside the process lies inside, until its stream is done with it.
 
         Is held back while a moment lasts or is looked for: not for a thread that others wait for.
+
+        Args:
+            leave: asks for the end of what waits for something to begin, when a moment is looked for: it counts as
+                stalled only if it does not end then. Must not block. None: nothing hastens it.
         """
-        wait = object()
+        wait = _Wait(time.monotonic() if leave is None else math.inf, leave)
         with self._changed:
             self._num_held_back += 1
             self._changed.wait_for(lambda: not self._is_held_back)
             self._num_held_back -= 1
-            self._waits[wait] = time.monotonic()
+            self._waits.append(wait)
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                del self._waits[wait]
+                self._waits.remove(wait)
                 self._changed.notify_all()
 
     @contextmanager
@@ -112,7 +131,7 @@ class QuietGpu:
     def has_stalled(self) -> bool:
         """Whether a step has been under way for so long that no moment is to be expected."""
         with self._changed:
-            return bool(self._waits) and time.monotonic() >= min(self._waits.values()) + _STALLED_S
+            return time.monotonic() >= self._stalls_at()
 
     def are_over(self, timeout_s: float) -> bool:
         """Whether no step may be waiting any more within so many seconds; holds nobody back."""
@@ -131,11 +150,19 @@ class QuietGpu:
         """New waits from now on; those that a moment before held back begin first. With the lock."""
         self._changed.wait_for(lambda: not self._num_held_back, timeout_s)
         self._is_held_back = True
+        for wait in self._waits:
+            if wait.leave is not None and wait.began == math.inf:
+                wait.began = time.monotonic()
+                wait.leave()
+
+    def _stalls_at(self) -> float:
+        """When the first of those under way counts as stalled. With the lock."""
+        return min((wait.began for wait in self._waits), default=math.inf) + _STALLED_S
 
     def _all_end(self, deadline: float) -> bool:
         """Whether all that wait are over by then, or before one counts as stalled. With the lock."""
         while self._waits:
-            now, stalls_at = time.monotonic(), min(self._waits.values()) + _STALLED_S
+            now, stalls_at = time.monotonic(), self._stalls_at()
             if now >= min(deadline, stalls_at):
                 return False
             self._changed.wait(min(deadline, stalls_at) - now)

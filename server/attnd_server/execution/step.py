@@ -138,8 +138,12 @@ class Step:
         return self.stored
 
     def mark_written(self) -> None:
-        """Tells the group once which pages the step writes."""
-        if not self.is_marked and self.metadata.slot_mapping is not None:
+        """Tells the group which pages the step writes, once, and of every call that it does."""
+        if self.metadata.slot_mapping is None:
+            return
+        if self.is_marked:
+            self.group.about_to_write()
+        else:
             self.group.mark_written(self.metadata.slot_mapping)
             self.is_marked = True
 

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 import torch
@@ -114,6 +114,7 @@ class Cache:
     @property
     def num_pages_written(self) -> int:
         """Pages into which something was stored, of all groups. Any thread may ask."""
+        self._settle_written()
         return sum(group.num_pages_written for group in self.groups)
 
     @property
@@ -125,7 +126,14 @@ class Cache:
     @property
     def adoptable_epochs(self) -> tuple[int, ...]:
         """The epochs of earlier lives under which it may be adopted: none once a page that it had then was changed."""
-        return () if self.restored is None else self.restored.adoptable_epochs
+        if self.restored is None:
+            return ()
+        self._settle_written()
+        return self.restored.adoptable_epochs
+
+    def _settle_written(self) -> None:
+        for group in self.groups:
+            group.settle_written()
 
     def filled(self) -> None:
         """All that a snapshot has of it lies in its pages now."""
@@ -140,7 +148,7 @@ class Cache:
         """Frees its pages, once nobody holds them. On the executor's thread, so that no call is running."""
         with self._holding:
             self.is_closed = True
-        for listener in self._when_closed:
+        for listener in list(self._when_closed):
             listener()
         self._when_closed.clear()
         self._let_go([group.let_go() for group in self.groups])
@@ -148,6 +156,11 @@ class Cache:
     def when_closed(self, listener: Callable[[], None]) -> None:
         """Lets `close` call a listener, for what was made with the addresses of its pages. On the executor's thread."""
         self._when_closed.append(listener)
+
+    def when_closed_no_more(self, listener: Callable[[], None]) -> None:
+        """Takes a listener back, if the cache is not closed yet. From any thread."""
+        with suppress(ValueError):
+            self._when_closed.remove(listener)
 
     @contextmanager
     def held(self) -> Iterator[None]:

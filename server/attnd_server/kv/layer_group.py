@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,16 @@ from attnd_server.kv.page_spaces import CachePages, PageSpaces
 
 # Oldest GPU for which Triton converts to and from FP8.
 MIN_FP8_CAPABILITY = (8, 9)
+
+
+class Writer(Protocol):
+    """What stores into pages on the device, without the executor."""
+
+    def make_way(self) -> None:
+        """Stores nothing more until the cache's work that has the device now is done. Does not wait."""
+
+    def written_pages(self) -> npt.NDArray[np.int64]:
+        """Pages into which it has stored since it was asked last. On any thread."""
 
 
 class LayerGroup:
@@ -63,6 +74,8 @@ class LayerGroup:
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.num_pages_written = 0  # counted while they are: to count millions of them takes long
         self.page_was_written = np.zeros(config.num_pages, dtype=np.bool_)
+        self._writers: list[Writer] = []
+        self._marking, self._settling = threading.Lock(), threading.Lock()
         self.pages: CachePages | None = None
         self.layers: list[LayerPages] = []
         self._forget()
@@ -87,6 +100,7 @@ class LayerGroup:
     @property
     def written_pages(self) -> torch.Tensor:
         """Int64, the ids of the pages into which something was stored, rising. Any thread may ask."""
+        self.settle_written()
         return torch.from_numpy(np.flatnonzero(self.page_was_written))
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, stored: StoredTokens) -> None:
@@ -131,14 +145,41 @@ class LayerGroup:
         """Notes pages, for `written_pages`. On the host."""
         self._mark(pages.numpy())
 
+    def watch(self, writer: Writer) -> None:
+        """From now on the device itself stores, too. On the executor's thread, as all that stores."""
+        with self._marking:
+            self._writers.append(writer)
+
+    def watch_no_more(self, writer: Writer) -> None:
+        """It does not any more; what it did is noted. From any thread."""
+        self.settle_written()
+        with self._marking:
+            self._writers.remove(writer)
+
+    def about_to_write(self) -> None:
+        """Says that work which has the device is going to store something."""
+        for writer in self._writers:
+            writer.make_way()
+
+    def settle_written(self) -> None:
+        """Notes the pages into which the device has stored of its own. From any thread; waits for a copy."""
+        with self._settling:  # or another would be told that there are no more, before they are noted
+            for writer in list(self._writers):
+                self._note(writer.written_pages())
+
     def _mark(self, pages: npt.NDArray[np.int64]) -> None:
         """With the device."""
+        self.about_to_write()
+        self._note(pages)
+
+    def _note(self, pages: npt.NDArray[np.int64]) -> None:
         if self._changed is not None:
             self._changed(self.index, pages)
-        fresh = pages[~self.page_was_written[pages]]
-        if fresh.size:  # rarely: a page takes several tokens
-            self.page_was_written[fresh] = True
-            self.num_pages_written += len(np.unique(fresh))
+        with self._marking:
+            fresh = pages[~self.page_was_written[pages]]
+            if fresh.size:  # rarely: a page takes several tokens
+                self.page_was_written[fresh] = True
+                self.num_pages_written += len(np.unique(fresh))
 
 
 class _TritonKernels(NamedTuple):

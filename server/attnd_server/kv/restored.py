@@ -33,6 +33,7 @@ class Restored:
         self._pages = [each.copy() for each in pages]
 
     def changed(self, group: int, pages: npt.NDArray[np.int64]) -> None:
-        """Something is stored into these pages of a layer group."""
-        if self._pages is not None and self._pages[group][pages].any():
+        """Something is or was stored into these pages of a layer group. From any thread."""
+        kept = self._pages
+        if kept is not None and kept[group][pages].any():
             self._pages = None

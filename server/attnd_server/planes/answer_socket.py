@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
@@ -15,6 +16,7 @@ class AnswerSocket:
 
     Attributes:
         num_due: answers that are to be sent yet.
+        is_under_way: whether something is that no answer is due for.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -23,6 +25,7 @@ class AnswerSocket:
         self._sending = threading.Lock()
         self._rest = b""  # of what was begun: it must go before anything else
         self.num_due = 0
+        self.is_under_way: Callable[[], bool] = lambda: False
 
     def expect(self) -> None:
         """A request came, and its answer will be sent."""

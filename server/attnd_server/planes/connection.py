@@ -71,8 +71,8 @@ class PlaneConnection(threading.Thread):
     @property
     def is_under_way(self) -> bool:
         """Whether a step is, or an answer is to be sent: whether a drain waits for it. From any thread."""
-        session = self._session
-        return self._answers.num_due > 0 or (session is not None and session.is_under_way())
+        session, answers = self._session, self._answers
+        return answers.num_due > 0 or answers.is_under_way() or (session is not None and session.is_under_way())
 
     def tell_going_away(self) -> None:
         """Says that the server drains. From another thread."""

@@ -98,5 +98,6 @@ class Planes:
                 gpu_uuid=cuda.gpu_uuid,
                 flags=flags,
                 results_num_bytes=cuda.results_num_bytes(worker_gpu),
+                has_resident_steps=flags == plane_pb2.CUDA_FLAGS_GATES,
             ),
         )

@@ -99,6 +99,7 @@ class KvRequests:
         group = cache.groups[validation.group(request.group, cache.shape)]
         if not request.with_written_pages:
             return cache_pb2.RenewCacheResponse(cache=cache.info()).SerializeToString()
+        group.settle_written()
         if group.num_pages_written > MAX_TOLD_PAGES:
             use = f"{group.num_pages_written} pages of the cache were written"
             raise Exhausted(f"{use}, but an answer tells at most {MAX_TOLD_PAGES}", field="with_written_pages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 from attnd.errors import AttndError
@@ -30,3 +31,11 @@ def await_end(transport: Transport, plane_id: int, timeout_s: float) -> None:
         except AttndError:  # there is no such plane any more, or no server
             return
         time.sleep(PERIOD_S)
+
+
+def end_socket(connection: socket.socket) -> None:
+    """Ends both directions, whoever reads."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # ended already

@@ -9,6 +9,8 @@ import sys
 from attnd.errors import Unsupported
 from attnd.planes.cuda.plane import CudaPlane
 from attnd.planes.tickets import show_ticket
+from attnd.planes.transport import Transport
+from attnd.protocol import frames
 from attnd.protocol.cuda import driver as cuda_driver
 from attnd.protocol.cuda.driver import CudaError, Device
 from attnd.protocol.cuda.gate_flags import GateFlags
@@ -37,6 +39,21 @@ def worker_gpu() -> Device:
     if refusal is not None:
         raise Unsupported(f"plane is cuda, but {refusal}", field="plane")
     return gpu
+
+
+def asked(transport: Transport, socket_dir: str, timeout_s: float) -> tuple[CudaPlane, int]:
+    """Asks a server for a plane, and opens it. Raises as `worker_gpu` and `open_cuda`.
+
+    Returns:
+        The plane, and its id.
+    """
+    gpu = worker_gpu()
+    request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_CUDA)
+    request.cuda.gpu_uuid = gpu.uuid
+    plane = frames.parse(
+        plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request.SerializeToString(), timeout_s)
+    )
+    return open_cuda(plane, gpu, socket_dir, timeout_s), plane.id
 
 
 def check_reach(gpu: Device, servers_uuid: str) -> None:
@@ -81,7 +98,8 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
     try:
         with gpu.current():
             flags = workers_flags(gpu, mapped, memory, on_same_gpu=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
-            return CudaPlane(connection, gpu, mapped, flags, path)
+            shared = HostWords(memory) if plane.cuda.has_resident_steps else None
+            return CudaPlane(connection, gpu, mapped, flags, path, shared)
     except CudaError as error:
         connection.close()
         for each in mapped:

@@ -6,27 +6,21 @@ server's answers from the socket, and lets the worker's stream go on if the serv
 
 from __future__ import annotations
 
-import os
 import queue
 import select
 import socket
-import sys
 import time
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from attnd import forks
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, ServerFault, ended, from_message
-from attnd.planes.cuda.tensors import check_capture, copy_in
+from attnd.planes.cuda import forked
+from attnd.planes.cuda.ending import end_socket
+from attnd.planes.cuda.layers import PlaneLayers
 from attnd.protocol import requests
-from attnd.protocol.cuda.copies import Copier, Copy, CopyAndWrite, HandOver
-from attnd.protocol.cuda.driver import Device, call
-from attnd.protocol.cuda.gate_flags import Counter, GateFlags
-from attnd.protocol.cuda.host_flags import HostFlags
-from attnd.protocol.cuda.layout import Place
+from attnd.protocol.cuda.driver import Device
+from attnd.protocol.cuda.gate_flags import GateFlags
+from attnd.protocol.cuda.host_flags import HostFlags, HostWords
 from attnd.protocol.cuda.memory import DeviceMemory
 from attnd.protocol.shm import framing
 from attnd.threads import start_thread
@@ -45,11 +39,10 @@ class Answer(NamedTuple):
     error: AttndError | None
 
 
-class CudaPlane:
+class CudaPlane(PlaneLayers):
     """One plane. One thread at a time.
 
     Attributes:
-        num_bytes: of the region.
         going_away: why the server takes no more steps; "" while it does.
     """
 
@@ -65,31 +58,33 @@ class CudaPlane:
         memory: list[DeviceMemory],
         flags: HostFlags | GateFlags,
         path: str,
+        words: HostWords | None = None,
     ) -> None:
-        """Owns all of it; starts the thread. `memory`: the region, and that of results if there is one."""
-        self.num_bytes = min(each.num_bytes for each in memory)
+        """Owns all of it; starts the thread.
+
+        Args:
+            connection: to the server.
+            gpu: the worker's.
+            memory: the region, and that of results if there is one.
+            flags: the worker's side of the hand-overs.
+            path: of the server's socket.
+            words: of the host, where a resident step is told too; None: there are no resident steps.
+        """
+        super().__init__(gpu, memory, flags, words)
         self.going_away = ""
         self._connection = connection
-        self._gpu = gpu
-        self._memory = memory
-        self._flags = flags
-        self._kernel: HandOver | None = None
-        if isinstance(flags, GateFlags):
-            self._kernel = HandOver(gpu, *flags.addresses)
-        else:
-            self._copier, self._counter = Copier(gpu), Counter(gpu)
-            self._writer = CopyAndWrite(gpu, self._counter.address)
         self._path = path
         self._replies = framing.Replies(connection)
         # By a step's id, until when it must be answered (`time.monotonic`); then what was answered.
         self._deadlines: dict[int, float] = {}
         self._answers: dict[int, Answer] = {}
+        self._told: dict[str, Any] = {}  # by its kind, what came last that answers no step
         # Queues and flags, not conditions, which an interrupt of the caller leaves locked for the thread.
         self._failures: list[AttndError] = []
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # of answers and failures, for who waits
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_closed = False
-        _planes.add(self)
+        forked.PLANES.add(self)
         start_thread(self._read, "attnd-cuda-plane")
 
     def send(self, step: attention_pb2.CudaStep, timeout_s: float) -> None:
@@ -101,9 +96,35 @@ class CudaPlane:
         if self.failure is not None:
             raise self.failure
         self._deadlines[step.step.id] = time.monotonic() + timeout_s
-        message = attention_pb2.AttendRequest(cuda_step=step).SerializeToString()
+        self._send(attention_pb2.AttendRequest(cuda_step=step))
+
+    def ask(self, request: attention_pb2.AttendRequest, timeout_s: float) -> Any:
+        """Sends what is no step, and waits for the message that answers it.
+
+        Raises:
+            AttndError: the plane failed, or the answer did not come in time.
+        """
+        kind = request.WhichOneof("message")
+        assert kind is not None
+        self._told.pop(kind, None)
+        self._send(request)
+        return self.told(kind, timeout_s)
+
+    def told(self, kind: str, timeout_s: float) -> Any:
+        """The last message of a kind that is no answer to a step, once it is there. Raises as `ask`."""
+        deadline = time.monotonic() + timeout_s
+        while kind not in self._told:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise DeadlineExceeded(f"the server sent no {kind} within {timeout_s:g} s") from None
+        return self._told.pop(kind)
+
+    def _send(self, request: attention_pb2.AttendRequest) -> None:
         try:
-            self._connection.sendall(framing.request_bytes(message))
+            self._connection.sendall(framing.request_bytes(request.SerializeToString()))
         except OSError as error:
             self._await_last_words()
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
@@ -129,75 +150,6 @@ class CudaPlane:
             self._news.get()
         return self._answers.pop(step_id, Answer(None, self.failure))
 
-    def hand_over(
-        self, stream: int, layer: int, is_last: bool, inputs: list[tuple[Place, Any]], outputs: list[tuple[Place, Any]]
-    ) -> None:
-        """Enqueues one layer: tensors to the region, their hand-over, and the server's tensors back. Raises CudaError.
-
-        Args:
-            stream: of the worker's GPU, which is the current one.
-            layer: of the step.
-            is_last: whether it is the step's last.
-            inputs: places, and torch tensors that go there.
-            outputs: places, and dense torch tensors that come from there.
-        """
-        there, by_driver = [], []
-        for place, tensor in inputs:
-            copy = copy_in(self._address(place), tensor)
-            if copy is None or not copy.is_possible:
-                by_driver.append((place, tensor.contiguous()))
-            else:
-                there.append(copy)
-        for place, tensor in by_driver:
-            self._copy(self._address(place), tensor.data_ptr(), place.num_bytes, stream)
-        back, by_driver = [], []
-        for place, tensor in outputs:
-            copy = Copy(tensor.data_ptr(), self._address(place), 1, place.num_bytes, place.num_bytes)
-            if copy.is_possible:
-                back.append(copy)
-            else:
-                by_driver.append((place, tensor))
-        if self._kernel is not None:
-            self._kernel.run(stream, there, back)
-        else:
-            assert isinstance(self._flags, HostFlags)
-            self._writer.run(stream, there, *self._flags.signal_of(layer))
-            self._flags.wait(stream, layer, is_last)
-            if back:
-                self._copier.copy(stream, back)
-        for place, tensor in by_driver:
-            self._copy(tensor.data_ptr(), self._address(place), place.num_bytes, stream)
-
-    def _address(self, place: Place) -> int:
-        return self._memory[-1 if place.is_result else 0].address + place.offset
-
-    def _copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        if num_bytes:
-            call("cuMemcpyAsync", target, source, num_bytes, stream)
-
-    @cached_property
-    def torch_device(self) -> Any:
-        """Where the worker's tensors are."""
-        return sys.modules["torch"].device("cuda", self._gpu.index)
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether worker and server take turns on one GPU, for want of CUDA's Multi-Process Service."""
-        return self._kernel is None and not self._gpu.attribute("MPS_ENABLED")
-
-    def current_stream(self) -> int | None:
-        """Torch's current stream, if it is of the worker's GPU; None: another GPU is the thread's current one."""
-        cuda = sys.modules["torch"].cuda
-        return cuda.current_stream().cuda_stream if cuda.current_device() == self._gpu.index else None
-
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        """As `current_stream`, whatever GPU is current before. Raises as `check_capture` does."""
-        cuda = sys.modules["torch"].cuda
-        check_capture(cuda, self._gpu.index)
-        with cuda.device(self._gpu.index):
-            yield cuda.current_stream().cuda_stream
-
     @property
     def failure(self) -> AttndError | None:
         """Why the plane is of no use any more; None: it is."""
@@ -215,18 +167,14 @@ class CudaPlane:
             return
         self._fail(Disconnected("the session was closed"))
         try:
-            self._gpu.synchronize()
+            self.gpu.synchronize()
         finally:
             self._is_closed = True
-            _end(self._connection)
+            end_socket(self._connection)
             self._ended.get()
             self._connection.close()
-            with self._gpu.current():
-                self._flags.close()
-                if self._kernel is None:
-                    self._counter.close()
-                for each in self._memory:
-                    each.close()
+            with self.gpu.current():
+                self.free()
 
     def _fail(self, failure: AttndError) -> None:
         """From any thread: the first failure is the plane's; its thread lets go of what waits."""
@@ -276,25 +224,8 @@ class CudaPlane:
             self._deadlines.pop(reply.message.step_id, None)
             self._answers[reply.message.step_id] = Answer(reply.message, None)
             self._tell()
+        elif reply.kind in ("resident_steps", "resident_refusal", "resident_resume"):
+            self._told[reply.kind] = reply.message
+            self._tell()
         else:
             raise ServerFault(f"the server answered a step on a cuda plane with {reply.kind}")
-
-
-# For a child that was forked, where none is of use.
-_planes: weakref.WeakSet[CudaPlane] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for plane in list(_planes):
-        plane.disown()
-
-
-os.register_at_fork(after_in_child=_forked)
-
-
-def _end(connection: socket.socket) -> None:
-    """Ends both directions, whoever reads."""
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # ended already

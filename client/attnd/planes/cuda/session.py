@@ -8,23 +8,24 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from attnd import traces
 from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
 from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.cuda.ending import await_end
+from attnd.planes.cuda.requests import num_tokens_of, step_request
+from attnd.planes.cuda.resident import ResidentSteps, num_done
+from attnd.planes.cuda.resident_shape import ResidentShape
 from attnd.planes.cuda.step import CudaStep
 from attnd.planes.leases import Lease
 from attnd.planes.turns import Turn
-from attnd.protocol import frames
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cuda.layout import Geometry, step_layout
 from attnd.protocol.head_dims import only_group
 from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.timings import Timings
-from attnd.v1 import attention_pb2, backend_pb2, plane_pb2
+from attnd.v1 import backend_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -71,9 +72,8 @@ class CudaSession:
         if group is None:
             kind = f"has {len(cache.config.groups)} layer groups" if len(cache.config.groups) > 1 else "is latent"
             raise Unsupported(f"plane is cuda, but the cache {kind}: use shm or inline", field="plane")
-        self.geometry = Geometry(
-            group.num_kv_heads, group.head_dim, group.head_dim_v or group.head_dim, cache.config.dtype
-        )
+        head_dim, head_dim_v = group.head_dim, group.head_dim_v or group.head_dim
+        self.geometry = Geometry(group.num_kv_heads, head_dim, head_dim_v, cache.config.dtype)
         self._wanted = plane
         self._timings = Timings(plane="cuda")
         self._plane: CudaPlane | None = None
@@ -83,7 +83,8 @@ class CudaSession:
         self._unanswered: deque[CudaStep] = deque()
         self._turn = Turn("session")
         self.lost: AttndError | None = None  # that the cache was deleted
-        self._end_plane: Any = None  # closes the plane of a session that nobody has any more
+        self._resident: ResidentSteps | None = None
+        self._end_plane: Any = None  # closes the plane of a session that is forgotten
         self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
 
     def step(self, metadata: Any, *, num_heads: int | None = None, options: Options | None = None) -> CudaStep:
@@ -101,11 +102,8 @@ class CudaSession:
             Disconnected: the server is draining.
             Unsupported: there is no cuda plane; the message says why.
         """
-        self._turn.begin()
-        try:
+        with self._turn:
             return self._opened_step(metadata, num_heads, options)
-        finally:
-            self._turn.end()
 
     def _opened_step(self, metadata: Any, num_heads: int | None, options: Options | None) -> CudaStep:
         self._settle()
@@ -132,16 +130,10 @@ class CudaSession:
         for each in options:
             check_options(step.metadata, each)
         self._layers = num_heads, options
-        message = step.metadata.to_message(step.id, self.cache.ref, self._tables)
-        if self.cache.missing is not None:
-            self.cache.missing.check_step(message)
-        if traces.tracer is not None:
-            step.span = traces.begin(message, range(self.cache.config.num_layers), "cuda")
-        num_tokens = memoryview(message.cu_seqlens_q.data).cast("i")[-1] if message.cu_seqlens_q.data else 0
-        heads = 0 if step.metadata.store_only else num_heads
-        step.opened(plane, step_layout(num_tokens, heads, self.geometry, plane.num_bytes), options)
-        told = [] if options == (DEFAULT_OPTIONS,) else [each.message for each in options]
-        request = attention_pb2.CudaStep(step=message, num_heads=heads, options=told)
+        request = step_request(self.cache, step, self._tables, num_heads, options)
+        tokens = num_tokens_of(request)
+        step.opened(plane, step_layout(tokens, request.num_heads, self.geometry, plane.num_bytes), options)
+        request.after_resident = num_done(self._resident)
         try:
             plane.send(request, self.timeout_s)
         except AttndError as error:
@@ -151,14 +143,26 @@ class CudaSession:
         self._timings.bytes_sent += request.ByteSize()
         self._unanswered.append(step)
 
+    def resident(self, num_heads: int, *, max_reqs: int, max_pages: int, **more: Any) -> ResidentSteps:
+        """Makes resident steps ready, by the numbers of `ResidentShape`: decode steps without a message each.
+
+        Raises:
+            AttndError: what went wrong in an earlier step.
+            Unsupported: the server has none for such steps; the message says why. Steps by message go on.
+        """
+        with self._turn:
+            self._settle()
+            if self._plane is None:
+                self._open()
+            shape = ResidentShape(num_heads, max_reqs, max_pages, **more)
+            self._resident = ResidentSteps(self, self._plane, shape, num_done(self._resident))  # type: ignore[arg-type]
+            return self._resident
+
     def finish(self, step: CudaStep) -> None:
         """Waits for the answer of a step and those before it. For `CudaStep`."""
-        self._turn.begin()
-        try:
+        with self._turn:
             while step in self._unanswered:
                 self._take(wait=True)
-        finally:
-            self._turn.end()
         if isinstance(step.error, Disconnected) and self.lost is not None:
             raise self.lost
         if step.error is not None:
@@ -191,11 +195,11 @@ class CudaSession:
 
     @property
     def failure(self) -> AttndError | None:
-        """Why the plane that is open is of no use any more, as far as it is known; None: it is, or none is open."""
+        """Why the plane that is open is of no use any more, if so it is known to be; None where none is open."""
         return None if self._plane is None else self._plane.failure
 
     def timings(self) -> Timings:
-        """Sums over the session's steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
+        """Sums over all steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
         return self._timings
 
     def reset_timings(self) -> None:
@@ -211,6 +215,7 @@ class CudaSession:
         if self._turn.is_anothers:
             return  # another process has it; or another thread is inside, and its step's deadline ends it
         plane, self._plane = self._plane, None
+        resident, self._resident = self._resident, None
         if self._end_plane is not None:
             self._end_plane.detach()
         was_under_way = bool(self._unanswered)
@@ -220,7 +225,9 @@ class CudaSession:
         self._tables.forget()
         if plane is not None:
             plane.close()
-            if was_under_way:
+            if resident is not None:
+                resident.close()
+            if was_under_way or resident is not None:
                 await_end(self.cache.transport, self._plane_id, self.timeout_s)
 
     def __enter__(self) -> CudaSession:
@@ -239,10 +246,9 @@ class CudaSession:
 
     def _settle(self) -> None:
         """Takes what was answered, and waits where too much is not."""
-        plane = self._plane
         while self._unanswered and self._take(wait=len(self._unanswered) >= self.MAX_UNANSWERED_STEPS):
             pass
-        if plane is not None and plane.failure is not None:
+        if (plane := self._plane) is not None and plane.failure is not None:
             self.close()
         elif plane is not None and plane.going_away:
             reason = plane.going_away
@@ -287,14 +293,8 @@ class CudaSession:
             raise Unsupported(f"plane is cuda, but this process runs on {sys.platform}, and it needs Linux")
         from attnd.planes.cuda import opening  # has modules that other systems have not
 
-        gpu = opening.worker_gpu()
-        request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_CUDA)
-        request.cuda.gpu_uuid = gpu.uuid
-        data = self.cache.transport.unary("OpenPlane", request.SerializeToString(), self.timeout_s)
-        plane = frames.parse(plane_pb2.OpenPlaneResponse, data)
-        self._plane = opening.open_cuda(plane, gpu, self._wanted.socket_dir, self.timeout_s)
+        self._plane, self._plane_id = opening.asked(self.cache.transport, self._wanted.socket_dir, self.timeout_s)
         self._end_plane = weakref.finalize(self, call_threads.start_last, self._plane.close)
         self._end_plane.atexit = False
-        self._plane_id = plane.id
         self.plane = "cuda"
         self._last_step_id = 0

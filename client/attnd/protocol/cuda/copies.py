@@ -13,132 +13,14 @@ import struct
 from functools import cache
 from typing import Any, NamedTuple
 
+from attnd.protocol.cuda.copy_kernels import NUM_INPUTS, NUM_OUTPUTS, PTX
 from attnd.protocol.cuda.driver import CudaError, Device, driver, kernels
-from attnd.protocol.cuda.gate_flags import WAIT
 
 # Bytes that a thread copies at a time; addresses, rows and strides are multiples of it.
 VECTOR_BYTES = 16
 _THREADS = 256
 # Vectors of a thread, roughly. More blocks than these wait for nothing but memory.
 _VECTORS_OF_THREAD, _MAX_BLOCKS = 2, 64
-_NUM_INPUTS, _NUM_OUTPUTS = 3, 2
-
-# Of one copy: where to and from, vectors in all and in a row, and bytes from one row of the source to the next. The
-# target is dense.
-_PARAMETERS = """
-    .param .u64 to{n}, .param .u64 from{n}, .param .u32 vectors{n}, .param .u32 of_row{n}, .param .u64 stride{n}"""
-_COPY = """
-    ld.param.u64 %target, [to{n}];
-    ld.param.u64 %source, [from{n}];
-    ld.param.u32 %vectors, [vectors{n}];
-    ld.param.u32 %of_row, [of_row{n}];
-    ld.param.u64 %stride, [stride{n}];
-    mov.u32 %index, %first;
-COPY{n}:
-    setp.ge.u32 %decided, %index, %vectors;
-    @%decided bra COPIED{n};
-    div.u32 %row, %index, %of_row;
-    mul.lo.u32 %column, %row, %of_row;
-    sub.u32 %column, %index, %column;
-    cvt.u64.u32 %wide, %row;
-    mad.lo.u64 %address, %wide, %stride, %source;
-    mul.wide.u32 %wide, %column, 16;
-    add.u64 %address, %address, %wide;
-    ld{volatile}.global.v4.u32 {{%x, %y, %z, %w}}, [%address];
-    mul.wide.u32 %wide, %index, 16;
-    add.u64 %address, %target, %wide;
-    st.global.v4.u32 [%address], {{%x, %y, %z, %w}};
-    add.u32 %index, %index, %step;
-    bra COPY{n};
-COPIED{n}:
-"""
-_REGISTERS = """
-    .reg .pred %decided;
-    .reg .u32 %thread, %width, %block, %blocks, %first, %step, %index, %vectors, %of_row, %row, %column;
-    .reg .u32 %x, %y, %z, %w, %turn, %low, %stop, %count;
-    .reg .u64 %target, %source, %stride, %wide, %address;
-    .reg .u64 %counter, %arrived, %signal, %flag, %stop_word, %next, %seen;
-    mov.u32 %thread, %tid.x;
-    mov.u32 %width, %ntid.x;
-    mov.u32 %block, %ctaid.x;
-    mov.u32 %blocks, %nctaid.x;
-    mad.lo.u32 %first, %block, %width, %thread;
-    mul.lo.u32 %step, %blocks, %width;
-"""
-# One thread of each block. It reads the count before it arrives, and the last to arrive writes it, after all have read.
-# Arriving hands what its block wrote to the last one, and that hands everything to the whole system with the word: to
-# release and to acquire adds up in PTX's memory model.
-_HAND_OVER = (
-    """
-    bar.sync 0;
-    setp.ne.u32 %decided, %thread, 0;
-    @%decided bra DONE;
-    ld.param.u64 %counter, [counter];
-    ld.param.u64 %arrived, [arrived];
-    ld.param.u64 %signal, [signal];
-    ld.param.u64 %flag, [flag];
-    ld.param.u64 %stop_word, [stop];
-    ld.volatile.global.u64 %next, [%counter];
-    add.u64 %next, %next, 1;
-    atom.acq_rel.gpu.global.add.u32 %count, [%arrived], 1;
-    add.u32 %count, %count, 1;
-    setp.ne.u32 %decided, %count, %blocks;
-    @%decided bra WAIT;
-    st.global.u32 [%arrived], 0;
-    st.global.u64 [%counter], %next;
-    st.release.sys.global.u64 [%signal], %next;
-WAIT:"""
-    + WAIT
-    + """    bar.sync 0;
-"""
-)
-# Likewise, but the value of the word comes with the launch, and nothing is waited for.
-_WRITE = """
-    bar.sync 0;
-    setp.ne.u32 %decided, %thread, 0;
-    @%decided bra DONE;
-    ld.param.u64 %counter, [arrived];
-    ld.param.u64 %signal, [signal];
-    ld.param.u64 %next, [value];
-    cvt.u32.u64 %low, %next;
-    atom.acq_rel.gpu.global.add.u32 %count, [%counter], 1;
-    add.u32 %count, %count, 1;
-    setp.ne.u32 %decided, %count, %blocks;
-    @%decided bra DONE;
-    st.global.u32 [%counter], 0;
-    st.release.sys.global.u32 [%signal], %low;
-DONE:
-"""
-_WRITE_WORDS = """
-    .param .u64 arrived, .param .u64 signal, .param .u64 value"""
-_WORDS = """
-    .param .u64 counter, .param .u64 arrived, .param .u64 signal, .param .u64 flag, .param .u64 stop"""
-
-
-def _kernel(name: str, num_inputs: int, num_outputs: int, writes: bool = False) -> str:
-    """Copies, and with outputs the hand-over between them. These are read past the caches: somebody else wrote them.
-
-    If it `writes`, the word comes after the copies.
-    """
-    numbers = range(num_inputs + num_outputs)
-    parameters = [_PARAMETERS.format(n=n) for n in numbers]
-    copies = [_COPY.format(n=n, volatile=".volatile" if n >= num_inputs else "") for n in numbers]
-    if num_outputs:
-        parameters.append(_WORDS)
-        copies.insert(num_inputs, _HAND_OVER)
-    if writes:
-        parameters.append(_WRITE_WORDS)
-        copies.append(_WRITE)
-    body = "".join(copies)
-    return f".visible .entry {name}({','.join(parameters)}\n) {{{_REGISTERS}{body}    ret;\n}}\n"
-
-
-PTX = (
-    ".version 7.0\n.target sm_70\n.address_size 64\n"
-    + _kernel("attnd_copy", _NUM_INPUTS, 0)
-    + _kernel("attnd_copy_and_write", _NUM_INPUTS, 0, writes=True)
-    + _kernel("attnd_hand_over", _NUM_INPUTS, _NUM_OUTPUTS)
-)
 
 
 class Copy(NamedTuple):
@@ -171,7 +53,7 @@ _COPY_FIELDS = "QQIIQ"
 @cache
 def _functions(on: Device) -> dict[str, Any]:
     """The kernels on a GPU, the thread's current one, until the process ends."""
-    return kernels(PTX, ("attnd_copy", "attnd_copy_and_write", "attnd_hand_over"))
+    return kernels(PTX, ("attnd_copy", "attnd_copy_and_write", "attnd_post", "attnd_hand_over"))
 
 
 def prepare(on: Device) -> None:
@@ -214,11 +96,11 @@ class Copier:
 
     def __init__(self, on: Device) -> None:
         """The GPU must be the thread's current one."""
-        self._launch = _Launch(on, "attnd_copy", _NUM_INPUTS, 0)
+        self._launch = _Launch(on, "attnd_copy", NUM_INPUTS, 0)
 
     def copy(self, stream: int, copies: list[Copy]) -> None:
         """Enqueues up to three copies."""
-        self._launch(stream, copies + [_NOTHING] * (_NUM_INPUTS - len(copies)))
+        self._launch(stream, copies + [_NOTHING] * (NUM_INPUTS - len(copies)))
 
 
 class CopyAndWrite:
@@ -226,23 +108,44 @@ class CopyAndWrite:
 
     def __init__(self, on: Device, arrived: int) -> None:
         """`arrived` is the address of 4 bytes of the GPU, 0 between launches; the GPU is the thread's current one."""
-        self._launch = _Launch(on, "attnd_copy_and_write", _NUM_INPUTS, 3)
+        self._launch = _Launch(on, "attnd_copy_and_write", NUM_INPUTS, 3)
         self._arrived = arrived
 
     def run(self, stream: int, copies: list[Copy], address: int, value: int) -> None:
         """Enqueues up to three copies, then `value` at `address`."""
-        self._launch(stream, copies + [_NOTHING] * (_NUM_INPUTS - len(copies)), self._arrived, address, value)
+        self._launch(stream, copies + [_NOTHING] * (NUM_INPUTS - len(copies)), self._arrived, address, value)
+
+
+class Post:
+    """Copies, and then a word of 64 bits that is counted up: a resident step's metadata, and the step."""
+
+    def __init__(self, on: Device, counter: int, arrived: int, signal: int, wake: int) -> None:
+        """The GPU must be the thread's current one.
+
+        Args:
+            on: the GPU.
+            counter: address of 8 bytes of it, where steps are counted.
+            arrived: address of 4 bytes of it, 0 between launches.
+            signal: address of the word that the other side waits for.
+            wake: address, for GPUs, of a word of the host's that gets the same number.
+        """
+        self._launch = _Launch(on, "attnd_post", NUM_INPUTS, 4)
+        self._words = counter, arrived, signal, wake
+
+    def run(self, stream: int, copies: list[Copy]) -> None:
+        """Enqueues up to three copies, and the count."""
+        self._launch(stream, copies + [_NOTHING] * (NUM_INPUTS - len(copies)), *self._words)
 
 
 class HandOver:
     """Copies, hand-over and copies in one kernel."""
 
     def __init__(self, on: Device, counter: int, arrived: int, signal: int, flag: int, stop: int) -> None:
-        """Addresses as of `GateFlags`; `arrived` is that of 4 bytes beside the counter, 0 between launches."""
+        """Addresses as of `GateFlags`; `arrived` is that of 8 bytes beside the counter, 0 between launches."""
         self._words = counter, arrived, signal, flag, stop
-        self._launch = _Launch(on, "attnd_hand_over", _NUM_INPUTS + _NUM_OUTPUTS, len(self._words))
+        self._launch = _Launch(on, "attnd_hand_over", NUM_INPUTS + NUM_OUTPUTS, len(self._words))
 
     def run(self, stream: int, inputs: list[Copy], outputs: list[Copy]) -> None:
         """Enqueues up to three copies to the server, a hand-over, and up to two copies back."""
-        copies = inputs + [_NOTHING] * (_NUM_INPUTS - len(inputs))
-        self._launch(stream, copies + outputs + [_NOTHING] * (_NUM_OUTPUTS - len(outputs)), *self._words)
+        copies = inputs + [_NOTHING] * (NUM_INPUTS - len(inputs))
+        self._launch(stream, copies + outputs + [_NOTHING] * (NUM_OUTPUTS - len(outputs)), *self._words)

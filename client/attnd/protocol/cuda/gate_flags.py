@@ -41,8 +41,7 @@ _COUNT = """
 _SIGNAL = """
     st.release.sys.global.u64 [%signal], %next;
 """
-# For `copies`, too, whose kernel names the same registers.
-WAIT = """
+_WAIT = """
     mov.u32 %turn, 0;
 AGAIN:
     ld.acquire.sys.global.u64 %seen, [%flag];
@@ -57,7 +56,7 @@ AGAIN:
     @%decided bra AGAIN;
 DONE:
 """
-_BODIES = {"wait": _COUNT + WAIT, "signal": _SIGNAL}
+_BODIES = {"wait": _COUNT + _WAIT, "signal": _SIGNAL}
 # What every GPU since 2017 runs; the driver compiles it.
 PTX = ".version 7.0\n.target sm_70\n.address_size 64\n" + "".join(
     f".visible .entry attnd_{name}({_HEAD}{body}    ret;\n}}\n" for name, body in _BODIES.items()
@@ -127,7 +126,7 @@ class GateFlags:
 
 
 class Counter:
-    """Where one side counts: two words of its GPU, zeros at first.
+    """Where one side counts: two words of its GPU, `start` and zero at first.
 
     Allocated and freed in the order of a stream, because `cuMemFree` would wait for everybody's.
 
@@ -135,12 +134,13 @@ class Counter:
         address: of the first.
     """
 
-    def __init__(self, on: Device) -> None:
-        """`on` must be the thread's current GPU."""
+    def __init__(self, on: Device, start: int = 0) -> None:
+        """`on` must be the thread's current GPU; `start` has 32 bits."""
 
         def allocate(stream: int) -> Any:
             address = call("cuMemAllocAsync", 2 * WORD_BYTES, stream)
             call("cuMemsetD8Async", address, 0, 2 * WORD_BYTES, stream)
+            call("cuMemsetD32Async", address, start, 1, stream)
             return address
 
         self._device = on

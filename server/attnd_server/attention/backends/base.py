@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,20 @@ class DecodeShape:
     num_reqs: int
     query_len: int
     max_context_len: int
+
+
+class DeviceStep(NamedTuple):
+    """A decode step as kernels read it on the device.
+
+    Attributes:
+        step: int32 on the device, what `kernels.decode_items` reads.
+        tables: its element where the page tables begin, a row of them for each request.
+        num_pages: elements of these, of all requests.
+    """
+
+    step: torch.Tensor
+    tables: int
+    num_pages: int
 
 
 class FixedPlan(Protocol):
@@ -155,6 +169,32 @@ class AttentionKernel(Protocol):
             v: likewise.
             pages: as for `run`.
         """
+
+
+class DevicePlan(FixedPlan, Protocol):
+    """A fixed plan of steps that something on the device writes, in the order of the stream; never `update` it."""
+
+    @property
+    def lay_out(self) -> Callable[[], None]:
+        """Makes what is in the device's step the one that `launch` computes: only launches, as `launch` does."""
+
+
+@runtime_checkable
+class PlansOnDevice(AttentionKernel, Protocol):
+    """A kernel for which the device can plan steps that the host does not know."""
+
+    def device_step(self, config: AttentionConfig, shape: DecodeShape, device: torch.device) -> DeviceStep:
+        """Room for steps of a shape, on the device; several plans may have one in common."""
+
+    def device_plan_bytes(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> int | str:
+        """Memory of the device that `device_plan` will take beside the step, or why there is no such plan."""
+
+    def device_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, step: DeviceStep
+    ) -> DevicePlan | str:
+        """A plan of what lies in `step` when it is laid out, or the reason why there is none; see `fixed_plan`."""
 
 
 @runtime_checkable

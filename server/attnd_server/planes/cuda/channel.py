@@ -4,11 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from attnd.protocol.cuda.layout import Place
+from attnd_server.planes.cuda.resident.books import Books
+
+
+class Gates(Protocol):
+    """The gates of a session's resident steps; see `gates.ResidentGates`."""
+
+    def begin(self, stream: int) -> None:
+        """Waits for a step, or until the launch is revoked."""
+
+    def wait(self, stream: int) -> None:
+        """Waits until the worker has handed over the next layer."""
+
+    def signal(self, stream: int) -> None:
+        """Tells the worker that the layer is done."""
+
+    def end(self, stream: int) -> None:
+        """Tells the worker that the last layer is done, and how the step went."""
+
+    def resume(self, stream: int) -> None:
+        """No step was refused any more."""
+
+
+class Resident(NamedTuple):
+    """What a channel has for resident steps.
+
+    Attributes:
+        gates: of the session.
+        books: of the session.
+        wake: reads the low 32 bits of the number of the last step that the worker has counted.
+    """
+
+    gates: Gates
+    books: Books
+    wake: Callable[[], int]
 
 
 class Flags(Protocol):
@@ -37,16 +71,28 @@ class Channel(Protocol):
         flags: of this side.
         handle: the stream, for the flags.
         capture: runs launches on the stream in a way that only records them, and returns what launches them all at
-            once; None: there is no such thing.
+            once, on the current stream; None: there is no such thing.
+        capture_for: likewise, but they are launched on the stream, whatever is current.
     """
 
     num_bytes: int
     flags: Flags
     handle: int
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None
+    capture_for: Callable[[Callable[[], None]], Callable[[], None]] | None
 
     def tensor(self, place: Place) -> torch.Tensor:
         """A tensor that the worker has, too."""
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Makes the stream the calling thread's current one, whatever was enqueued elsewhere."""
+
+    def resident(self, state: torch.Tensor, word: int) -> Resident:
+        """What resident steps need of it, for their private words and the offset of the region where they are counted.
+
+        Raises:
+            Unsupported: it has no such thing; the message says why.
+        """
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, after all that was enqueued on the one before."""

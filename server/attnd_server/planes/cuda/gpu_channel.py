@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnd.errors import Unsupported
 from attnd.protocol.cuda.device_bytes import CUDA, DeviceBytes
 from attnd.protocol.cuda.layout import TO_SERVER, TO_WORKER, Place
+from attnd.protocol.cuda.resident import REFUSED, WAKE
 from attnd.protocol.tensors import DTYPE_NAMES
-from attnd_server.device.cuda_graph import captured
-from attnd_server.planes.cuda.channel import Flags
+from attnd_server.device.cuda_graph import captured, captured_for
+from attnd_server.planes.cuda.channel import Flags, Resident
 from attnd_server.planes.cuda.leases import SharedWords, StreamLease
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class CudaChannel:
     """Implements `Channel` on a GPU. Made by `CudaPlanes.open`."""
 
     capture: Callable[[Callable[[], None]], Callable[[], None]] | None
+    capture_for: Callable[[Callable[[], None]], Callable[[], None]] | None
 
     def __init__(
         self,
@@ -59,9 +62,10 @@ class CudaChannel:
 
         self.lease = lease
         self.handle = lease.stream.handle
-        self._device = torch.device("cuda", device.index)
+        self._gpu, self._device = device, torch.device("cuda", device.index)
         self._torch_stream = torch.cuda.ExternalStream(self.handle, device=self._device)
         self.capture = partial(captured, stream=self._torch_stream)
+        self.capture_for = partial(captured_for, stream=self._torch_stream)
         self._words = words
         self._memory: list[DeviceMemory] = []
         self.flags: Flags
@@ -97,6 +101,31 @@ class CudaChannel:
         memory = self._bytes[-1 if place.is_result else 0]
         dtype = getattr(torch, DTYPE_NAMES[place.dtype])
         return memory[place.offset : place.offset + place.num_bytes].view(dtype).view(place.shape)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Makes the stream the calling thread's current one, whatever was enqueued elsewhere."""
+        return torch.cuda.stream(self._torch_stream)
+
+    def resident(self, state: torch.Tensor, word: int) -> Resident:
+        """What resident steps need of it; see `Channel.resident`."""
+        from attnd.protocol.cuda.gate_flags import GateFlags
+        from attnd_server.planes.cuda.resident.gates import ResidentGates
+
+        if not isinstance(self.flags, GateFlags):
+            raise Unsupported("worker and server have one GPU, where a launch that waits would hold up the worker")
+        counter, _, signal, flag, stop = self.flags.addresses
+        gates = ResidentGates(
+            self._gpu,
+            state=state.data_ptr(),
+            books=self.lease.books.address,
+            word=self._memory[0].address + word,
+            counter=counter,
+            signal=signal,
+            flag=flag,
+            stop=stop,
+            told=self._memory[-1].address + REFUSED,
+        )
+        return Resident(gates, self.lease.books, lambda: self._words.words.read(WAKE // 4))
 
     def current(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, after all that was enqueued on the one before."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attnd.protocol.cuda.driver import Device, Stream
     from attnd.protocol.cuda.gate_flags import Counter
     from attnd.protocol.cuda.host_flags import HostWords
+    from attnd_server.planes.cuda.resident.books import Books
 
 
 class StreamLease:
@@ -20,13 +21,14 @@ class StreamLease:
     Attributes:
         stream: idle between sessions.
         counter: of the gates.
+        books: of resident steps.
     """
 
-    def __init__(self, device: Device, stream: Stream) -> None:
+    def __init__(self, device: Device, stream: Stream, books: Books) -> None:
         """The device must be the thread's current one."""
         from attnd.protocol.cuda import gate_flags as cuda_gates
 
-        self.stream = stream
+        self.stream, self.books = stream, books
         self.counter: Counter = cuda_gates.Counter(device)
 
 

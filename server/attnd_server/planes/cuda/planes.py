@@ -62,6 +62,8 @@ class CudaPlanes:
         from attnd.protocol.cuda import memory as cuda_memory
         from attnd_server.device.kernels.local_memory import LEAST_BYTES, local_memory
         from attnd_server.device.kernels.second_context import second_context
+        from attnd_server.planes.cuda.resident import gates as resident_gates
+        from attnd_server.planes.cuda.resident.books import BookPages
         from attnd_server.planes.cuda.streams import independent_streams
 
         torch.cuda.init()
@@ -83,10 +85,11 @@ class CudaPlanes:
                 log.warning("kernels will wait for steps on cuda planes, as there is no second context: %s", error)
             cuda_gates.prepare(found)
             cuda_copies.prepare(found)
+            resident_gates.prepare(found)
             with self._quiet.waits():
                 streams = independent_streams(found, device, max_planes)
-            for stream in streams:
-                self._leases.put(StreamLease(found, stream))
+            for stream, books in zip(streams, BookPages(max_planes).books, strict=True):
+                self._leases.put(StreamLease(found, stream, books))
 
     def open(self, worker_gpu: str) -> CudaChannel:
         """Memory, words and a stream for a session. No more than `max_planes` at once.

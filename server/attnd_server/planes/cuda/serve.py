@@ -11,10 +11,12 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
 from attnd_server.planes.answer_socket import AnswerSocket
+from attnd_server.planes.cuda.channel import Channel
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.cuda.session import CudaSession, StepUnderWay
 from attnd_server.planes.open_planes import Plane
@@ -47,17 +49,19 @@ def serve_cuda(
     channel = planes.open(plane.worker_gpu)
     try:
         let_in(channel.descriptors())
-        session = CudaSession(service, plane.principal, channel, connection)
-        _serve(service, session, connection, answers)
+        _serve(service, plane.principal, channel, connection, answers)
     finally:
         planes.close(channel)
 
 
 def _serve(
-    service: AttentionService, session: CudaSession, connection: socket.socket, socket_answers: AnswerSocket
+    service: AttentionService, principal: str, channel: Channel, connection: socket.socket, socket_answers: AnswerSocket
 ) -> None:
     """Begins steps as they come, while a thread waits for those that were begun and answers them."""
-    answers = _Answers(service, session, connection, socket_answers)
+    answers = _Answers(service, connection, socket_answers)
+    answers.session = session = CudaSession(service, principal, channel, connection, answers.tell)
+    socket_answers.is_under_way = lambda: session.is_under_way
+    answers.start()
     try:
         requests = framing.Requests(connection, service.config.max_header_bytes)
         while (request := requests.receive()) is not None and answers.begin(request.message):
@@ -67,21 +71,30 @@ def _serve(
         session.close()
 
 
+class _News(NamedTuple):
+    """What answers nothing, and has no place among the steps under way.
+
+    Attributes:
+        news: to be sent; or why the plane ends.
+    """
+
+    news: bytes | Exception
+
+
 class _Answers:
     """Answers steps in order, on a thread of its own, until one fails."""
 
-    def __init__(
-        self,
-        service: AttentionService,
-        session: CudaSession,
-        connection: socket.socket,
-        answers: AnswerSocket,
-    ) -> None:
-        """Starts the thread."""
-        self._service, self._session, self._connection, self._answers = service, session, connection, answers
-        self._under_way: queue.SimpleQueue[StepUnderWay | Exception | None] = queue.SimpleQueue()
+    session: CudaSession
+
+    def __init__(self, service: AttentionService, connection: socket.socket, answers: AnswerSocket) -> None:
+        """Starts nothing; the session comes before `start`."""
+        self._service, self._connection, self._answers = service, connection, answers
+        self._under_way: queue.SimpleQueue[StepUnderWay | bytes | Exception | _News | None] = queue.SimpleQueue()
         self._places = threading.Semaphore(MAX_STEPS_UNDER_WAY)
         self._thread = threading.Thread(target=self._run, name="cuda-plane-answers", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def begin(self, data: bytes) -> bool:
@@ -89,11 +102,15 @@ class _Answers:
         self._answers.expect()
         self._places.acquire()
         try:
-            self._under_way.put(self._session.begin(data))
+            self._under_way.put(self.session.begin(data))
         except Exception as error:
             self._under_way.put(error)
             return False
         return True
+
+    def tell(self, news: attention_pb2.AttendResponse | Exception) -> None:
+        """Sends what answers nothing, after what was begun; an exception ends the plane. Any thread; does not wait."""
+        self._under_way.put(_News(news if isinstance(news, Exception) else news.SerializeToString()))
 
     def close(self) -> None:
         """Waits until all that was begun is over."""
@@ -103,28 +120,33 @@ class _Answers:
     def _run(self) -> None:
         self._service.executor.prepare_thread()
         failed = False
-        while (under_way := self._under_way.get()) is not None:
+        while (taken := self._under_way.get()) is not None:
+            under_way = taken.news if isinstance(taken, _News) else taken
+            if isinstance(taken, _News) and not failed:
+                self._answers.expect()
             if failed:
-                if not isinstance(under_way, Exception):
-                    self._session.drop(under_way)
+                if isinstance(under_way, StepUnderWay):
+                    self.session.drop(under_way)
             else:
                 failed = not self._answered(under_way)
-            del under_way  # holds the step's tensors
-            self._places.release()
+            if not isinstance(taken, _News):
+                self._places.release()
+            del taken, under_way  # hold the step's tensors
 
-    def _answered(self, under_way: StepUnderWay | Exception) -> bool:
+    def _answered(self, under_way: StepUnderWay | bytes | Exception) -> bool:
         """Answers a step; False: with an error, and the plane has ended."""
         error = under_way if isinstance(under_way, Exception) else None
         try:
             if not isinstance(under_way, Exception):
-                self._answers.send(framing.reply_bytes(self._session.finish(under_way)))
+                answer = under_way if isinstance(under_way, bytes) else self.session.finish(under_way)
+                self._answers.send(framing.reply_bytes(answer))
                 return True
         except Exception as failure:
             error = failure
         assert error is not None
         try:
             self._answers.send(
-                framing.reply_bytes(error_response(attention_pb2.AttendResponse, self._session.told(error)))
+                framing.reply_bytes(error_response(attention_pb2.AttendResponse, self.session.told(error)))
             )
         except OSError:
             pass  # the worker has gone

@@ -9,9 +9,9 @@ back where nothing may for a moment (`QuietGpu`), on the plane's own thread.
 
 from __future__ import annotations
 
-import queue
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +26,8 @@ from attnd_server.execution.work import on_cache
 from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
+from attnd_server.planes.cuda.in_turn import run_in_turn
+from attnd_server.planes.cuda.resident.session import ResidentSteps
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
 from attnd_server.planes.cuda.step_graphs import StepGraphs
 from attnd_server.service.kept_steps import KeptSteps, bases_of
@@ -56,8 +58,18 @@ class StepUnderWay(NamedTuple):
 class CudaSession:
     """The steps of one cuda plane, in order. A step is begun while the one before it runs."""
 
-    def __init__(self, service: AttentionService, principal: str, channel: Channel, connection: socket.socket) -> None:
-        """Starts without steps. The socket is only looked at, to see whether the worker is there."""
+    def __init__(
+        self,
+        service: AttentionService,
+        principal: str,
+        channel: Channel,
+        connection: socket.socket,
+        tell: Callable[[attention_pb2.AttendResponse | Exception], None],
+    ) -> None:
+        """Starts without steps. The socket is only looked at, to see whether the worker is there.
+
+        `tell` sends what answers nothing; an exception ends the plane, too.
+        """
         self._service = service
         self._principal = principal
         self._channel = channel
@@ -68,16 +80,30 @@ class CudaSession:
         self._over_at = 0.0  # when the last step was over, `time.perf_counter`
         self._counts = service.callers.open(principal, "cuda")
         self._begun_in_part: list[tuple[CudaStep, ExitStack]] = []
+        self._resident = ResidentSteps(service, principal, channel, tell, self._counts)
 
-    def begin(self, data: bytes) -> StepUnderWay:
-        """Checks and enqueues the step of a message, behind those that were begun before.
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a resident step is."""
+        return self._resident.is_under_way
+
+    def begin(self, data: bytes) -> StepUnderWay | bytes:
+        """Checks and enqueues the step of a message, behind those that were begun before; or answers what is no step.
 
         Raises:
             AttndError: it is refused. The plane is of no use any more.
         """
         arrived = time.perf_counter()
         self._refuse_if_stopped()
-        step = self._checked(frames.parse(attention_pb2.AttendRequest, data, MAX_STEP_FIELDS))
+        message = frames.parse(attention_pb2.AttendRequest, data, MAX_STEP_FIELDS)
+        if (answer := self._resident.answer(message)) is not None:
+            return answer
+        step = self._checked(message)
+        with self._resident.paused(message.cuda_step.after_resident):
+            return self._begun(step, arrived)
+
+    def _begun(self, step: CudaStep, arrived: float) -> StepUnderWay:
+        """Enqueues a step that was checked."""
         with ExitStack() as held:
             # Until the stream is done with the pages, whatever happens: of a deleted cache they would be unmapped.
             held.enter_context(step.step.cache.held())
@@ -141,6 +167,7 @@ class CudaSession:
         """Lets go of what waits for the worker, and frees the graphs."""
         self._service.callers.close(self._counts)
         self._channel.drain()
+        self._resident.close()
         for _, held in self._begun_in_part:
             held.close()
         self._begun_in_part.clear()
@@ -217,7 +244,6 @@ class CudaSession:
 
     def _enqueue(self, step: CudaStep) -> KernelMissing | None:
         executor = self._service.executor
-        outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         missing: list[KernelMissing] = []
 
         def enqueue() -> bytes:
@@ -227,11 +253,5 @@ class CudaSession:
                 missing.append(kernel)
             return b""
 
-        # In its turn among the cache's calls, copies and deletion.
-        work = on_cache(step.step.cache, enqueue)
-        if executor.run_now(work) is None:
-            executor.submit(work, lambda result, error: outcome.put(error))
-            error = outcome.get()
-            if error is not None:
-                raise error
+        run_in_turn(executor, on_cache(step.step.cache, enqueue))
         return missing[0] if missing else None

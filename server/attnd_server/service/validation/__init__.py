@@ -20,6 +20,7 @@ from attnd_server.service.validation.calls import (
     store_kv,
 )
 from attnd_server.service.validation.pages import copy_pages, slots
+from attnd_server.service.validation.resident import resident_sizes, resident_step
 from attnd_server.service.validation.steps import NO_STEPS, OpenSteps, step, steps
 from attnd_server.service.validation.warm_ups import warm_up
 
@@ -38,6 +39,8 @@ __all__ = [
     "options",
     "place",
     "read_kv",
+    "resident_sizes",
+    "resident_step",
     "slots",
     "step",
     "steps",

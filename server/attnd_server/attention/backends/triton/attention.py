@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.base import DecodeShape, DeviceStep
 from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.layer_pages import LayerPages
@@ -92,6 +92,29 @@ class TritonPagedAttention:
         from attnd_server.attention.backends.triton.fixed_plan import make_fixed_plan
 
         return make_fixed_plan(config, shape, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
+
+    def device_step(self, config: AttentionConfig, shape: DecodeShape, device: torch.device) -> DeviceStep:
+        """Room for steps of a shape; see `PlansOnDevice`."""
+        from attnd_server.attention.backends.triton.fixed_plan import device_step
+
+        return device_step(config, shape, device)
+
+    def device_plan_bytes(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, device: torch.device
+    ) -> int | str:
+        """What a plan takes beside its step; see `PlansOnDevice`."""
+        from attnd_server.attention.backends.triton.fixed_plan import fixed_plan_bytes
+
+        return fixed_plan_bytes(config, shape, options, self.backend is AttentionBackend.TRITON_GROUPED, device)
+
+    def device_plan(
+        self, config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, step: DeviceStep
+    ) -> FixedTritonPlan | str:
+        """One where Hopper's kernels serve the shape; see `PlansOnDevice`."""
+        from attnd_server.attention.backends.triton.fixed_plan import make_fixed_plan
+
+        is_grouped, device = self.backend is AttentionBackend.TRITON_GROUPED, step.step.device
+        return make_fixed_plan(config, shape, options, is_grouped, device, step)
 
     def run(
         self,

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.backends.base import DecodeShape, DeviceStep
 from attnd_server.attention.backends.triton.hopper_parts import is_chunked, is_even, most_parts
 from attnd_server.attention.backends.triton.launches import LaunchShape, fits_hopper, launches_of, multiprocessors
 from attnd_server.attention.backends.triton.limits import MAX_CONTEXT_LEN
@@ -34,14 +34,47 @@ _ALIGNMENT = 32
 _MAX_TABLE_ELEMENTS = (1 << 31) - 1
 # Of a shape: least and most.
 _BOUNDS = (("num_reqs", 1, MAX_REQUESTS), ("query_len", 1, MAX_SPLIT_TOKENS), ("max_context_len", 0, MAX_CONTEXT_LEN))
+_META = torch.device("meta")
 # Programs of an attention kernel that a multiprocessor runs at once, at the most.
 _MOST_PROGRAMS = 8
 
 
+def device_step(config: AttentionConfig, shape: DecodeShape, device: torch.device) -> DeviceStep:
+    """Room for the steps of a shape: zeros, which are a step without requests."""
+    tables = -(-(STEP_HEADER + len(REQUEST_COLUMNS) * shape.num_reqs) // _ALIGNMENT) * _ALIGNMENT
+    # Page tables that nobody reads are still a pointer.
+    num_pages = max(1, shape.num_reqs * -(-shape.max_context_len // config.page_size))
+    return DeviceStep(torch.zeros(tables + num_pages + PREFETCHED, dtype=torch.int32, device=device), tables, num_pages)
+
+
 def make_fixed_plan(
-    config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, is_grouped: bool, device: torch.device
+    config: AttentionConfig,
+    shape: DecodeShape,
+    options: AttentionOptions,
+    is_grouped: bool,
+    device: torch.device,
+    step: DeviceStep | None = None,
 ) -> FixedTritonPlan | str:
     """A fixed plan where Hopper's kernels serve the shape, or the reason why there is none."""
+    launch = _launch_of(config, shape, options, is_grouped, device)
+    return launch if isinstance(launch, str) else FixedTritonPlan(config, shape, options, launch, device, step)
+
+
+def fixed_plan_bytes(
+    config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, is_grouped: bool, device: torch.device
+) -> int | str:
+    """Memory that such a plan of a given step takes, or the reason why there is none. Takes none itself."""
+    launch = _launch_of(config, shape, options, is_grouped, device)
+    if isinstance(launch, str):
+        return launch
+    items, merges, partials = _results(config, shape, options, _rows(config, options, launch, device), _META)
+    return sum(buffer.numel() * buffer.element_size() for buffer in (items, merges, *partials))
+
+
+def _launch_of(
+    config: AttentionConfig, shape: DecodeShape, options: AttentionOptions, is_grouped: bool, device: torch.device
+) -> LaunchShape | str:
+    """The only launch of a plan, or the reason why there is none."""
     dtype = config.precision.dtype(config.dtype)
     if not is_grouped:
         return "its programs for each query head are planned on the host"
@@ -59,7 +92,12 @@ def make_fixed_plan(
     ((launch, _),) = launches_of(request, config, group, dtype, hopper=True)
     if launch.tile is not None:
         return "Hopper's kernels do not serve this shape"
-    return FixedTritonPlan(config, shape, options, launch, device)
+    return launch
+
+
+def _rows(config: AttentionConfig, options: AttentionOptions, launch: LaunchShape, device: torch.device) -> Rows:
+    group = options.num_heads // config.num_kv_heads
+    return Rows(group, config.num_kv_heads, launch.rows, HOPPER_KEYS, multiprocessors(device))
 
 
 class FixedTritonPlan:
@@ -71,11 +109,17 @@ class FixedTritonPlan:
         options: the layers'.
         launch: of its only launch.
         device: of pages and tensors. Planning runs in Triton's interpreter too, `launch` on a Hopper GPU alone.
+        given: a step that something on the device writes, and several plans may share: `update` is of no use then.
+            None: the plan's own, which `update` writes.
 
     Attributes:
         shape: the steps.
-        num_bytes: memory of the device that the buffers take.
+        num_bytes: memory of the device that the buffers take, but a step that was given.
+        lay_out: launches what makes items of the step, to be captured by whoever writes it.
     """
+
+    lay_out: Launches
+    _lay_out: Launches
 
     def __init__(
         self,
@@ -84,18 +128,18 @@ class FixedTritonPlan:
         options: AttentionOptions,
         launch: LaunchShape,
         device: torch.device,
+        given: DeviceStep | None = None,
     ) -> None:
         group = options.num_heads // config.num_kv_heads
-        sizes = Rows(group, config.num_kv_heads, launch.rows, HOPPER_KEYS, multiprocessors(device))
-        tables = -(-(STEP_HEADER + len(REQUEST_COLUMNS) * shape.num_reqs) // _ALIGNMENT) * _ALIGNMENT
-        # Page tables that nobody reads are still a pointer.
-        num_pages = max(1, shape.num_reqs * -(-shape.max_context_len // config.page_size))
-        step = torch.zeros(tables + num_pages + PREFETCHED, dtype=torch.int32, device=device)
+        sizes = _rows(config, options, launch, device)
+        is_own = given is None
+        step, tables, num_pages = given or device_step(config, shape, device)
         items, merges, partials = _results(config, shape, options, sizes, device)
         num_partial_rows = len(partials[0])
         merges_if_any = merges if num_partial_rows else None
         self.shape = shape
-        self.num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in (step, items, merges, *partials))
+        self.num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in (items, merges, *partials))
+        self.num_bytes += step.numel() * step.element_size() if is_own else 0
         self.plan = TritonPlan(
             config=config,
             options=options,
@@ -108,7 +152,7 @@ class FixedTritonPlan:
         )
         self._page_size = config.page_size
         self._written = items, merges  # held here: the captured launch has only their addresses
-        self._staged = [StagedStep(step, tables) for _ in range(2)]
+        self._staged = [StagedStep(step, tables) for _ in range(2)] if is_own else []
         most_looked_at = -(-_MOST_PROGRAMS * sizes.num_multiprocessors // config.num_kv_heads)
         lay_out = partial(
             decode_items,
@@ -127,8 +171,8 @@ class FixedTritonPlan:
             window=options.window,
         )
         lay_out()  # compiles
-        self._lay_out: Launches = lay_out
-        if device.type == "cuda":
+        self.lay_out = self._lay_out = lay_out
+        if is_own and device.type == "cuda":
             self._lay_out = captured(lay_out, torch.cuda.Stream(device))
             torch.cuda.current_stream(device).synchronize()  # steps may come on another stream
 

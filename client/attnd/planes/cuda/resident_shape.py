@@ -1,0 +1,92 @@
+"""What resident steps have in common, and how a server is asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from attnd.errors import AttndError, InvalidRequest, Unsupported
+from attnd.foreign_metadata import check_options
+from attnd.planes.leases import Lease
+from attnd.protocol.attention_options import AttentionOptions
+from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
+from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
+from attnd.protocol.requests import DEFAULT_OPTIONS
+from attnd.protocol.step_metadata import MASKS, StepMetadata
+from attnd.timings import Timings
+from attnd.v1 import attention_pb2, backend_pb2
+
+if TYPE_CHECKING:
+    from attnd.planes.cuda.plane import CudaPlane  # has modules that other systems have not
+
+
+@dataclass(frozen=True)
+class ResidentShape:
+    """What resident steps have in common.
+
+    Attributes:
+        num_heads: query heads of every layer.
+        max_reqs: most requests of a step.
+        max_pages: most pages of a request.
+        query_len: new tokens of each request.
+        mask: "causal", "block_causal" or "bidirectional".
+        block_size: of "block_causal".
+        options: of all layers, or of each. None: the default ones.
+    """
+
+    num_heads: int
+    max_reqs: int
+    max_pages: int
+    query_len: int = 1
+    mask: str = "causal"
+    block_size: int = 0
+    options: AttentionOptions | Sequence[AttentionOptions] | None = None
+
+    @property
+    def each_options(self) -> tuple[AttentionOptions, ...]:
+        """One for all layers, or one for each."""
+        options = DEFAULT_OPTIONS if self.options is None else self.options
+        return (options,) if isinstance(options, AttentionOptions) else tuple(options)
+
+
+class Session(Protocol):
+    """What resident steps need of their session."""
+
+    cache: Lease
+    timeout_s: float
+    geometry: Geometry
+    lost: AttndError | None
+
+    def timings(self) -> Timings:
+        """Sums over the session's steps."""
+
+
+def made_ready(
+    session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int
+) -> tuple[ResidentLayout, StepLayout]:
+    """Asks the server; where metadata and tensors lie."""
+    if not plane.has_resident_steps:
+        raise Unsupported("the server has no resident steps for this worker: they need a GPU each, and version 0.2")
+    options = shape.each_options
+    for each in options:
+        check_options(StepMetadata(), each)
+    if shape.mask not in MASKS:
+        raise InvalidRequest(f"mask is {shape.mask!r}, but must be one of {', '.join(MASKS)}", field="mask")
+    message = attention_pb2.ResidentSteps(
+        cache=session.cache.ref,
+        num_heads=shape.num_heads,
+        options=[] if options == (DEFAULT_OPTIONS,) else [each.message for each in options],
+        query_len=shape.query_len,
+        max_reqs=shape.max_reqs,
+        max_pages=shape.max_pages,
+        mask=MASKS[shape.mask],
+        block_size=shape.block_size,
+        after_resident=num_done,
+    )
+    reply = plane.ask(attention_pb2.AttendRequest(resident_steps=message), session.timeout_s)
+    if reply.reason:
+        raise Unsupported(f"there are no resident steps: {reply.reason}")
+    session.timings().backend = backend_pb2.Backend.Name(reply.backend).removeprefix("BACKEND_").lower()
+    layout = step_layout(reply.max_reqs * shape.query_len, shape.num_heads, session.geometry, plane.num_bytes)
+    return resident_layout(reply.max_reqs, reply.max_pages, layout, plane.num_bytes), layout

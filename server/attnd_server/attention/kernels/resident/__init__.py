@@ -1,0 +1,1 @@
+"""Kernels by which a GPU takes, checks and accepts the metadata of resident steps."""

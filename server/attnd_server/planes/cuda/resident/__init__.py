@@ -1,0 +1,1 @@
+"""Resident steps: what a GPU checks, plans and runs while the processor only keeps the next launch queued."""

@@ -1,0 +1,300 @@
+"""The resident steps of one cuda plane: made ready by a message, paused for others, refused and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attnd.errors import AttndError, InvalidRequest, Unsupported, to_message
+from attnd.protocol.cuda.layout import Geometry, Place, StepLayout, step_layout
+from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
+from attnd.protocol.tensors import DTYPES
+from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
+from attnd_server.attention.backends.base import DecodeShape, DevicePlan, PlansOnDevice
+from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.resident import ResidentSizes
+from attnd_server.device.cuda_graph import Launches
+from attnd_server.execution.work import on_cache
+from attnd_server.identity import refuse_if_revoked
+from attnd_server.kv.cache import Cache
+from attnd_server.kv.layer_group import LayerGroup
+from attnd_server.planes.cuda.channel import Channel, Resident
+from attnd_server.planes.cuda.in_turn import run_in_turn
+from attnd_server.planes.cuda.resident.books import DONE
+from attnd_server.planes.cuda.resident.graph import ResidentGraph, buffers_of
+from attnd_server.planes.cuda.resident.keeper import KEEPER
+from attnd_server.planes.cuda.resident.launches import ResidentLaunches
+from attnd_server.planes.cuda.resident.told import StepsDone, Told
+from attnd_server.planes.cuda.step import BACKENDS, layer_options
+from attnd_server.service import validation
+from attnd_server.service.service import AttentionService
+
+
+class ResidentSession:
+    """Resident steps that are ready: their graph, their launches, and what the session is told of them."""
+
+    def __init__(
+        self,
+        service: AttentionService,
+        principal: str,
+        channel: Channel,
+        message: attention_pb2.ResidentSteps,
+        num_done: int,
+        send: Callable[[attention_pb2.AttendResponse], None],
+        fail: Callable[[Exception], None],
+        count: Callable[[StepsDone], None],
+    ) -> None:
+        """Makes them ready, on the executor's thread and the stream of all other work.
+
+        Args:
+            service: that they are of.
+            principal: whose they are.
+            channel: of the session.
+            message: what they have in common.
+            num_done: resident steps of the plane's life up to now.
+            send: sends a message to the worker.
+            fail: ends the plane.
+            count: counts what is done.
+
+        Raises:
+            AttndError: they break a rule, or there is no memory for them.
+            Unsupported: their metadata cannot be planned on the device.
+            KernelMissing: a kernel is not there yet.
+        """
+        self._service, self._principal, self._channel = service, principal, channel
+        self._send = send
+        self._replay: Launches | None = None
+        self.cache = service.caches.get(message.cache, principal)
+        self._group = _only_group(self.cache)
+        config = self._group.config
+        self.sizes = validation.resident_sizes(message, config, service.config)
+        self.options = _options(service, message, self._group, self.cache.shape.num_layers)
+        layout, self.where = _places(self.sizes, message.num_heads, self._group, channel.num_bytes)
+        self._bytes_of_token = _bytes_of_token(layout, self.options, self.sizes)
+        kernels = _kernels(service, self._group, self.options, self.sizes)
+        self._num_bytes = _num_bytes(kernels, self._group, self.sizes)
+        service.caches.reserve(self.cache, self._num_bytes, "resident steps of a cuda plane take memory, which")
+        try:
+            self.graph = _graph(kernels, self._group, self.options, self.sizes)
+            self._resident = self._ready(layout, num_done)
+        except BaseException:
+            service.caches.release(self.cache, self._num_bytes)
+            raise
+        self._num_settled = num_done
+        told = Told(count, self._tell_refused, fail)
+        self.launches = ResidentLaunches(
+            self._enqueue,
+            self._resident.books,
+            channel.flags,
+            self.cache,
+            service.executor.quiet,
+            self._resident.wake,
+            self._refuse,
+            told,
+            self._come_after,
+            service.executor.prepare_thread,
+        )
+        self._group.watch(self)
+        self.cache.when_closed(self.launches.leave)
+        KEEPER.keep(self.launches)
+
+    def reply(self) -> bytes:
+        """Says where their metadata lies."""
+        reply = attention_pb2.ResidentStepsReply(
+            metadata_offset=self.where.word,
+            max_reqs=self.where.max_reqs,
+            max_pages=self.where.max_pages,
+            backend=backend_pb2.Backend.Value(f"BACKEND_{self.graph.backend.name}"),
+        )
+        return attention_pb2.AttendResponse(resident_steps=reply).SerializeToString()
+
+    def num_bytes(self, num_reqs: int) -> tuple[int, int]:
+        """Bytes that come and go with a step of so many requests."""
+        num_tokens = num_reqs * self.sizes.query_len
+        return num_tokens * self._bytes_of_token[0], num_tokens * self._bytes_of_token[1]
+
+    def resume(self) -> bytes:
+        """Takes the refusal back; what the worker has counted is done."""
+        self.launches.pause(after=0)
+        with self._channel.alone():
+            self._resident.gates.resume(self._channel.handle)
+        self._channel.mark()()
+        self.launches.go_on(resumed=True)
+        reply = attention_pb2.ResidentResumeReply()
+        return attention_pb2.AttendResponse(resident_resume=reply).SerializeToString()
+
+    def close(self) -> None:
+        """Ends them, when nothing waits for the worker any more."""
+        KEEPER.forget(self.launches)
+        self.launches.close()
+        self._replay = None  # the graph goes now, and not when some garbage is collected
+        self.cache.when_closed_no_more(self.launches.leave)
+        self._group.watch_no_more(self)
+        self._service.caches.release(self.cache, self._num_bytes)
+
+    def _ready(self, layout: StepLayout, num_done: int) -> Resident:
+        """Captures the launches."""
+        channel, graph, where = self._channel, self.graph, self.where
+        resident = channel.resident(graph.buffers.state, where.word)
+        assert channel.capture_for is not None
+        resident.books.start(num_done)
+        word = Place(where.word, tensor_pb2.DTYPE_INT64, (1, 1), 8, is_result=False)
+        channel.tensor(word).fill_(num_done)  # whatever lay there
+        from attnd_server.attention.kernels.resident import state as words
+
+        graph.buffers.state[words.STEP] = num_done
+        self._replay = graph.capture(channel.capture_for, channel, resident.gates, layout, where)
+        with channel.current():  # after all that was done for it
+            pass
+        return resident
+
+    def _enqueue(self) -> Callable[[], None]:
+        assert self._replay is not None
+        self._replay()
+        return self._channel.mark()
+
+    def make_way(self) -> None:
+        """Launches nothing until the cache's work that has the device is done; see `layer_group.Writer`."""
+        self.launches.make_way()
+
+    def _come_after(self) -> None:
+        """Lets launches come after all work of the cache that has had the device."""
+
+        def order() -> bytes:
+            with self._channel.current():
+                return b""
+
+        run_in_turn(self._service.executor, on_cache(self.cache, order))
+
+    def written_pages(self) -> npt.NDArray[np.int64]:
+        """The pages into which steps have stored; none again while no step was done. See `layer_group.Writer`."""
+        num_done, self._num_settled = self._num_settled, self._resident.books.read(DONE)
+        if num_done == self._num_settled:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(self._host_copy(self.graph.buffers.written))
+
+    def _host_copy(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
+        """On any thread; waits for no other work."""
+        if tensor.device.type != "cuda":
+            return tensor.numpy().copy()
+        with torch.cuda.stream(_copies(tensor.device)):
+            copied: npt.NDArray[Any] = tensor.cpu().numpy()
+            return copied
+
+    def _refuse(self) -> None:
+        refuse_if_revoked(self._principal)
+        self._service.executor.faults.refuse()
+        self.cache.refuse_if_closed()
+
+    def _tell_refused(self, step: int) -> None:
+        """Says why a step was refused: what the host's own validation says of the GPU's copy."""
+        buffers, sizes = self.graph.buffers, self.sizes
+        on_device = buffers.page_tables[: sizes.max_reqs * sizes.max_pages].view(sizes.max_reqs, sizes.max_pages)
+        error: AttndError
+        try:
+            lens, tables = self._host_copy(buffers.lens), self._host_copy(on_device)
+            validation.resident_step(lens, tables, sizes, self._group.config, self._service.config)
+            rule = "steps may be counted once the first layer of the step before is handed back, one at a time"
+            error = InvalidRequest(f"resident step {step} was counted too early, but {rule}", field="step")
+        except AttndError as refusal:
+            error = refusal
+        error = self._service.told(error, self._principal)
+        refusal_message = attention_pb2.ResidentRefusal(step=step, error=to_message(error))
+        self._send(attention_pb2.AttendResponse(resident_refusal=refusal_message))
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """A stream for copies to the host that nothing else waits for."""
+    return torch.cuda.Stream(device)
+
+
+def _only_group(of: Cache) -> LayerGroup:
+    if len(of.groups) > 1:
+        raise Unsupported(f"the cache has {len(of.groups)} layer groups, and resident steps have one", field="cache")
+    return of.groups[0]
+
+
+def _options(
+    service: AttentionService, message: attention_pb2.ResidentSteps, group: LayerGroup, num_layers: int
+) -> list[AttentionOptions]:
+    config, heads = group.config, message.num_heads
+    if heads == 0 or heads % config.num_kv_heads:
+        rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
+        raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
+    messages = list(message.options) or [step_pb2.AttentionOptions()]
+    return layer_options([service.checked_options(each, config, heads, config.window) for each in messages], num_layers)
+
+
+def _places(
+    sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int
+) -> tuple[StepLayout, ResidentLayout]:
+    config = group.config
+    dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
+    geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
+    layout = step_layout(sizes.max_reqs * sizes.query_len, num_heads, geometry, region_bytes)
+    return layout, resident_layout(sizes.max_reqs, sizes.max_pages, layout, region_bytes)
+
+
+def _shape(sizes: ResidentSizes) -> DecodeShape:
+    return DecodeShape(sizes.max_reqs, sizes.query_len, sizes.max_pages * sizes.page_size)
+
+
+def _kernels(
+    service: AttentionService, group: LayerGroup, options: list[AttentionOptions], sizes: ResidentSizes
+) -> dict[AttentionOptions, PlansOnDevice]:
+    """What computes the layers, by their options. Raises Unsupported: it does not plan steps on the device."""
+    kernels: dict[AttentionOptions, PlansOnDevice] = {}
+    for each in dict.fromkeys(options):
+        kernel = service.executor.ops.kernel_for(group.config, _shape(sizes), each)
+        if kernel.backend not in BACKENDS or not isinstance(kernel, PlansOnDevice):
+            raise Unsupported(f"backend {kernel.backend.value} does not plan steps on the device", field="backend")
+        kernels[each] = kernel
+    return kernels
+
+
+def _num_bytes(kernels: dict[AttentionOptions, PlansOnDevice], group: LayerGroup, sizes: ResidentSizes) -> int:
+    """What their graph will take, before anything is taken. Raises Unsupported: there is no plan of such steps."""
+    meta, total = torch.device("meta"), 0
+    for options, kernel in kernels.items():
+        num_bytes = kernel.device_plan_bytes(group.config, _shape(sizes), options, group.device)
+        if isinstance(num_bytes, str):
+            raise Unsupported(f"backend {kernel.backend.value} does not plan these steps: {num_bytes}", field="backend")
+        total += num_bytes
+    step = next(iter(kernels.values())).device_step(group.config, _shape(sizes), meta)
+    return total + buffers_of(sizes, step).num_bytes
+
+
+def _graph(
+    kernels: dict[AttentionOptions, PlansOnDevice],
+    group: LayerGroup,
+    options: list[AttentionOptions],
+    sizes: ResidentSizes,
+) -> ResidentGraph:
+    """Their graph, which is still to be captured."""
+    first = next(iter(kernels.values()))
+    step = first.device_step(group.config, _shape(sizes), group.device)
+    plans: dict[AttentionOptions, DevicePlan] = {}
+    for each, kernel in kernels.items():
+        plan = kernel.device_plan(group.config, _shape(sizes), each, step)
+        assert not isinstance(plan, str)
+        plans[each] = plan
+    return ResidentGraph(group, options, plans, first.backend, step, sizes)
+
+
+def _bytes_of_token(layout: StepLayout, options: list[AttentionOptions], sizes: ResidentSizes) -> tuple[int, int]:
+    """Of q, k and v, and of output and lse, of all layers."""
+    q, k, v, output, lse = (place.num_bytes // (sizes.max_reqs * sizes.query_len) for place in layout)
+    num_lse = sum(each.return_lse for each in options)
+    return len(options) * (q + k + v), len(options) * output + num_lse * lse
+
+
+def refusal(reason: AttndError) -> bytes:
+    """Says that there are no resident steps, and why."""
+    reply = attention_pb2.ResidentStepsReply(reason=str(reason))
+    return attention_pb2.AttendResponse(resident_steps=reply).SerializeToString()
