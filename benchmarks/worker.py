@@ -177,7 +177,8 @@ def measure(options: argparse.Namespace, results: Run, err: Console) -> None:
         # As the server sets it for itself, before there is a context: else streams that wait share queues with others.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         torch.cuda.set_device(device)
-    with serving(server_device, server_options, err) as server:
+    kv_split = attnd.KVSplit(batch_invariant=False) if options.cut_by_batch else None
+    with serving(server_device, server_options, err, kv_split) as server:
         results.tell("the server listens")
         if options.table != "sessions":
             measure_workers(shape, device, server, options, results)
@@ -234,7 +235,7 @@ def title_of(options: argparse.Namespace) -> str:
     """Above the tables."""
     if options.dry_run:
         return f"worker: {TINY.name}, CPU, a dry run; cuda and ahead go over shm"
-    dtype = str(LLAMA_8B.dtype).removeprefix("torch.")
+    dtype = str(LLAMA_8B.dtype).removeprefix("torch.") + (", cut by the batch" if options.cut_by_batch else "")
     return f"worker: {LLAMA_8B.name}, {dtype}, the worker on {torch.cuda.get_device_name(0)}, the server on another"
 
 

@@ -65,6 +65,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=number, default=60, metavar="N", help="timed in each round; default: 60")
     parser.add_argument("--warm-up", type=number, default=8, metavar="N", help="steps before these; default: 8")
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where a module fa3 lies, for the way local")
+    about = "caches with KVSplit(batch_invariant=False): as FlashAttention-3 cuts, bits depend on what shares the batch"
+    parser.add_argument("--cut-by-batch", action="store_true", help=about)
     parser.add_argument("--kv-gib", type=number, default=48, metavar="G", help="the server's --kv-bytes; default: 48")
     add_common(parser)
     options = parser.parse_args(arguments)

@@ -31,10 +31,12 @@ class Server:
     Attributes:
         client: to it.
         pid: of its process.
+        kv_split: of its caches; None: the default.
     """
 
     client: attnd.Client
     pid: int
+    kv_split: attnd.KVSplit | None = None
 
     def cpu_s(self) -> float:
         """Seconds of processors that it has used, in its own code and in the system's.
@@ -61,17 +63,19 @@ class Server:
             num_pages=batch.num_pages,
             page_size=PAGE_SIZE,
             dtype=shape.dtype,
+            kv_split=self.kv_split,
         )
 
 
 @contextmanager
-def serving(device: str, more: Sequence[str], err: Console) -> Iterator[Server]:
+def serving(device: str, more: Sequence[str], err: Console, kv_split: attnd.KVSplit | None = None) -> Iterator[Server]:
     """Starts a server and connects to it; ends it with the block, and shows what it logged if that raises.
 
     Args:
         device: of the server.
         more: of its options.
         err: is shown the log.
+        kv_split: of its caches.
     """
     with tempfile.TemporaryDirectory(prefix="attnd-") as folder:
         options = ["--port", "0", "--device", device, "--socket-dir", folder, *more]
@@ -79,7 +83,7 @@ def serving(device: str, more: Sequence[str], err: Console) -> Iterator[Server]:
             address = child.address()
             try:
                 with attnd.connect(address, timeout_s=TIMEOUT_S) as client:
-                    yield Server(client, child.pid)
+                    yield Server(client, child.pid, kv_split)
             except Exception:
                 err.print(_last_words(child), markup=False, highlight=False, soft_wrap=True)
                 raise

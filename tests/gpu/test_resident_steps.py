@@ -418,15 +418,15 @@ for number in range(1 << 30):
 
 
 def test_workers_that_are_killed_leave_their_planes(client: attnd.Client, server: ServerProcess) -> None:
+    command = [sys.executable, "-c", WORKER, server.address]
     for round_ in range(5):
-        worker = subprocess.Popen([sys.executable, "-c", WORKER, server.address], stdout=subprocess.PIPE, text=True)
-        try:
-            assert worker.stdout is not None
-            for _ in range(3 + round_):
-                assert worker.stdout.readline().strip().isdecimal()
-        finally:
-            worker.send_signal(signal.SIGKILL)
-            worker.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            try:
+                assert worker.stdout is not None
+                for _ in range(3 + round_):
+                    assert worker.stdout.readline().strip().isdecimal()
+            finally:
+                worker.send_signal(signal.SIGKILL)
         with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
             steps = steps_of(session)
             steps.begin(1)

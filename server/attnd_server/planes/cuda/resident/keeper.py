@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between two looks while a session may have to be woken, and else; and between two looks whether a session may
 # go on.
-PERIOD_S, LONG_PERIOD_S, CHECK_S = 0.0005, 0.005, 0.25
+PERIOD_S, LONG_PERIOD_S, CHECK_S = 0.0005, 0.01, 0.25
 # Seconds without a step of any session after which they need not be woken so soon.
 IDLE_S = 5.0
 
