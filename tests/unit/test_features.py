@@ -42,6 +42,11 @@ HARMLESS = {
     "attnd.v1.CopyPagesRequest.group",
     "attnd.v1.RenewCacheRequest.group",
     "attnd.v1.WarmUpRequest.group",
+    # Of resident steps, which a server offers when a plane is opened.
+    "attnd.v1.CudaPlane.has_resident_steps",
+    "attnd.v1.CudaStep.after_resident",
+    *(f"attnd.v1.AttendRequest.{field}" for field in ("resident_steps", "resident_resume")),
+    *(f"attnd.v1.AttendResponse.{field}" for field in ("resident_steps", "resident_refusal", "resident_resume")),
 }
 GROUP = cache_pb2.LayerGroup(num_kv_heads=1, head_dim=8, page_size=4, num_pages=2)
 

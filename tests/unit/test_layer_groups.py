@@ -394,7 +394,7 @@ def test_a_cuda_plane_refuses_a_cache_of_several_groups() -> None:
         table = service.caches
         cache = table.create(shape(), principal="alice", ttl_s=9, name="")
         channel: Any = SimpleNamespace(num_bytes=1 << 20, capture=None)
-        session = CudaSession(service, "alice", channel, SimpleNamespace())  # type: ignore[arg-type]
+        session = CudaSession(service, "alice", channel, SimpleNamespace(), print)  # type: ignore[arg-type]
         step = Worker(1).metadata([1, 1]).to_message(1, cache.info().cache)
         message = attention_pb2.AttendRequest(cuda_step=attention_pb2.CudaStep(step=step, num_heads=4))
         with pytest.raises(Unsupported, match=r"the cache has 3 layer groups, but a cuda plane serves caches of one"):

@@ -37,6 +37,8 @@ CLIENT = [
     "PagedSequence",
     "PendingCall",
     "PermissionDenied",
+    "ResidentShape",
+    "ResidentSteps",
     "ServerFault",
     "Session",
     "Step",

@@ -142,7 +142,8 @@ class Step:
         if self.metadata.slot_mapping is None:
             return
         if self.is_marked:
-            self.group.about_to_write()
+            if self.group.writers:  # rarely: nothing is called for nothing in a warm call
+                self.group.about_to_write()
         else:
             self.group.mark_written(self.metadata.slot_mapping)
             self.is_marked = True

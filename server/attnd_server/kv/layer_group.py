@@ -42,6 +42,7 @@ class LayerGroup:
         layers: the pages of each layer: to find them by an index takes torch a microsecond.
         pages: where they lie among other groups'; None once the cache was closed.
         num_pages_written: pages into which something was stored. Any thread may ask.
+        writers: what stores on the device of its own, see `watch`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class LayerGroup:
         self._triton_store, self._triton_read = _triton_kernels(config, device)
         self.num_pages_written = 0  # counted while they are: to count millions of them takes long
         self.page_was_written = np.zeros(config.num_pages, dtype=np.bool_)
-        self._writers: list[Writer] = []
+        self.writers: list[Writer] = []
         self._marking, self._settling = threading.Lock(), threading.Lock()
         self.pages: CachePages | None = None
         self.layers: list[LayerPages] = []
@@ -148,23 +149,23 @@ class LayerGroup:
     def watch(self, writer: Writer) -> None:
         """From now on the device itself stores, too. On the executor's thread, as all that stores."""
         with self._marking:
-            self._writers.append(writer)
+            self.writers.append(writer)
 
     def watch_no_more(self, writer: Writer) -> None:
         """It does not any more; what it did is noted. From any thread."""
         self.settle_written()
         with self._marking:
-            self._writers.remove(writer)
+            self.writers.remove(writer)
 
     def about_to_write(self) -> None:
         """Says that work which has the device is going to store something."""
-        for writer in self._writers:
+        for writer in self.writers:
             writer.make_way()
 
     def settle_written(self) -> None:
         """Notes the pages into which the device has stored of its own. From any thread; waits for a copy."""
         with self._settling:  # or another would be told that there are no more, before they are noted
-            for writer in list(self._writers):
+            for writer in list(self.writers):
                 self._note(writer.written_pages())
 
     def _mark(self, pages: npt.NDArray[np.int64]) -> None:

@@ -269,14 +269,13 @@ class ResidentLaunches:
         self._num_ended = num_ended
         if done == self._done:
             return
-        count, now = done - self._done, time.monotonic()
-        step_s = (now - self._came_at) / count
-        self._look_s = min(max(step_s * AHEAD / 2, LEAST_LOOK_S), MOST_LOOK_S)
+        count, step_us = done - self._done, max(0, books.read(ENDED_NS) - books.read(BEGAN_NS)) // 1000
+        # By the step's own time: steps that come after a pause come as fast as those before it.
+        self._look_s = min(max(step_us * 1e-6 * AHEAD / 2, LEAST_LOOK_S), MOST_LOOK_S)
         with self._changed:
-            self._done, self._came_at = done, now
+            self._done, self._came_at = done, time.monotonic()
             self._changed.notify_all()
         self._cache.renew()
-        step_us = max(0, books.read(ENDED_NS) - books.read(BEGAN_NS)) // 1000
         self._told.done(StepsDone(count, books.read(NUM_REQS), step_us))
         if (refused := books.read(REFUSED)) and not self._has_told:
             self._has_told = True
