@@ -3,7 +3,7 @@
 `python -m benchmarks.worker --help`. Of the table `worker` each way is a worker whose step is one CUDA graph, with the
 model's projections, norms and sampling inside: `none` has no attention, `local` FlashAttention-3 on its own GPU,
 `resident` resident steps, `cuda` and `ahead` steps by message, `shm` host memory and no graph. The table `sessions` has
-no model, and many sessions.
+no model, and many sessions. The table `halves` has a batch that is split over two sessions.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.kernel_runs import as_command, release, result_path
 from benchmarks.worker_checks import first_tokens, refuse_wrong_in_place, refuse_wrong_way
 from benchmarks.worker_contexts import Batch, Contexts
+from benchmarks.worker_halves import measure_halves
 from benchmarks.worker_kernels import refuse_wrong_kernels
 from benchmarks.worker_local import FlashAttention3, LocalAttention, PlainAttention
 from benchmarks.worker_model import LLAMA_8B, TINY, Model, ModelShape
@@ -58,6 +59,17 @@ SESSION_COLUMNS = {
 }
 SESSION_CAPTION = """Attention of all layers, no model. ratio: to one session with the most requests. step: from its
 message to its answer, while others are under way. CPU: of the server's process, a step."""
+
+
+HALVES_COLUMNS = {
+    "cell": "cell",
+    "way": "way",
+    "step_ms": "step ms",
+    "tokens_per_s": "tokens/s",
+    "tokens_per_s_gpu": "tokens/s a GPU",
+}
+HALVES_CAPTION = """local: the whole batch, its KV on the worker's GPU. halves: each has a session, a stream and a
+graph, and is begun again as soon as its tokens are on the host; step: of both."""
 
 
 def time_ways(ways: Sequence[Way], options: argparse.Namespace) -> dict[str, list[float]]:
@@ -182,7 +194,7 @@ def measure(options: argparse.Namespace, results: Run, err: Console) -> None:
         results.tell("the server listens")
         if options.table != "sessions":
             measure_workers(shape, device, server, options, results)
-        if options.table != "worker":
+        if options.table in ("sessions", "all"):
             measure_sessions(shape, device, server, options, results)
 
 
@@ -198,7 +210,11 @@ def measure_workers(
     results.tell("the model is there")
     for size in options.cells:
         with results.noting(str(size)):
-            measure_cell(size, model, local, server, options, results)
+            if options.table == "halves":
+                results.rows += measure_halves(size, model, local, server, options)
+                results.tell(f"{size}: timed")
+            else:
+                measure_cell(size, model, local, server, options, results)
         release(device)
 
 
@@ -242,7 +258,11 @@ def title_of(options: argparse.Namespace) -> str:
 def show_and_write(options: argparse.Namespace, results: Run, out: Console, err: Console) -> None:
     """The tables, JSON and the plot, of what there is."""
     title, rows = title_of(options), results.rows
-    kinds = {"worker": (CAPTION, COLUMNS), "sessions": (SESSION_CAPTION, SESSION_COLUMNS)}
+    kinds = {
+        "worker": (CAPTION, COLUMNS),
+        "sessions": (SESSION_CAPTION, SESSION_COLUMNS),
+        "halves": (HALVES_CAPTION, HALVES_COLUMNS),
+    }
     for name, (caption, columns) in kinds.items():
         of_kind = [row for row in rows if row["table"] == name]
         if of_kind:

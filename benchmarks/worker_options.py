@@ -18,7 +18,7 @@ DESCRIPTION = (
 )
 READ_BYTES_PER_US = 4.56e6
 """What an H200 reads of its memory, measured."""
-TABLES = ("worker", "sessions", "all")
+TABLES = ("worker", "sessions", "halves", "all")
 
 
 class CellSize(NamedTuple):
@@ -32,6 +32,7 @@ class CellSize(NamedTuple):
 
 
 CELLS = [CellSize(1, 2048), CellSize(16, 2048), CellSize(64, 1024)]
+HALVES = [CellSize(64, 1024), CellSize(64, 8192)]
 LOADS = [Load(1, 64), Load(1, 4), Load(4, 4), Load(8, 4), Load(16, 4)]
 SESSION_CONTEXT = 2048
 DRY_CELLS, DRY_LOADS, DRY_CONTEXT = [CellSize(1, 40), CellSize(3, 20)], [Load(1, 3), Load(2, 1)], 20
@@ -55,7 +56,9 @@ def refuse_one_gpu(parser: argparse.ArgumentParser, dry_run: bool) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses, checks and fills in. Ends the process after an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=DESCRIPTION)
-    parser.add_argument("--table", choices=TABLES, default="worker", help="what to measure; default: worker")
+    parser.add_argument(
+        "--table", choices=TABLES, default="worker", help="what to measure, all but halves; default: worker"
+    )
     about = "requests x context of a worker's cells; default: 1x2k 16x2k 64x1k"
     parser.add_argument("--cells", type=cell_size, nargs="+", metavar="BxC", help=about)
     about = "sessions x requests of the table sessions; default: 1x64 1x4 4x4 8x4 16x4"
@@ -72,7 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     refuse_one_gpu(parser, options.dry_run)
     options.ways = [name for name in WAYS if options.ways is None or name in options.ways]
-    options.cells = options.cells or (DRY_CELLS if options.dry_run else CELLS)
+    default = HALVES if options.table == "halves" else CELLS
+    options.cells = options.cells or (DRY_CELLS if options.dry_run else default)
     options.sessions = options.sessions or (DRY_LOADS if options.dry_run else LOADS)
     options.session_context = DRY_CONTEXT if options.dry_run else SESSION_CONTEXT
     _check(parser, options)
@@ -87,6 +91,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"argument --warm-up: is {options.warm_up}, but {rule}")
     if options.peers is not None and not options.peers.is_dir():
         parser.error(f"argument --peers: is {options.peers}, but must be a folder")
+    if options.table == "halves" and (options.dry_run or any(size.num_reqs % 2 for size in options.cells)):
+        parser.error("argument --table: is halves, for which there must be two GPUs, and an even number of requests")
     if options.peers is None and not options.dry_run and options.table != "sessions" and "local" in options.ways:
         parser.error("argument --peers: is not given, but must be a folder with a module fa3 for the way local")
 

@@ -78,6 +78,10 @@ class SampledTokens:
         if self._event is not None:
             self._event.record()
 
+    def are_there(self) -> bool:
+        """Whether a `wait` would return at once."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> None:
         """Returns once they are there."""
         if self._event is not None:

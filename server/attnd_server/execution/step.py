@@ -141,12 +141,11 @@ class Step:
         """Tells the group which pages the step writes, once, and of every call that it does."""
         if self.metadata.slot_mapping is None:
             return
-        if self.is_marked:
-            if self.group.writers:  # rarely: nothing is called for nothing in a warm call
-                self.group.about_to_write()
-        else:
+        if not self.is_marked:
             self.group.mark_written(self.metadata.slot_mapping)
             self.is_marked = True
+        elif self.group.writers:  # rarely
+            self.group.about_to_write()
 
 
 class Call(NamedTuple):

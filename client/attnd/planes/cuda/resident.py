@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnd.errors import InvalidRequest, from_message
+from attnd.errors import InvalidRequest, ended, from_message
 from attnd.planes.cuda.resident_shape import ResidentShape, Session, made_ready
 from attnd.planes.cuda.tensors import check_tensor
 from attnd.protocol.cuda.layout import Place, StepLayout
@@ -73,7 +73,7 @@ class ResidentSteps:
         self._where, layout = made_ready(session, plane, shape, num_done)
         self._layouts = resident_tensors(layout)
         self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[self._layouts[0].q.dtype])
-        self._next_layer = 0
+        self._next_layer, self._is_over = 0, False
         self._make_tensors()
         gpu = plane.gpu
         with gpu.current():
@@ -192,7 +192,10 @@ class ResidentSteps:
         raise from_message(refusal.error)
 
     def close(self) -> None:
-        """Frees what they have of their own; nothing of them may be queued."""
+        """Ends them, and frees what they have of their own; nothing of them may be queued."""
+        if self._is_over:
+            return
+        self._is_over = True
         with self._plane.gpu.current():
             self._counter.close()
 
@@ -204,8 +207,18 @@ class ResidentSteps:
         return StepLayout(*(_first_rows(place, num_tokens) for place in self._layouts[layer % 2]))
 
     def _refuse_if_failed(self) -> None:
+        if self._is_over and self._plane.failure is None:
+            raise ended("the session has other resident steps by now: use those that it gave last")
         if self._plane.failure is not None:
             raise self._session.lost or self._plane.failure
+
+
+def made(session: Session, plane: CudaPlane, shape: ResidentShape, before: ResidentSteps | None) -> ResidentSteps:
+    """Makes resident steps ready, instead of those before, which are of no use then. Raises as `CudaSession.resident`."""
+    steps = ResidentSteps(session, plane, shape, num_done(before))
+    if before is not None:
+        before.close()
+    return steps
 
 
 def num_done(steps: ResidentSteps | None) -> int:

@@ -14,7 +14,7 @@ from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.cuda.ending import await_end
 from attnd.planes.cuda.requests import num_tokens_of, step_request
-from attnd.planes.cuda.resident import ResidentSteps, num_done
+from attnd.planes.cuda.resident import ResidentSteps, made, num_done
 from attnd.planes.cuda.resident_shape import ResidentShape
 from attnd.planes.cuda.step import CudaStep
 from attnd.planes.leases import Lease
@@ -154,8 +154,8 @@ class CudaSession:
             self._settle()
             if self._plane is None:
                 self._open()
-            shape = ResidentShape(num_heads, max_reqs, max_pages, **more)
-            self._resident = ResidentSteps(self, self._plane, shape, num_done(self._resident))  # type: ignore[arg-type]
+            shape, plane = ResidentShape(num_heads, max_reqs, max_pages, **more), self._plane
+            self._resident = made(self, plane, shape, self._resident)  # type: ignore[arg-type]  # it is open
             return self._resident
 
     def finish(self, step: CudaStep) -> None:

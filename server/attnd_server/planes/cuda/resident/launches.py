@@ -26,7 +26,8 @@ from attnd_server.planes.cuda.watchdog import STEP_S
 # Launches that are queued: one that runs or waits, and those behind it.
 AHEAD = 6
 # Seconds between two looks of a session's thread, at least and at most: else the time of half the steps that are ahead.
-LEAST_LOOK_S, MOST_LOOK_S = 0.0002, 0.02
+# So nobody has more than so many of them, however short steps are, or however many a worker counts at once.
+LEAST_LOOK_S, MOST_LOOK_S = 0.001, 0.02
 # Seconds without a step after which a session's launches are revoked.
 IDLE_S = 0.02
 # Seconds between two looks of who waits for steps to be done.

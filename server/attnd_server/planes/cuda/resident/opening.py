@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,28 +12,32 @@ import numpy.typing as npt
 import torch
 
 from attnd.errors import AttndError, InvalidRequest, Unsupported, to_message
-from attnd.protocol.cuda.layout import Geometry, Place, StepLayout, step_layout
-from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
-from attnd.protocol.tensors import DTYPES
-from attnd.v1 import attention_pb2, backend_pb2, step_pb2, tensor_pb2
-from attnd_server.attention.backends.base import DecodeShape, DevicePlan, PlansOnDevice
-from attnd_server.attention.metadata import AttentionOptions
-from attnd_server.attention.resident import ResidentSizes
+from attnd.protocol.cuda.layout import Place, StepLayout
+from attnd.v1 import attention_pb2, backend_pb2, tensor_pb2
 from attnd_server.device.cuda_graph import Launches
+from attnd_server.device.faults import is_device_fault
+from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import refuse_if_revoked
-from attnd_server.kv.cache import Cache
-from attnd_server.kv.layer_group import LayerGroup
 from attnd_server.planes.cuda.channel import Channel, Resident
 from attnd_server.planes.cuda.in_turn import run_in_turn
 from attnd_server.planes.cuda.resident.books import DONE
-from attnd_server.planes.cuda.resident.graph import ResidentGraph, buffers_of
 from attnd_server.planes.cuda.resident.keeper import KEEPER
 from attnd_server.planes.cuda.resident.launches import ResidentLaunches
+from attnd_server.planes.cuda.resident.making import (
+    bytes_of_token,
+    graph_of,
+    kernels_of,
+    num_bytes_of,
+    only_group,
+    options_of,
+    places,
+)
 from attnd_server.planes.cuda.resident.told import StepsDone, Told
-from attnd_server.planes.cuda.step import BACKENDS, layer_options
 from attnd_server.service import validation
 from attnd_server.service.service import AttentionService
+
+log = logging.getLogger(__name__)
 
 
 class ResidentSession:
@@ -70,17 +75,17 @@ class ResidentSession:
         self._send = send
         self._replay: Launches | None = None
         self.cache = service.caches.get(message.cache, principal)
-        self._group = _only_group(self.cache)
+        self._group = only_group(self.cache)
         config = self._group.config
         self.sizes = validation.resident_sizes(message, config, service.config)
-        self.options = _options(service, message, self._group, self.cache.shape.num_layers)
-        layout, self.where = _places(self.sizes, message.num_heads, self._group, channel.num_bytes)
-        self._bytes_of_token = _bytes_of_token(layout, self.options, self.sizes)
-        kernels = _kernels(service, self._group, self.options, self.sizes)
-        self._num_bytes = _num_bytes(kernels, self._group, self.sizes)
+        self.options = options_of(service, message, self._group, self.cache.shape.num_layers)
+        layout, self.where = places(self.sizes, message.num_heads, self._group, channel.num_bytes)
+        self._bytes_of_token = bytes_of_token(layout, self.options, self.sizes)
+        kernels = kernels_of(service, self._group, self.options, self.sizes)
+        self._num_bytes = num_bytes_of(kernels, self._group, self.sizes)
         service.caches.reserve(self.cache, self._num_bytes, "resident steps of a cuda plane take memory, which")
         try:
-            self.graph = _graph(kernels, self._group, self.options, self.sizes)
+            self.graph = graph_of(kernels, self._group, self.options, self.sizes)
             self._resident = self._ready(layout, num_done)
         except BaseException:
             service.caches.release(self.cache, self._num_bytes)
@@ -148,7 +153,13 @@ class ResidentSession:
         from attnd_server.attention.kernels.resident import state as words
 
         graph.buffers.state[words.STEP] = num_done
-        self._replay = graph.capture(channel.capture_for, channel, resident.gates, layout, where)
+        try:
+            self._replay = graph.capture(channel.capture_for, channel, resident.gates, layout, where)
+        except RuntimeError as error:  # CUDA's; by message the steps may do
+            if is_device_fault(error) or is_memory_error(error):
+                raise
+            log.warning("resident steps cannot be captured", exc_info=error)
+            raise Unsupported(f"they cannot be captured: {error}") from None
         with channel.current():  # after all that was done for it
             pass
         return resident
@@ -212,86 +223,6 @@ class ResidentSession:
 def _copies(device: torch.device) -> torch.cuda.Stream:
     """A stream for copies to the host that nothing else waits for."""
     return torch.cuda.Stream(device)
-
-
-def _only_group(of: Cache) -> LayerGroup:
-    if len(of.groups) > 1:
-        raise Unsupported(f"the cache has {len(of.groups)} layer groups, and resident steps have one", field="cache")
-    return of.groups[0]
-
-
-def _options(
-    service: AttentionService, message: attention_pb2.ResidentSteps, group: LayerGroup, num_layers: int
-) -> list[AttentionOptions]:
-    config, heads = group.config, message.num_heads
-    if heads == 0 or heads % config.num_kv_heads:
-        rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
-        raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
-    messages = list(message.options) or [step_pb2.AttentionOptions()]
-    return layer_options([service.checked_options(each, config, heads, config.window) for each in messages], num_layers)
-
-
-def _places(
-    sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int
-) -> tuple[StepLayout, ResidentLayout]:
-    config = group.config
-    dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
-    geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-    layout = step_layout(sizes.max_reqs * sizes.query_len, num_heads, geometry, region_bytes)
-    return layout, resident_layout(sizes.max_reqs, sizes.max_pages, layout, region_bytes)
-
-
-def _shape(sizes: ResidentSizes) -> DecodeShape:
-    return DecodeShape(sizes.max_reqs, sizes.query_len, sizes.max_pages * sizes.page_size)
-
-
-def _kernels(
-    service: AttentionService, group: LayerGroup, options: list[AttentionOptions], sizes: ResidentSizes
-) -> dict[AttentionOptions, PlansOnDevice]:
-    """What computes the layers, by their options. Raises Unsupported: it does not plan steps on the device."""
-    kernels: dict[AttentionOptions, PlansOnDevice] = {}
-    for each in dict.fromkeys(options):
-        kernel = service.executor.ops.kernel_for(group.config, _shape(sizes), each)
-        if kernel.backend not in BACKENDS or not isinstance(kernel, PlansOnDevice):
-            raise Unsupported(f"backend {kernel.backend.value} does not plan steps on the device", field="backend")
-        kernels[each] = kernel
-    return kernels
-
-
-def _num_bytes(kernels: dict[AttentionOptions, PlansOnDevice], group: LayerGroup, sizes: ResidentSizes) -> int:
-    """What their graph will take, before anything is taken. Raises Unsupported: there is no plan of such steps."""
-    meta, total = torch.device("meta"), 0
-    for options, kernel in kernels.items():
-        num_bytes = kernel.device_plan_bytes(group.config, _shape(sizes), options, group.device)
-        if isinstance(num_bytes, str):
-            raise Unsupported(f"backend {kernel.backend.value} does not plan these steps: {num_bytes}", field="backend")
-        total += num_bytes
-    step = next(iter(kernels.values())).device_step(group.config, _shape(sizes), meta)
-    return total + buffers_of(sizes, step).num_bytes
-
-
-def _graph(
-    kernels: dict[AttentionOptions, PlansOnDevice],
-    group: LayerGroup,
-    options: list[AttentionOptions],
-    sizes: ResidentSizes,
-) -> ResidentGraph:
-    """Their graph, which is still to be captured."""
-    first = next(iter(kernels.values()))
-    step = first.device_step(group.config, _shape(sizes), group.device)
-    plans: dict[AttentionOptions, DevicePlan] = {}
-    for each, kernel in kernels.items():
-        plan = kernel.device_plan(group.config, _shape(sizes), each, step)
-        assert not isinstance(plan, str)
-        plans[each] = plan
-    return ResidentGraph(group, options, plans, first.backend, step, sizes)
-
-
-def _bytes_of_token(layout: StepLayout, options: list[AttentionOptions], sizes: ResidentSizes) -> tuple[int, int]:
-    """Of q, k and v, and of output and lse, of all layers."""
-    q, k, v, output, lse = (place.num_bytes // (sizes.max_reqs * sizes.query_len) for place in layout)
-    num_lse = sum(each.return_lse for each in options)
-    return len(options) * (q + k + v), len(options) * output + num_lse * lse
 
 
 def refusal(reason: AttndError) -> bytes:
