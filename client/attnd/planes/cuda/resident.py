@@ -214,7 +214,7 @@ class ResidentSteps:
 
 
 def made(session: Session, plane: CudaPlane, shape: ResidentShape, before: ResidentSteps | None) -> ResidentSteps:
-    """Makes resident steps ready, instead of those before, which are of no use then. Raises as `CudaSession.resident`."""
+    """Makes resident steps ready, instead of those before, of no use then. Raises as `CudaSession.resident`."""
     steps = ResidentSteps(session, plane, shape, num_done(before))
     if before is not None:
         before.close()
