@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy.typing as npt
 import torch
 
 from attnd.protocol.cuda.layout import Place
@@ -86,6 +87,9 @@ class Channel(Protocol):
 
     def alone(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, whatever was enqueued elsewhere."""
+
+    def host_copy(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
+        """A copy of a tensor of the server's on the host, of what lies there now. On any thread."""
 
     def resident(self, state: torch.Tensor, word: int) -> Resident:
         """What resident steps need of it, for their private words and the offset of the region where they are counted.

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
 
 from attnd.errors import Unsupported
@@ -105,6 +106,12 @@ class CudaChannel:
     def alone(self) -> AbstractContextManager[object]:
         """Makes the stream the calling thread's current one, whatever was enqueued elsewhere."""
         return torch.cuda.stream(self._torch_stream)
+
+    def host_copy(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
+        """A copy on the host; see `Channel.host_copy`. On a stream behind which nobody's wait lies."""
+        with torch.cuda.stream(torch.cuda.ExternalStream(self.lease.copies.handle, device=self._device)):
+            copied: npt.NDArray[Any] = tensor.cpu().numpy()
+            return copied
 
     def resident(self, state: torch.Tensor, word: int) -> Resident:
         """What resident steps need of it; see `Channel.resident`."""

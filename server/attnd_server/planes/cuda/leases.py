@@ -22,13 +22,14 @@ class StreamLease:
         stream: idle between sessions.
         counter: of the gates.
         books: of resident steps.
+        copies: a stream for copies to the host, which all sessions have, and on which nothing ever waits.
     """
 
-    def __init__(self, device: Device, stream: Stream, books: Books) -> None:
+    def __init__(self, device: Device, stream: Stream, books: Books, copies: Stream) -> None:
         """The device must be the thread's current one."""
         from attnd.protocol.cuda import gate_flags as cuda_gates
 
-        self.stream, self.books = stream, books
+        self.stream, self.books, self.copies = stream, books, copies
         self.counter: Counter = cuda_gates.Counter(device)
 
 

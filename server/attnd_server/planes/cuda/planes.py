@@ -87,9 +87,9 @@ class CudaPlanes:
             cuda_copies.prepare(found)
             resident_gates.prepare(found)
             with self._quiet.waits():
-                streams = independent_streams(found, device, max_planes)
+                copies, *streams = independent_streams(found, device, 1 + max_planes)
             for stream, books in zip(streams, BookPages(max_planes).books, strict=True):
-                self._leases.put(StreamLease(found, stream, books))
+                self._leases.put(StreamLease(found, stream, books, copies))
 
     def open(self, worker_gpu: str) -> CudaChannel:
         """Memory, words and a stream for a session. No more than `max_planes` at once.

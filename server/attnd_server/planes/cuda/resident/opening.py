@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from attnd.errors import AttndError, InvalidRequest, Unsupported, to_message
 from attnd.protocol.cuda.layout import Place, StepLayout
@@ -187,15 +184,7 @@ class ResidentSession:
         num_done, self._num_settled = self._num_settled, self._resident.books.read(DONE)
         if num_done == self._num_settled:
             return np.zeros(0, np.int64)
-        return np.flatnonzero(self._host_copy(self.graph.buffers.written))
-
-    def _host_copy(self, tensor: torch.Tensor) -> npt.NDArray[Any]:
-        """On any thread; waits for no other work."""
-        if tensor.device.type != "cuda":
-            return tensor.numpy().copy()
-        with torch.cuda.stream(_copies(tensor.device)):
-            copied: npt.NDArray[Any] = tensor.cpu().numpy()
-            return copied
+        return np.flatnonzero(self._channel.host_copy(self.graph.buffers.written))
 
     def _refuse(self) -> None:
         refuse_if_revoked(self._principal)
@@ -208,7 +197,7 @@ class ResidentSession:
         on_device = buffers.page_tables[: sizes.max_reqs * sizes.max_pages].view(sizes.max_reqs, sizes.max_pages)
         error: AttndError
         try:
-            lens, tables = self._host_copy(buffers.lens), self._host_copy(on_device)
+            lens, tables = self._channel.host_copy(buffers.lens), self._channel.host_copy(on_device)
             validation.resident_step(lens, tables, sizes, self._group.config, self._service.config)
             rule = "steps may be counted once the first layer of the step before is handed back, one at a time"
             error = InvalidRequest(f"resident step {step} was counted too early, but {rule}", field="step")
@@ -217,12 +206,6 @@ class ResidentSession:
         error = self._service.told(error, self._principal)
         refusal_message = attention_pb2.ResidentRefusal(step=step, error=to_message(error))
         self._send(attention_pb2.AttendResponse(resident_refusal=refusal_message))
-
-
-@cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
-    """A stream for copies to the host that nothing else waits for."""
-    return torch.cuda.Stream(device)
 
 
 def refusal(reason: AttndError) -> bytes:
