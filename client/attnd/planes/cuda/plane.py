@@ -122,6 +122,17 @@ class CudaPlane(PlaneLayers):
                 raise DeadlineExceeded(f"the server sent no {kind} within {timeout_s:g} s") from None
         return self._told.pop(kind)
 
+    def await_failure(self, timeout_s: float) -> None:
+        """Waits until the plane has failed, as the server lets it know. Raises DeadlineExceeded: it does not."""
+        deadline = time.monotonic() + timeout_s
+        while self.failure is None:
+            try:
+                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise DeadlineExceeded(
+                    f"a resident step was not done, and nobody said why in {timeout_s:g} s"
+                ) from None
+
     def _send(self, request: attention_pb2.AttendRequest) -> None:
         try:
             self._connection.sendall(framing.request_bytes(request.SerializeToString()))

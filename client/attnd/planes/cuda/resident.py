@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnd.errors import InvalidRequest, ended, from_message
+from attnd.errors import Disconnected, InvalidRequest, ended, from_message
 from attnd.planes.cuda.resident_shape import ResidentShape, Session, made_ready
 from attnd.planes.cuda.tensors import check_tensor
 from attnd.protocol.cuda.layout import Place, StepLayout
@@ -97,15 +97,22 @@ class ResidentSteps:
         self.refused = torch.zeros(2, dtype=torch.int64, device=device)
         self._told = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._told[1] = self.num_done
+        self._counted = self._told.clone().pin_memory() if device.type == "cuda" else self._told.clone()
+        self._counted[0] = self.num_done
 
     def begin(self, num_reqs: int) -> None:
         """Enqueues a step of the first `num_reqs` requests on torch's current stream: its metadata goes to the server.
 
         Raises:
             InvalidRequest: there are not so many.
+            Disconnected: the server is draining.
             AttndError: the plane failed.
         """
         self._refuse_if_failed()
+        if self._plane.going_away:
+            reason = self._plane.going_away
+            self._session.close()
+            raise Disconnected(f"{reason}; the next step reconnects")
         if not 1 <= num_reqs <= self.shape.max_reqs:
             rule = f"must be 1..{self.shape.max_reqs}"
             raise InvalidRequest(f"num_reqs is {num_reqs}, but {rule}", field="num_reqs")
@@ -167,7 +174,8 @@ class ResidentSteps:
             plane.hand_over(stream, layer, is_last, inputs, outputs)
             if is_last:
                 told = plane.address(REFUSED, is_result=True)
-                self._copier.copy(stream, [_copy(each.data_ptr(), told, 16) for each in (self._told, self.refused)])
+                news = [_copy(each.data_ptr(), told, 16) for each in (self._told, self.refused)]
+                self._copier.copy(stream, [*news, _copy(self._counted.data_ptr(), self._counter.address, 16)])
         self._next_layer += 1
         return tuple(results) if len(results) > 1 else results[0]
 
@@ -181,6 +189,9 @@ class ResidentSteps:
         self._plane.synchronize()
         self._refuse_if_failed()
         refused, self.num_done = self._told.tolist()
+        if self.num_done != int(self._counted[0]):  # the server has let go of a step, and says why
+            self._plane.await_failure(self._session.timeout_s)
+            self._refuse_if_failed()
         self._session.timings().resident += self.num_done - self._num_counted
         self._num_counted = self.num_done
         if not refused:

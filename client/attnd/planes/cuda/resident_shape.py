@@ -61,6 +61,9 @@ class Session(Protocol):
     def timings(self) -> Timings:
         """Sums over the session's steps."""
 
+    def close(self) -> None:
+        """Ends the plane."""
+
 
 def made_ready(
     session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int

@@ -105,8 +105,12 @@ AGAIN:
     setp.eq.u32 %decided, %stop, 0;
     @%decided bra AGAIN;
 """
-# The books first: whoever has seen the worker's last output finds the step there.
+# The books first: whoever has seen the worker's last output finds the step there. Once nothing is to wait any more,
+# layers are done with whatever lies in the region: such a step does not count as done, and nobody is told so.
 _END = f"""
+    ld.volatile.global.u32 %stop, [%stop_word];
+    setp.ne.u32 %decided, %stop, 0;
+    @%decided bra DONE;
     ld.global.u64 %refused, [%state + {words.REFUSED * _BYTES}];
     ld.global.u64 %step, [%state + {words.STEP * _BYTES}];
     ld.global.u64 %began, [%state + {words.BEGAN_NS * _BYTES}];

@@ -127,9 +127,9 @@ class ResidentSteps:
         return made[0]
 
     def _count(self, done: StepsDone) -> None:
-        """Counts steps that were served."""
+        """Counts steps that were served; one that was refused is none."""
         ready = self._ready
-        if ready is None:
+        if ready is None or not done.num_reqs:
             return
         num_calls = len(ready.options)
         for _ in range(done.count):
