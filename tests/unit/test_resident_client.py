@@ -230,7 +230,7 @@ def test_a_refusal_is_raised_once_and_the_server_is_asked_to_go_on(steps: attnd.
     plane.refusal = attention_pb2.ResidentRefusal(step=1, error=error)
     run(steps)
     run(steps)
-    with pytest.raises(InvalidRequest, match="page_tables.0, 0. is 9"):
+    with pytest.raises(InvalidRequest, match=r"page_tables.0, 0. is 9"):
         steps.finish()
     assert plane.asked == ["resident_steps", "resident_resume"]
     plane.refusal = None
