@@ -67,12 +67,19 @@ def test_a_job_that_does_not_end_is_waited_for_no_longer_than_its_deadline(monke
     stuck.put(None)
 
 
+class NobodyIsIdle(list[Any]):
+    """A thread of another test may become idle at any time."""
+
+    def append(self, jobs: object) -> None:
+        pass
+
+
 def test_without_threads_a_call_is_refused_and_tidying_up_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threads._thread, "start_new_thread", refuse)
-    monkeypatch.setattr(call_threads, "_idle", [])
+    monkeypatch.setattr(call_threads, "_idle", NobodyIsIdle())
     with pytest.raises(attnd.Exhausted, match="no thread can be started: can't start new thread"):
         call_threads.run(lambda: None, 10)
     call_threads.start_last(lambda: None)

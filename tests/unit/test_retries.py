@@ -120,3 +120,9 @@ def test_a_deletion_that_finds_nothing_the_second_time_is_done(clock: list[float
         retried(failing(gone), 30.0, gone=b"done")
     with pytest.raises(CacheLost):
         retried(failing(Exhausted("busy", retry_after_s=0.1), gone), 30.0, gone=b"done")
+
+
+def test_a_refusal_is_told_where_too_little_time_is_left_to_try_again() -> None:
+    refusal = Exhausted("the queue is full", retry_after_s=0.01)
+    assert RetryDeadline(0.04).pause_s(refusal) is None
+    assert RetryDeadline(0.5).pause_s(refusal) is not None

@@ -13,6 +13,9 @@ from attnd.errors import AttndError, CacheLost, Disconnected
 
 # How much longer than told a client may wait, so that those who were refused together do not come back together.
 _SPREAD = 0.5
+# Seconds that a request which was refused must have left to be sent again: in fewer it learns nothing but that they are
+# over, and not what it was refused for.
+_LEAST_S = 0.05
 # Seconds for which a lost connection is made again: a server that restarts on the spot is back by then. After the
 # first loss there is a pause, and each is followed by a longer one.
 RECONNECT_S = 2.0
@@ -41,7 +44,7 @@ class RetryDeadline:
             base_s, deadline = self._pause_s, min(self._deadline, self._lost_at + RECONNECT_S)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         elif error.retry_after_s is not None:
-            base_s, deadline = error.retry_after_s, self._deadline
+            base_s, deadline = error.retry_after_s, self._deadline - _LEAST_S
         else:
             return None
         pause_s = base_s * random.uniform(1, 1 + _SPREAD)
