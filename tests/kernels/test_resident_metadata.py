@@ -37,8 +37,8 @@ def device() -> Iterator[str]:
         yield device
 
 
-def sizes_of(query_len: int = 2, window: int = 0, max_pages: int = 8, block_size: int = 1) -> ResidentSizes:
-    return ResidentSizes(8, max_pages, query_len, PAGE, 16, LIMITS.max_context_len, window, block_size)
+def sizes_of(query_len: int = 2, window: int = 0, block_size: int = 1, max_reqs: int = 8) -> ResidentSizes:
+    return ResidentSizes(max_reqs, 8, query_len, PAGE, 16, LIMITS.max_context_len, window, block_size)
 
 
 def config_of(sizes: ResidentSizes) -> AttentionConfig:
@@ -268,10 +268,10 @@ def random_step(sizes: ResidentSizes, random: np.random.Generator) -> tuple[np.n
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_random_steps_get_the_verdict_of_the_host(device: str, query_len: int, window: int) -> None:
-    sizes = sizes_of(query_len, window, block_size=query_len)
+    sizes = sizes_of(query_len, window, block_size=query_len, max_reqs=4 if device == "cpu" else 8)
     ours, random = Class(sizes, device), np.random.default_rng(100 * query_len + window)
     counts = [0, 0]
-    for number in range(1, 60 if device == "cpu" else 5000):
+    for number in range(1, 50 if device == "cpu" else 5000):
         ours.write(*random_step(sizes, random))
         ours.take(number)
         metadata = ours.verdict()
@@ -282,4 +282,4 @@ def test_random_steps_get_the_verdict_of_the_host(device: str, query_len: int, w
             ours.buffers.state[words.REFUSED] = 0
         else:
             ours.check_accepted(metadata)
-    assert min(counts) > 10, counts
+    assert min(counts) > 5, counts
