@@ -88,6 +88,14 @@ def test_a_backend_that_plans_on_the_host_is_named(rig: Rig) -> None:
     assert reply.resident_steps.reason == "backend naive does not plan steps on the device"
 
 
+def test_steps_that_may_be_too_costly_are_none(rig: Rig) -> None:
+    rig.service.executor.most_work = 1 << 16
+    reply = rig.answer(resident_steps=rig.steps())
+    assert "products (new tokens x keys x heads x dims, roughly), but a call may ask for 65536" in (
+        reply.resident_steps.reason
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -10,8 +10,9 @@ from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
 from attnd.protocol.tensors import DTYPES
 from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.backends.base import DecodeShape, DevicePlan, PlansOnDevice
-from attnd_server.attention.metadata import AttentionOptions
+from attnd_server.attention.metadata import AttentionOptions, decode_step
 from attnd_server.attention.resident import ResidentSizes
+from attnd_server.execution.cost import cost_of, too_costly
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.layer_group import LayerGroup
 from attnd_server.planes.cuda.resident.graph import ResidentGraph, buffers_of
@@ -51,6 +52,17 @@ def places(
 
 def _shape(sizes: ResidentSizes) -> DecodeShape:
     return DecodeShape(sizes.max_reqs, sizes.query_len, sizes.max_pages * sizes.page_size)
+
+
+def refuse_costly(
+    service: AttentionService, group: LayerGroup, options: list[AttentionOptions], sizes: ResidentSizes
+) -> None:
+    """Raises Exhausted: the longest of the steps would have the GPU for longer than a step may."""
+    context_len = min(sizes.max_context_len, sizes.max_pages * sizes.page_size)
+    longest = decode_step(sizes.max_reqs, sizes.query_len, context_len, sizes.page_size)
+    costs = {each: cost_of(group.config, longest, each, group.device).work for each in dict.fromkeys(options)}
+    if (work := sum(costs[each] for each in options)) > service.executor.most_work:
+        raise too_costly(work, service.executor.most_work)
 
 
 def kernels_of(

@@ -29,6 +29,7 @@ from attnd_server.planes.cuda.resident.making import (
     only_group,
     options_of,
     places,
+    refuse_costly,
 )
 from attnd_server.planes.cuda.resident.told import StepsDone, Told
 from attnd_server.service import validation
@@ -78,6 +79,7 @@ class ResidentSession:
         self.options = options_of(service, message, self._group, self.cache.shape.num_layers)
         layout, self.where = places(self.sizes, message.num_heads, self._group, channel.num_bytes)
         self._bytes_of_token = bytes_of_token(layout, self.options, self.sizes)
+        refuse_costly(service, self._group, self.options, self.sizes)
         kernels = kernels_of(service, self._group, self.options, self.sizes)
         self._num_bytes = num_bytes_of(kernels, self._group, self.sizes)
         service.caches.reserve(self.cache, self._num_bytes, "resident steps of a cuda plane take memory, which")
