@@ -98,13 +98,12 @@ class PlaneLayers:
         """Whether the server takes any from this worker."""
         return self._words is not None
 
-    def resident(self, counter: Counter, where: ResidentLayout) -> Post | None:
-        """What tells the server of resident steps, counted at `counter`; None: there are none.
+    def resident(self, counter: Counter, where: ResidentLayout) -> Post:
+        """What tells the server of resident steps, counted at `counter`, where it takes any.
 
         The worker's GPU is the current one.
         """
-        if self._words is None:
-            return None
+        assert self._words is not None
         word, wake = self._memory[0].address + where.word, self._words.address + WAKE
         return Post(self.gpu, counter.address, counter.address + WORD_BYTES, word, wake)
 
@@ -130,7 +129,7 @@ class PlaneLayers:
         sys.modules["torch"].cuda.current_stream(self.torch_device).synchronize()
 
     def _address(self, place: Place) -> int:
-        return self._memory[-1 if place.is_result else 0].address + place.offset
+        return self.address(place.offset, is_result=place.is_result)
 
     def _copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         if num_bytes:

@@ -10,6 +10,7 @@ import queue
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from attnd import forks
@@ -112,43 +113,33 @@ class CudaPlane(PlaneLayers):
 
     def told(self, kind: str, timeout_s: float) -> Any:
         """The last message of a kind that is no answer to a step, once it is there. Raises as `ask`."""
-        deadline = time.monotonic() + timeout_s
-        while kind not in self._told:
-            if self.failure is not None:
-                raise self.failure
-            try:
-                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise DeadlineExceeded(f"the server sent no {kind} within {timeout_s:g} s") from None
-        return self._told.pop(kind)
+        self._waited(lambda: kind in self._told or self.failure is not None, timeout_s)
+        if kind in self._told:
+            return self._told.pop(kind)
+        raise self.failure or DeadlineExceeded(f"the server sent no {kind} within {timeout_s:g} s")
 
     def await_failure(self, timeout_s: float) -> None:
         """Waits until the plane has failed, as the server lets it know. Raises DeadlineExceeded: it does not."""
-        deadline = time.monotonic() + timeout_s
-        while self.failure is None:
-            try:
-                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise DeadlineExceeded(
-                    f"a resident step was not done, and nobody said why in {timeout_s:g} s"
-                ) from None
+        if not self._waited(lambda: self.failure is not None, timeout_s):
+            raise DeadlineExceeded(f"a resident step was not done, and nobody said why in {timeout_s:g} s")
 
     def _send(self, request: attention_pb2.AttendRequest) -> None:
         try:
             self._connection.sendall(framing.request_bytes(request.SerializeToString()))
         except OSError as error:
-            self._await_last_words()
+            self._waited(lambda: self.failure is not None, self.LAST_WORDS_S)  # why the server hung up
             self._fail(Disconnected(f"no connection to the server at {self._path}: {error}"))
             raise self._failures[0] from None
 
-    def _await_last_words(self) -> None:
-        """Waits a moment: the thread may yet read why the server hung up."""
-        deadline = time.monotonic() + self.LAST_WORDS_S
-        while self.failure is None and (left_s := deadline - time.monotonic()) > 0:
+    def _waited(self, is_so: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits until something is so of what the thread reads; False: it is not within so many seconds."""
+        deadline = time.monotonic() + timeout_s
+        while not is_so():
             try:
-                self._news.get(timeout=left_s)
+                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return
+                return is_so()
+        return True
 
     def answer(self, step_id: int, wait: bool) -> Answer | None:
         """What the server said of a step that was sent, once; None if nothing yet, and it is not to be waited for.

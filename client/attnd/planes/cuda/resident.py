@@ -78,10 +78,8 @@ class ResidentSteps:
         gpu = plane.gpu
         with gpu.current():
             self._counter = Counter(gpu, num_done)
-            post = plane.resident(self._counter, self._where)
+            self._post = plane.resident(self._counter, self._where)
             self._copier = Copier(gpu)
-        assert post is not None
-        self._post = post
 
     def _make_tensors(self) -> None:
         torch, device, where = sys.modules["torch"], self._plane.torch_device, self._where

@@ -84,7 +84,7 @@ class CudaSession:
         self._turn = Turn("session")
         self.lost: AttndError | None = None  # that the cache was deleted
         self._resident: ResidentSteps | None = None
-        self._end_plane: Any = None  # closes the plane of a session that is forgotten
+        self._end_plane: Any = None  # closes the plane of a session that nobody has any more
         self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
 
     def step(self, metadata: Any, *, num_heads: int | None = None, options: Options | None = None) -> CudaStep:
@@ -195,11 +195,11 @@ class CudaSession:
 
     @property
     def failure(self) -> AttndError | None:
-        """Why the plane that is open is of no use any more, if so it is known to be; None where none is open."""
+        """Why the plane that is open is of no use any more, as far as it is known; None: it is, or none is open."""
         return None if self._plane is None else self._plane.failure
 
     def timings(self) -> Timings:
-        """Sums over all steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
+        """Sums over the session's steps. `call_us` has what `attend` took to enqueue; `kernel_us` whole steps."""
         return self._timings
 
     def reset_timings(self) -> None:

@@ -6,6 +6,8 @@ its part of the output.
 
 from __future__ import annotations
 
+from attnd.protocol.cuda.gate_flags import polled, unless_stopped
+
 # Copies to the server and back that a kernel makes at the most.
 NUM_INPUTS, NUM_OUTPUTS = 3, 2
 
@@ -53,88 +55,55 @@ _REGISTERS = """
 """
 # As a gate's wait, of many blocks. The first one alone reads the host's word, and tells the others, by the 4 bytes
 # behind `arrived`: 64 reads of one word behind PCIe took 70 us, in which nobody saw that the server was done.
-_WAIT_OF_BLOCKS = """
+_WAIT_OF_BLOCKS = f"""
     mov.u32 %turn, 0;
-AGAIN:
-    ld.acquire.sys.global.u64 %seen, [%flag];
-    setp.ge.u64 %decided, %seen, %next;
-    @%decided bra DONE;
-    add.u32 %turn, %turn, 1;
-    and.b32 %low, %turn, 255;
-    setp.ne.u32 %decided, %low, 0;
-    @%decided bra AGAIN;
-    setp.ne.u32 %decided, %block, 0;
+{polled()}    setp.ne.u32 %decided, %block, 0;
     @%decided bra OTHERS;
-    ld.volatile.global.u32 %stop, [%stop_word];
-    setp.eq.u32 %decided, %stop, 0;
-    @%decided bra AGAIN;
-    st.volatile.global.u32 [%arrived + 4], %stop;
+{unless_stopped()}    st.volatile.global.u32 [%arrived + 4], %stop;
     bra DONE;
 OTHERS:
-    ld.volatile.global.u32 %stop, [%arrived + 4];
-    setp.eq.u32 %decided, %stop, 0;
-    @%decided bra AGAIN;
-DONE:
+{unless_stopped("arrived + 4")}DONE:
 """
-# One thread of each block. It reads the count before it arrives, and the last to arrive writes it, after all have read.
+# After the copies the first thread of each block goes on; beyond the second piece only that of the last one to arrive.
 # Arriving hands what its block wrote to the last one, and that hands everything to the whole system with the word: to
 # release and to acquire adds up in PTX's memory model.
-_HAND_OVER = (
-    """
+_FIRST_THREAD = """
     bar.sync 0;
     setp.ne.u32 %decided, %thread, 0;
     @%decided bra DONE;
-    ld.param.u64 %counter, [counter];
+"""
+_LAST_TO_ARRIVE = """    atom.acq_rel.gpu.global.add.u32 %count, [%arrived], 1;
+    add.u32 %count, %count, 1;
+    setp.ne.u32 %decided, %count, %blocks;
+    @%decided bra {others};
+    st.global.u32 [%arrived], 0;
+"""
+# Each thread reads the count before it arrives, and the last to arrive writes it, after all have read.
+_HAND_OVER = f"""{_FIRST_THREAD}    ld.param.u64 %counter, [counter];
     ld.param.u64 %arrived, [arrived];
     ld.param.u64 %signal, [signal];
     ld.param.u64 %flag, [flag];
     ld.param.u64 %stop_word, [stop];
     ld.volatile.global.u64 %next, [%counter];
     add.u64 %next, %next, 1;
-    atom.acq_rel.gpu.global.add.u32 %count, [%arrived], 1;
-    add.u32 %count, %count, 1;
-    setp.ne.u32 %decided, %count, %blocks;
-    @%decided bra WAIT;
-    st.global.u32 [%arrived], 0;
-    st.global.u64 [%counter], %next;
+{_LAST_TO_ARRIVE.format(others="WAIT")}    st.global.u64 [%counter], %next;
     st.release.sys.global.u64 [%signal], %next;
-WAIT:"""
-    + _WAIT_OF_BLOCKS
-    + """    bar.sync 0;
+WAIT:{_WAIT_OF_BLOCKS}    bar.sync 0;
 """
-)
 # Likewise, but the value of the word comes with the launch, and nothing is waited for.
-_WRITE = """
-    bar.sync 0;
-    setp.ne.u32 %decided, %thread, 0;
-    @%decided bra DONE;
-    ld.param.u64 %counter, [arrived];
+_WRITE = f"""{_FIRST_THREAD}    ld.param.u64 %arrived, [arrived];
     ld.param.u64 %signal, [signal];
     ld.param.u64 %next, [value];
     cvt.u32.u64 %low, %next;
-    atom.acq_rel.gpu.global.add.u32 %count, [%counter], 1;
-    add.u32 %count, %count, 1;
-    setp.ne.u32 %decided, %count, %blocks;
-    @%decided bra DONE;
-    st.global.u32 [%counter], 0;
-    st.release.sys.global.u32 [%signal], %low;
+{_LAST_TO_ARRIVE.format(others="DONE")}    st.release.sys.global.u32 [%signal], %low;
 DONE:
 """
 # Likewise, but the word has 64 bits and is counted up, and goes to the host, too.
-_POST = """
-    bar.sync 0;
-    setp.ne.u32 %decided, %thread, 0;
-    @%decided bra DONE;
-    ld.param.u64 %counter, [counter];
+_POST = f"""{_FIRST_THREAD}    ld.param.u64 %counter, [counter];
     ld.param.u64 %arrived, [arrived];
     ld.param.u64 %signal, [signal];
     ld.param.u64 %flag, [wake];
-    atom.acq_rel.gpu.global.add.u32 %count, [%arrived], 1;
-    add.u32 %count, %count, 1;
-    setp.ne.u32 %decided, %count, %blocks;
-    @%decided bra DONE;
-    st.global.u32 [%arrived], 0;
-    ld.global.u64 %next, [%counter];
+{_LAST_TO_ARRIVE.format(others="DONE")}    ld.global.u64 %next, [%counter];
     add.u64 %next, %next, 1;
     st.global.u64 [%counter], %next;
     st.release.sys.global.u64 [%signal], %next;
@@ -149,31 +118,21 @@ _WORDS = """
     .param .u64 counter, .param .u64 arrived, .param .u64 signal, .param .u64 flag, .param .u64 stop"""
 
 
-def _kernel(name: str, num_inputs: int, num_outputs: int, writes: bool = False, posts: bool = False) -> str:
-    """Copies, and with outputs the hand-over between them. These are read past the caches: somebody else wrote them.
-
-    If it `writes` or `posts`, the word comes after the copies.
-    """
-    numbers = range(num_inputs + num_outputs)
+def _kernel(name: str, words: str = "", tell: str = "", num_outputs: int = 0) -> str:
+    """Copies there, what tells the other side, and copies back, which are read past the caches: somebody else wrote."""
+    numbers = range(NUM_INPUTS + num_outputs)
     parameters = [_PARAMETERS.format(n=n) for n in numbers]
-    copies = [_COPY.format(n=n, volatile=".volatile" if n >= num_inputs else "") for n in numbers]
-    if num_outputs:
-        parameters.append(_WORDS)
-        copies.insert(num_inputs, _HAND_OVER)
-    if writes:
-        parameters.append(_WRITE_WORDS)
-        copies.append(_WRITE)
-    if posts:
-        parameters.append(_POST_WORDS)
-        copies.append(_POST)
-    body = "".join(copies)
-    return f".visible .entry {name}({','.join(parameters)}\n) {{{_REGISTERS}{body}    ret;\n}}\n"
+    if words:
+        parameters.append(words)
+    parts = [_COPY.format(n=n, volatile=".volatile" if n >= NUM_INPUTS else "") for n in numbers]
+    parts.insert(NUM_INPUTS, tell)
+    return f".visible .entry {name}({','.join(parameters)}\n) {{{_REGISTERS}{''.join(parts)}    ret;\n}}\n"
 
 
 PTX = (
     ".version 7.0\n.target sm_70\n.address_size 64\n"
-    + _kernel("attnd_copy", NUM_INPUTS, 0)
-    + _kernel("attnd_copy_and_write", NUM_INPUTS, 0, writes=True)
-    + _kernel("attnd_post", NUM_INPUTS, 0, posts=True)
-    + _kernel("attnd_hand_over", NUM_INPUTS, NUM_OUTPUTS)
+    + _kernel("attnd_copy")
+    + _kernel("attnd_copy_and_write", _WRITE_WORDS, _WRITE)
+    + _kernel("attnd_post", _POST_WORDS, _POST)
+    + _kernel("attnd_hand_over", _WORDS, _HAND_OVER, NUM_OUTPUTS)
 )

@@ -19,9 +19,33 @@ from attnd.errors import Exhausted
 from attnd.protocol.cuda.driver import CudaError, Device, Stream, call, driver, kernels
 from attnd.protocol.cuda.host_flags import HostWords
 
+# Turns of a wait between two looks at what lies behind PCIe; a power of two less one.
+TURNS = 255
+
+
+def polled(word: str = "flag", turns: int = TURNS, then: str = "DONE") -> str:
+    """PTX that reads a word until it is at least `next`, and goes to a label; every so many turns it comes out here."""
+    return f"""AGAIN:
+    ld.acquire.sys.global.u64 %seen, [%{word}];
+    setp.ge.u64 %decided, %seen, %next;
+    @%decided bra {then};
+    add.u32 %turn, %turn, 1;
+    and.b32 %low, %turn, {turns};
+    setp.ne.u32 %decided, %low, 0;
+    @%decided bra AGAIN;
+"""
+
+
+def unless_stopped(word: str = "stop_word") -> str:
+    """PTX that goes on polling as long as a word is 0."""
+    return f"""    ld.volatile.global.u32 %stop, [%{word}];
+    setp.eq.u32 %decided, %stop, 0;
+    @%decided bra AGAIN;
+"""
+
+
 # counter: where this side counts. signal: the word that the other side waits for. flag: the word that this side waits
-# for. stop: a word of the host's that is not 0 once nothing is to wait any more; it lies behind PCIe, so it is read
-# once in 256 turns.
+# for. stop: a word of the host's that is not 0 once nothing is to wait any more.
 _HEAD = """
     .param .u64 counter, .param .u64 signal, .param .u64 flag, .param .u64 stop
 ) {
@@ -41,20 +65,9 @@ _COUNT = """
 _SIGNAL = """
     st.release.sys.global.u64 [%signal], %next;
 """
-_WAIT = """
+_WAIT = f"""
     mov.u32 %turn, 0;
-AGAIN:
-    ld.acquire.sys.global.u64 %seen, [%flag];
-    setp.ge.u64 %decided, %seen, %next;
-    @%decided bra DONE;
-    add.u32 %turn, %turn, 1;
-    and.b32 %low, %turn, 255;
-    setp.ne.u32 %decided, %low, 0;
-    @%decided bra AGAIN;
-    ld.volatile.global.u32 %stop, [%stop_word];
-    setp.eq.u32 %decided, %stop, 0;
-    @%decided bra AGAIN;
-DONE:
+{polled()}{unless_stopped()}DONE:
 """
 _BODIES = {"wait": _COUNT + _WAIT, "signal": _SIGNAL}
 # What every GPU since 2017 runs; the driver compiles it.

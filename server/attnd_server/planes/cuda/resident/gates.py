@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 from attnd.protocol.cuda.driver import CudaError, Device, driver, kernels
+from attnd.protocol.cuda.gate_flags import WORD_BYTES, polled, unless_stopped
 from attnd_server.attention.kernels.resident import state as words
 from attnd_server.planes.cuda.resident import books
 
-_BYTES = 8
-# Turns of a wait between two looks at the host's words, which lie behind PCIe; of the first gate and of the others.
-_TURNS_FIRST, _TURNS = 31, 255
+# As `TURNS`, of the first gate: a launch that is revoked is to leave soon.
+_TURNS_FIRST = 31
 
 _HEAD = """
     .param .u64 state, .param .u64 books, .param .u64 word, .param .u64 counter, .param .u64 signal, .param .u64 flag,
@@ -41,22 +41,14 @@ _HEAD = """
 # A step that has come counts only if the launch was not revoked before: what the host does to the pages for others is
 # done before these learn of it. More than one step beyond the one that is awaited is a fault of the worker's.
 _BEGIN = f"""
-    ld.global.u64 %launch, [%state + {words.LAUNCH * _BYTES}];
+    ld.global.u64 %launch, [%state + {words.LAUNCH * WORD_BYTES}];
     add.u64 %launch, %launch, 1;
-    st.global.u64 [%state + {words.LAUNCH * _BYTES}], %launch;
-    ld.global.u64 %next, [%state + {words.STEP * _BYTES}];
+    st.global.u64 [%state + {words.LAUNCH * WORD_BYTES}], %launch;
+    ld.global.u64 %next, [%state + {words.STEP * WORD_BYTES}];
     add.u64 %next, %next, 1;
     add.u64 %most, %next, 1;
-AGAIN:
-    ld.acquire.sys.global.u64 %seen, [%word];
-    setp.ge.u64 %decided, %seen, %next;
-    @%decided bra ASK;
-    add.u32 %turn, %turn, 1;
-    and.b32 %low, %turn, {_TURNS_FIRST};
-    setp.ne.u32 %decided, %low, 0;
-    @%decided bra AGAIN;
-ASK:
-    ld.volatile.global.u64 %revoked, [%books + {books.REVOKED * _BYTES}];
+{polled("word", _TURNS_FIRST, then="ASK")}ASK:
+    ld.volatile.global.u64 %revoked, [%books + {books.REVOKED * WORD_BYTES}];
     setp.ge.u64 %decided, %revoked, %launch;
     @%decided bra LEAVE;
     ld.volatile.global.u32 %stop, [%stop_word];
@@ -67,22 +59,22 @@ ASK:
     bra AGAIN;
 LEAVE:
     mov.u64 %came, 0;
-    st.global.u64 [%state + {words.CAME * _BYTES}], %came;
+    st.global.u64 [%state + {words.CAME * WORD_BYTES}], %came;
     ret;
 CAME:
     mov.u64 %came, 1;
-    st.global.u64 [%state + {words.CAME * _BYTES}], %came;
-    st.global.u64 [%state + {words.STEP * _BYTES}], %next;
+    st.global.u64 [%state + {words.CAME * WORD_BYTES}], %came;
+    st.global.u64 [%state + {words.STEP * WORD_BYTES}], %next;
     mov.u64 %time, %globaltimer;
-    st.global.u64 [%state + {words.BEGAN_NS * _BYTES}], %time;
-    st.volatile.global.u64 [%books + {books.BEGUN * _BYTES}], %next;
+    st.global.u64 [%state + {words.BEGAN_NS * WORD_BYTES}], %time;
+    st.volatile.global.u64 [%books + {books.BEGUN * WORD_BYTES}], %next;
     setp.le.u64 %decided, %seen, %most;
     @%decided bra DONE;
-    st.global.u64 [%state + {words.IS_WRONG * _BYTES}], %came;
+    st.global.u64 [%state + {words.IS_WRONG * WORD_BYTES}], %came;
 DONE:
 """
 _IF_CAME = f"""
-    ld.global.u64 %came, [%state + {words.CAME * _BYTES}];
+    ld.global.u64 %came, [%state + {words.CAME * WORD_BYTES}];
     setp.eq.u64 %decided, %came, 0;
     @%decided bra DONE;
     ld.global.u64 %next, [%counter];
@@ -93,47 +85,36 @@ _SIGNAL = """
 _WAIT = f"""
     add.u64 %next, %next, 1;
     st.global.u64 [%counter], %next;
-AGAIN:
-    ld.acquire.sys.global.u64 %seen, [%flag];
-    setp.ge.u64 %decided, %seen, %next;
-    @%decided bra DONE;
-    add.u32 %turn, %turn, 1;
-    and.b32 %low, %turn, {_TURNS};
-    setp.ne.u32 %decided, %low, 0;
-    @%decided bra AGAIN;
-    ld.volatile.global.u32 %stop, [%stop_word];
-    setp.eq.u32 %decided, %stop, 0;
-    @%decided bra AGAIN;
-"""
+{polled()}{unless_stopped()}"""
 # The books first: whoever has seen the worker's last output finds the step there. Once nothing is to wait any more,
 # layers are done with whatever lies in the region: such a step does not count as done, and nobody is told so.
 _END = f"""
     ld.volatile.global.u32 %stop, [%stop_word];
     setp.ne.u32 %decided, %stop, 0;
     @%decided bra DONE;
-    ld.global.u64 %refused, [%state + {words.REFUSED * _BYTES}];
-    ld.global.u64 %step, [%state + {words.STEP * _BYTES}];
-    ld.global.u64 %began, [%state + {words.BEGAN_NS * _BYTES}];
-    ld.global.u64 %most, [%state + {words.NUM_REQS * _BYTES}];
-    st.volatile.global.u64 [%books + {books.NUM_REQS * _BYTES}], %most;
+    ld.global.u64 %refused, [%state + {words.REFUSED * WORD_BYTES}];
+    ld.global.u64 %step, [%state + {words.STEP * WORD_BYTES}];
+    ld.global.u64 %began, [%state + {words.BEGAN_NS * WORD_BYTES}];
+    ld.global.u64 %most, [%state + {words.NUM_REQS * WORD_BYTES}];
+    st.volatile.global.u64 [%books + {books.NUM_REQS * WORD_BYTES}], %most;
     mov.u64 %time, %globaltimer;
-    st.volatile.global.u64 [%books + {books.BEGAN_NS * _BYTES}], %began;
-    st.volatile.global.u64 [%books + {books.ENDED_NS * _BYTES}], %time;
-    st.volatile.global.u64 [%books + {books.REFUSED * _BYTES}], %refused;
-    st.volatile.global.u64 [%books + {books.DONE * _BYTES}], %step;
+    st.volatile.global.u64 [%books + {books.BEGAN_NS * WORD_BYTES}], %began;
+    st.volatile.global.u64 [%books + {books.ENDED_NS * WORD_BYTES}], %time;
+    st.volatile.global.u64 [%books + {books.REFUSED * WORD_BYTES}], %refused;
+    st.volatile.global.u64 [%books + {books.DONE * WORD_BYTES}], %step;
     st.volatile.global.u64 [%told], %refused;
     st.volatile.global.u64 [%told + 8], %step;
     st.release.sys.global.u64 [%signal], %next;
 """
 _LEFT = f"""
 DONE:
-    ld.global.u64 %launch, [%state + {words.LAUNCH * _BYTES}];
-    st.volatile.global.u64 [%books + {books.LAUNCHES * _BYTES}], %launch;
+    ld.global.u64 %launch, [%state + {words.LAUNCH * WORD_BYTES}];
+    st.volatile.global.u64 [%books + {books.LAUNCHES * WORD_BYTES}], %launch;
 """
 _RESUME = f"""
     mov.u64 %refused, 0;
-    st.global.u64 [%state + {words.REFUSED * _BYTES}], %refused;
-    st.volatile.global.u64 [%books + {books.REFUSED * _BYTES}], %refused;
+    st.global.u64 [%state + {words.REFUSED * WORD_BYTES}], %refused;
+    st.volatile.global.u64 [%books + {books.REFUSED * WORD_BYTES}], %refused;
     st.volatile.global.u64 [%told], %refused;
 """
 _BODIES = {
