@@ -18,17 +18,17 @@ from typing import NamedTuple
 
 from attnd.errors import AttndError, DeadlineExceeded, InvalidRequest, Unsupported
 from attnd.protocol import frames
-from attnd.v1 import attention_pb2, backend_pb2, step_pb2
+from attnd.v1 import attention_pb2, backend_pb2
 from attnd_server.device.kernels.launch import KernelMissing
-from attnd_server.execution.cost import too_costly
 from attnd_server.execution.step import Step
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
+from attnd_server.planes.cuda.checks import layer_options, refuse_costly, refuse_wrong_heads
 from attnd_server.planes.cuda.in_turn import run_in_turn
 from attnd_server.planes.cuda.resident.session import ResidentSteps
-from attnd_server.planes.cuda.step import BACKENDS, CudaStep, layer_options
+from attnd_server.planes.cuda.step import BACKENDS, CudaStep
 from attnd_server.planes.cuda.step_graphs import StepGraphs
 from attnd_server.service.kept_steps import KeptSteps, bases_of
 from attnd_server.service.service import AttentionService
@@ -212,15 +212,11 @@ class CudaSession:
         # Without what its layers share on the device, for which nobody asks again.
         self._kept.add((Step(step.id, step.cache, step.group, step.metadata, held=step.held),))
         config, heads = step.group.config, request.num_heads
-        if not step.metadata.store_only and (heads == 0 or heads % config.num_kv_heads):
-            rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
-            raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
-        messages = list(request.options) or [step_pb2.AttentionOptions()]
-        options = [service.checked_options(each, config, heads, step.metadata.window) for each in messages]
-        layers = layer_options(options, config.num_layers)
-        if (work := sum(step.cost(each).work for each in layers)) > service.executor.most_work:
-            raise too_costly(work, service.executor.most_work)
-        return CudaStep(step, layers, heads)
+        if not step.metadata.store_only:
+            refuse_wrong_heads(heads, config)
+        options = layer_options(service, request.options, config, heads, step.metadata.window)
+        refuse_costly(options, step.cost, service.executor.most_work)
+        return CudaStep(step, options, heads)
 
     def _enqueued(self, step: CudaStep, held: ExitStack) -> KernelMissing | None:
         """Enqueues a step, or says which kernel it needs first; then nothing of it waits.

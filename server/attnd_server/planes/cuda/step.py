@@ -25,9 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-from attnd.errors import CacheLost, InvalidRequest, Unsupported
-from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
-from attnd.protocol.tensors import DTYPES
+from attnd.errors import CacheLost, Unsupported
+from attnd.protocol.cuda.layout import StepLayout
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.kernels.pages import stored_tokens
 from attnd_server.attention.metadata import AttentionOptions
@@ -35,6 +34,7 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.execution.step import Step
 from attnd_server.planes.cuda.channel import Channel
+from attnd_server.planes.cuda.checks import places_of
 from attnd_server.planes.cuda.step_graph import StepGraph
 from attnd_server.planes.cuda.step_graphs import StepGraphs
 
@@ -66,10 +66,7 @@ class CudaStep:
 
     def layout(self, channel: Channel) -> StepLayout:
         """Where its tensors lie. Raises InvalidRequest: the region does not hold them."""
-        config = self.step.group.config
-        dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
-        geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-        return step_layout(self.step.metadata.num_tokens, self.num_heads, geometry, channel.num_bytes)
+        return places_of(self.step.group.config, self.step.metadata.num_tokens, self.num_heads, channel.num_bytes)
 
     def num_bytes(self, channel: Channel) -> tuple[int, int]:
         """Bytes of q, k and v that its layers have together, and of output and lse."""
@@ -165,15 +162,3 @@ class CudaStep:
         for options, plan in self.step.plans.items():
             results = torch.empty_like(output), torch.empty_like(lse) if options.return_lse else None
             plan.launch(*results, q, new_k, new_v, group.layers[0])
-
-
-def layer_options(options: list[AttentionOptions], num_layers: int) -> list[AttentionOptions]:
-    """Those of each layer.
-
-    Raises:
-        InvalidRequest: neither one for all nor one for each.
-    """
-    if len(options) not in (1, num_layers):
-        rule = f"must have one for all layers, or one for each of the cache's {num_layers}"
-        raise InvalidRequest(f"options has {len(options)} elements, but {rule}", field="options")
-    return options * num_layers if len(options) == 1 else options

@@ -68,7 +68,7 @@ def fixed_plan_bytes(
     if isinstance(launch, str):
         return launch
     items, merges, partials = _results(config, shape, options, _rows(config, options, launch, device), _META)
-    return sum(buffer.numel() * buffer.element_size() for buffer in (items, merges, *partials))
+    return sum(each.nbytes for each in (items, merges, *partials))
 
 
 def _launch_of(
@@ -138,8 +138,7 @@ class FixedTritonPlan:
         num_partial_rows = len(partials[0])
         merges_if_any = merges if num_partial_rows else None
         self.shape = shape
-        self.num_bytes = sum(buffer.numel() * buffer.element_size() for buffer in (items, merges, *partials))
-        self.num_bytes += step.numel() * step.element_size() if is_own else 0
+        self.num_bytes = sum(each.nbytes for each in (items, merges, *partials)) + (step.nbytes if is_own else 0)
         self.plan = TritonPlan(
             config=config,
             options=options,

@@ -1,6 +1,6 @@
 """Takes, checks and accepts the metadata of a resident step, which a worker wrote into memory that it still maps.
 
-`copy_metadata` reads the worker's memory, once, by volatile loads, and copies what is in use to private memory. The
+The first kernel reads the worker's memory, once, by volatile loads, and copies what is in use to private memory. The
 others look at the copy alone, so that whatever the worker writes meanwhile is of no use to it. What the worker says of
 a request is its context, how many of its new tokens count, how many of the first ones are stored, and its pages: slots
 follow from these. The rules are those of `service/validation`, for what is in use: lengths in range, page ids of this
@@ -84,7 +84,7 @@ class Buffers(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Of all of them."""
-        return sum(each.numel() * each.element_size() for each in self)
+        return sum(each.nbytes for each in self)
 
 
 def make_buffers(sizes: ResidentSizes, step: torch.Tensor, page_tables: torch.Tensor) -> Buffers:
@@ -272,7 +272,7 @@ def take_step(sizes: ResidentSizes, buffers: Buffers, from_lens: torch.Tensor, f
 
     Args:
         sizes: of the class.
-        buffers: written, but `lens` and `page_tables` by the copy alone, for whoever asks why it was refused.
+        buffers: written; of a step that is refused, `lens` and the pages in use stay for whoever asks why.
         from_lens: int32 `[LENS_ROWS, max_reqs]` of the worker's memory.
         from_tables: int32 `[max_reqs, max_pages]`, likewise.
     """

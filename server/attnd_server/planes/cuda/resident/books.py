@@ -22,10 +22,6 @@ class Books:
         self._words = words
         self.address = address
 
-    def address_of(self, word: int) -> int:
-        """Of a word, for GPUs."""
-        return self.address + word * _WORD_BYTES
-
     def read(self, word: int) -> int:
         """A word, as the processor sees it."""
         return int(self._words[word])

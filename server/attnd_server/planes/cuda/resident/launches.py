@@ -2,9 +2,9 @@
 
 A launch is not a step: its first gate waits for one, or until it is revoked. A thread for each session looks every few
 steps what the launches were that have ended, and queues as many behind those that wait already: it does not wait for
-the end of each, for which the driver takes longer than all else. Launches are revoked when
-nothing comes for a while, before a step by message, and whenever something must not find the GPU waiting. A session
-without launches is woken by the number of the step that its worker has counted, which `keeper.py` reads for all.
+the end of each, for which the driver takes longer than all else. Launches are revoked when nothing comes for a while,
+before a step by message, and whenever something must not find the GPU waiting. A session without launches is woken by
+the number of the step that its worker has counted, which `keeper.py` reads for all.
 """
 
 from __future__ import annotations

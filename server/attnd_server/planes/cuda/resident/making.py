@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from attnd.errors import InvalidRequest, Unsupported
-from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
+from attnd.errors import Unsupported
+from attnd.protocol.cuda.layout import StepLayout
 from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
-from attnd.protocol.tensors import DTYPES
-from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.backends.base import DecodeShape, DevicePlan, PlansOnDevice
-from attnd_server.attention.metadata import AttentionOptions, decode_step
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, decode_step
 from attnd_server.attention.resident import ResidentSizes
-from attnd_server.execution.cost import cost_of, too_costly
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.layer_group import LayerGroup
+from attnd_server.planes.cuda.checks import places_of
 from attnd_server.planes.cuda.resident.graph import ResidentGraph, buffers_of
-from attnd_server.planes.cuda.step import BACKENDS, layer_options
+from attnd_server.planes.cuda.step import BACKENDS
 from attnd_server.service.service import AttentionService
 
 
@@ -27,26 +25,11 @@ def only_group(of: Cache) -> LayerGroup:
     return of.groups[0]
 
 
-def options_of(
-    service: AttentionService, message: attention_pb2.ResidentSteps, group: LayerGroup, num_layers: int
-) -> list[AttentionOptions]:
-    """Those of each layer. Raises InvalidRequest: they break a rule."""
-    config, heads = group.config, message.num_heads
-    if heads == 0 or heads % config.num_kv_heads:
-        rule = f"must be a multiple of the cache's {config.num_kv_heads} KV heads"
-        raise InvalidRequest(f"num_heads is {heads}, but {rule}", field="num_heads")
-    messages = list(message.options) or [step_pb2.AttentionOptions()]
-    return layer_options([service.checked_options(each, config, heads, config.window) for each in messages], num_layers)
-
-
 def places(
     sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int
 ) -> tuple[StepLayout, ResidentLayout]:
     """Where the tensors of the most requests lie, and the metadata. Raises InvalidRequest: the region is too small."""
-    config = group.config
-    dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
-    geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-    layout = step_layout(sizes.max_reqs * sizes.query_len, num_heads, geometry, region_bytes)
+    layout = places_of(group.config, sizes.max_reqs * sizes.query_len, num_heads, region_bytes)
     return layout, resident_layout(sizes.max_reqs, sizes.max_pages, layout, region_bytes)
 
 
@@ -54,15 +37,10 @@ def _shape(sizes: ResidentSizes) -> DecodeShape:
     return DecodeShape(sizes.max_reqs, sizes.query_len, sizes.max_pages * sizes.page_size)
 
 
-def refuse_costly(
-    service: AttentionService, group: LayerGroup, options: list[AttentionOptions], sizes: ResidentSizes
-) -> None:
-    """Raises Exhausted: the longest of the steps would have the GPU for longer than a step may."""
+def longest_step(sizes: ResidentSizes) -> AttentionMetadata:
+    """The one of them that costs the most."""
     context_len = min(sizes.max_context_len, sizes.max_pages * sizes.page_size)
-    longest = decode_step(sizes.max_reqs, sizes.query_len, context_len, sizes.page_size)
-    costs = {each: cost_of(group.config, longest, each, group.device).work for each in dict.fromkeys(options)}
-    if (work := sum(costs[each] for each in options)) > service.executor.most_work:
-        raise too_costly(work, service.executor.most_work)
+    return decode_step(sizes.max_reqs, sizes.query_len, context_len, sizes.page_size)
 
 
 def kernels_of(

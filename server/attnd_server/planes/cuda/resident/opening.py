@@ -14,9 +14,11 @@ from attnd.v1 import attention_pb2, backend_pb2, tensor_pb2
 from attnd_server.device.cuda_graph import Launches
 from attnd_server.device.faults import is_device_fault
 from attnd_server.device.memory import is_memory_error
+from attnd_server.execution.cost import cost_of
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.planes.cuda.channel import Channel, Resident
+from attnd_server.planes.cuda.checks import layer_options, refuse_costly, refuse_wrong_heads
 from attnd_server.planes.cuda.in_turn import run_in_turn
 from attnd_server.planes.cuda.resident.books import DONE
 from attnd_server.planes.cuda.resident.keeper import KEEPER
@@ -25,11 +27,10 @@ from attnd_server.planes.cuda.resident.making import (
     bytes_of_token,
     graph_of,
     kernels_of,
+    longest_step,
     num_bytes_of,
     only_group,
-    options_of,
     places,
-    refuse_costly,
 )
 from attnd_server.planes.cuda.resident.told import StepsDone, Told
 from attnd_server.service import validation
@@ -48,8 +49,7 @@ class ResidentSession:
         channel: Channel,
         message: attention_pb2.ResidentSteps,
         num_done: int,
-        send: Callable[[attention_pb2.AttendResponse], None],
-        fail: Callable[[Exception], None],
+        tell: Callable[[attention_pb2.AttendResponse | Exception], None],
         count: Callable[[StepsDone], None],
     ) -> None:
         """Makes them ready, on the executor's thread and the stream of all other work.
@@ -60,8 +60,7 @@ class ResidentSession:
             channel: of the session.
             message: what they have in common.
             num_done: resident steps of the plane's life up to now.
-            send: sends a message to the worker.
-            fail: ends the plane.
+            tell: sends a message to the worker; an exception ends the plane, too.
             count: counts what is done.
 
         Raises:
@@ -70,16 +69,18 @@ class ResidentSession:
             KernelMissing: a kernel is not there yet.
         """
         self._service, self._principal, self._channel = service, principal, channel
-        self._send = send
+        self._tell = tell
         self._replay: Launches | None = None
         self.cache = service.caches.get(message.cache, principal)
         self._group = only_group(self.cache)
         config = self._group.config
         self.sizes = validation.resident_sizes(message, config, service.config)
-        self.options = options_of(service, message, self._group, self.cache.shape.num_layers)
+        refuse_wrong_heads(message.num_heads, config)
+        self.options = layer_options(service, message.options, config, message.num_heads, config.window)
         layout, self.where = places(self.sizes, message.num_heads, self._group, channel.num_bytes)
         self._bytes_of_token = bytes_of_token(layout, self.options, self.sizes)
-        refuse_costly(service, self._group, self.options, self.sizes)
+        longest, device = longest_step(self.sizes), self._group.device
+        refuse_costly(self.options, lambda each: cost_of(config, longest, each, device), service.executor.most_work)
         kernels = kernels_of(service, self._group, self.options, self.sizes)
         self._num_bytes = num_bytes_of(kernels, self._group, self.sizes)
         service.caches.reserve(self.cache, self._num_bytes, "resident steps of a cuda plane take memory, which")
@@ -90,7 +91,7 @@ class ResidentSession:
             service.caches.release(self.cache, self._num_bytes)
             raise
         self._num_settled = num_done
-        told = Told(count, self._tell_refused, fail)
+        told = Told(count, self._tell_refused, tell)
         self.launches = ResidentLaunches(
             self._enqueue,
             self._resident.books,
@@ -207,7 +208,7 @@ class ResidentSession:
             error = refusal
         error = self._service.told(error, self._principal)
         refusal_message = attention_pb2.ResidentRefusal(step=step, error=to_message(error))
-        self._send(attention_pb2.AttendResponse(resident_refusal=refusal_message))
+        self._tell(attention_pb2.AttendResponse(resident_refusal=refusal_message))
 
 
 def refusal(reason: AttndError) -> bytes:

@@ -86,10 +86,7 @@ class ResidentSteps:
 
     def _opened(self, message: attention_pb2.ResidentSteps) -> bytes:
         self._service.refuse_if_draining()
-        with self.paused(message.after_resident):
-            pass  # those before are done, and none may be counted before the answer
-        if self._ready is not None:
-            self._ready.launches.pause(message.after_resident)
+        with self.paused(message.after_resident):  # those before are done, and none may be counted before the answer
             self.close()
         try:
             _await_own_context(self._service.executor.device)
@@ -113,7 +110,6 @@ class ResidentSteps:
                         self._channel,
                         message,
                         self._num_done,
-                        self._tell,
                         self._tell,
                         self._count,
                     )
