@@ -29,9 +29,9 @@ from benchmarks.kernel_runs import (
     measure_all,
     parse_base,
     release,
-    result_path,
     run_parameters,
     show,
+    write_wanted,
 )
 from benchmarks.kernel_tensors import Tensors, draw
 from benchmarks.peers import FlashAttention3, Ours, Way
@@ -228,23 +228,13 @@ def write(
     err: Console,
 ) -> None:
     """JSON and plot, if they are asked for."""
-    if options.json:
-        path = result_path(options.json, name, ".json")
-        parameters = {
-            "backend": options.backend.value,
-            "heads": "/".join(map(str, options.heads)),
-            "batch_invariant": options.batch_invariant,
-            **run_parameters(options, roof, notes),
-        }
-        report.write_json(path, name, parameters, rows)
-        err.print(f"written: {path}", soft_wrap=True)
-    if options.plot:
-        path = result_path(options.plot, name, ".png")
-        try:
-            roofline.plot(path, title, rows, roof)
-            err.print(f"written: {path}", soft_wrap=True)
-        except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-            err.print(f"no plot: {error}")
+    parameters = {
+        "backend": options.backend.value,
+        "heads": "/".join(map(str, options.heads)),
+        "batch_invariant": options.batch_invariant,
+        **run_parameters(options, roof, notes),
+    }
+    write_wanted(options, name, parameters, rows, err, lambda path: roofline.plot(path, title, rows, roof))
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:

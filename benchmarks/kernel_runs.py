@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from attnd.errors import Unsupported
+from benchmarks import report
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import WrongResult
 
@@ -83,6 +84,23 @@ def parse_base(parser: argparse.ArgumentParser, arguments: Sequence[str] | None)
 def result_path(path: Path, name: str, suffix: str) -> Path:
     """The file that `path` names, or the file of this benchmark in the folder that it names."""
     return path if path.suffix and not path.is_dir() else path / f"{name}{suffix}"
+
+
+def write_wanted(
+    options: argparse.Namespace,
+    name: str,
+    parameters: Mapping[str, Any],
+    rows: Sequence[report.Row],
+    err: Console,
+    draw: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes JSON and the plot that `draw` makes, each if the arguments ask for it, and tells where."""
+    if options.json:
+        path = result_path(options.json, name, ".json")
+        report.write_json(path, name, parameters, rows)
+        err.print(f"written: {path}", soft_wrap=True)
+    if draw is not None and options.plot:
+        report.write_plot(err, result_path(options.plot, name, ".png"), draw)
 
 
 def chosen(parser: argparse.ArgumentParser, cells: Mapping[str, Cell], only: str | None) -> list[Cell]:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.kernel_runs import Notes, as_command, measure_all, result_path
+from benchmarks.kernel_runs import Notes, as_command, measure_all, write_wanted
 from benchmarks.layer_cell import PARTS, make_layers
 from benchmarks.worker_model import LLAMA_8B, TINY, ModelShape
 from benchmarks.worker_options import READ_BYTES_PER_US, CellSize, add_common, cell_size, number, refuse_one_gpu
@@ -107,22 +107,6 @@ def draw(path: Path, title: str, rows: Sequence[report.Row]) -> None:
     report.plot(path, title, "us of a layer", panels)
 
 
-def write(options: argparse.Namespace, title: str, rows: Sequence[report.Row], notes: Notes, err: Console) -> None:
-    """JSON and plot, if they are asked for."""
-    if options.json:
-        path = result_path(options.json, "layer_parts", ".json")
-        parameters = {"runs": options.runs, "rounds": options.rounds, "dry_run": options.dry_run}
-        report.write_json(path, "layer_parts", {**parameters, "notes": notes.lines()}, rows)
-        err.print(f"written: {path}", soft_wrap=True)
-    if options.plot:
-        path = result_path(options.plot, "layer_parts", ".png")
-        try:
-            draw(path, title, rows)
-            err.print(f"written: {path}", soft_wrap=True)
-        except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-            err.print(f"no plot: {error}")
-
-
 @torch.inference_mode()
 def run(options: argparse.Namespace, out: Console, err: Console) -> int:
     """Times, prints and writes. Returns the exit code."""
@@ -134,7 +118,9 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
     title = f"layer_parts: {kind}, {'CPU, a dry run' if options.dry_run else torch.cuda.get_device_name(0)}"
     if rows:
         out.print(report.table(title, CAPTION, rows, COLUMNS))
-        write(options, title, rows, notes, err)
+        parameters = {"runs": options.runs, "rounds": options.rounds, "dry_run": options.dry_run}
+        parameters |= {"notes": notes.lines()}
+        write_wanted(options, "layer_parts", parameters, rows, err, lambda path: draw(path, title, rows))
     for line in notes.lines():
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return 130 if stopped else 1 if notes.ours_failed else 0

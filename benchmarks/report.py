@@ -144,9 +144,14 @@ def write(
     """
     write_json(path.with_suffix(".json"), benchmark, parameters, rows)
     console.print(f"written: {path}.json", soft_wrap=True)
+    write_plot(console, path.with_suffix(".png"), draw)
+
+
+def write_plot(console: Console, path: Path, draw: Callable[[Path], None]) -> None:
+    """Lets `draw` write a plot to a path, and tells where it is, or why there is none."""
     try:
-        draw(path.with_suffix(".png"))
-        console.print(f"written: {path}.png", soft_wrap=True)
+        draw(path)
+        console.print(f"written: {path}", soft_wrap=True)
     except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
         console.print(f"no plot: {error}")
 

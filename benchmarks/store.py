@@ -27,9 +27,9 @@ from benchmarks.kernel_runs import (
     measure_all,
     parse_base,
     release,
-    result_path,
     run_parameters,
     show,
+    write_wanted,
 )
 from benchmarks.kernel_tensors import as_slots, normal
 
@@ -202,10 +202,7 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
     if stopped:
         err.print("stopped")
         return 130
-    if options.json:
-        path = result_path(options.json, "store", ".json")
-        report.write_json(path, "store", run_parameters(options, roof, notes), rows)
-        err.print(f"written: {path}", soft_wrap=True)
+    write_wanted(options, "store", run_parameters(options, roof, notes), rows, err)
     return 1 if notes.ours_failed else 0
 
 

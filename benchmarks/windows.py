@@ -31,9 +31,9 @@ from benchmarks.kernel_runs import (
     measure_all,
     parse_base,
     release,
-    result_path,
     run_parameters,
     show,
+    write_wanted,
 )
 from benchmarks.kernel_tensors import draw
 
@@ -132,10 +132,7 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
     if stopped:
         err.print("stopped")
         return 130
-    if options.json:
-        path = result_path(options.json, "windows", ".json")
-        report.write_json(path, "windows", run_parameters(options, roof, notes), rows)
-        err.print(f"written: {path}", soft_wrap=True)
+    write_wanted(options, "windows", run_parameters(options, roof, notes), rows, err)
     return 1 if notes.lines() else 0
 
 

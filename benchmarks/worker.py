@@ -23,7 +23,7 @@ from rich.console import Console
 
 import attnd
 from benchmarks import report
-from benchmarks.kernel_runs import as_command, release, result_path
+from benchmarks.kernel_runs import as_command, release, write_wanted
 from benchmarks.worker_checks import first_tokens, refuse_wrong_in_place, refuse_wrong_way
 from benchmarks.worker_contexts import Batch, Contexts
 from benchmarks.worker_halves import measure_halves
@@ -267,20 +267,10 @@ def show_and_write(options: argparse.Namespace, results: Run, out: Console, err:
         of_kind = [row for row in rows if row["table"] == name]
         if of_kind:
             out.print(report.table(title, caption, of_kind, columns))
-    if options.json:
-        path = result_path(options.json, "worker", ".json")
-        parameters = {key: value for key, value in vars(options).items() if key not in ("json", "plot", "peers")}
-        parameters |= {key: [str(size) for size in parameters[key]] for key in ("cells", "sessions")}
-        parameters["not_timed"] = results.failures
-        report.write_json(path, "worker", parameters, rows)
-        err.print(f"written: {path}", soft_wrap=True)
-    if options.plot:
-        path = result_path(options.plot, "worker", ".png")
-        try:
-            draw(path, title, rows)
-            err.print(f"written: {path}", soft_wrap=True)
-        except ModuleNotFoundError as error:  # a GPU machine may have no matplotlib
-            err.print(f"no plot: {error}")
+    parameters = {key: value for key, value in vars(options).items() if key not in ("json", "plot", "peers")}
+    parameters |= {key: [str(size) for size in parameters[key]] for key in ("cells", "sessions")}
+    parameters["not_timed"] = results.failures
+    write_wanted(options, "worker", parameters, rows, err, lambda path: draw(path, title, rows))
 
 
 @torch.inference_mode()
