@@ -19,6 +19,7 @@ from attnd.planes.cuda.plane import CudaPlane
 from attnd.protocol.cuda.layout import WORDS_BYTES, Geometry, StepLayout, step_layout
 from attnd.protocol.shm.sockets import map_memory
 from attnd.protocol.tensors import DTYPES
+from attnd_server.planes.worker import Worker
 from benchmarks.graph_timing import synchronize
 from benchmarks.servers import environment
 from benchmarks.workload import DecodeStep
@@ -46,7 +47,7 @@ class FlagEcho:
         self._socket, theirs = socket.socketpair()
         with theirs:
             server_device = torch.device("cuda", self._server_device.index or 0)
-            arguments = (theirs.fileno(), server_device, gpu.uuid, len(self._layers))
+            arguments = (theirs.fileno(), server_device, gpu.uuid, int(gpu.has_mps), len(self._layers))
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.flag_echo", *map(str, arguments)],
                 env=environment(),
@@ -58,7 +59,8 @@ class FlagEcho:
             raise ConnectionResetError("the echo hung up")
         words, *descriptors = descriptors
         memory = imported_memory(gpu, descriptors, [NUM_BYTES] * len(descriptors))
-        flags = workers_flags(gpu, memory, map_memory(words, WORDS_BYTES), on_same_gpu=len(memory) == 1)
+        takes_turns = len(memory) == 1 and not gpu.has_mps
+        flags = workers_flags(gpu, memory, map_memory(words, WORDS_BYTES), takes_turns=takes_turns)
         # Nobody speaks at this socket: the echo has no steps to answer.
         self._silent, ours = socket.socketpair()
         self._plane = CudaPlane(ours, gpu, memory, flags, "the echo")
@@ -93,13 +95,13 @@ class FlagEcho:
         self._process.wait()
 
 
-def serve(connection: socket.socket, device: torch.device, worker_uuid: str, num_layers: int) -> None:
+def serve(connection: socket.socket, device: torch.device, worker: Worker, num_layers: int) -> None:
     """Answers steps until the other end hangs up."""
     from attnd_server.planes.cuda.planes import CudaPlanes
 
     torch.cuda.set_device(device)
     planes = CudaPlanes(device, NUM_BYTES, max_planes=1)
-    channel = planes.open(worker_uuid)
+    channel = planes.open(worker)
     socket.send_fds(connection, [b"m"], channel.descriptors())
 
     def layers() -> None:
@@ -126,4 +128,5 @@ def _is_told(connection: socket.socket) -> bool:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), torch.device(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    _worker = Worker(sys.argv[3], bool(int(sys.argv[4])))
+    serve(socket.socket(fileno=int(sys.argv[1])), torch.device(sys.argv[2]), _worker, int(sys.argv[5]))

@@ -181,7 +181,8 @@ def measure(options: argparse.Namespace, results: Run, err: Console) -> None:
     """Measures everything that is asked for into `results`. What is there when this raises is good."""
     shape = TINY if options.dry_run else LLAMA_8B
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
-    server_device, server_options = "cuda:1", ["--kv-bytes", f"{options.kv_gib}GiB", "--cuda-region-bytes", "128MiB"]
+    server_device = "cuda:0" if options.one_gpu else "cuda:1"
+    server_options = ["--kv-bytes", f"{options.kv_gib}GiB", "--cuda-region-bytes", "128MiB"]
     if options.dry_run:
         attnd.tune_process()
         server_device, server_options = "cpu", ["--threads", "1"]
@@ -252,7 +253,8 @@ def title_of(options: argparse.Namespace) -> str:
     if options.dry_run:
         return f"worker: {TINY.name}, CPU, a dry run; cuda and ahead go over shm"
     dtype = str(LLAMA_8B.dtype).removeprefix("torch.") + (", cut by the batch" if options.cut_by_batch else "")
-    return f"worker: {LLAMA_8B.name}, {dtype}, the worker on {torch.cuda.get_device_name(0)}, the server on another"
+    where = "the same, under MPS" if options.one_gpu else "another"
+    return f"worker: {LLAMA_8B.name}, {dtype}, the worker on {torch.cuda.get_device_name(0)}, the server on {where}"
 
 
 def show_and_write(options: argparse.Namespace, results: Run, out: Console, err: Console) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from attnd.protocol.cuda.driver import device
 from benchmarks.kernel_cases import short
 from benchmarks.worker_sessions import Load
 from benchmarks.worker_ways import WAYS
@@ -53,6 +54,12 @@ def refuse_one_gpu(parser: argparse.ArgumentParser, dry_run: bool) -> None:
         parser.error(f"torch finds {count} GPUs, but there must be two, or --dry-run: the server's is not the worker's")
 
 
+def _refuse_turns(parser: argparse.ArgumentParser) -> None:
+    """Ends the process where two processes take turns on a GPU."""
+    if not torch.cuda.is_available() or not device(0).has_mps:
+        parser.error("argument --one-gpu: needs a GPU and CUDA's MPS: nvidia-cuda-mps-control -d, before this starts")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses, checks and fills in. Ends the process after an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=DESCRIPTION)
@@ -71,9 +78,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     about = "caches with KVSplit(batch_invariant=False): as FlashAttention-3 cuts, bits depend on what shares the batch"
     parser.add_argument("--cut-by-batch", action="store_true", help=about)
     parser.add_argument("--kv-gib", type=number, default=48, metavar="G", help="the server's --kv-bytes; default: 48")
+    about = "worker and server share the first GPU, under CUDA's Multi-Process Service"
+    parser.add_argument("--one-gpu", action="store_true", help=about)
     add_common(parser)
     options = parser.parse_args(arguments)
-    refuse_one_gpu(parser, options.dry_run)
+    if options.one_gpu:
+        _refuse_turns(parser)
+    else:
+        refuse_one_gpu(parser, options.dry_run)
     options.ways = [name for name in WAYS if options.ways is None or name in options.ways]
     default = HALVES if options.table == "halves" else CELLS
     options.cells = options.cells or (DRY_CELLS if options.dry_run else default)

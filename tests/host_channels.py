@@ -29,6 +29,7 @@ from attnd_server.planes import server as plane_server
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
+from attnd_server.planes.worker import Worker
 
 GPU = "00000000-1111-2222-3333-444444444444"
 # Seconds: longer than anything here should take.
@@ -99,24 +100,23 @@ class HostPlanes(CudaPlanes):
         self.num_bytes = num_bytes
         self.channels: list[HostChannel] = []
 
-    def open(self, worker_gpu: str) -> Any:
+    def open(self, worker: Worker) -> Any:
         self.channels.append(HostChannel(self.num_bytes))
         return self.channels[-1]
 
     def close(self, channel: Any) -> None:
         channel.is_closed = True
 
-    def results_num_bytes(self, worker_gpu: str) -> int:
+    def results_num_bytes(self, worker: Worker) -> int:
         return 0
+
+    def takes_turns(self, worker: Worker) -> bool:
+        return True
 
 
 class _Gpu:
     index, uuid = 0, GPU
-    has_mps = 0
-
-    def attribute(self, name: str) -> int:
-        assert name == "MPS_ENABLED"
-        return self.has_mps
+    has_mps = False
 
     def current(self) -> AbstractContextManager[object]:
         return nullcontext()

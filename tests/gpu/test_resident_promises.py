@@ -21,6 +21,7 @@ import attnd
 from attnd.planes.cuda.resident import ResidentSteps
 from attnd.v1 import cache_pb2, plane_pb2, status_pb2
 from attnd_server.identity.tokens import add_token
+from tests.gpu import devices
 from tests.gpu.test_resident_steps import (
     DEVICE,
     GEOMETRY,
@@ -38,7 +39,7 @@ from tests.scrape import Scrape
 from tests.servers import ServerProcess, wait_for
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(devices.reason_against()), reason=devices.reason_against())]
 
 NUM_SLOTS = GEOMETRY["num_pages"] * PAGE
 # Seconds: longer than anything here should take; for a process that begins; and for what is to be known at once.
@@ -375,7 +376,7 @@ WORKER = """
 import sys, time, torch, attnd
 address, mode, num_pages = sys.argv[1], sys.argv[2], int(sys.argv[3])
 heads, kv_heads, layers, n = 8, 2, 3, 4
-torch.cuda.set_device(1)
+torch.cuda.set_device(torch.cuda.device_count() - 1)
 client = attnd.connect(address, timeout_s=60)
 cache = client.create_cache(
     num_layers=layers, num_kv_heads=kv_heads, head_dim=64, dtype="bfloat16", num_pages=num_pages, ttl_s=10

@@ -14,10 +14,11 @@ import torch
 
 import attnd
 from attnd.planes.cuda.resident import ResidentSteps
+from tests.gpu import devices
 from tests.servers import ServerProcess
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(devices.reason_against()), reason=devices.reason_against())]
 
 PAGE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 16, 8, 2, 64, 3
 PAGES_OF_REQUEST, NUM_REQS = 20, 6
@@ -31,7 +32,7 @@ GEOMETRY: dict[str, Any] = {
     "ttl_s": 600,
 }
 TABLES = torch.randperm(PAGES_OF_REQUEST * NUM_REQS, generator=torch.Generator().manual_seed(7)).view(NUM_REQS, -1)
-DEVICE = "cuda:1"
+DEVICE = f"cuda:{devices.WORKER}"
 # Seconds: longer than anything here should take.
 PATIENCE_S = 30.0
 
@@ -48,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[attnd.Client]:
-    with torch.cuda.device(1), attnd.connect(server.address, timeout_s=PATIENCE_S) as client:
+    with torch.cuda.device(devices.WORKER), attnd.connect(server.address, timeout_s=PATIENCE_S) as client:
         yield client
 
 
@@ -397,7 +398,7 @@ def test_hostile_metadata_reaches_nobody_elses_pages(client: attnd.Client) -> No
 
 WORKER = """
 import sys, torch, attnd
-torch.cuda.set_device(1)
+torch.cuda.set_device(torch.cuda.device_count() - 1)
 heads, layers = 8, 3
 client = attnd.connect(sys.argv[1], timeout_s=30)
 cache = client.create_cache(num_layers=layers, num_kv_heads=2, head_dim=64, dtype="bfloat16", num_pages=64, ttl_s=5)

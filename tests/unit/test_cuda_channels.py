@@ -33,6 +33,7 @@ from attnd_server.planes.cuda import streams as cuda_streams
 from attnd_server.planes.cuda.gpu_channel import CudaChannel
 from attnd_server.planes.cuda.leases import SharedWords
 from attnd_server.planes.cuda.planes import CudaPlanes
+from attnd_server.planes.worker import Worker
 
 # What waits for all that runs on a GPU, as measured by benchmarks/whole_gpu.py, or is made ahead for another reason.
 SLOW = {
@@ -46,7 +47,7 @@ SLOW = {
     "cuStreamCreate",
     "cuStreamDestroy",
 }
-GPU, OTHER_GPU = "00000000-0000-0000-0000-000000000000", "another"
+GPU, OTHER_GPU = Worker("00000000-0000-0000-0000-000000000000"), Worker("another")
 
 
 class NotingDriver:
@@ -122,7 +123,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotingDriver]:
     monkeypatch.setattr(cuda_driver, "device_of", lambda uuid: cuda_driver.Device(0))
     monkeypatch.setattr(cuda_gates, "_STOP_WORDS", cuda_gates._StopWords())
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=GPU.gpu_uuid))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: SimpleNamespace(handle=handle))
     monkeypatch.setattr(planes_of_gpu, "_let_torch_keep_memory", lambda device: None)
     monkeypatch.setattr(planes_of_gpu, "use_libraries", lambda device: None)
@@ -175,22 +176,22 @@ def wait_until(is_so: Callable[[], bool]) -> bool:
     return is_so()
 
 
-def take(opened: CudaPlanes, worker_gpu: str) -> CudaChannel:
-    channel = opened.open(worker_gpu)
+def take(opened: CudaPlanes, worker: Worker) -> CudaChannel:
+    channel = opened.open(worker)
     for descriptor in channel.descriptors():
         os.close(descriptor)
     return channel
 
 
-@pytest.mark.parametrize("worker_gpu", [GPU, OTHER_GPU])
-def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: NotingDriver, worker_gpu: str) -> None:
+@pytest.mark.parametrize("worker", [GPU, OTHER_GPU])
+def test_sessions_come_and_go_without_a_call_that_may_wait_for_others(driver: NotingDriver, worker: Worker) -> None:
     opened = planes()
     made = driver.asked_here()
     assert made["cuStreamCreate"] - made["cuStreamDestroy"] == 3  # one of each plane, and one for copies
     assert made["cuModuleLoadData"] == 5  # gates, resident ones, copies, and in both contexts what needs local memory
-    num_memories = 1 if worker_gpu == GPU else 2  # another GPU gets one for results
+    num_memories = 1 if worker == GPU else 2  # another GPU gets one for results
     for _ in range(5):
-        channels = [take(opened, worker_gpu) for _ in range(2)]
+        channels = [take(opened, worker) for _ in range(2)]
         assert channels[0].handle != channels[1].handle
         for layer in range(2):
             channels[0].flags.wait(channels[0].handle, layer, layer == 1)
@@ -223,16 +224,16 @@ def test_the_words_of_a_session_that_has_ended_stay_while_another_waits(driver: 
     assert wait_until(lambda: driver.asked_elsewhere()["cuMemHostUnregister"] == 3)
 
 
-@pytest.mark.parametrize("worker_gpu", [GPU, OTHER_GPU])
+@pytest.mark.parametrize("worker", [GPU, OTHER_GPU])
 def test_a_session_begins_with_a_count_of_zero_whoever_had_the_lease_before(
-    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, worker_gpu: str
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
     """The gates of a worker with another GPU leave theirs; kernels that count arrivals would wait for ever."""
     opened = planes(max_planes=1)
     opened.close(take(opened, OTHER_GPU))
     reset: list[tuple[int, int]] = []
     monkeypatch.setattr(cuda_gates.Counter, "reset", lambda counter, stream: reset.append((counter.address, stream)))
-    channel = take(opened, worker_gpu)
+    channel = take(opened, worker)
     assert reset == [(channel.lease.counter.address, channel.handle)]
     opened.close(channel)
 
@@ -278,6 +279,22 @@ def test_words_are_where_the_contract_says(driver: NotingDriver) -> None:
     assert channel.flags.addresses[2:4] == (results.address + TO_WORKER, region.address + TO_SERVER)
     channel = take(opened, GPU)
     assert channel._words.words.num_words == WORDS_BYTES // 4
+
+
+@pytest.mark.parametrize(("servers", "workers"), [(True, True), (True, False), (False, True), (False, False)])
+def test_on_one_gpu_there_are_gates_where_both_sides_run_at_once(
+    driver: NotingDriver, monkeypatch: pytest.MonkeyPatch, servers: bool, workers: bool
+) -> None:
+    monkeypatch.setattr(cuda_driver.Device, "has_mps", servers)
+    opened, worker = planes(), Worker(GPU.gpu_uuid, workers)
+    channel = take(opened, worker)
+    assert isinstance(channel.flags, cuda_gates.GateFlags) == (servers and workers)
+    assert opened.takes_turns(worker) == (not (servers and workers))
+    assert opened.results_num_bytes(worker) == 0
+    if servers and workers:
+        (region,) = channel._memory
+        assert channel.flags.addresses[2:4] == (region.address + TO_WORKER, region.address + TO_SERVER)
+    assert not opened.takes_turns(Worker("another", workers))
 
 
 def test_a_worker_that_the_server_cannot_reach_finds_results_in_the_region(

@@ -28,6 +28,7 @@ from attnd.v1 import tensor_pb2
 from attnd_server.planes.cuda.planes import cuda_planes
 from attnd_server.planes.cuda.resident import gates as resident_gates
 from attnd_server.planes.open_planes import PlaneTable
+from attnd_server.planes.worker import Worker
 
 LLAMA_8B = Geometry(8, 128, 128, tensor_pb2.DTYPE_BFLOAT16)
 
@@ -278,11 +279,11 @@ def test_gpus_that_cannot_share_memory_are_refused_with_the_reason(monkeypatch: 
 
 def test_shm_and_cuda_planes_are_counted_apart() -> None:
     planes = PlaneTable("/somewhere/a.sock", 4096, 1, 2)
-    assert planes.open("me").worker_gpu == ""
-    assert planes.open("me", "a").worker_gpu == "a"
-    planes.open("me", "b")
+    assert planes.open("me").worker is None
+    assert planes.open("me", Worker("a")).worker == ("a", False)
+    planes.open("me", Worker("b"))
     with pytest.raises(attnd.Exhausted, match="2 cuda planes are open, which is the limit: each has a stream"):
-        planes.open("me", "a")
+        planes.open("me", Worker("a"))
     with pytest.raises(attnd.Exhausted, match="1 shm planes are open, which is the limit"):
         planes.open("me")
 
@@ -303,16 +304,16 @@ def test_who_opens_a_plane_while_another_is_on_its_way_out_is_told_to_ask_again(
     table = PlaneTable("/socket", 1 << 20, max_planes=1, max_cuda_planes=1)
     ours, theirs = socket.socketpair()
     with ours:
-        plane = table.open("me", "gpu")
+        plane = table.open("me", Worker("gpu"))
         with pytest.raises(attnd.Exhausted) as refused:
-            table.open("me", "gpu")
+            table.open("me", Worker("gpu"))
         assert refused.value.retry_after_s is None  # its ticket may yet be brought
         table.claim(plane.ticket, ours)
         with theirs, pytest.raises(attnd.Exhausted) as refused:
-            table.open("me", "gpu")
+            table.open("me", Worker("gpu"))
         assert refused.value.retry_after_s is None
         with pytest.raises(attnd.Exhausted) as refused:
-            table.open("me", "gpu")
+            table.open("me", Worker("gpu"))
         assert refused.value.retry_after_s == PlaneTable.RETRY_S
         table.forget(plane)
-        table.open("me", "gpu")
+        table.open("me", Worker("gpu"))

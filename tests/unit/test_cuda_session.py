@@ -714,7 +714,7 @@ def test_a_session_knows_whether_it_takes_turns(
         assert not session.takes_turns  # there is no plane yet
         one_step(session)
         assert session.takes_turns
-        monkeypatch.setattr(host_channels._Gpu, "has_mps", 1)
+        monkeypatch.setattr(host_channels._Gpu, "has_mps", True)
         assert not session.takes_turns
 
 

@@ -24,31 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/plane.proto\x12\x08\x61ttnd.v1\"\\\n\x10OpenPlaneRequest\x12\x1e\n\x05plane\x18\x01 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12(\n\x04\x63uda\x18\x02 \x01(\x0b\x32\x1a.attnd.v1.CudaPlaneRequest\"$\n\x10\x43udaPlaneRequest\x12\x10\n\x08gpu_uuid\x18\x01 \x01(\t\">\n\x0cPlaneRefusal\x12\x1e\n\x05plane\x18\x01 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12\x0e\n\x06reason\x18\x02 \x01(\t\"B\n\x08ShmPlane\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bsocket_path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"\xb0\x01\n\tCudaPlane\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bsocket_path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x10\n\x08gpu_uuid\x18\x04 \x01(\t\x12\"\n\x05\x66lags\x18\x05 \x01(\x0e\x32\x13.attnd.v1.CudaFlags\x12\x19\n\x11results_num_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12has_resident_steps\x18\x07 \x01(\x08\"\xad\x01\n\x11OpenPlaneResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1e\n\x05plane\x18\x02 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12(\n\x08refusals\x18\x03 \x03(\x0b\x32\x16.attnd.v1.PlaneRefusal\x12\x1f\n\x03shm\x18\x04 \x01(\x0b\x32\x12.attnd.v1.ShmPlane\x12!\n\x04\x63uda\x18\x05 \x01(\x0b\x32\x13.attnd.v1.CudaPlane\"\x1f\n\x11\x43losePlaneRequest\x12\n\n\x02id\x18\x01 \x01(\x04\"\x14\n\x12\x43losePlaneResponse*O\n\x05Plane\x12\x15\n\x11PLANE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPLANE_INLINE\x10\x01\x12\r\n\tPLANE_SHM\x10\x02\x12\x0e\n\nPLANE_CUDA\x10\x03*R\n\tCudaFlags\x12\x1a\n\x16\x43UDA_FLAGS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43UDA_FLAGS_HOST\x10\x01\x12\x14\n\x10\x43UDA_FLAGS_GATES\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61ttnd/v1/plane.proto\x12\x08\x61ttnd.v1\"\\\n\x10OpenPlaneRequest\x12\x1e\n\x05plane\x18\x01 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12(\n\x04\x63uda\x18\x02 \x01(\x0b\x32\x1a.attnd.v1.CudaPlaneRequest\"5\n\x10\x43udaPlaneRequest\x12\x10\n\x08gpu_uuid\x18\x01 \x01(\t\x12\x0f\n\x07has_mps\x18\x02 \x01(\x08\">\n\x0cPlaneRefusal\x12\x1e\n\x05plane\x18\x01 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12\x0e\n\x06reason\x18\x02 \x01(\t\"B\n\x08ShmPlane\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bsocket_path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"\xb0\x01\n\tCudaPlane\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bsocket_path\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x10\n\x08gpu_uuid\x18\x04 \x01(\t\x12\"\n\x05\x66lags\x18\x05 \x01(\x0e\x32\x13.attnd.v1.CudaFlags\x12\x19\n\x11results_num_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12has_resident_steps\x18\x07 \x01(\x08\"\xad\x01\n\x11OpenPlaneResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1e\n\x05plane\x18\x02 \x01(\x0e\x32\x0f.attnd.v1.Plane\x12(\n\x08refusals\x18\x03 \x03(\x0b\x32\x16.attnd.v1.PlaneRefusal\x12\x1f\n\x03shm\x18\x04 \x01(\x0b\x32\x12.attnd.v1.ShmPlane\x12!\n\x04\x63uda\x18\x05 \x01(\x0b\x32\x13.attnd.v1.CudaPlane\"\x1f\n\x11\x43losePlaneRequest\x12\n\n\x02id\x18\x01 \x01(\x04\"\x14\n\x12\x43losePlaneResponse*O\n\x05Plane\x12\x15\n\x11PLANE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPLANE_INLINE\x10\x01\x12\r\n\tPLANE_SHM\x10\x02\x12\x0e\n\nPLANE_CUDA\x10\x03*R\n\tCudaFlags\x12\x1a\n\x16\x43UDA_FLAGS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43UDA_FLAGS_HOST\x10\x01\x12\x14\n\x10\x43UDA_FLAGS_GATES\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attnd.v1.plane_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PLANE']._serialized_start=708
-  _globals['_PLANE']._serialized_end=787
-  _globals['_CUDAFLAGS']._serialized_start=789
-  _globals['_CUDAFLAGS']._serialized_end=871
+  _globals['_PLANE']._serialized_start=725
+  _globals['_PLANE']._serialized_end=804
+  _globals['_CUDAFLAGS']._serialized_start=806
+  _globals['_CUDAFLAGS']._serialized_end=888
   _globals['_OPENPLANEREQUEST']._serialized_start=34
   _globals['_OPENPLANEREQUEST']._serialized_end=126
   _globals['_CUDAPLANEREQUEST']._serialized_start=128
-  _globals['_CUDAPLANEREQUEST']._serialized_end=164
-  _globals['_PLANEREFUSAL']._serialized_start=166
-  _globals['_PLANEREFUSAL']._serialized_end=228
-  _globals['_SHMPLANE']._serialized_start=230
-  _globals['_SHMPLANE']._serialized_end=296
-  _globals['_CUDAPLANE']._serialized_start=299
-  _globals['_CUDAPLANE']._serialized_end=475
-  _globals['_OPENPLANERESPONSE']._serialized_start=478
-  _globals['_OPENPLANERESPONSE']._serialized_end=651
-  _globals['_CLOSEPLANEREQUEST']._serialized_start=653
-  _globals['_CLOSEPLANEREQUEST']._serialized_end=684
-  _globals['_CLOSEPLANERESPONSE']._serialized_start=686
-  _globals['_CLOSEPLANERESPONSE']._serialized_end=706
+  _globals['_CUDAPLANEREQUEST']._serialized_end=181
+  _globals['_PLANEREFUSAL']._serialized_start=183
+  _globals['_PLANEREFUSAL']._serialized_end=245
+  _globals['_SHMPLANE']._serialized_start=247
+  _globals['_SHMPLANE']._serialized_end=313
+  _globals['_CUDAPLANE']._serialized_start=316
+  _globals['_CUDAPLANE']._serialized_end=492
+  _globals['_OPENPLANERESPONSE']._serialized_start=495
+  _globals['_OPENPLANERESPONSE']._serialized_end=668
+  _globals['_CLOSEPLANEREQUEST']._serialized_start=670
+  _globals['_CLOSEPLANEREQUEST']._serialized_end=701
+  _globals['_CLOSEPLANERESPONSE']._serialized_start=703
+  _globals['_CLOSEPLANERESPONSE']._serialized_end=723
 # @@protoc_insertion_point(module_scope)

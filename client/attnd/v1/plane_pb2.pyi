@@ -115,14 +115,18 @@ class CudaPlaneRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     GPU_UUID_FIELD_NUMBER: builtins.int
+    HAS_MPS_FIELD_NUMBER: builtins.int
     gpu_uuid: builtins.str
     """UUID of the client's GPU, such as "8f0e3a7c-0c5d-...": lower case, no prefix."""
+    has_mps: builtins.bool
+    """Whether the client's process shares GPUs by CUDA's Multi-Process Service, so that its kernels run beside others'."""
     def __init__(
         self,
         *,
         gpu_uuid: builtins.str = ...,
+        has_mps: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["gpu_uuid", b"gpu_uuid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["gpu_uuid", b"gpu_uuid", "has_mps", b"has_mps"]) -> None: ...
 
 global___CudaPlaneRequest = CudaPlaneRequest
 
@@ -219,7 +223,7 @@ class CudaPlane(google.protobuf.message.Message):
     gpu_uuid: builtins.str
     """UUID of the server's GPU, as in CudaPlaneRequest."""
     flags: global___CudaFlags.ValueType
-    """HOST if both sides have the same GPU, else GATES."""
+    """HOST if both sides have the same GPU and take turns there, as far as they have told, else GATES."""
     results_num_bytes: builtins.int
     """Bytes of the memory of results, which the server made on the worker's GPU, so that the worker waits and reads at home.
     0: there is none, because both sides have the same GPU or the server does not see the worker's.

@@ -91,7 +91,7 @@ class PlaneConnection(threading.Thread):
             pass  # it has gone
 
     def _serve(self, plane: Plane) -> None:
-        if plane.worker_gpu:
+        if plane.worker is not None:
             assert not isinstance(self._cuda, str)  # or no ticket would be for one
             serve_cuda(self._service, self._cuda, plane, self._socket, self._let_in, self._answers)
         else:

@@ -7,6 +7,7 @@ from attnd.protocol import frames
 from attnd.v1 import plane_pb2
 from attnd_server.planes.cuda.planes import CudaPlanes
 from attnd_server.planes.open_planes import PlaneTable
+from attnd_server.planes.worker import Worker
 from attnd_server.service.plane_offer import PlaneReasons
 
 NO_SOCKET = "the server was started without --socket-dir"
@@ -44,7 +45,7 @@ class Planes:
             name = plane_pb2.Plane.Name(wanted).removeprefix("PLANE_").lower()
             raise Unsupported(f"plane is {name}, but {reasons[wanted]}", field="plane")
         if wanted == plane_pb2.PLANE_CUDA:
-            response = self._cuda_plane(request.cuda.gpu_uuid, principal)
+            response = self._cuda_plane(Worker(request.cuda.gpu_uuid, request.cuda.has_mps), principal)
         elif wanted == plane_pb2.PLANE_INLINE:
             response = plane_pb2.OpenPlaneResponse(plane=plane_pb2.PLANE_INLINE)
         else:
@@ -80,14 +81,14 @@ class Planes:
         response.refusals.extend(plane_pb2.PlaneRefusal(plane=key, reason=why) for key, why in reasons.items())
         return response
 
-    def _cuda_plane(self, worker_gpu: str, principal: str) -> plane_pb2.OpenPlaneResponse:
+    def _cuda_plane(self, worker: Worker, principal: str) -> plane_pb2.OpenPlaneResponse:
         cuda, table = self._cuda, self._table
         assert table is not None
         assert not isinstance(cuda, str)
-        if not worker_gpu:
+        if not worker.gpu_uuid:
             raise InvalidRequest("cuda.gpu_uuid is empty, but must name the GPU of the worker", field="cuda.gpu_uuid")
-        plane = table.open(principal, worker_gpu)
-        flags = plane_pb2.CUDA_FLAGS_HOST if worker_gpu == cuda.gpu_uuid else plane_pb2.CUDA_FLAGS_GATES
+        plane = table.open(principal, worker)
+        flags = plane_pb2.CUDA_FLAGS_HOST if cuda.takes_turns(worker) else plane_pb2.CUDA_FLAGS_GATES
         return plane_pb2.OpenPlaneResponse(
             id=plane.id,
             plane=plane_pb2.PLANE_CUDA,
@@ -97,7 +98,7 @@ class Planes:
                 num_bytes=cuda.num_bytes,
                 gpu_uuid=cuda.gpu_uuid,
                 flags=flags,
-                results_num_bytes=cuda.results_num_bytes(worker_gpu),
+                results_num_bytes=cuda.results_num_bytes(worker),
                 has_resident_steps=flags == plane_pb2.CUDA_FLAGS_GATES,
             ),
         )

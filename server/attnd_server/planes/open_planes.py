@@ -13,6 +13,7 @@ from attnd.protocol.shm.sockets import TICKET_BYTES
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.identity.quota import Quota
 from attnd_server.planes.socket_ends import end, has_ended
+from attnd_server.planes.worker import Worker
 
 
 @dataclass(eq=False)
@@ -24,7 +25,7 @@ class Plane:
         principal: who asked for it.
         ticket: opens it once.
         expires_at: `time.monotonic` when the ticket is no longer good.
-        worker_gpu: of a cuda plane, UUID of its worker's GPU; "" of a shm plane.
+        worker: of a cuda plane; None of a shm plane.
         connection: the socket, once it is open.
     """
 
@@ -32,7 +33,7 @@ class Plane:
     principal: str
     ticket: bytes
     expires_at: float
-    worker_gpu: str = ""
+    worker: Worker | None = None
     connection: socket.socket | None = None
 
 
@@ -73,24 +74,24 @@ class PlaneTable:
             self._expire()
             return len(self._planes)
 
-    def open(self, principal: str, worker_gpu: str = "") -> Plane:
+    def open(self, principal: str, worker: Worker | None = None) -> Plane:
         """A new plane with its ticket.
 
         Args:
             principal: who asks for it.
-            worker_gpu: for a cuda plane, UUID of its worker's GPU.
+            worker: for a cuda plane.
 
         Raises:
             Exhausted: there are as many as there may be, or as the principal may have sessions.
         """
         with self._lock:
             self._expire()
-            self._refuse_if_full(is_cuda=bool(worker_gpu))
+            self._refuse_if_full(is_cuda=worker is not None)
             if self._sessions is not None:
                 self._sessions.take(principal)
             self._last_id += 1
             expires_at = time.monotonic() + self.TICKET_S
-            plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at, worker_gpu)
+            plane = Plane(self._last_id, principal, secrets.token_bytes(TICKET_BYTES), expires_at, worker)
             self._planes[plane.id] = plane
             return plane
 
@@ -134,7 +135,7 @@ class PlaneTable:
             self._remove(plane)
 
     def _refuse_if_full(self, is_cuda: bool) -> None:
-        planes = [plane for plane in self._planes.values() if bool(plane.worker_gpu) == is_cuda]
+        planes = [plane for plane in self._planes.values() if (plane.worker is not None) == is_cuda]
         count = len(planes)
         if is_cuda and count >= self._max_cuda_planes:
             # Who has closed one session and opens the next need not know that the server is still cleaning up.

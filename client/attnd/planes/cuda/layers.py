@@ -143,7 +143,7 @@ class PlaneLayers:
     @property
     def takes_turns(self) -> bool:
         """Whether worker and server take turns on one GPU, for want of CUDA's Multi-Process Service."""
-        return self._kernel is None and not self.gpu.attribute("MPS_ENABLED")
+        return self._kernel is None and not self.gpu.has_mps
 
     def current_stream(self) -> int | None:
         """Torch's current stream, if it is of the worker's GPU; None: another GPU is the thread's current one."""

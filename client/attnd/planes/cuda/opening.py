@@ -49,7 +49,7 @@ def asked(transport: Transport, socket_dir: str, timeout_s: float) -> tuple[Cuda
     """
     gpu = worker_gpu()
     request = plane_pb2.OpenPlaneRequest(plane=plane_pb2.PLANE_CUDA)
-    request.cuda.gpu_uuid = gpu.uuid
+    request.cuda.gpu_uuid, request.cuda.has_mps = gpu.uuid, gpu.has_mps
     plane = frames.parse(
         plane_pb2.OpenPlaneResponse, transport.unary("OpenPlane", request.SerializeToString(), timeout_s)
     )
@@ -97,7 +97,7 @@ def open_cuda(plane: plane_pb2.OpenPlaneResponse, gpu: Device, socket_dir: str, 
         raise
     try:
         with gpu.current():
-            flags = workers_flags(gpu, mapped, memory, on_same_gpu=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
+            flags = workers_flags(gpu, mapped, memory, takes_turns=plane.cuda.flags == plane_pb2.CUDA_FLAGS_HOST)
             shared = HostWords(memory) if plane.cuda.has_resident_steps else None
             return CudaPlane(connection, gpu, mapped, flags, path, shared)
     except CudaError as error:
@@ -123,9 +123,9 @@ def imported_memory(gpu: Device, descriptors: list[int], sizes: list[int]) -> li
 
 
 def workers_flags(
-    gpu: Device, memory: list[DeviceMemory], words: mmap.mmap, *, on_same_gpu: bool
+    gpu: Device, memory: list[DeviceMemory], words: mmap.mmap, *, takes_turns: bool
 ) -> HostFlags | GateFlags:
     """The worker's side of the hand-overs; `gpu` is the thread's current one. Raises CudaError."""
-    if on_same_gpu:
+    if takes_turns:
         return HostFlags(HostWords(words), signal=TO_SERVER // 4, flag=TO_WORKER // 4)
     return GateFlags(gpu, signal=memory[0].address + TO_SERVER, flag=memory[-1].address + TO_WORKER)

@@ -70,7 +70,8 @@ def made_ready(
 ) -> tuple[ResidentLayout, StepLayout]:
     """Asks the server; where metadata and tensors lie."""
     if not plane.has_resident_steps:
-        raise Unsupported("the server has no resident steps for this worker: they need a GPU each, and version 0.2")
+        rule = "they need a GPU each, or one under MPS, and version 0.2"
+        raise Unsupported(f"the server has no resident steps for this worker: {rule}")
     options = shape.each_options
     for each in options:
         check_options(StepMetadata(), each)

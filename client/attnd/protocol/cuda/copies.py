@@ -1,9 +1,9 @@
-"""A layer's tensors to the server's memory, the hand-over, and its output back: in one kernel across two GPUs.
+"""A layer's tensors to the server's memory, the hand-over, and its output back: in one kernel, by gates.
 
 Copies by the driver take microseconds each, and there are four of them for every layer of every token. Here a few
 blocks of threads copy q, k and v, rows that lie apart included; the last one to be done tells the server; each waits
-for the server's word and copies its part of the output. On one GPU, where no kernel may wait (see `gate_flags`), there
-are two kernels around the wait of the stream, the first of which tells the server.
+for the server's word and copies its part of the output. Where two processes take turns on a GPU, no kernel may wait
+(see `gate_flags`): there are two around the wait of the stream, the first of which tells the server.
 """
 
 from __future__ import annotations

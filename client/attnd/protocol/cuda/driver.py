@@ -124,6 +124,11 @@ class Device:
         attribute = getattr(driver().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return int(call("cuDeviceGetAttribute", attribute, self._device))
 
+    @property
+    def has_mps(self) -> bool:
+        """Whether kernels of this process run there beside those of others: CUDA's Multi-Process Service."""
+        return bool(self.attribute("MPS_ENABLED"))
+
     def reaches(self, other: Device) -> bool:
         """Whether this GPU can read and write memory of the other."""
         return self.uuid == other.uuid or bool(call("cuDeviceCanAccessPeer", self._device, other._device))

@@ -1,7 +1,8 @@
-"""Kernels of one thread by which streams of two processes wait for each other, each on a GPU of its own.
+"""Kernels of one thread by which streams of two processes wait for each other while both run.
 
-A gate waits by reading a word again and again until the other side has counted it up. So each side needs a GPU that is
-running: two processes on one GPU take turns of milliseconds, and use `HostFlags` instead.
+A gate waits by reading a word again and again until the other side has counted it up. So both sides must run at once:
+on a GPU each, or on one under CUDA's Multi-Process Service. Otherwise two processes on one GPU take turns of
+milliseconds, and use `HostFlags` instead.
 
 Each side counts its hand-overs in memory of its own, so that a CUDA graph with gates is replayed as it is. Words have
 64 bits and never overflow. Release and acquire, for the whole system, order the tensors of both sides around them.
@@ -86,7 +87,7 @@ def _functions(on: Device) -> dict[str, Any]:
 
 
 class GateFlags:
-    """One side of the hand-overs between two GPUs. The same methods as `HostFlags`, but gates."""
+    """One side of the hand-overs between two processes that run at once. The same methods as `HostFlags`, but gates."""
 
     def __init__(self, on: Device, signal: int, flag: int, counter: Counter | None = None) -> None:
         """Nothing was handed over yet.

@@ -81,7 +81,7 @@ Writer = Callable[[int, int, int], None]
 
 
 class HostFlags:
-    """One side of the hand-overs between two processes on one GPU: streams that wait for two words of the host's.
+    """One side of the hand-overs between two processes that take turns on a GPU: streams wait for words of the host.
 
     Both sides know the layers by number. Layer l is handed over with the value l + 1, and who waited for the last one
     sets the word to 0 again, before it hands on itself. So every step has the same operations, and a CUDA graph with

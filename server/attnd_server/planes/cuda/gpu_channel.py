@@ -40,8 +40,8 @@ class CudaChannel:
         lease: StreamLease,
         words: SharedWords,
         num_bytes: int,
-        on_same_gpu: bool,
-        worker: Device | None,
+        takes_turns: bool,
+        for_results: Device | None,
     ) -> None:
         """Takes the memory; owns `words` once it is made. The device must be the thread's current one.
 
@@ -50,8 +50,8 @@ class CudaChannel:
             lease: of the stream, for as long as the session lives.
             words: of the host.
             num_bytes: of the region.
-            on_same_gpu: whether the worker has the same GPU.
-            worker: the worker's GPU, which gets memory for results; None: they lie in the region.
+            takes_turns: whether the worker has the same GPU, and only one of the two sides runs there at a time.
+            for_results: the worker's GPU, which gets memory for results; None: they lie in the region.
 
         Raises:
             CudaError: there is not so much.
@@ -72,11 +72,11 @@ class CudaChannel:
         self.flags: Flags
         try:
             self._memory.append(DeviceMemory.created(device, num_bytes, lease.stream))
-            if worker is not None:
-                self._memory.append(DeviceMemory.created(worker, num_bytes, lease.stream, user=device))
+            if for_results is not None:
+                self._memory.append(DeviceMemory.created(for_results, num_bytes, lease.stream, user=device))
             # Whoever had the lease before left a count, from which kernels that count arrivals would never get on.
             lease.counter.reset(self.handle)
-            if on_same_gpu:
+            if takes_turns:
                 write = partial(_written, CopyAndWrite(device, lease.counter.address))
                 self.flags = HostFlags(words.words, signal=TO_WORKER // 4, flag=TO_SERVER // 4, writer=write)
             else:
@@ -119,7 +119,7 @@ class CudaChannel:
         from attnd_server.planes.cuda.resident.gates import ResidentGates
 
         if not isinstance(self.flags, GateFlags):
-            raise Unsupported("worker and server have one GPU, where a launch that waits would hold up the worker")
+            raise Unsupported("worker and server take turns on one GPU, where a launch that waits would hold it up")
         counter, _, signal, flag, stop = self.flags.addresses
         gates = ResidentGates(
             self._gpu,

@@ -23,6 +23,7 @@ from attnd_server.device.first_uses import use_libraries
 from attnd_server.device.quiet import quiet_gpu
 from attnd_server.planes.cuda.gpu_channel import CudaChannel
 from attnd_server.planes.cuda.leases import SharedWords, StreamLease
+from attnd_server.planes.worker import Worker
 
 if TYPE_CHECKING:
     from attnd.protocol.cuda.driver import Device
@@ -91,11 +92,11 @@ class CudaPlanes:
             for stream, books in zip(streams, BookPages(max_planes).books, strict=True):
                 self._leases.put(StreamLease(found, stream, books, copies))
 
-    def open(self, worker_gpu: str) -> CudaChannel:
+    def open(self, worker: Worker) -> CudaChannel:
         """Memory, words and a stream for a session. No more than `max_planes` at once.
 
         Args:
-            worker_gpu: UUID of the worker's GPU.
+            worker: whose session it is.
 
         Raises:
             Exhausted: the GPU's memory is full.
@@ -107,8 +108,8 @@ class CudaPlanes:
         try:
             words = SharedWords()
             try:
-                on_same_gpu, worker = worker_gpu == self.gpu_uuid, self._memory_of(worker_gpu)
-                return CudaChannel(self._device, lease, words, self.num_bytes, on_same_gpu, worker)
+                takes_turns, for_results = self.takes_turns(worker), self._for_results(worker)
+                return CudaChannel(self._device, lease, words, self.num_bytes, takes_turns, for_results)
             except BaseException:
                 self._when_quiet(words.close)
                 raise
@@ -118,23 +119,28 @@ class CudaPlanes:
                 raise Exhausted(f"no memory for a cuda plane's region of {self.num_bytes} bytes: {error}") from None
             raise
 
-    def results_num_bytes(self, worker_gpu: str) -> int:
-        """Bytes of the memory for results that a session gets on its worker's GPU; 0: they lie in the region."""
-        return 0 if self._memory_of(worker_gpu) is None else self.num_bytes
+    def takes_turns(self, worker: Worker) -> bool:
+        """Whether the two sides have one GPU, on which only one of them runs at a time, as far as they have told."""
+        has_mps = worker.has_mps and self._device.has_mps
+        return worker.gpu_uuid == self.gpu_uuid and not has_mps
 
-    def _memory_of(self, worker_gpu: str) -> Device | None:
+    def results_num_bytes(self, worker: Worker) -> int:
+        """Bytes of the memory for results that a session gets on its worker's GPU; 0: they lie in the region."""
+        return 0 if self._for_results(worker) is None else self.num_bytes
+
+    def _for_results(self, worker: Worker) -> Device | None:
         """The worker's GPU if memory can be made there that this GPU writes to, so that the worker reads its own.
 
         To wait for the other GPU's word and to fetch its output takes microseconds; to send both takes fewer.
         """
         from attnd.protocol.cuda import driver as cuda_driver
 
-        if worker_gpu == self.gpu_uuid:
+        if worker.gpu_uuid == self.gpu_uuid:
             return None
-        worker = cuda_driver.device_of(worker_gpu)
-        if worker is None or not self._device.reaches(worker) or worker.refusal() is not None:
+        found = cuda_driver.device_of(worker.gpu_uuid)
+        if found is None or not self._device.reaches(found) or found.refusal() is not None:
             return None
-        return worker
+        return found
 
     def close(self, channel: CudaChannel) -> None:
         """Takes back what `open` gave; what is enqueued and waits for the worker is let go."""

@@ -46,7 +46,8 @@ def serve_cuda(
         answers: the sending side of the socket.
     """
     service.executor.prepare_thread()
-    channel = planes.open(plane.worker_gpu)
+    assert plane.worker is not None
+    channel = planes.open(plane.worker)
     try:
         let_in(channel.descriptors())
         _serve(service, plane.principal, channel, connection, answers)
