@@ -30,6 +30,7 @@ GEOMETRY: dict[str, Any] = {
     "page_size": PAGE,
     "num_pages": PAGES_OF_REQUEST * NUM_REQS,
     "ttl_s": 600,
+    "backend": "triton_grouped",  # auto may choose cuDNN in process, and not in a server with cuda planes
 }
 TABLES = torch.randperm(PAGES_OF_REQUEST * NUM_REQS, generator=torch.Generator().manual_seed(7)).view(NUM_REQS, -1)
 DEVICE = f"cuda:{devices.WORKER}"
