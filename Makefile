@@ -49,8 +49,8 @@ define run_tests
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu fuzz compile families smollm2 soak lint audit docs format generate protos \
-  check-protos lock bench bench-planes bench-kernels docker image-test clean
+.PHONY: help demo test test-slow test-gpu fuzz compile families smollm2 soak soak-metadata lint audit docs format \
+  generate protos check-protos lock bench bench-planes bench-kernels docker image-test clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -89,6 +89,9 @@ smollm2: $(READY) ## a real model generates in every way, with attention from a 
 
 soak: $(READY) ## 10 minutes of load with 200 kills of clients and server: a row of docs/security-runs.md
 	$(PY) -m tests.soak $(ARGS)
+
+soak-metadata: $(READY) ## with a GPU: a million hostile blocks of resident steps' metadata, its check beside the host's
+	$(PY) -m tests.soak.resident_metadata $(ARGS)
 
 lint: $(READY) ## everything that reads the code without running it
 	$(PY) client/unasync.py --check
