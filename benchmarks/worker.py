@@ -2,8 +2,9 @@
 
 `python -m benchmarks.worker --help`. Of the table `worker` each way is a worker whose step is one CUDA graph, with the
 model's projections, norms and sampling inside: `none` has no attention, `local` FlashAttention-3 on its own GPU,
-`resident` resident steps, `cuda` and `ahead` steps by message, `shm` host memory and no graph. The table `sessions` has
-no model, and many sessions. The table `halves` has a batch that is split over two sessions.
+`resident` resident steps whose metadata the graph advances, `steps` those that a session takes as resident ones by
+itself, `cuda` and `ahead` steps by message, `shm` host memory and no graph. The table `sessions` has no model, and many
+sessions. The table `halves` has a batch that is split over two sessions.
 """
 
 from __future__ import annotations

@@ -210,17 +210,24 @@ class AnsweredStep:
 
 
 class RemoteSession:
-    """A session of either kind, whose steps have `attend` and `finish`."""
+    """A session of either kind, whose steps have `attend` and `finish`. They go by message, unless it is said."""
 
-    def __init__(self, cache: attnd.Cache, plane: str, num_heads: int) -> None:
+    def __init__(self, cache: attnd.Cache, plane: str, num_heads: int, *, uses_resident_steps: bool = False) -> None:
         self._session: Any = cache.session(plane=plane)
         self._is_queued, self._num_heads = plane == "cuda", num_heads
+        if self._is_queued:
+            self._session.uses_resident_steps = uses_resident_steps
 
     def step(self, metadata: attnd.StepMetadata) -> Any:
         """Opens a step; on a cuda plane the server has all of it then."""
         if self._is_queued:
             return self._session.step(metadata, num_heads=self._num_heads)
         return AnsweredStep(self._session.step(metadata))
+
+    @property
+    def num_resident(self) -> int:
+        """Resident steps up to now."""
+        return int(self._session.timings().resident)
 
     def resident(self, num_heads: int, max_reqs: int, max_pages: int) -> attnd.ResidentSteps:
         """Makes resident steps ready."""
@@ -237,11 +244,13 @@ class Cuda(Way):
 
     name = "cuda"
     plane: ClassVar[str] = "cuda"
+    uses_resident_steps: ClassVar[bool] = False
 
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
         plane = self.plane if cell.has_cuda_plane else "shm"
-        self.session = RemoteSession(cell.cache, plane, cell.model.shape.num_heads)
+        is_wanted = self.uses_resident_steps
+        self.session = RemoteSession(cell.cache, plane, cell.model.shape.num_heads, uses_resident_steps=is_wanted)
         self.opened: Any = None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -269,6 +278,20 @@ class Cuda(Way):
     def close(self) -> None:
         """Ends the session."""
         self.session.close()
+
+
+class Steps(Cuda):
+    """The same calls, and steps that the session takes as resident ones by itself: their metadata is the host's."""
+
+    name = "steps"
+    uses_resident_steps = True
+
+    def step(self, more: bool) -> None:
+        """As `Cuda`, and sees to it that nothing goes by message."""
+        before = self.session.num_resident
+        super().step(more)
+        if self.cell.has_cuda_plane and self.session.num_resident != before + 1:
+            raise RuntimeError("a step went by message, but must be resident")
 
 
 class Ahead(Cuda):
@@ -348,5 +371,7 @@ class Shm(Cuda):
             self.forward()
 
 
-WAYS: Mapping[str, Callable[[Cell], Way]] = {way.name: way for way in (NoAttention, Local, Resident, Cuda, Ahead, Shm)}
+WAYS: Mapping[str, Callable[[Cell], Way]] = {
+    way.name: way for way in (NoAttention, Local, Resident, Steps, Cuda, Ahead, Shm)
+}
 """By name, in the order of the table."""

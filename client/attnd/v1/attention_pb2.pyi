@@ -256,10 +256,16 @@ class CudaStep(google.protobuf.message.Message):
     NUM_HEADS_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     AFTER_RESIDENT_FIELD_NUMBER: builtins.int
+    LAYOUT_TOKENS_FIELD_NUMBER: builtins.int
     num_heads: builtins.int
     """Query heads of each layer; a multiple of num_kv_heads. 0 in a store-only step."""
     after_resident: builtins.int
     """Resident steps of the plane that come before it: those that the worker has counted by then."""
+    layout_tokens: builtins.int
+    """0: its tensors lie as CudaPlane says. Else they lie where those of a step of so many tokens do, its first rows, and K
+    and V of odd layers behind all of these: a worker's CUDA graph that has the places serves steps of any number of
+    tokens up to this. At least the step's tokens; 0 where the plane has no resident steps.
+    """
     @property
     def step(self) -> attnd.v1.step_pb2.Step:
         """What its layers share."""
@@ -275,9 +281,10 @@ class CudaStep(google.protobuf.message.Message):
         num_heads: builtins.int = ...,
         options: collections.abc.Iterable[attnd.v1.step_pb2.AttentionOptions] | None = ...,
         after_resident: builtins.int = ...,
+        layout_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "num_heads", b"num_heads", "options", b"options", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "layout_tokens", b"layout_tokens", "num_heads", b"num_heads", "options", b"options", "step", b"step"]) -> None: ...
 
 global___CudaStep = CudaStep
 
@@ -317,6 +324,8 @@ class ResidentSteps(google.protobuf.message.Message):
     MASK_FIELD_NUMBER: builtins.int
     BLOCK_SIZE_FIELD_NUMBER: builtins.int
     AFTER_RESIDENT_FIELD_NUMBER: builtins.int
+    LAYOUT_TOKENS_FIELD_NUMBER: builtins.int
+    IF_READY_FIELD_NUMBER: builtins.int
     num_heads: builtins.int
     """As in CudaStep; not 0."""
     query_len: builtins.int
@@ -331,6 +340,10 @@ class ResidentSteps(google.protobuf.message.Message):
     """Of MASK_BLOCK_CAUSAL."""
     after_resident: builtins.int
     """As in CudaStep."""
+    layout_tokens: builtins.int
+    """As in CudaStep; 0: that of the most requests, as the reply has them. At least these."""
+    if_ready: builtins.bool
+    """Whether to answer at once that there are none yet, where kernels are on their way to the GPU; else they are waited for."""
     @property
     def cache(self) -> attnd.v1.cache_pb2.CacheRef:
         """The cache that the steps read and write."""
@@ -351,9 +364,11 @@ class ResidentSteps(google.protobuf.message.Message):
         mask: attnd.v1.step_pb2.Mask.ValueType = ...,
         block_size: builtins.int = ...,
         after_resident: builtins.int = ...,
+        layout_tokens: builtins.int = ...,
+        if_ready: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "block_size", b"block_size", "cache", b"cache", "mask", b"mask", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_resident", b"after_resident", "block_size", b"block_size", "cache", b"cache", "if_ready", b"if_ready", "layout_tokens", b"layout_tokens", "mask", b"mask", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "num_heads", b"num_heads", "options", b"options", "query_len", b"query_len"]) -> None: ...
 
 global___ResidentSteps = ResidentSteps
 
@@ -368,6 +383,7 @@ class ResidentStepsReply(google.protobuf.message.Message):
     MAX_REQS_FIELD_NUMBER: builtins.int
     MAX_PAGES_FIELD_NUMBER: builtins.int
     BACKEND_FIELD_NUMBER: builtins.int
+    IS_LATE_FIELD_NUMBER: builtins.int
     reason: builtins.str
     """Why there can be none, for people; empty: there are, and what follows says where."""
     metadata_offset: builtins.int
@@ -378,6 +394,8 @@ class ResidentStepsReply(google.protobuf.message.Message):
     """Likewise."""
     backend: attnd.v1.backend_pb2.Backend.ValueType
     """The backend of these steps."""
+    is_late: builtins.bool
+    """Whether the reason is that kernels are on their way: it is worth asking again in a second."""
     def __init__(
         self,
         *,
@@ -386,8 +404,9 @@ class ResidentStepsReply(google.protobuf.message.Message):
         max_reqs: builtins.int = ...,
         max_pages: builtins.int = ...,
         backend: attnd.v1.backend_pb2.Backend.ValueType = ...,
+        is_late: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "metadata_offset", b"metadata_offset", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "is_late", b"is_late", "max_pages", b"max_pages", "max_reqs", b"max_reqs", "metadata_offset", b"metadata_offset", "reason", b"reason"]) -> None: ...
 
 global___ResidentStepsReply = ResidentStepsReply
 

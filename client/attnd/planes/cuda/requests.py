@@ -14,7 +14,7 @@ from attnd.v1 import attention_pb2
 def step_request(
     cache: Lease, step: CudaStep, tables: SentPageTables, num_heads: int, options: tuple[AttentionOptions, ...]
 ) -> attention_pb2.CudaStep:
-    """A step as it is sent. Begins its span, if it has one.
+    """A step as it is sent. Begins its span, if it has one and has not begun it.
 
     Raises:
         InvalidRequest: the metadata cannot be sent.
@@ -23,11 +23,20 @@ def step_request(
     message = step.metadata.to_message(step.id, cache.ref, tables)
     if cache.missing is not None:
         cache.missing.check_step(message)
-    if traces.tracer is not None:
+    if step.span is not None:
+        message.traceparent = step.span.traceparent
+    elif traces.tracer is not None:
         step.span = traces.begin(message, range(cache.config.num_layers), "cuda")
     heads = 0 if step.metadata.store_only else num_heads
     told = [] if options == (DEFAULT_OPTIONS,) else [each.message for each in options]
     return attention_pb2.CudaStep(step=message, num_heads=heads, options=told)
+
+
+def begin_span(cache: Lease, step: CudaStep) -> bool:
+    """Begins a step's span if it has one, before it is known how the step goes; whether it has."""
+    message = step.metadata.to_message(step.id, cache.ref)
+    step.span = traces.begin(message, range(cache.config.num_layers), "cuda")
+    return step.span is not None
 
 
 def num_tokens_of(request: attention_pb2.CudaStep) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnd.errors import Disconnected, InvalidRequest, ended, from_message
+from attnd.errors import AttndError, Disconnected, InvalidRequest, ended, from_message
 from attnd.planes.cuda.resident_shape import ResidentShape, Session, made_ready
 from attnd.planes.cuda.tensors import check_tensor
-from attnd.protocol.cuda.layout import Place, StepLayout
+from attnd.protocol.cuda.layout import StepLayout
 from attnd.protocol.cuda.resident import (
     CONTEXT_LENS,
     LENS_ROWS,
@@ -21,7 +21,6 @@ from attnd.protocol.cuda.resident import (
     STORED_LENS,
     VALID_LENS,
     VERSION,
-    resident_tensors,
 )
 from attnd.protocol.tensors import DTYPE_NAMES
 from attnd.v1 import attention_pb2
@@ -47,6 +46,7 @@ class ResidentSteps:
         refused: int64 `[2]`: the number of the first step that was refused, or 0, and that of the last that is done.
             For graphs that are to stop; as long as it is not 0, steps store nothing, and outputs mean nothing.
         num_done: steps that were done at the last `finish`.
+        is_over: whether others were made since, or the session was closed.
 
     ```
     steps = session.resident(num_heads=32, max_reqs=64, max_pages=256)
@@ -63,6 +63,9 @@ class ResidentSteps:
     ```
     """
 
+    # Whether they are asked for only if their kernels are there.
+    _if_ready = False
+
     def __init__(self, session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int) -> None:
         """Asks the server to make them ready; `num_done` are those of the plane up to now. Raises as `resident`."""
         from attnd.protocol.cuda.copies import Copier
@@ -70,10 +73,9 @@ class ResidentSteps:
 
         self.shape, self.num_done, self._num_counted = shape, num_done, num_done
         self._session, self._plane = session, plane
-        self._where, layout = made_ready(session, plane, shape, num_done)
-        self._layouts = resident_tensors(layout)
+        self._where, self._layouts = made_ready(session, plane, shape, num_done, if_ready=self._if_ready)
         self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[self._layouts[0].q.dtype])
-        self._next_layer, self._is_over = 0, False
+        self._next_layer, self.is_over = 0, False
         self._make_tensors()
         gpu = plane.gpu
         with gpu.current():
@@ -114,14 +116,18 @@ class ResidentSteps:
         if not 1 <= num_reqs <= self.shape.max_reqs:
             rule = f"must be 1..{self.shape.max_reqs}"
             raise InvalidRequest(f"num_reqs is {num_reqs}, but {rule}", field="num_reqs")
-        where, plane = self._where, self._plane
         self.num_reqs.fill_(num_reqs)
+        with self._plane.stream() as stream:
+            self._enqueue(stream, num_reqs)
+
+    def _enqueue(self, stream: int, num_reqs: int) -> None:
+        """Enqueues the metadata's copy to the server, and the step's count."""
+        where, plane = self._where, self._plane
         copies = [
             _copy(plane.address(where.lens), self._lens.data_ptr(), self._lens.nbytes),
             _copy(plane.address(where.page_tables), self._tables.data_ptr(), self._tables[:num_reqs].nbytes),
         ]
-        with plane.stream() as stream:
-            self._post.run(stream, copies)
+        self._post.run(stream, copies)
         self._next_layer = 0
 
     def inputs(self, layer: int, num_reqs: int) -> tuple[Any, Any, Any]:
@@ -171,11 +177,15 @@ class ResidentSteps:
             outputs = list(zip(places, results, strict=True)) if copies else []
             plane.hand_over(stream, layer, is_last, inputs, outputs)
             if is_last:
-                told = plane.address(REFUSED, is_result=True)
-                news = [_copy(each.data_ptr(), told, 16) for each in (self._told, self.refused)]
-                self._copier.copy(stream, [*news, _copy(self._counted.data_ptr(), self._counter.address, 16)])
+                self._fetch(stream)
         self._next_layer += 1
         return tuple(results) if len(results) > 1 else results[0]
+
+    def _fetch(self, stream: int) -> None:
+        """Enqueues the copy of what `finish` learns."""
+        told = self._plane.address(REFUSED, is_result=True)
+        news = [_copy(each.data_ptr(), told, 16) for each in (self._told, self.refused)]
+        self._copier.copy(stream, [*news, _copy(self._counted.data_ptr(), self._counter.address, 16)])
 
     def finish(self) -> None:
         """Waits for torch's current stream, and learns how the steps that were enqueued on it went.
@@ -190,21 +200,33 @@ class ResidentSteps:
         if self.num_done != int(self._counted[0]):  # the server has let go of a step, and says why
             self._plane.await_failure(self._session.timeout_s)
             self._refuse_if_failed()
+        self._count()
+        if refused:
+            raise self._refusal(resumes=True)
+
+    def _count(self) -> None:
         self._session.timings().resident += self.num_done - self._num_counted
         self._num_counted = self.num_done
-        if not refused:
-            return
+
+    def _refusal(self, resumes: bool) -> AttndError:
+        """Why a step was refused; if it resumes, steps are served again from now on."""
         refusal = self._plane.told("resident_refusal", self._session.timeout_s)
-        resume = attention_pb2.AttendRequest(resident_resume=attention_pb2.ResidentResume())
-        self._plane.ask(resume, self._session.timeout_s)
-        self._told[0] = 0
-        raise from_message(refusal.error)
+        if resumes:
+            resume = attention_pb2.AttendRequest(resident_resume=attention_pb2.ResidentResume())
+            self._plane.ask(resume, self._session.timeout_s)
+            self._told[0] = 0
+        return from_message(refusal.error)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the region that are for tensors: behind them lies the metadata."""
+        return self._where.word
 
     def close(self) -> None:
         """Ends them, and frees what they have of their own; nothing of them may be queued."""
-        if self._is_over:
+        if self.is_over:
             return
-        self._is_over = True
+        self.is_over = True
         with self._plane.gpu.current():
             self._counter.close()
 
@@ -213,34 +235,13 @@ class ResidentSteps:
         if num_tokens > self.shape.max_reqs * self.shape.query_len:
             rule = f"these steps have at most {self.shape.max_reqs} requests of {self.shape.query_len} new tokens"
             raise InvalidRequest(f"q has {num_tokens} tokens, but {rule}", field="q")
-        return StepLayout(*(_first_rows(place, num_tokens) for place in self._layouts[layer % 2]))
+        return StepLayout(*(place.first_rows(num_tokens) for place in self._layouts[layer % 2]))
 
     def _refuse_if_failed(self) -> None:
-        if self._is_over and self._plane.failure is None:
+        if self.is_over and self._plane.failure is None:
             raise ended("the session has other resident steps by now: use those that it gave last")
         if self._plane.failure is not None:
             raise self._session.lost or self._plane.failure
-
-
-def made(session: Session, plane: CudaPlane, shape: ResidentShape, before: ResidentSteps | None) -> ResidentSteps:
-    """Makes resident steps ready, instead of those before, of no use then. Raises as `CudaSession.resident`."""
-    steps = ResidentSteps(session, plane, shape, num_done(before))
-    if before is not None:
-        before.close()
-    return steps
-
-
-def num_done(steps: ResidentSteps | None) -> int:
-    """Resident steps of a plane up to now, which are done then. Raises as `finish`."""
-    if steps is None:
-        return 0
-    steps.finish()
-    return steps.num_done
-
-
-def _first_rows(place: Place, num_tokens: int) -> Place:
-    row_bytes = place.num_bytes // place.shape[0]
-    return place._replace(shape=(num_tokens, *place.shape[1:]), num_bytes=num_tokens * row_bytes)
 
 
 def _copy(target: int, source: int, num_bytes: int) -> Any:

@@ -10,8 +10,8 @@ from attnd.errors import AttndError, InvalidRequest, Unsupported
 from attnd.foreign_metadata import check_options
 from attnd.planes.leases import Lease
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
-from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
+from attnd.protocol.cuda.layout import Geometry, StepLayout
+from attnd.protocol.cuda.resident import ResidentLayout, common_tokens, layer_layouts, resident_layout, rounded
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.protocol.step_metadata import MASKS, StepMetadata
 from attnd.timings import Timings
@@ -50,6 +50,10 @@ class ResidentShape:
         return (options,) if isinstance(options, AttentionOptions) else tuple(options)
 
 
+class NotYet(Unsupported):
+    """There are no resident steps yet; it is worth asking again in a second."""
+
+
 class Session(Protocol):
     """What resident steps need of their session."""
 
@@ -66,9 +70,14 @@ class Session(Protocol):
 
 
 def made_ready(
-    session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int
-) -> tuple[ResidentLayout, StepLayout]:
-    """Asks the server; where metadata and tensors lie."""
+    session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int, *, if_ready: bool
+) -> tuple[ResidentLayout, tuple[StepLayout, StepLayout]]:
+    """Asks the server; where the metadata lies, and the tensors of even and odd layers.
+
+    Raises:
+        NotYet: their kernels are on their way; only if they are asked for `if_ready`, else they are waited for.
+        Unsupported: there are none.
+    """
     if not plane.has_resident_steps:
         rule = "they need a GPU each, or one under MPS, and version 0.2"
         raise Unsupported(f"the server has no resident steps for this worker: {rule}")
@@ -87,10 +96,30 @@ def made_ready(
         mask=MASKS[shape.mask],
         block_size=shape.block_size,
         after_resident=num_done,
+        layout_tokens=_layout_tokens(shape, session.geometry, plane.num_bytes),
+        if_ready=if_ready,
     )
     reply = plane.ask(attention_pb2.AttendRequest(resident_steps=message), session.timeout_s)
     if reply.reason:
-        raise Unsupported(f"there are no resident steps: {reply.reason}")
+        kind = NotYet if reply.is_late else Unsupported
+        raise kind(f"there are no resident steps{' yet' if reply.is_late else ''}: {reply.reason}")
     session.timings().backend = backend_pb2.Backend.Name(reply.backend).removeprefix("BACKEND_").lower()
-    layout = step_layout(reply.max_reqs * shape.query_len, shape.num_heads, session.geometry, plane.num_bytes)
-    return resident_layout(reply.max_reqs, reply.max_pages, layout, plane.num_bytes), layout
+    return places(shape, session.geometry, plane.num_bytes, reply.max_reqs, reply.max_pages)
+
+
+def places(
+    shape: ResidentShape, geometry: Geometry, region_bytes: int, max_reqs: int, max_pages: int
+) -> tuple[ResidentLayout, tuple[StepLayout, StepLayout]]:
+    """Where the metadata lies, and the tensors of even and odd layers, with room for so many requests and pages.
+
+    Raises:
+        InvalidRequest: the region does not hold them.
+    """
+    tokens = _layout_tokens(shape, geometry, region_bytes) or max_reqs * shape.query_len
+    layouts = layer_layouts(tokens, shape.num_heads, geometry, region_bytes, tokens)
+    return resident_layout(max_reqs, max_pages, layouts, region_bytes), layouts
+
+
+def _layout_tokens(shape: ResidentShape, geometry: Geometry, region_bytes: int) -> int:
+    common = common_tokens(shape.num_heads, geometry, region_bytes)
+    return common if rounded(shape.max_reqs) * shape.query_len <= common else 0

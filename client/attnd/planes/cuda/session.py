@@ -1,36 +1,33 @@
-"""Sessions on a cuda plane: a step is one message, and its layers only enqueue work on the worker's stream."""
+"""Sessions on a cuda plane: a step is one message or none, and its layers only enqueue work on the worker's stream."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from attnd.errors import AttndError, Disconnected, InvalidRequest, Unsupported
+from attnd.errors import AttndError, DeadlineExceeded, Disconnected, InvalidRequest, Unsupported
 from attnd.foreign_metadata import as_step_metadata, check_options
 from attnd.planes import call_threads
 from attnd.planes.choice import PlaneOptions
 from attnd.planes.cuda.ending import await_end
-from attnd.planes.cuda.requests import num_tokens_of, step_request
-from attnd.planes.cuda.resident import ResidentSteps, made, num_done
+from attnd.planes.cuda.plane_steps import PlaneSteps
 from attnd.planes.cuda.resident_shape import ResidentShape
 from attnd.planes.cuda.step import CudaStep
 from attnd.planes.leases import Lease
 from attnd.planes.turns import Turn
 from attnd.protocol.attention_options import AttentionOptions
-from attnd.protocol.cuda.layout import Geometry, step_layout
+from attnd.protocol.cuda.layout import Geometry
 from attnd.protocol.head_dims import only_group
-from attnd.protocol.page_table_deltas import SentPageTables
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.timings import Timings
-from attnd.v1 import backend_pb2
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from attnd.planes.cuda.plane import Answer, CudaPlane
+    from attnd.planes.cuda.plane import CudaPlane
+    from attnd.planes.cuda.resident import ResidentSteps
 
 Options = AttentionOptions | Sequence[AttentionOptions]
 
@@ -40,11 +37,15 @@ class CudaSession:
 
     `attend` returns at once, as torch's own operations do: its output is there when the stream gets to it. What goes
     wrong in a step is raised by `CudaStep.finish`, or by the next `step`, and ends the plane; the next step after that
-    opens another. Outputs count once `finish` has returned.
+    opens another. Outputs count once `finish` has returned. A decode step has no message where it can be a resident one
+    (see `ResidentSteps`): those before it are finished, and the server's GPU checks and plans it. If it is refused, the
+    plane goes on.
 
     Attributes:
         plane: "cuda"; "" before the first step.
         refusals: of better planes; none is.
+        uses_resident_steps: whether decode steps may be resident ones, without a message.
+        by_message: why the last step went by message all the same; "": it did not.
 
     ```
     with cache.session(plane="cuda") as session:
@@ -68,6 +69,7 @@ class CudaSession:
         self.timeout_s = timeout_s
         self.plane = ""
         self.refusals: dict[str, str] = {}
+        self.uses_resident_steps, self.by_message = True, ""
         group = only_group(cache.config)
         if group is None:
             kind = f"has {len(cache.config.groups)} layer groups" if len(cache.config.groups) > 1 else "is latent"
@@ -78,17 +80,15 @@ class CudaSession:
         self._timings = Timings(plane="cuda")
         self._plane: CudaPlane | None = None
         self._plane_id = 0
-        self._tables = SentPageTables()
         self._last_step_id = 0
-        self._unanswered: deque[CudaStep] = deque()
         self._turn = Turn("session")
         self.lost: AttndError | None = None  # that the cache was deleted
-        self._resident: ResidentSteps | None = None
+        self._steps: PlaneSteps | None = None  # of the plane that is open
         self._end_plane: Any = None  # closes the plane of a session that nobody has any more
         self._layers: tuple[int, tuple[AttentionOptions, ...]] | None = None
 
     def step(self, metadata: Any, *, num_heads: int | None = None, options: Options | None = None) -> CudaStep:
-        """Opens a step. Does not wait, but for the answer of the last step but one.
+        """Opens a step. Does not wait, but for the answer of the last step but one, or where resident steps are made.
 
         Args:
             metadata: as of `Session.step`.
@@ -125,23 +125,20 @@ class CudaSession:
 
     def announce(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...]) -> None:
         """Sends a step that was not sent yet. For `CudaStep`."""
-        plane = self._plane
-        assert plane is not None
+        assert self._steps is not None
         for each in options:
             check_options(step.metadata, each)
         self._layers = num_heads, options
-        request = step_request(self.cache, step, self._tables, num_heads, options)
-        tokens = num_tokens_of(request)
-        step.opened(plane, step_layout(tokens, request.num_heads, self.geometry, plane.num_bytes), options)
-        request.after_resident = num_done(self._resident)
+        self.by_message = self._steps.begin(step, num_heads, options, is_wanted=self.uses_resident_steps)
+        if not self.by_message:
+            return
         try:
-            plane.send(request, self.timeout_s)
+            self._timings.bytes_sent += self._steps.send(step, num_heads, options)
         except AttndError as error:
-            step.error = error
-            self._fail(error)
+            if self.failure is not None:
+                step.error = error
+                self._end(error)
             raise
-        self._timings.bytes_sent += request.ByteSize()
-        self._unanswered.append(step)
 
     def resident(self, num_heads: int, *, max_reqs: int, max_pages: int, **more: Any) -> ResidentSteps:
         """Makes resident steps ready, by the numbers of `ResidentShape`: decode steps without a message each.
@@ -152,26 +149,35 @@ class CudaSession:
         """
         with self._turn:
             self._settle()
-            if self._plane is None:
+            if self._steps is None:
                 self._open()
-            shape, plane = ResidentShape(num_heads, max_reqs, max_pages, **more), self._plane
-            self._resident = made(self, plane, shape, self._resident)  # type: ignore[arg-type]  # it is open
-            return self._resident
+            assert self._steps is not None
+            self._finish_begun()
+            while self._steps.unanswered:  # tensors of a step under way may lie where the metadata is to
+                self._take(wait=True)
+            return self._steps.resident(ResidentShape(num_heads, max_reqs, max_pages, **more))
 
     def finish(self, step: CudaStep) -> None:
         """Waits for the answer of a step and those before it. For `CudaStep`."""
         with self._turn:
-            while step in self._unanswered:
+            if self._steps is not None and step is self._steps.begun:
+                self._finish_begun()
+            while self._steps is not None and step in self._steps.unanswered:
                 self._take(wait=True)
         if isinstance(step.error, Disconnected) and self.lost is not None:
             raise self.lost
         if step.error is not None:
             raise step.error
 
+    def enqueued(self, step: CudaStep) -> None:
+        """The last layer of a resident step was. For `CudaStep`."""
+        if self._steps is not None:
+            self._steps.enqueued(step)
+
     def interrupted(self, step: CudaStep) -> None:
         """Ends the plane, because a layer of a step may be handed over in part. For `CudaStep`."""
         step.error = Disconnected("a layer of the step was interrupted; open the step again")
-        self._fail(step.error)
+        self._end(step.error)
 
     @property
     def takes_turns(self) -> bool:
@@ -186,9 +192,9 @@ class CudaSession:
         """
         if self._plane is None:
             self._open()
-        assert self._plane is not None
+        assert self._steps is not None
         try:
-            step_layout(num_tokens, num_heads, self.geometry, self._plane.num_bytes)
+            self._steps.layouts(num_tokens, num_heads)
         except InvalidRequest:
             return False
         return True
@@ -214,20 +220,17 @@ class CudaSession:
         """
         if self._turn.is_anothers:
             return  # another process has it; or another thread is inside, and its step's deadline ends it
-        plane, self._plane = self._plane, None
-        resident, self._resident = self._resident, None
+        self._end()
+
+    def _end(self, error: AttndError | None = None) -> None:
+        """Ends the plane. What is under way fails, with this error if there is one."""
+        (plane, self._plane), (steps, self._steps) = (self._plane, None), (self._steps, None)
         if self._end_plane is not None:
             self._end_plane.detach()
-        was_under_way = bool(self._unanswered)
-        for step in self._unanswered:
-            step.error = step.error or Disconnected("the session was closed before the step was answered")
-        self._unanswered.clear()
-        self._tables.forget()
+        was_in_use = steps is not None and steps.drop(error)
         if plane is not None:
             plane.close()
-            if resident is not None:
-                resident.close()
-            if was_under_way or resident is not None:
+            if (steps is not None and steps.close()) or was_in_use:
                 await_end(self.cache.transport, self._plane_id, self.timeout_s)
 
     def __enter__(self) -> CudaSession:
@@ -239,15 +242,20 @@ class CudaSession:
     ) -> None:
         """Closes; without an exception, after steps whose every layer was enqueued. Raises what went wrong there."""
         try:
-            while kind is None and self._unanswered and self._unanswered[0].is_complete:
+            while kind is None and self._steps is not None and self._steps.oldest_is_complete:
                 self._take(wait=True)
+            if kind is None and self._steps is not None and self._steps.is_complete:
+                self._finish_begun()
         finally:
             self.close()
 
     def _settle(self) -> None:
         """Takes what was answered, and waits where too much is not."""
-        while self._unanswered and self._take(wait=len(self._unanswered) >= self.MAX_UNANSWERED_STEPS):
-            pass
+        while (steps := self._steps) is not None and steps.unanswered:
+            if not self._take(wait=len(steps.unanswered) >= self.MAX_UNANSWERED_STEPS):
+                break
+        if self._steps is not None and self._steps.is_known:
+            self._finish_begun()
         if (plane := self._plane) is not None and plane.failure is not None:
             self.close()
         elif plane is not None and plane.going_away:
@@ -257,36 +265,24 @@ class CudaSession:
 
     def _take(self, wait: bool) -> bool:
         """Takes the answer of the oldest step; False: there is none yet. Raises the step's error."""
-        step = self._unanswered[0]
-        plane = self._plane
-        assert plane is not None
-        answer: Answer | None = plane.answer(step.id, wait)
-        if answer is None:
-            return False
-        self._unanswered.popleft()
-        if answer.reply is None:
-            assert answer.error is not None
-            step.error = answer.error
-            if step.span is not None:
-                step.span.failed(answer.error)
-            self._fail(answer.error)
-            raise answer.error
-        if answer.reply.takes_deltas:
-            self._tables.accept(step.id)
-        if step.span is not None:
-            step.span.served(answer.reply.queue_us, answer.reply.step_us)
-        self._timings.queue_us += answer.reply.queue_us
-        self._timings.kernel_us += answer.reply.step_us
-        if answer.reply.backend:
-            name = backend_pb2.Backend.Name(answer.reply.backend)
-            self._timings.backend = name.removeprefix("BACKEND_").lower()
-        return True
+        assert self._steps is not None
+        try:
+            return self._steps.take(wait)
+        except AttndError as error:
+            self._end(error)
+            raise
 
-    def _fail(self, error: AttndError) -> None:
-        """Ends the plane; what went wrong is told once, and by the `finish` of each step that was not answered."""
-        for step in self._unanswered:
-            step.error = error
-        self.close()
+    def _finish_begun(self) -> None:
+        """Waits for the resident step that is not finished, if there is one. Raises the step's error."""
+        if self._steps is None:
+            return
+        try:
+            self._steps.finish()
+        except AttndError as error:
+            # A refusal ends no plane, unless another step was told to come after it.
+            if isinstance(error, DeadlineExceeded) or self.failure is not None or self._steps.unanswered:
+                self._end(error)
+            raise
 
     def _open(self) -> None:
         if sys.platform != "linux":
@@ -296,5 +292,6 @@ class CudaSession:
         self._plane, self._plane_id = opening.asked(self.cache.transport, self._wanted.socket_dir, self.timeout_s)
         self._end_plane = weakref.finalize(self, call_threads.start_last, self._plane.close)
         self._end_plane.atexit = False
+        self._steps = PlaneSteps(self, self._plane)
         self.plane = "cuda"
         self._last_step_id = 0

@@ -16,6 +16,7 @@ from attnd.protocol.step_metadata import StepMetadata
 from attnd.protocol.tensors import DTYPE_NAMES
 from attnd.timings import Timings
 from attnd.traces import StepSpan
+from attnd.v1 import attention_pb2, backend_pb2
 
 if TYPE_CHECKING:
     from attnd.planes.cuda.plane import CudaPlane  # has modules that other systems have not
@@ -36,6 +37,9 @@ class CudaSteps(Protocol):
     def finish(self, step: CudaStep) -> None:
         """Waits for the answer of a step and those before it."""
 
+    def enqueued(self, step: CudaStep) -> None:
+        """The last layer of a resident step was."""
+
     def timings(self) -> Timings:
         """Sums over the session's steps."""
 
@@ -49,12 +53,13 @@ class CudaStep:
         self.metadata = metadata
         self.error: AttndError | None = None
         self.span: StepSpan | None = None
+        self.is_resident = False  # else it goes by message
         self._session = session
         self._plane: CudaPlane | None = None
-        self._layout: StepLayout | None = None
+        self._layouts: tuple[StepLayout, StepLayout] | None = None  # of even and odd layers
         self._options: tuple[AttentionOptions, ...] = ()
         self._dtype: Any = None  # torch's
-        self._inputs: tuple[tuple[str, Place, bool], ...] = ()  # name and place of each, and whether there is none
+        self._absent: tuple[tuple[str, bool], ...] = ()  # names of inputs, and whether there is none
         self._next_layer = 0
 
     @property
@@ -62,12 +67,14 @@ class CudaStep:
         """Whether `attend` was called for each layer."""
         return self._next_layer == self._session.cache.config.num_layers
 
-    def opened(self, plane: CudaPlane, layout: StepLayout, options: tuple[AttentionOptions, ...]) -> None:
-        """The step was sent."""
-        self._plane, self._layout, self._options = plane, layout, options
-        self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[layout.q.dtype])
+    def opened(
+        self, plane: CudaPlane, layouts: tuple[StepLayout, StepLayout], options: tuple[AttentionOptions, ...]
+    ) -> None:
+        """The step was sent, or begun: its tensors lie at these places in even and odd layers."""
+        self._plane, self._layouts, self._options = plane, layouts, options
+        self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[layouts[0].q.dtype])
         store_only, cache_only = self.metadata.store_only, self.metadata.cache_only
-        self._inputs = ("q", layout.q, store_only), ("k", layout.k, cache_only), ("v", layout.v, cache_only)
+        self._absent = ("q", store_only), ("k", cache_only), ("v", cache_only)
 
     def attend(self, layer: int, q: Any, k: Any, v: Any, options: AttentionOptions | None = None) -> Any:
         """Enqueues attention of one layer on torch's current stream, and returns its output, which comes later.
@@ -94,10 +101,10 @@ class CudaStep:
                 f"on a cuda plane must be the next, {self._next_layer}" if self._next_layer < num_layers else "no more"
             )
             raise InvalidRequest(f"layer is {layer}, but {rule} of {num_layers}", field="layer")
-        if self._layout is None:
+        if self._layouts is None:
             heads = 0 if q is None else q.shape[1]
             self._session.announce(self, heads, (options or DEFAULT_OPTIONS,))
-        assert self._layout is not None
+        assert self._layouts is not None
         assert self._plane is not None
         if self._plane.failure is not None:
             raise self._session.lost or self._plane.failure
@@ -107,6 +114,8 @@ class CudaStep:
             raise InvalidRequest(f"options of layer {layer} are not those of the step, but {rule}", field="options")
         output = self._enqueue(layer, q, k, v, told.return_lse)
         self._next_layer += 1
+        if self.is_resident and self.is_complete:
+            self._session.enqueued(self)
         timings, call_us = self._session.timings(), (time.perf_counter() - started) * 1e6
         timings.num_calls += 1
         timings.call_us.append(call_us)
@@ -121,11 +130,28 @@ class CudaStep:
         """
         self._session.finish(self)
 
+    def served(self, reply: attention_pb2.CudaStepReply) -> None:
+        """The server has answered it. For the session."""
+        if self.span is not None:
+            self.span.served(reply.queue_us, reply.step_us)
+        timings = self._session.timings()
+        timings.queue_us += reply.queue_us
+        timings.kernel_us += reply.step_us
+        if reply.backend:
+            timings.backend = backend_pb2.Backend.Name(reply.backend).removeprefix("BACKEND_").lower()
+
+    def failed(self, error: AttndError) -> None:
+        """Likewise, with an error."""
+        self.error = error
+        if self.span is not None:
+            self.span.failed(error)
+
     def _enqueue(self, layer: int, q: Any, k: Any, v: Any, return_lse: bool) -> Any:
-        plane = self._plane
+        plane, layouts = self._plane, self._layouts
         assert plane is not None
+        assert layouts is not None
         held = []
-        for value, (name, place, is_absent) in zip((q, k, v), self._inputs, strict=True):
+        for value, place, (name, is_absent) in zip((q, k, v), layouts[layer % 2][:3], self._absent, strict=True):
             if is_absent != (value is None):
                 rule = "must be absent in" if is_absent else "must be given to"
                 raise InvalidRequest(f"{name} is {'given' if is_absent else 'None'}, but {rule} this step", field=name)
@@ -140,9 +166,8 @@ class CudaStep:
     def _hand_over(
         self, plane: CudaPlane, stream: int, layer: int, held: list[tuple[Place, Any]], q: Any, return_lse: bool
     ) -> Any:
-        layout = self._layout
-        assert layout is not None
-        outputs = []
+        assert self._layouts is not None
+        layout, outputs = self._layouts[layer % 2], []
         if q is not None:
             outputs.append((layout.output, q.new_empty(layout.output.shape)))
             if return_lse:

@@ -54,9 +54,14 @@ class Place(NamedTuple):
     num_bytes: int
     is_result: bool
 
+    def first_rows(self, num_rows: int) -> Place:
+        """The first so many of its rows."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return self._replace(shape=(num_rows, *self.shape[1:]), num_bytes=num_rows * row_bytes)
+
 
 class StepLayout(NamedTuple):
-    """The places of one layer's tensors; all layers of a step have the same."""
+    """The places of one layer's tensors."""
 
     q: Place
     k: Place

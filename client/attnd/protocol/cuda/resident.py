@@ -8,10 +8,11 @@ lengths and page tables for each layer group.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from attnd.errors import InvalidRequest
-from attnd.protocol.cuda.layout import ALIGNMENT, StepLayout
+from attnd.protocol.cuda.layout import ALIGNMENT, Geometry, StepLayout, step_layout
 
 VERSION = 1
 # Rows of the lengths, and what stands in them.
@@ -24,6 +25,11 @@ WAKE = 1024
 # Numbers that lie side by side and are copied together, by 16 bytes.
 _GRAIN = 4
 _WORD_BYTES = 64
+# Most tokens of a step whose places all have in common; more than the most requests of a resident step.
+MOST_COMMON_TOKENS = 1024
+_NO_LIMIT = 1 << 62
+# Layouts that are kept, of a process: a decode loop asks for the same in each step.
+_KEPT = 256
 
 
 class ResidentLayout(NamedTuple):
@@ -56,9 +62,57 @@ def resident_tensors(layout: StepLayout) -> tuple[StepLayout, StepLayout]:
     return layout, layout._replace(k=k, v=v)
 
 
-def tensors_end(layout: StepLayout) -> int:
-    """Bytes from the region's start that these tensors take."""
-    return max(place.offset + place.num_bytes for each in resident_tensors(layout) for place in each)
+@lru_cache(maxsize=_KEPT)
+def layer_layouts(
+    num_tokens: int, num_heads: int, geometry: Geometry, region_bytes: int, layout_tokens: int = 0
+) -> tuple[StepLayout, StepLayout]:
+    """Where the tensors of a step's even and odd layers lie.
+
+    Args:
+        num_tokens: rows of each.
+        num_heads: query heads; 0 in a store-only step.
+        geometry: of the cache.
+        region_bytes: of the region, as far as it is for tensors.
+        layout_tokens: 0: all layers have theirs as `step_layout` says. Else as `resident_tensors` of so many tokens.
+
+    Raises:
+        InvalidRequest: the region does not hold them.
+    """
+    if not layout_tokens:
+        layout = step_layout(num_tokens, num_heads, geometry, region_bytes)
+        return layout, layout
+    if layout_tokens < num_tokens:
+        rule = f"must be 0, or at least the {num_tokens} tokens of the step"
+        raise InvalidRequest(f"layout_tokens is {layout_tokens}, but {rule}", field="layout_tokens")
+    even, odd = resident_tensors(step_layout(layout_tokens, num_heads, geometry, region_bytes))
+    if (end := tensors_end((even, odd))) > region_bytes:
+        rule = f"take {end} bytes of a cuda plane's region, but it has {region_bytes} for them"
+        raise InvalidRequest(f"layers of {layout_tokens} tokens {rule}", field="layout_tokens")
+    return _first_rows(even, num_tokens), _first_rows(odd, num_tokens)
+
+
+@lru_cache(maxsize=_KEPT)
+def common_tokens(num_heads: int, geometry: Geometry, region_bytes: int) -> int:
+    """The `layout_tokens` of all steps that have no more, so that a worker's CUDA graph serves any of them; 0: none.
+
+    As many as a decode step may have, if they take no more than half of the region.
+    """
+    count = MOST_COMMON_TOKENS
+    while count:
+        layout = step_layout(count, num_heads, geometry, _NO_LIMIT)
+        if tensors_end(resident_tensors(layout)) <= region_bytes // 2:
+            return count
+        count //= 2
+    return 0
+
+
+def _first_rows(layout: StepLayout, num_rows: int) -> StepLayout:
+    return StepLayout(*(place.first_rows(num_rows) for place in layout))
+
+
+def tensors_end(layouts: tuple[StepLayout, StepLayout]) -> int:
+    """Bytes from the region's start that the tensors of even and odd layers take."""
+    return max(place.offset + place.num_bytes for each in layouts for place in each)
 
 
 def _aligned(offset: int) -> int:
@@ -76,13 +130,15 @@ def metadata_bytes(max_reqs: int, max_pages: int) -> int:
     return _WORD_BYTES + _aligned(lens) + 4 * rounded(max_reqs) * rounded(max_pages)
 
 
-def resident_layout(max_reqs: int, max_pages: int, layout: StepLayout, region_bytes: int) -> ResidentLayout:
+def resident_layout(
+    max_reqs: int, max_pages: int, layouts: tuple[StepLayout, StepLayout], region_bytes: int
+) -> ResidentLayout:
     """Where the metadata lies: at the region's end.
 
     Args:
         max_reqs: most requests of a step.
         max_pages: most pages of a request.
-        layout: of the tensors of a step of the most requests.
+        layouts: of the tensors of a step of the most requests, of even and odd layers.
         region_bytes: of the region.
 
     Raises:
@@ -90,7 +146,7 @@ def resident_layout(max_reqs: int, max_pages: int, layout: StepLayout, region_by
     """
     num_bytes = metadata_bytes(max_reqs, max_pages)
     start = (region_bytes - num_bytes) // ALIGNMENT * ALIGNMENT
-    if start < (end := tensors_end(layout)):
+    if start < (end := tensors_end(layouts)):
         raise InvalidRequest(
             f"steps of {max_reqs} requests with {max_pages} pages take {_aligned(end) + num_bytes} bytes of a cuda "
             f"plane's region, but it has {region_bytes}; the server's --cuda-region-bytes gives more",

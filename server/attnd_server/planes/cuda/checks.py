@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from attnd.errors import InvalidRequest
-from attnd.protocol.cuda.layout import Geometry, StepLayout, step_layout
+from attnd.protocol.cuda.layout import Geometry, StepLayout
+from attnd.protocol.cuda.resident import layer_layouts
 from attnd.protocol.tensors import DTYPES
 from attnd.v1 import step_pb2
 from attnd_server.attention.config import AttentionConfig
@@ -48,8 +49,10 @@ def refuse_costly(options: list[AttentionOptions], cost: Callable[[AttentionOpti
         raise too_costly(work, most)
 
 
-def places_of(config: AttentionConfig, num_tokens: int, num_heads: int, region_bytes: int) -> StepLayout:
-    """Where a step's tensors lie. Raises InvalidRequest: the region does not hold them."""
+def places_of(
+    config: AttentionConfig, num_tokens: int, num_heads: int, region_bytes: int, layout_tokens: int = 0
+) -> tuple[StepLayout, StepLayout]:
+    """Where the tensors of a step's even and odd layers lie. Arguments and errors as of `layer_layouts`."""
     dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
     geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-    return step_layout(num_tokens, num_heads, geometry, region_bytes)
+    return layer_layouts(num_tokens, num_heads, geometry, region_bytes, layout_tokens)

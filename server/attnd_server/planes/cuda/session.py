@@ -25,7 +25,7 @@ from attnd_server.execution.work import on_cache
 from attnd_server.identity import is_revoked, refuse_if_revoked
 from attnd_server.planes.cuda import watchdog as cuda_watchdog
 from attnd_server.planes.cuda.channel import Channel
-from attnd_server.planes.cuda.checks import layer_options, refuse_costly, refuse_wrong_heads
+from attnd_server.planes.cuda.checks import layer_options, places_of, refuse_costly, refuse_wrong_heads
 from attnd_server.planes.cuda.in_turn import run_in_turn
 from attnd_server.planes.cuda.resident.session import ResidentSteps
 from attnd_server.planes.cuda.step import BACKENDS, CudaStep
@@ -144,7 +144,7 @@ class CudaSession:
         if step.step.trace is not None:
             step.step.trace.step_served(queue_us, step_us, "" if step.backend is None else step.backend.value)
         if self._service.metrics is not None:
-            num_bytes = step.num_bytes(self._channel)
+            num_bytes = step.num_bytes()
             self._service.metrics.step_served("cuda", step.backend, num_calls, num_bytes, queue_us, step_us)
         backend = backend_pb2.BACKEND_UNSPECIFIED
         if step.backend is not None:
@@ -216,7 +216,8 @@ class CudaSession:
             refuse_wrong_heads(heads, config)
         options = layer_options(service, request.options, config, heads, step.metadata.window)
         refuse_costly(options, step.cost, service.executor.most_work)
-        return CudaStep(step, options, heads)
+        num_tokens, region_bytes = step.metadata.num_tokens, self._resident.tensor_bytes()
+        return CudaStep(step, options, heads, places_of(config, num_tokens, heads, region_bytes, request.layout_tokens))
 
     def _enqueued(self, step: CudaStep, held: ExitStack) -> KernelMissing | None:
         """Enqueues a step, or says which kernel it needs first; then nothing of it waits.

@@ -34,7 +34,6 @@ from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.execution.step import Step
 from attnd_server.planes.cuda.channel import Channel
-from attnd_server.planes.cuda.checks import places_of
 from attnd_server.planes.cuda.step_graph import StepGraph
 from attnd_server.planes.cuda.step_graphs import StepGraphs
 
@@ -50,6 +49,7 @@ class CudaStep:
         step: checked.
         options: of each layer.
         num_heads: query heads; 0 in a store-only step.
+        layouts: where the tensors of even and odd layers lie.
         wait: waits until the step is over, once it was enqueued.
         backend: what computes it; None in a store-only step.
         started_at: when the executor took it, `time.perf_counter`.
@@ -59,18 +59,15 @@ class CudaStep:
     step: Step
     options: list[AttentionOptions]
     num_heads: int
+    layouts: tuple[StepLayout, StepLayout]
     wait: Callable[[], None] | None = None
     backend: AttentionBackend | None = None
     started_at: float = 0.0
     graph: StepGraph | None = None
 
-    def layout(self, channel: Channel) -> StepLayout:
-        """Where its tensors lie. Raises InvalidRequest: the region does not hold them."""
-        return places_of(self.step.group.config, self.step.metadata.num_tokens, self.num_heads, channel.num_bytes)
-
-    def num_bytes(self, channel: Channel) -> tuple[int, int]:
+    def num_bytes(self) -> tuple[int, int]:
         """Bytes of q, k and v that its layers have together, and of output and lse."""
-        q, k, v, output, lse = self.layout(channel)
+        q, k, v, output, lse = self.layouts[0]
         metadata, num_layers = self.step.metadata, len(self.options)
         received = sent = 0
         if not metadata.store_only:
@@ -90,20 +87,20 @@ class CudaStep:
         """
         self.started_at = time.perf_counter()
         self.step.cache.refuse_if_closed()
-        layout = self.layout(channel)
         self.step.mark_written()
-        self.graph = graph = graphs.find(self.step.cache, self.step.group, self.step.metadata, self.options, layout)
+        found = graphs.find(self.step.cache, self.step.group, self.step.metadata, self.options, self.layouts)
+        self.graph = graph = found
         if graph is not None:
             self.backend = graph.backend
         else:
-            self._plan(channel, layout, ops)
+            self._plan(channel, ops)
         try:
             with channel.current():
                 if graph is not None:  # after the step before, which may still read what the graph has of it
                     graph.load(self.step.metadata)
                     graph.replay()
                 else:
-                    self._enqueue_layers(channel, layout)
+                    self._enqueue_layers(channel)
         except KernelMissing as kernel:
             raise RuntimeError(f"{kernel}, and layers of the step wait already") from kernel
         self.wait = channel.mark()
@@ -113,7 +110,7 @@ class CudaStep:
         if self.step.cache.is_closed:
             raise CacheLost("the cache was deleted, or its lease ended, while a step ran", field="cache.id")
 
-    def _plan(self, channel: Channel, layout: StepLayout, ops: TritonAttentionOps) -> None:
+    def _plan(self, channel: Channel, ops: TritonAttentionOps) -> None:
         """Plans the layers; what they need is the step's own until it is over."""
         step, metadata = self.step, self.step.metadata
         if metadata.slot_mapping is not None and not metadata.cache_only:
@@ -131,14 +128,15 @@ class CudaStep:
                 )
             step.plans[options] = plan
             self.backend = plan.backend
-        self._load_kernels(*(channel.tensor(place) for place in layout))
+        self._load_kernels(*(channel.tensor(place) for place in self.layouts[0]))
 
-    def _enqueue_layers(self, channel: Channel, layout: StepLayout) -> None:
+    def _enqueue_layers(self, channel: Channel) -> None:
         step, group = self.step, self.step.group
-        q, k, v, output, lse = (channel.tensor(place) for place in layout)
-        new_k, new_v = (None, None) if step.metadata.cache_only else (k, v)
+        tensors = [[channel.tensor(place) for place in layout] for layout in self.layouts]
         for layer, options in enumerate(self.options):
             is_last = layer == len(self.options) - 1
+            q, k, v, output, lse = tensors[layer % 2]
+            new_k, new_v = (None, None) if step.metadata.cache_only else (k, v)
             channel.flags.wait(channel.handle, layer, is_last)
             if step.stored is not None:
                 group.store(layer, k, v, step.stored)

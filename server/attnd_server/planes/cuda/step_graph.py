@@ -38,7 +38,7 @@ class StepGraph:
         plans: dict[AttentionOptions, FixedPlan],
         backend: AttentionBackend,
         channel: Channel,
-        layout: StepLayout,
+        layouts: tuple[StepLayout, StepLayout],
     ) -> None:
         """Takes memory for the slots; captures nothing yet. As the rest, on the stream of all other work.
 
@@ -49,15 +49,15 @@ class StepGraph:
             plans: by options.
             backend: of the plans.
             channel: of the session.
-            layout: of the steps' tensors.
+            layouts: of the steps' tensors, of even and odd layers.
         """
         self.cache = cache
         self._group = group
         self.backend = backend
         self.num_bytes = sum(plan.num_bytes for plan in plans.values())
         self._options, self._plans, self._channel = options, plans, channel
-        self._q, self._k, self._v, self._output, self._lse = (channel.tensor(place) for place in layout)
-        self._slots = torch.full((self._q.shape[0],), -1, dtype=torch.int64, device=group.device)
+        self._tensors = [[channel.tensor(place) for place in layout] for layout in layouts]
+        self._slots = torch.full((layouts[0].q.shape[0],), -1, dtype=torch.int64, device=group.device)
         self._staged_slots = [PinnedTensor(self._slots) for _ in range(2)]
         self._replay: Launches | None = None
 
@@ -71,9 +71,10 @@ class StepGraph:
         # A kernel that is not on the device yet cannot be captured. Nothing is stored: slots are -1. The region's own
         # output may still be read by the worker.
         self._slots.fill_(-1)
+        output, lse = (torch.empty_like(each) for each in self._tensors[0][3:])
         with for_graphs():
             for options in self._plans:
-                self._store_and_attend(0, options, torch.empty_like(self._output), torch.empty_like(self._lse))
+                self._store_and_attend(0, options, output, lse)
             self._replay = capture(self._layers)
 
     def replay(self) -> None:
@@ -101,11 +102,11 @@ class StepGraph:
         channel, last = self._channel, len(self._options) - 1
         for layer, options in enumerate(self._options):
             channel.flags.wait(channel.handle, layer, layer == last)
-            self._store_and_attend(layer, options, self._output, self._lse)
+            self._store_and_attend(layer, options, *self._tensors[layer % 2][3:])
             channel.flags.signal(channel.handle, layer, layer == last)
 
     def _store_and_attend(self, layer: int, options: AttentionOptions, output: torch.Tensor, lse: torch.Tensor) -> None:
-        group = self._group
-        group.store_at(layer, self._k, self._v, self._slots)
+        group, (q, k, v, *_) = self._group, self._tensors[layer % 2]
+        group.store_at(layer, k, v, self._slots)
         returned = lse if options.return_lse else None
-        self._plans[options].launch(output, returned, self._q, self._k, self._v, group.layers[layer])
+        self._plans[options].launch(output, returned, q, k, v, group.layers[layer])

@@ -57,7 +57,7 @@ class StepGraphs:
         group: LayerGroup,
         metadata: AttentionMetadata,
         options: list[AttentionOptions],
-        layout: StepLayout,
+        layouts: tuple[StepLayout, StepLayout],
     ) -> StepGraph | None:
         """The graph of a step, captured now if the shape was seen before; None: launch it layer by layer.
 
@@ -72,7 +72,7 @@ class StepGraphs:
             most *= 2
         most = max(metadata.max_context_len, min(most, group.config.num_slots))
         shape = DecodeShape(metadata.num_reqs, query_len, most)
-        key = cache.id, shape, *(each.key for each in options)
+        key = cache.id, shape, layouts, *(each.key for each in options)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             found = self._graphs[key]
@@ -86,7 +86,7 @@ class StepGraphs:
         if self._seen[key] == id(metadata) or num_standing_in(self._ops.device):
             return None
         self._make_room()
-        self._graphs[key] = graph = self._made(cache, group, metadata, options, shape, layout)
+        self._graphs[key] = graph = self._made(cache, group, metadata, options, shape, layouts)
         if graph is not None:
             try:
                 graph.capture(capture, metadata)
@@ -111,7 +111,7 @@ class StepGraphs:
         metadata: AttentionMetadata,
         options: list[AttentionOptions],
         shape: DecodeShape,
-        layout: StepLayout,
+        layouts: tuple[StepLayout, StepLayout],
     ) -> StepGraph | None:
         plans: dict[AttentionOptions, FixedPlan] = {}
         kernel = None
@@ -124,7 +124,7 @@ class StepGraphs:
                 return None
             plans[each] = plan
         assert kernel is not None
-        graph = StepGraph(cache, group, options, plans, kernel.backend, self._channel, layout)
+        graph = StepGraph(cache, group, options, plans, kernel.backend, self._channel, layouts)
         try:
             self._caches.reserve(cache, graph.num_bytes, "the graph of a cuda plane's step")
         except AttndError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnd.protocol.cuda.layout import Place, StepLayout
-from attnd.protocol.cuda.resident import LENS_ROWS, ResidentLayout, resident_tensors
+from attnd.protocol.cuda.resident import LENS_ROWS, ResidentLayout
 from attnd.v1 import tensor_pb2
 from attnd_server.attention.backends.base import DevicePlan, DeviceStep
 from attnd_server.attention.config import AttentionBackend
@@ -64,7 +64,7 @@ class ResidentGraph:
         capture: Callable[[Launches], Launches],
         channel: Channel,
         gates: Gates,
-        layout: StepLayout,
+        layouts: tuple[StepLayout, StepLayout],
         where: ResidentLayout,
     ) -> Launches:
         """Captures the launches, and returns what enqueues them.
@@ -73,13 +73,13 @@ class ResidentGraph:
             capture: records launches on the channel's stream.
             channel: of the session.
             gates: likewise.
-            layout: of the tensors of the class's most requests.
+            layouts: of the tensors of the class's most requests, of even and odd layers.
             where: the metadata.
 
         Raises:
             KernelMissing: a kernel is not there yet.
         """
-        tensors = [[channel.tensor(place) for place in each] for each in resident_tensors(layout)]
+        tensors = [[channel.tensor(place) for place in each] for each in layouts]
         lens, tables = (channel.tensor(place) for place in metadata_places(where))
         last = len(self._options) - 1
 

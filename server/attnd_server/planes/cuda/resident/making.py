@@ -26,11 +26,18 @@ def only_group(of: Cache) -> LayerGroup:
 
 
 def places(
-    sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int
-) -> tuple[StepLayout, ResidentLayout]:
-    """Where the tensors of the most requests lie, and the metadata. Raises InvalidRequest: the region is too small."""
-    layout = places_of(group.config, sizes.max_reqs * sizes.query_len, num_heads, region_bytes)
-    return layout, resident_layout(sizes.max_reqs, sizes.max_pages, layout, region_bytes)
+    sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int, layout_tokens: int
+) -> tuple[tuple[StepLayout, StepLayout], ResidentLayout]:
+    """Where the tensors of the most requests lie, of even and odd layers, and the metadata.
+
+    Raises:
+        InvalidRequest: the region is too small.
+    """
+    most = sizes.max_reqs * sizes.query_len
+    layout_tokens = layout_tokens or most
+    whole = places_of(group.config, layout_tokens, num_heads, region_bytes, layout_tokens)
+    layouts = places_of(group.config, most, num_heads, region_bytes, layout_tokens)
+    return layouts, resident_layout(sizes.max_reqs, sizes.max_pages, whole, region_bytes)
 
 
 def _shape(sizes: ResidentSizes) -> DecodeShape:

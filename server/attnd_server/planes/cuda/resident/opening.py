@@ -77,8 +77,10 @@ class ResidentSession:
         self.sizes = validation.resident_sizes(message, config, service.config)
         refuse_wrong_heads(message.num_heads, config)
         self.options = layer_options(service, message.options, config, message.num_heads, config.window)
-        layout, self.where = places(self.sizes, message.num_heads, self._group, channel.num_bytes)
-        self._bytes_of_token = bytes_of_token(layout, self.options, self.sizes)
+        layouts, self.where = places(
+            self.sizes, message.num_heads, self._group, channel.num_bytes, message.layout_tokens
+        )
+        self._bytes_of_token = bytes_of_token(layouts[0], self.options, self.sizes)
         longest, device = longest_step(self.sizes), self._group.device
         refuse_costly(self.options, lambda each: cost_of(config, longest, each, device), service.executor.most_work)
         kernels = kernels_of(service, self._group, self.options, self.sizes)
@@ -86,7 +88,7 @@ class ResidentSession:
         service.caches.reserve(self.cache, self._num_bytes, "resident steps of a cuda plane take memory, which")
         try:
             self.graph = graph_of(kernels, self._group, self.options, self.sizes)
-            self._resident = self._ready(layout, num_done)
+            self._resident = self._ready(layouts, num_done)
         except BaseException:
             service.caches.release(self.cache, self._num_bytes)
             raise
@@ -142,7 +144,7 @@ class ResidentSession:
         self._group.watch_no_more(self)
         self._service.caches.release(self.cache, self._num_bytes)
 
-    def _ready(self, layout: StepLayout, num_done: int) -> Resident:
+    def _ready(self, layouts: tuple[StepLayout, StepLayout], num_done: int) -> Resident:
         """Captures the launches."""
         channel, graph, where = self._channel, self.graph, self.where
         resident = channel.resident(graph.buffers.state, where.word)
@@ -154,7 +156,7 @@ class ResidentSession:
 
         graph.buffers.state[words.STEP] = num_done
         try:
-            self._replay = graph.capture(channel.capture_for, channel, resident.gates, layout, where)
+            self._replay = graph.capture(channel.capture_for, channel, resident.gates, layouts, where)
         except RuntimeError as error:  # CUDA's; by message the steps may do
             if is_device_fault(error) or is_memory_error(error):
                 raise
@@ -211,7 +213,7 @@ class ResidentSession:
         self._tell(attention_pb2.AttendResponse(resident_refusal=refusal_message))
 
 
-def refusal(reason: AttndError) -> bytes:
-    """Says that there are no resident steps, and why."""
-    reply = attention_pb2.ResidentStepsReply(reason=str(reason))
+def refusal(reason: AttndError, *, is_late: bool = False) -> bytes:
+    """Says that there are no resident steps, and why; if it is late, none yet."""
+    reply = attention_pb2.ResidentStepsReply(reason=str(reason), is_late=is_late)
     return attention_pb2.AttendResponse(resident_steps=reply).SerializeToString()

@@ -22,6 +22,7 @@ from attnd_server.service.service import AttentionService
 
 # Seconds for which kernels in the second context are waited for, and between two looks.
 STANDING_IN_S, _PERIOD_S = 10.0, 0.02
+_ON_THEIR_WAY = "their kernels are on their way to the GPU"
 
 
 class ResidentSteps:
@@ -46,6 +47,10 @@ class ResidentSteps:
         """Whether a step is."""
         return self._ready is not None and self._ready.launches.is_under_way
 
+    def tensor_bytes(self) -> int:
+        """Bytes of the region that are for tensors: behind them lies the metadata, if there is any."""
+        return self._channel.num_bytes if self._ready is None else self._ready.where.word
+
     def answer(self, message: attention_pb2.AttendRequest) -> bytes | None:
         """Answers a message that is of resident steps; None: it is not.
 
@@ -65,8 +70,8 @@ class ResidentSteps:
     def paused(self, after: int) -> Iterator[None]:
         """A block in which none is launched, once so many of the plane's life are done."""
         if self._ready is None:
-            if after:
-                rule = "must be 0 where there are no resident steps"
+            if after > self._num_done:
+                rule = f"must be at most the {self._num_done} that are done, where there are no resident steps"
                 raise InvalidRequest(f"after_resident is {after}, but {rule}", field="after_resident")
             yield
             return
@@ -89,8 +94,12 @@ class ResidentSteps:
         with self.paused(message.after_resident):  # those before are done, and none may be counted before the answer
             self.close()
         try:
+            if message.if_ready and num_standing_in(self._service.executor.device):
+                return refusal(Unsupported(_ON_THEIR_WAY), is_late=True)
             _await_own_context(self._service.executor.device)
             while isinstance(made := self._made(message), KernelMissing):
+                if message.if_ready:
+                    return refusal(Unsupported(_ON_THEIR_WAY), is_late=True)
                 made.ready.result()
         except (Unsupported, Exhausted) as reason:
             return refusal(self._service.told(reason, self._principal))
