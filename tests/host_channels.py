@@ -113,6 +113,9 @@ class HostPlanes(CudaPlanes):
     def takes_turns(self, worker: Worker) -> bool:
         return True
 
+    def most_beside(self, worker: Worker) -> int | None:
+        return None
+
 
 class _Gpu:
     index, uuid = 0, GPU

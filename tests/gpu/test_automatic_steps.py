@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = [
 
 # Seconds: longer than anything here should take.
 PATIENCE_S = 30.0
+LATE = "there are no resident steps yet: their kernels are on their way to the GPU"
 Call = list[torch.Tensor]
 
 
@@ -49,6 +51,14 @@ class Pair:
         self.ours, self.theirs = (each.create_cache(**GEOMETRY) for each in (client, self.inproc))
         self.session: Any = self.ours.session(plane="cuda")
         self.reference = self.theirs.session()
+
+    def until_resident(self, metadata: attnd.StepMetadata) -> int:
+        """Repeats a step until it is a resident one: kernels may be on their way. Returns how many were resident."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.step(metadata):
+            assert time.monotonic() < deadline, self.session.by_message
+            time.sleep(0.05)
+        return int(self.session.timings().resident)
 
     def step(self, metadata: attnd.StepMetadata, *, finishes: bool = True) -> str:
         """One step, compared bit for bit; why ours went by message."""
@@ -109,34 +119,35 @@ def test_a_loop_of_decode_steps(pair: Pair) -> None:
     """Requests come and go, contexts grow over pages, and room is made for them twice."""
     lengths = [0, 1, PAGE - 1, PAGE, 2 * PAGE - 2, 37]
     pair.step(prefill([5, 3]))
-    said = []
+    before, said = pair.until_resident(decode(lengths[:1])), []
     for step in range(60):
         n = 1 + step % NUM_REQS
         said.append(pair.step(decode(lengths[:n])))
         lengths[:n] = [length + 1 for length in lengths[:n]]
+    assert {why for why in said if why} <= {LATE}  # where there is to be more room
+    assert pair.session.timings().resident == before + said.count("")
     lengths[0] = 17 * PAGE
-    said.append(pair.step(decode(lengths[:1])))
-    assert said[1:] == [""] * 60
-    assert pair.session.timings().resident == 60
+    pair.until_resident(decode(lengths))
     assert pair.session.timings().backend == "triton_grouped"
 
 
 def test_blocks_and_drafts_and_prefill_between(pair: Pair) -> None:
     lengths, by_message = [4, 30, 16], []
+    before = pair.until_resident(decode(lengths, 4, mask="block_causal", block_size=4))
     for turn in range(40):
         if turn % 13 == 5:
             by_message.append(pair.step(prefill([7, 1, 19])))
         blocks = {"mask": "block_causal", "block_size": 4} if turn < 20 else {"mask": "bidirectional"}
         by_message.append(pair.step(decode(lengths, 4, stored=turn % 5, **blocks)))
         lengths = [(length + turn % 5) % (15 * PAGE) for length in lengths]
-    assert by_message.count("") == pair.session.timings().resident >= 25
+    assert before + by_message.count("") == pair.session.timings().resident
+    assert by_message.count("") >= 25 or LATE in by_message
 
 
 def test_a_graph_of_the_worker_serves_steps_of_either_kind(pair: Pair) -> None:
     """It was captured in a resident step, and is replayed in such, in steps by message, and after others were made."""
     n, lengths = 3, [9, 0, 31]
-    for _ in range(2):
-        pair.step(decode(lengths))
+    pair.until_resident(decode(lengths))
     calls = new_calls(n)
     graph = torch.cuda.CUDAGraph()
     step = pair.session.step(decode(lengths))
@@ -165,15 +176,15 @@ def test_a_graph_of_the_worker_serves_steps_of_either_kind(pair: Pair) -> None:
         graph.replay()
         step.finish()
         pair.check(decode(lengths), calls, outputs)
-    assert kinds.count("") == 17
     assert kinds.count("uses_resident_steps is False") == 6
+    assert kinds.count("") + kinds.count(LATE) == 17
+    assert kinds.count("") >= 9  # before others were made
 
 
 def test_a_worker_that_tells_steps_ahead(pair: Pair) -> None:
     """The step that comes behind a resident one goes by message, and waits for it on the server."""
     lengths = [3, 21]
-    for _ in range(3):
-        pair.step(decode(lengths))
+    pair.until_resident(decode(lengths))
     for _ in range(10):
         first, second = decode(lengths), decode([length + 1 for length in lengths])
         step = pair.session.step(first)
@@ -190,15 +201,15 @@ def test_a_worker_that_tells_steps_ahead(pair: Pair) -> None:
 
 def test_a_step_that_nobody_finishes_is_done_all_the_same(pair: Pair) -> None:
     lengths = [3, 21]
+    pair.until_resident(decode(lengths))
     for _ in range(30):
         pair.step(decode(lengths), finishes=False)
         lengths = [length + 1 for length in lengths]
-    assert pair.session.timings().resident > 1
+    assert pair.session.timings().resident > 2
 
 
 def test_a_refusal_ends_neither_plane_nor_graph(pair: Pair) -> None:
-    for _ in range(3):
-        pair.step(decode([5, 6]))
+    pair.until_resident(decode([5, 6]))
     plane = pair.session._plane
     # The first request's new token is in the second one's context.
     wrong = attnd.StepMetadata([1, 1], [5, 6], TABLES[[0, 0]], [*slots([5], 1, [1]), -1], kind="decode")
@@ -214,8 +225,7 @@ def test_a_refusal_ends_neither_plane_nor_graph(pair: Pair) -> None:
 
 def test_a_prompt_as_large_as_the_region_leaves_the_metadata_alone(pair: Pair) -> None:
     """Its tensors would lie where that of resident steps does."""
-    for _ in range(3):
-        pair.step(decode([5, 6]))
+    pair.until_resident(decode([5, 6]))
     session, most = pair.session, 1
     while session.fits(most + 1024, HEADS):
         most += 1024
@@ -230,13 +240,20 @@ def test_a_prompt_as_large_as_the_region_leaves_the_metadata_alone(pair: Pair) -
 def test_passes_of_a_model(client: attnd.Client) -> None:
     with client.create_cache(**GEOMETRY) as cache:
         session = ModelSession(cache)
-        for length in range(12):
+
+        def run(length: int) -> None:
             begun = session.begin(decode([length, length + 3]))
             for layer, call in enumerate(new_calls(2)):
                 begun.attend(layer, *call, attnd.AttentionOptions())
             begun.finish()
+
+        deadline = time.monotonic() + PATIENCE_S
+        while not (before := session.timings().resident) and time.monotonic() < deadline:
+            run(0)
+        for length in range(12):
+            run(length)
         assert session.plane == "cuda", session.refusals
-        assert session.timings().resident == 11
+        assert session.timings().resident == before + 12
         session.close()
 
 
@@ -251,13 +268,20 @@ def test_generation_by_transformers(client: attnd.Client) -> None:
     model = transformers.LlamaForCausalLM(config).to(DEVICE).bfloat16().eval()
     model.set_attn_implementation("attnd")
     ids = torch.randint(2, 60, (3, 11), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
-    found = []
-    for plane in ("cuda", "shm"):
+
+    def generated(plane: str) -> tuple[torch.Tensor, int]:
+        """Tokens, and how many steps were resident."""
         more = {"max_tokens": 1024, "dtype": model.dtype, "page_size": 16, "plane": plane}
         with RemoteCache(client, model.config, **more) as cache:
             out = model.generate(ids, past_key_values=cache, max_new_tokens=24, do_sample=False, min_new_tokens=24)
-            found.append(out)
-            if plane == "cuda":
-                assert cache.session.plane == "cuda", cache.session.refusals
-                assert cache.session.timings().resident >= 20
-    assert torch.equal(*found)
+            assert cache.session.plane == plane, cache.session.refusals
+            return out, cache.session.timings().resident
+
+    expected, _ = generated("shm")
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        tokens_, num_resident = generated("cuda")
+        assert torch.equal(tokens_, expected)
+        if num_resident >= 20:
+            break
+        assert time.monotonic() < deadline  # kernels may be on their way

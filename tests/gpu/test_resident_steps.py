@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import attnd
 from attnd.planes.cuda.resident import ResidentSteps
+from tests.e2e.test_examples import numbers, printed
 from tests.gpu import devices
 from tests.servers import ServerProcess
 
@@ -58,6 +60,11 @@ def client(server: ServerProcess) -> Iterator[attnd.Client]:
 def inproc() -> Iterator[attnd.Client]:
     with attnd.connect("inproc://") as client:
         yield client
+
+
+def number_of(what: str, default: int) -> int:
+    """How often something is done: for the record more often than each time."""
+    return int(os.environ.get(f"ATTND_TEST_{what}", str(default)))
 
 
 def steps_of(session: Any, **more: Any) -> ResidentSteps:
@@ -170,6 +177,44 @@ def test_a_graph_advances_the_lengths_itself(client: attnd.Client, inproc: attnd
         assert steps.num_done == count
         for step in range(count):
             pair.check([length + step for length in lengths], [1] * n, calls, list(kept[step]))
+
+
+def test_very_many_steps(client: attnd.Client) -> None:
+    """None hangs, is lost or comes twice: each request's only token sees itself, and is another one in each step."""
+    count, n, together = number_of("STEPS", 20_000), 4, 100
+    with client.create_cache(**GEOMETRY) as cache, cache.session(plane="cuda") as session:
+        steps = steps_of(session)
+        q, k, _ = tokens(n)
+        number, wrong = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+        def step() -> None:
+            number.add_(1)
+            v = (number % 251).to(torch.bfloat16).expand(n, KV_HEADS, HEAD_DIM)
+            steps.begin(n)
+            for layer in range(LAYERS):
+                wrong.add_((steps.attend(layer, q, k, v + layer) != v[:, :1] + layer).any())
+
+        with torch.cuda.stream(stream):
+            step()
+            steps.finish()
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(together):
+                    step()
+            for round_ in range(count // together):
+                graph.replay()
+                if round_ % 10 == 9:
+                    steps.finish()
+            steps.finish()
+        assert steps.num_done == int(number) == 1 + count // together * together
+        assert not int(wrong)
+
+
+def test_the_example_of_two_halves(server: ServerProcess) -> None:
+    """Both halves are sessions of one cache."""
+    example, alone = printed("two_halves", server.address), printed("two_halves")
+    assert example[-1] == "resident steps: 40 of 40"
+    torch.testing.assert_close(numbers(example[:4]), numbers(alone[1:5]), atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize(("mask", "block_size"), [("causal", 0), ("block_causal", 4), ("bidirectional", 0)])
@@ -336,7 +381,7 @@ def test_a_copy_of_pages_is_there_for_the_next_step(client: attnd.Client) -> Non
 
         expected = [read(0), read(1)]
         assert not torch.equal(*expected)
-        for round_ in range(300):
+        for round_ in range(number_of("COPIES", 300)):
             cache.copy_pages([round_ % 2], [5])
             assert torch.equal(read(5), expected[round_ % 2]), f"round {round_}"
 
@@ -421,11 +466,11 @@ for number in range(1 << 30):
 
 def test_workers_that_are_killed_leave_their_planes(client: attnd.Client, server: ServerProcess) -> None:
     command = [sys.executable, "-c", WORKER, server.address]
-    for round_ in range(5):
+    for round_ in range(number_of("CRASHES", 5)):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
             try:
                 assert worker.stdout is not None
-                for _ in range(3 + round_):
+                for _ in range(3 + round_ % 5):
                     assert worker.stdout.readline().strip().isdecimal()
             finally:
                 worker.send_signal(signal.SIGKILL)

@@ -290,6 +290,8 @@ def test_on_one_gpu_there_are_gates_where_both_sides_run_at_once(
     channel = take(opened, worker)
     assert isinstance(channel.flags, cuda_gates.GateFlags) == (servers and workers)
     assert opened.takes_turns(worker) == (not (servers and workers))
+    assert opened.most_beside(worker) == (planes_of_gpu.MOST_ON_ONE_GPU if servers and workers else None)
+    assert opened.most_beside(Worker("another", workers)) is None
     assert opened.results_num_bytes(worker) == 0
     if servers and workers:
         (region,) = channel._memory

@@ -44,7 +44,9 @@ HARMLESS = {
     "attnd.v1.WarmUpRequest.group",
     # Of resident steps, which a server offers when a plane is opened.
     "attnd.v1.CudaPlane.has_resident_steps",
+    "attnd.v1.CudaPlaneRequest.has_mps",
     "attnd.v1.CudaStep.after_resident",
+    "attnd.v1.CudaStep.layout_tokens",
     *(f"attnd.v1.AttendRequest.{field}" for field in ("resident_steps", "resident_resume")),
     *(f"attnd.v1.AttendResponse.{field}" for field in ("resident_steps", "resident_refusal", "resident_resume")),
 }

@@ -87,7 +87,7 @@ class Planes:
         assert not isinstance(cuda, str)
         if not worker.gpu_uuid:
             raise InvalidRequest("cuda.gpu_uuid is empty, but must name the GPU of the worker", field="cuda.gpu_uuid")
-        plane = table.open(principal, worker)
+        plane = table.open(principal, worker, cuda.most_beside(worker))
         flags = plane_pb2.CUDA_FLAGS_HOST if cuda.takes_turns(worker) else plane_pb2.CUDA_FLAGS_GATES
         return plane_pb2.OpenPlaneResponse(
             id=plane.id,

@@ -74,12 +74,13 @@ class PlaneTable:
             self._expire()
             return len(self._planes)
 
-    def open(self, principal: str, worker: Worker | None = None) -> Plane:
+    def open(self, principal: str, worker: Worker | None = None, most_there: int | None = None) -> Plane:
         """A new plane with its ticket.
 
         Args:
             principal: who asks for it.
             worker: for a cuda plane.
+            most_there: planes of workers with its GPU that may be open, this one included; None: as many as of others.
 
         Raises:
             Exhausted: there are as many as there may be, or as the principal may have sessions.
@@ -87,6 +88,8 @@ class PlaneTable:
         with self._lock:
             self._expire()
             self._refuse_if_full(is_cuda=worker is not None)
+            if worker is not None and most_there is not None:
+                self._refuse_if_crowded(worker.gpu_uuid, most_there)
             if self._sessions is not None:
                 self._sessions.take(principal)
             self._last_id += 1
@@ -148,6 +151,14 @@ class PlaneTable:
             )
         if not is_cuda and count >= self._max_planes:
             raise Exhausted(f"{count} shm planes are open, which is the limit; close a session, or wait")
+
+    def _refuse_if_crowded(self, gpu_uuid: str, most: int) -> None:
+        count = sum(plane.worker is not None and plane.worker.gpu_uuid == gpu_uuid for plane in self._planes.values())
+        if count >= most:
+            raise Exhausted(
+                f"{count} cuda planes of workers on the server's GPU are open, which is the limit under CUDA's "
+                "Multi-Process Service: more of them may hold each other up; close a session, or use another GPU or shm"
+            )
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Planes of workers that share the server's GPU by CUDA's Multi-Process Service. Streams of both sides wait in the few
+# hardware queues that there are: 8 sessions at work got on, and 16 had not ended after a minute (one H200).
+MOST_ON_ONE_GPU = 8
 # What torch's allocators are given to keep at the start, so that steps find memory there: bytes and number of blocks.
 _PINNED_BLOCKS = tuple((1 << bits, 8) for bits in range(9, 21))
 _DEVICE_BLOCKS = ((1 << 20, 16), (64 << 20, 1))
@@ -123,6 +126,11 @@ class CudaPlanes:
         """Whether the two sides have one GPU, on which only one of them runs at a time, as far as they have told."""
         has_mps = worker.has_mps and self._device.has_mps
         return worker.gpu_uuid == self.gpu_uuid and not has_mps
+
+    def most_beside(self, worker: Worker) -> int | None:
+        """Planes of workers with its GPU that may be open at once; None: there is no such limit."""
+        shares = worker.gpu_uuid == self.gpu_uuid and not self.takes_turns(worker)
+        return MOST_ON_ONE_GPU if shares else None
 
     def results_num_bytes(self, worker: Worker) -> int:
         """Bytes of the memory for results that a session gets on its worker's GPU; 0: they lie in the region."""
