@@ -156,6 +156,10 @@ class HostPlane(plane.CudaPlane):
     def torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def is_capturing(self) -> bool:
+        return False
+
     def current_stream(self) -> int:
         return 0
 

@@ -44,6 +44,7 @@ class Plane:
     num_bytes = 1 << 20
     torch_device = torch.device("cpu")
     has_resident_steps = True
+    is_capturing = False
 
     def __init__(self) -> None:
         self.failure: Exception | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from attnd.planes.cuda.plane import Answer
 from attnd.planes.cuda.session import CudaSession
 from attnd.protocol.cuda import copies as cuda_copies
 from attnd.protocol.cuda import gate_flags as cuda_gates
+from attnd.protocol.cuda.resident import VERSION
 from attnd.v1 import attention_pb2
 from tests.resident_worker import Copier, Counter, Plane
 
@@ -142,6 +144,30 @@ def test_decode_steps_are_resident_from_the_second_on(session: CudaSession, plan
     assert told[:, :2].tolist() == [[2, 1], [6, 6], [1, 1], [1, 1]]
     tables = plane.region[where.page_tables :].view(torch.int32)[: 2 * where.max_pages].view(2, -1)
     assert tables[:, :2].tolist() == [[0, 1], [2, 3]]
+
+
+def test_each_steps_metadata_is_its_own(session: CudaSession, planes: list[SendingPlane]) -> None:
+    """Though what is as in the step before is not written again, and two buffers take turns."""
+    ready(session, num_reqs=4)
+    (plane,) = planes
+    chance = random.Random(5)
+    for _ in range(120):
+        n, length, table = chance.choice([1, 2, 4]), chance.choice([0, 5, 6, 40]), chance.choice([0, 0, 50, 100])
+        metadata = decode(num_reqs=n, context_len=length)
+        tables = [[page + table for page in row] for row in metadata.page_tables]
+        stored = chance.choice([1, 1, 1, 0])
+        slots = [slot + table * PAGE if stored else -1 for slot in metadata.slot_mapping]
+        valid = chance.choice([None, None, [chance.randint(0, 1) for _ in range(n)]])
+        lens = metadata.query_lens, metadata.context_lens
+        told = attnd.StepMetadata(*lens, tables, slots, kind="decode", valid_lens=valid)
+        assert run(session, told) == ""
+        where = plane.where
+        found = plane.region[where.lens :][: 16 * where.max_reqs].view(torch.int32).view(4, -1)
+        assert found[0, :2].tolist() == [n, VERSION]
+        assert found[1:, :n].tolist() == [[length] * n, valid or [1] * n, [stored] * n]
+        columns = -(-(length + stored) // PAGE)
+        pages = plane.region[where.page_tables :].view(torch.int32)[: n * where.max_pages].view(n, -1)
+        assert pages[:, :columns].tolist() == [row[:columns] for row in tables]
 
 
 def test_tensors_lie_at_the_same_places_however_a_step_goes(session: CudaSession, planes: list[SendingPlane]) -> None:
@@ -347,6 +373,36 @@ def test_resident_steps_that_were_asked_for_are_the_only_ones(session: CudaSessi
         steps.attend(layer, torch.randn(1, HEADS, DIM), *(torch.randn(1, KV_HEADS, DIM) for _ in range(2)))
     steps.finish()
     assert steps.num_done == 2
+
+
+def test_a_step_that_is_opened_in_a_capture_goes_by_message(
+    session: CudaSession, planes: list[SendingPlane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metadata would go with each replay, and not now."""
+    ready(session)
+    monkeypatch.setattr(SendingPlane, "is_capturing", True)
+    assert run(session, decode()) == "a CUDA graph is being captured"
+    assert planes[0].asked == ["resident_steps"]
+
+
+def test_layers_that_are_captured_say_nothing_of_the_step(
+    session: CudaSession, planes: list[SendingPlane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is under way when it is replayed, and not when its last layer is captured."""
+    ready(session)
+    (plane,) = planes
+    step = session.step(decode())
+    plane.serves = False
+    monkeypatch.setattr(SendingPlane, "is_capturing", True)
+    for layer in range(LAYERS):
+        step.attend(layer, torch.randn(2, HEADS, DIM), *(torch.randn(2, KV_HEADS, DIM) for _ in range(2)))
+    monkeypatch.setattr(SendingPlane, "is_capturing", False)
+    assert session._steps is not None
+    assert not session._steps.is_known
+    plane.num_done += 1  # it was replayed
+    plane.tell(0)
+    step.finish()
+    assert session.timings().resident == 2
 
 
 def test_steps_are_by_message_for_who_wants_that(session: CudaSession, planes: list[SendingPlane]) -> None:

@@ -216,3 +216,17 @@ def test_the_server_makes_the_same_of_numbers_and_message(seed: int) -> None:
             assert torch.equal(getattr(told, name), getattr(expected, name)), (name, metadata)
     assert num_served > 100
     assert num_refused > 0
+
+
+def test_slots_of_absent_pages_are_no_positions() -> None:
+    """A page -1 gives negative slots, which are as wrong as others."""
+    tables = [[-1, 9], [1, 2]]
+    assert numbers_of(step(context_lens=[1, 4], page_tables=tables, slot_mapping=[1 - PAGE, 8])) == (
+        "slot_mapping is not where page_tables puts the tokens"
+    )
+    assert numbers_of(step(context_lens=[0, 4], page_tables=tables, slot_mapping=[-PAGE, 8])) == (
+        "slot_mapping is not where page_tables puts the tokens"
+    )
+    assert numbers_of(step(context_lens=[3, 4], page_tables=tables, slot_mapping=[-1, 8])) == (
+        "page_tables has absent pages within a context"
+    )

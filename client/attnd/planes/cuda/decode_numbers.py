@@ -44,17 +44,21 @@ class _Tables(NamedTuple):
         data: their bytes.
         pages: int32 `[num_reqs, num_columns]`.
         num_there: int64 `[num_reqs]`, columns before the first page that is absent.
+        is_whole: whether no page is.
     """
 
     shape: tuple[int, ...]
     data: bytes
     pages: Any
     num_there: Any
+    is_whole: bool
 
 
 # What a step must not say: fields that are None, and such that are 0 or False.
 _ABSENT = ("groups", "prefix_lens", "padded_prefix_lens", "attend_new", "first_position")
 _OFF = ("mask_prefix_hole", "cache_only", "store_only", "store_first", "window")
+# Batch sizes whose lengths are kept.
+_MAX_WHOLE = 64
 _MASKS = tuple(mask for mask in MASKS if mask != "prefix_full")
 
 
@@ -66,6 +70,7 @@ class DecodeReader:
         self._page_size, self._num_pages = page_size, num_pages
         self._bounds: tuple[bytes, int] = (b"", 0)  # cu_seqlens_q, and the query length that it says
         self._tables: _Tables | None = None
+        self._whole: dict[tuple[int, int], Any] = {}  # by requests and query length, so many query lengths
 
     def read(self, metadata: StepMetadata) -> DecodeNumbers | str:
         """What a step tells, or why it goes by message, for people.
@@ -88,15 +93,17 @@ class DecodeReader:
         if not query_len:
             return "requests differ in new tokens, or have none"
         contexts, num_reqs = _tensor(torch, lens.context_lens), lens.num_tokens // query_len
-        valid = torch.full((num_reqs,), query_len)
-        if metadata.valid_lens is not None:
-            valid = _numbers(torch, metadata, "valid_lens")
+        whole = self._whole_lens(torch, num_reqs, query_len)
+        valid = whole if metadata.valid_lens is None else _numbers(torch, metadata, "valid_lens")
         tables = self._tables_of(torch, page_tables_array(metadata.page_tables, "page_tables"))
         if isinstance(tables, str):
             return tables
         if not contexts.shape == valid.shape == (num_reqs,) == tables.shape[:1]:
             return "its fields are of different lengths"
-        stored = self._stored_lens(torch, metadata, contexts, tables.pages, query_len)
+        slots = None if metadata.slot_mapping is None else _numbers(torch, metadata, "slot_mapping")
+        if slots is not None and query_len == 1 and (num_pages := self._if_plain(torch, contexts, slots, tables)):
+            return DecodeNumbers(query_len, contexts, valid, whole, tables.pages, num_pages)
+        stored = self._stored_lens(torch, slots, contexts, tables.pages, query_len)
         if isinstance(stored, str):
             return stored
         needed = (contexts.clamp(min=0) + (stored + (self._page_size - 1))) // self._page_size
@@ -104,6 +111,30 @@ class DecodeReader:
             is_short = bool((needed > tables.shape[1]).any())
             return "page_tables is too short" if is_short else "page_tables has absent pages within a context"
         return DecodeNumbers(query_len, contexts, valid, stored, tables.pages, int(needed.max()))
+
+    def _whole_lens(self, torch: Any, num_reqs: int, query_len: int) -> Any:
+        key = num_reqs, query_len
+        if key not in self._whole:
+            if len(self._whole) > _MAX_WHOLE:
+                self._whole.clear()
+            self._whole[key] = torch.full((num_reqs,), query_len)
+        return self._whole[key]
+
+    def _if_plain(self, torch: Any, contexts: Any, slots: Any, tables: _Tables) -> int:
+        """Columns that a step needs which stores a new token of each request behind its context; 0: it is another.
+
+        Most steps are such, and each operation here is time that both GPUs wait for.
+        """
+        least, most = (int(each) for each in torch.aminmax(contexts))
+        num_pages = most // self._page_size + 1
+        if least < 0 or num_pages > tables.shape[1] or slots.shape != contexts.shape:
+            return 0
+        columns = contexts // self._page_size
+        pages = tables.pages.gather(1, columns[:, None])[:, 0]
+        if not torch.equal(slots, torch.add(contexts, pages - columns, alpha=self._page_size)):
+            return 0
+        is_there = tables.is_whole or bool((columns < tables.num_there).all())
+        return num_pages if is_there else 0
 
     def _query_len(self, torch: Any, bounds: Array) -> int:
         """New tokens of each request; 0: they differ."""
@@ -128,15 +159,14 @@ class DecodeReader:
         num_there = torch.full(array.shape[:1], array.shape[1])
         if least < 0:
             num_there = (pages >= 0).to(torch.int64).cumprod(1).sum(1)
-        self._tables = _Tables(array.shape, bytes(array.data), pages, num_there)
+        self._tables = _Tables(array.shape, bytes(array.data), pages, num_there, is_whole=least >= 0)
         return self._tables
 
-    def _stored_lens(self, torch: Any, metadata: StepMetadata, contexts: Any, tables: Any, query_len: int) -> Any:
+    def _stored_lens(self, torch: Any, slots: Any, contexts: Any, tables: Any, query_len: int) -> Any:
         """How many of each request's new tokens are stored, if those are the first, each at its own position."""
         num_reqs, num_tokens, page_size = contexts.shape[0], contexts.shape[0] * query_len, self._page_size
-        if metadata.slot_mapping is None:
+        if slots is None:
             return torch.zeros(num_reqs, dtype=torch.int64)
-        slots = _numbers(torch, metadata, "slot_mapping")
         if slots.shape[0] < num_tokens or (slots.shape[0] > num_tokens and bool((slots[num_tokens:] != -1).any())):
             return "slot_mapping is not of its tokens"
         if not tables.shape[1]:
@@ -148,8 +178,6 @@ class DecodeReader:
         pages = tables.gather(1, columns.clamp(0, tables.shape[1] - 1)).to(torch.int64)
         expected = pages * page_size + (positions - columns * page_size)
         is_right = (slots == expected) & (pages >= 0) & (columns >= 0) & (columns < tables.shape[1])
-        if bool(is_right.all()):  # as in most steps
-            return torch.full((num_reqs,), query_len)
         is_stored = slots >= 0
         stored = is_stored.sum(1)
         if not torch.equal(is_stored, torch.arange(query_len) < stored[:, None]):

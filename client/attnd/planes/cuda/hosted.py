@@ -48,7 +48,7 @@ class HostedSteps(ResidentSteps):
 
     def mark(self) -> None:
         """Enqueues what says how the step went, behind its last layer; not in a graph that is captured."""
-        if self._event is not None and sys.modules["torch"].cuda.is_current_stream_capturing():
+        if self._plane.is_capturing:
             return
         with self._plane.stream() as stream:
             self._fetch(stream)

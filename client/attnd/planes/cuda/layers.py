@@ -150,6 +150,11 @@ class PlaneLayers:
         cuda = sys.modules["torch"].cuda
         return cuda.current_stream().cuda_stream if cuda.current_device() == self.gpu.index else None
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what is enqueued on torch's current stream goes into a CUDA graph."""
+        return bool(sys.modules["torch"].cuda.is_current_stream_capturing())
+
     @contextmanager
     def stream(self) -> Iterator[int]:
         """As `current_stream`, whatever GPU is current before. Raises as `check_capture` does."""

@@ -79,6 +79,8 @@ class PlaneSteps:
             return "session.resident has made others"
         if self.unanswered or self.begun is not None:
             return "a step before it is not finished"
+        if self._plane.is_capturing:
+            return "a CUDA graph is being captured"
         if traces.tracer is not None and begin_span(self._session.cache, step):
             return "it is traced"
         reason = self._automatic.begin(step.metadata, num_heads, options)
