@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import _thread
+import math
+import queue
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from attnd.errors import Exhausted
+
+Item = TypeVar("Item")
+# Seconds of one wait on a thread that may be interrupted.
+TURN_S = 0.5
 
 
 def start_thread(target: Callable[[], object], name: str) -> None:
@@ -23,6 +32,21 @@ def start_thread(target: Callable[[], object], name: str) -> None:
         _thread.start_new_thread(_start, (thread,))
     except RuntimeError as error:
         raise Exhausted(f"no thread can be started: {error}") from None
+
+
+def taken(items: queue.SimpleQueue[Item], timeout_s: float = math.inf) -> Item:
+    """The next item of a queue. Raises queue.Empty: there is none after `timeout_s` seconds.
+
+    Waits in turns. A signal ends a wait of the main thread; but one that comes just before the wait begins does not,
+    and Ctrl-C would be heard when the wait is over.
+    """
+    if timeout_s <= TURN_S:
+        return items.get(timeout=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while (left_s := deadline - time.monotonic()) > TURN_S:
+        with suppress(queue.Empty):
+            return items.get(timeout=TURN_S)
+    return items.get(timeout=max(0.0, left_s))
 
 
 def bounded(timeout_s: float) -> float:

@@ -62,7 +62,7 @@ def test_an_interrupt_of_a_wait_leaves_nothing_locked(opened: Opened) -> None:
         class Interrupted:
             """What stands for a queue in whose `get` Ctrl-C comes."""
 
-            def get(self) -> None:
+            def get(self, timeout: float) -> None:
                 raise KeyboardInterrupt
 
         news, plane._news = plane._news, Interrupted()  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from attnd.errors import AttndError, DeadlineExceeded, Exhausted
-from attnd.threads import bounded, start_thread
+from attnd.threads import start_thread, taken
 
 Result = TypeVar("Result")
 Job = Callable[[], object]
@@ -63,7 +63,7 @@ def run(job: Callable[[], Result], timeout_s: float) -> Result:
     results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     start(partial(_settle, job, results))
     try:
-        result, error = results.get(timeout=bounded(timeout_s + GRACE_S))
+        result, error = taken(results, timeout_s + GRACE_S)
     except queue.Empty:
         raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
     if error is not None:

@@ -15,7 +15,7 @@ from attnd.planes import call_threads
 from attnd.planes.grpc_errors import translate
 from attnd.planes.transport import Stream
 from attnd.protocol import requests
-from attnd.threads import bounded
+from attnd.threads import taken
 
 Opening = Callable[[Callable[[bytes], bytes]], Any]
 """Begins a call of gRPC's, whose responses it has read by the function that it is given."""
@@ -62,7 +62,7 @@ class StreamingCall:
             AttndError: the stream broke.
         """
         try:
-            received = self._received.get(timeout=bounded(timeout_s))
+            received = taken(self._received, timeout_s)
         except queue.Empty:
             self.cancel()
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
@@ -133,7 +133,7 @@ class StreamingCall:
 def _takes(items: queue.SimpleQueue[None], timeout_s: float) -> bool:
     """Whether an item came in time, and was taken."""
     try:
-        items.get(timeout=timeout_s)
+        taken(items, timeout_s)
     except queue.Empty:
         return False
     return True

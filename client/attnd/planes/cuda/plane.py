@@ -24,7 +24,7 @@ from attnd.protocol.cuda.gate_flags import GateFlags
 from attnd.protocol.cuda.host_flags import HostFlags, HostWords
 from attnd.protocol.cuda.memory import DeviceMemory
 from attnd.protocol.shm import framing
-from attnd.threads import start_thread
+from attnd.threads import start_thread, taken
 from attnd.v1 import attention_pb2
 
 
@@ -136,7 +136,7 @@ class CudaPlane(PlaneLayers):
         deadline = time.monotonic() + timeout_s
         while not is_so():
             try:
-                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+                taken(self._news, max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 return is_so()
         return True
@@ -149,7 +149,7 @@ class CudaPlane(PlaneLayers):
         while step_id not in self._answers and self.failure is None:
             if not wait:
                 return None
-            self._news.get()
+            taken(self._news)
         return self._answers.pop(step_id, Answer(None, self.failure))
 
     @property
@@ -173,7 +173,7 @@ class CudaPlane(PlaneLayers):
         finally:
             self._is_closed = True
             end_socket(self._connection)
-            self._ended.get()
+            taken(self._ended)
             self._connection.close()
             with self.gpu.current():
                 self.free()

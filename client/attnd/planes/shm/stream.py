@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import weakref
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from attnd.protocol import requests
 from attnd.protocol.head_dims import most_head_dim_v
 from attnd.protocol.regions import Region
 from attnd.protocol.shm import framing, sockets
+from attnd.threads import TURN_S
 from attnd.v1 import cache_pb2, plane_pb2
 
 
@@ -114,20 +116,28 @@ class ShmStream(ShmMessages, Stream):
         """
         if timeout_s != self._timeout_s:
             self._set_timeout(timeout_s)
-        try:
-            reply = self._replies.receive()
-        except AttndError:  # among them one that is an OSError too: a message that is not whole in its time
-            raise
-        except BlockingIOError:
-            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-        except OSError as error:
-            raise hung_up(self._path, error) from None
+        turns = self._num_turns
+        while True:
+            try:
+                reply = self._replies.receive()
+            except AttndError:  # among them one that is an OSError too: a message that is not whole in its time
+                raise
+            except BlockingIOError:
+                turns -= 1
+                if not turns:
+                    raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+            except OSError as error:
+                raise hung_up(self._path, error) from None
+            else:
+                break
         if reply is None:
             raise hung_up(self._path, "end of file")
         return self.answer(reply)
 
     def _set_timeout(self, timeout_s: float) -> None:
-        sockets.set_timeouts(self._connection, receive_s=timeout_s, send_s=timeout_s)
+        # An answer is waited for in turns: see `attnd.threads.taken`.
+        self._num_turns = max(1, math.ceil(timeout_s / TURN_S))
+        sockets.set_timeouts(self._connection, receive_s=timeout_s / self._num_turns, send_s=timeout_s)
         self._timeout_s = timeout_s
 
     def stop(self) -> None:
