@@ -426,6 +426,52 @@ def test_a_step_that_is_traced_goes_by_message(
     assert bool(planes[0].sent[-1].step.traceparent) == is_sampled
 
 
+def test_a_sampler_is_asked_once_for_each_step(
+    session: CudaSession, planes: list[SendingPlane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(session)
+    asked: list[Any] = []
+    monkeypatch.setattr(traces, "tracer", object())
+    monkeypatch.setattr(traces, "begin", lambda *arguments: asked.append(arguments))
+    assert run(session, decode()) == ""
+    assert run(session, prefill()) == "kind is 'prefill'"
+    session.uses_resident_steps = False
+    run(session, decode())
+    assert len(asked) == 3
+
+
+def test_an_interrupt_of_a_wait_is_no_answer(
+    session: CudaSession, planes: list[SendingPlane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(session)
+    refuse(planes[0], 2)
+    step = session.step(decode())
+    for layer in range(LAYERS):
+        step.attend(layer, torch.randn(2, HEADS, DIM), *(torch.randn(2, KV_HEADS, DIM) for _ in range(2)))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    steps: Any = session._steps._automatic.steps  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "_refuse_if_failed", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step.finish()
+    with pytest.raises(InvalidRequest, match=r"page_tables.0, 0. is 9"):
+        step.finish()
+
+
+def test_others_that_were_asked_for_in_vain_are_made_up_for(session: CudaSession, planes: list[SendingPlane]) -> None:
+    ready(session)
+    (plane,) = planes
+    plane.refused_shapes = (77,)
+    with pytest.raises(Unsupported, match="no memory for so many"):
+        session.resident(HEADS, max_reqs=77, max_pages=4)
+    assert run(session, decode()) == ""
+    assert plane.wanted.after_resident == 1
+    assert session.timings().resident == 2
+
+
 def test_closing_drops_the_step_that_is_not_finished(session: CudaSession, planes: list[SendingPlane]) -> None:
     ready(session)
     step = session.step(decode())

@@ -80,7 +80,8 @@ class AutomaticSteps:
         return ""
 
     def _has_room(self, numbers: DecodeNumbers) -> bool:
-        assert self.steps is not None
+        if self.steps is None or self.steps.is_over:  # others were asked for, and could not be had
+            return False
         shape = self.steps.shape
         return numbers.num_reqs <= shape.max_reqs and numbers.num_pages <= shape.max_pages
 

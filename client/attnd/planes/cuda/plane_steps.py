@@ -158,10 +158,9 @@ class PlaneSteps:
         try:
             steps.finish_last(resumes=not self.unanswered)
         except AttndError as error:
-            step.error = error
+            step.error, self.begun = error, None
             raise
-        finally:
-            self.begun = None
+        self.begun = None  # and not after an interrupt: whoever asks again, waits again
 
     def drop(self, error: AttndError | None = None) -> bool:
         """Gives up what is under way, each step with an error of its own or this one; whether anything was."""

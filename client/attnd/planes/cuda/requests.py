@@ -25,7 +25,7 @@ def step_request(
         cache.missing.check_step(message)
     if step.span is not None:
         message.traceparent = step.span.traceparent
-    elif traces.tracer is not None:
+    elif traces.tracer is not None and not step.is_unsampled:
         step.span = traces.begin(message, range(cache.config.num_layers), "cuda")
     heads = 0 if step.metadata.store_only else num_heads
     told = [] if options == (DEFAULT_OPTIONS,) else [each.message for each in options]
@@ -36,7 +36,8 @@ def begin_span(cache: Lease, step: CudaStep) -> bool:
     """Begins a step's span if it has one, before it is known how the step goes; whether it has."""
     message = step.metadata.to_message(step.id, cache.ref)
     step.span = traces.begin(message, range(cache.config.num_layers), "cuda")
-    return step.span is not None
+    step.is_unsampled = step.span is None
+    return not step.is_unsampled
 
 
 def num_tokens_of(request: attention_pb2.CudaStep) -> int:

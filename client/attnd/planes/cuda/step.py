@@ -53,6 +53,7 @@ class CudaStep:
         self.metadata = metadata
         self.error: AttndError | None = None
         self.span: StepSpan | None = None
+        self.is_unsampled = False  # for a trace, as the sampler has said
         self.is_resident = False  # else it goes by message
         self._session = session
         self._plane: CudaPlane | None = None
