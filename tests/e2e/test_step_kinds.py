@@ -95,12 +95,13 @@ def metadata(step: PlainStep) -> attnd.StepMetadata:
 
 @pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
 @pytest.mark.parametrize("backend", ["naive", "auto"])
-def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) -> None:
-    """1,250 of each of four kinds, some over the shm plane; sdpa has no lse and no sinks, so that auto takes it."""
+@pytest.mark.parametrize("count", [500, pytest.param(1_250, marks=pytest.mark.slow)])
+def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None, count: int) -> None:
+    """So many of each of four kinds, some over the shm plane; sdpa has no lse and no sinks, so that auto takes it."""
     chance = random.Random(f"{backend} {kv_dtype}")
     worlds = [World(client, seed, kv_dtype=kv_dtype, plane=plane) for seed, plane in enumerate(["inline", "shm"])]
     num_refused = 0
-    for index in range(1_250):
+    for index in range(count):
         step = random_step(chance, PAGES, PAGE)
         num_refused += bool(refusal(step, PAGE))
         is_plain = backend == "auto"
@@ -110,7 +111,7 @@ def test_random_steps(client: attnd.Client, backend: str, kv_dtype: str | None) 
     for world in worlds:
         world.check_slots()
         world.cache.delete()
-    assert 20 < num_refused < 600
+    assert count / 60 < num_refused < count / 2
 
 
 class Group(NamedTuple):

@@ -212,7 +212,7 @@ def check_merges(step: Step, items: np.ndarray, merges: np.ndarray) -> None:
 BLOCKS = Step((8192, 300, 0, 5000), query_len=32, num_groups=8, spare_slots=2)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=35, deadline=None, derandomize=True)
 @given(step=steps())
 @example(step=Step((0,), spare_slots=4))
 @example(step=Step((8192, 8192, 1, 40_000), spare_slots=1))

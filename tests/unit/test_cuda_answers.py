@@ -18,6 +18,7 @@ from attnd_server.planes.answer_socket import AnswerSocket
 from attnd_server.planes.connection import PlaneConnection
 from attnd_server.planes.cuda.serve import MAX_STEPS_UNDER_WAY, _Answers
 from attnd_server.planes.cuda.session import StepUnderWay
+from tests.servers import wait_for
 
 # Seconds: longer than anything here should take.
 PATIENCE_S = 20.0
@@ -109,7 +110,7 @@ def test_news_comes_after_what_was_begun_and_answers_nothing(rig: Rig) -> None:
     assert rig.answers.begin(b"2")
     rig.session.may_end.put(1)
     assert rig.numbers(2) == [1, -7]
-    assert rig.socket.num_due == 1
+    wait_for(lambda: rig.socket.num_due == 1, "the answer that was sent is still due")
     rig.session.may_end.put(2)
     assert rig.numbers(1) == [2]
     rig.answers.close()
