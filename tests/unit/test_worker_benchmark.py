@@ -6,6 +6,7 @@ import json
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,18 @@ def test_without_two_gpus_there_is_only_a_dry_run(
     with pytest.raises(SystemExit):
         parse([])  # type: ignore[operator]
     assert "torch finds 1 GPUs, but there must be two, or --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_on_one_gpu_both_sides_must_run_at_once(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    gpu = SimpleNamespace(has_mps=False)
+    monkeypatch.setattr(worker_options, "device", lambda index: gpu)
+    with pytest.raises(SystemExit):
+        worker_options.parse(["--one-gpu", "--table", "sessions"])
+    assert "argument --one-gpu: needs a GPU and CUDA's MPS: nvidia-cuda-mps-control -d" in capsys.readouterr().err
+    gpu.has_mps = True
+    if has_gpu:
+        assert worker_options.parse(["--one-gpu", "--table", "sessions"]).one_gpu
