@@ -39,7 +39,7 @@ def compare_with_naive(case: Case, device: str) -> None:
 
 
 @DEVICES
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(case=oracle.cases(plain=True))
 def test_any_step(device: str, case: Case) -> None:
     assert SdpaAttention().supports(case.config(), case.metadata(), oracle.options(case, oracle.tensors(case))) is None

@@ -254,7 +254,7 @@ def _hole_cannot_be_said(metadata: AttnMetaDataBase) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(_block_steps())
 def test_every_token_sees_what_it_sees_in_the_engine(metadata: AttnMetaDataBase) -> None:
     if _hole_cannot_be_said(metadata):

@@ -169,7 +169,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     assert Manifest.from_bytes(TOLD.to_bytes(), AttentionConfig) == TOLD
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False), JSON)
 def test_a_manifest_that_says_anything_else_is_refused(random: Random, value: object) -> None:
     """With a checksum that is right: whatever is accepted is well formed."""

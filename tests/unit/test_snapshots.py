@@ -582,7 +582,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(GEOMETRIES)), st.randoms(use_true_random=False), JSON)
 def test_a_manifest_that_says_anything_else_is_refused(name: str, random: Random, value: object) -> None:
     """With a checksum that is right: whatever is accepted is well formed."""

@@ -31,7 +31,7 @@ STEP_TENSORS = [
     "first_position",
 ]
 
-fuzz = settings(deadline=None, derandomize=True, max_examples=400)
+fuzz = settings(deadline=None, derandomize=True, max_examples=300)
 
 
 def mostly(good, bad):
@@ -208,7 +208,7 @@ def test_a_valid_step_is_accepted(message):
     assert_safe(message, validation.step(message, CONFIG, LIMITS))
 
 
-@settings(fuzz, max_examples=800)
+@settings(fuzz, max_examples=500)
 @given(almost_valid_steps())
 def test_an_accepted_step_is_safe(message):
     metadata, error = attempt(validation.step, message, CONFIG, LIMITS)
@@ -283,7 +283,7 @@ def changed_steps(draw):
     return message, base
 
 
-@settings(fuzz, max_examples=800)
+@settings(fuzz, max_examples=500)
 @given(changed_steps())
 def test_an_accepted_delta_gives_a_table_that_is_safe(message_and_base):
     message, base = message_and_base
