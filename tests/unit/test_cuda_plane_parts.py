@@ -280,16 +280,16 @@ def test_gpus_that_cannot_share_memory_are_refused_with_the_reason(monkeypatch: 
 def test_workers_that_share_the_servers_gpu_have_a_limit_of_their_own() -> None:
     planes = PlaneTable("/socket", 1 << 20, max_planes=1, max_cuda_planes=9)
     here, there = Worker("here", True), Worker("there", True)
-    first = planes.open("me", here, most_there=2)
+    first = planes.open("me", here, most_beside=2)
     planes.open("me", there)
-    planes.open("me", here, most_there=2)
+    planes.open("me", here, most_beside=2)
     with pytest.raises(
         attnd.Exhausted, match="2 cuda planes of workers on the server's GPU are open, which is the limit"
     ):
-        planes.open("me", here, most_there=2)
+        planes.open("me", here, most_beside=2)
     planes.open("me", there)
     planes.close(first.id, "me")
-    planes.open("me", here, most_there=2)
+    planes.open("me", here, most_beside=2)
 
 
 def test_shm_and_cuda_planes_are_counted_apart() -> None:

@@ -200,7 +200,7 @@ class CudaPlane(google.protobuf.message.Message):
     carries AttendRequests with cuda_step and their AttendResponses, framed as for ShmPlane; the next step may be sent while
     one is under way. The tensors of every layer lie in the region, from byte 4096 on: q, k, v, output and lse, in this
     order, each at the next multiple of 256, as Call and CallReply describe them; room is left for all, whichever of them
-    the step has. Where there is a memory of results, output, lse and the word to the worker lie there instead, at the same
+    the step has. A step's layout_tokens may say otherwise. Where there is a memory of results, output, lse and the word to the worker lie there instead, at the same
     places. The worker hands over a layer, 0 first, when its q, k and v are there; the server hands it back when its output
     and lse are. An error ends the plane, and so does the end of the socket: both sides let go of the streams that wait.
     """

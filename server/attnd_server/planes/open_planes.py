@@ -74,13 +74,13 @@ class PlaneTable:
             self._expire()
             return len(self._planes)
 
-    def open(self, principal: str, worker: Worker | None = None, most_there: int | None = None) -> Plane:
+    def open(self, principal: str, worker: Worker | None = None, most_beside: int | None = None) -> Plane:
         """A new plane with its ticket.
 
         Args:
             principal: who asks for it.
             worker: for a cuda plane.
-            most_there: planes of workers with its GPU that may be open, this one included; None: as many as of others.
+            most_beside: planes of workers with its GPU that may be open, this one included; None: as many as of others.
 
         Raises:
             Exhausted: there are as many as there may be, or as the principal may have sessions.
@@ -88,8 +88,8 @@ class PlaneTable:
         with self._lock:
             self._expire()
             self._refuse_if_full(is_cuda=worker is not None)
-            if worker is not None and most_there is not None:
-                self._refuse_if_crowded(worker.gpu_uuid, most_there)
+            if worker is not None and most_beside is not None:
+                self._refuse_if_crowded(worker.gpu_uuid, most_beside)
             if self._sessions is not None:
                 self._sessions.take(principal)
             self._last_id += 1

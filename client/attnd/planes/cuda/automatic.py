@@ -33,13 +33,11 @@ class AutomaticSteps:
 
     Attributes:
         steps: that were made last; None: none were.
-        num_tokens: of the step that was begun last.
     """
 
     def __init__(self, session: Session, plane: CudaPlane) -> None:
         """None yet."""
         self.steps: HostedSteps | None = None
-        self.num_tokens = 0
         self._session, self._plane, config = session, plane, session.cache.config
         self._reader = DecodeReader(config.page_size, config.num_pages)
         self._refusal = "" if plane.has_resident_steps else "the server has no resident steps for this worker"
@@ -49,7 +47,9 @@ class AutomaticSteps:
         self._late_until, self._reason_late = 0.0, ""  # when to ask again, `time.monotonic`
         self._limits: capabilities_pb2.Limits | None = None
 
-    def begin(self, metadata: StepMetadata, num_heads: int, options: tuple[AttentionOptions, ...]) -> str:
+    def begin(
+        self, metadata: StepMetadata, num_heads: int, options: tuple[AttentionOptions, ...]
+    ) -> DecodeNumbers | str:
         """Begins a step as a resident one, those before it being over; or says why it is to go by message.
 
         Raises:
@@ -76,8 +76,7 @@ class AutomaticSteps:
             return reason
         assert self.steps is not None
         self.steps.begin_with(numbers)
-        self.num_tokens = numbers.num_reqs * numbers.query_len
-        return ""
+        return numbers
 
     def _has_room(self, numbers: DecodeNumbers) -> bool:
         if self.steps is None or self.steps.is_over:  # others were asked for, and could not be had

@@ -35,6 +35,11 @@ class DecodeNumbers(NamedTuple):
         """Requests of the step."""
         return int(self.context_lens.shape[0])
 
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all requests."""
+        return self.num_reqs * self.query_len
+
 
 class _Tables(NamedTuple):
     """Page tables that were looked at.

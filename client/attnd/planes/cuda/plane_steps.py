@@ -57,8 +57,7 @@ class PlaneSteps:
         geometry, plane, resident = self._session.geometry, self._plane, self._resident
         common = common_tokens(num_heads, geometry, plane.num_bytes) if plane.has_resident_steps else 0
         layout_tokens = common if num_tokens <= common else 0
-        has_metadata = resident is not None and not resident.is_over
-        num_bytes = resident.tensor_bytes if resident is not None and has_metadata else plane.num_bytes
+        num_bytes = plane.num_bytes if resident is None or resident.is_over else resident.tensor_bytes
         return layer_layouts(num_tokens, num_heads, geometry, num_bytes, layout_tokens), layout_tokens
 
     def begin(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...], *, is_wanted: bool) -> str:
@@ -83,13 +82,13 @@ class PlaneSteps:
             return "a CUDA graph is being captured"
         if traces.tracer is not None and begin_span(self._session.cache, step):
             return "it is traced"
-        reason = self._automatic.begin(step.metadata, num_heads, options)
-        if not reason:
-            assert self._automatic.steps is not None
-            step.is_resident, self.begun = True, step
-            layouts, _ = self.layouts(self._automatic.num_tokens, num_heads)
-            step.opened(self._plane, layouts, options)
-        return reason
+        numbers = self._automatic.begin(step.metadata, num_heads, options)
+        if isinstance(numbers, str):
+            return numbers
+        self.begun = step
+        layouts, _ = self.layouts(numbers.num_tokens, num_heads)
+        step.opened(self._plane, layouts, options)
+        return ""
 
     def send(self, step: CudaStep, num_heads: int, options: tuple[AttentionOptions, ...]) -> int:
         """Sends a step; returns the bytes of its message.
@@ -125,7 +124,7 @@ class PlaneSteps:
         return True
 
     def enqueued(self, step: CudaStep) -> None:
-        """The last layer of a step was."""
+        """The last layer of a step was: what says how a resident one went comes behind it."""
         if step is self.begun:
             assert self._automatic.steps is not None
             self._automatic.steps.mark()

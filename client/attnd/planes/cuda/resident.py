@@ -73,7 +73,7 @@ class ResidentSteps:
 
         self.shape, self.num_done, self._num_counted = shape, num_done, num_done
         self._session, self._plane = session, plane
-        self._where, self._layouts = made_ready(session, plane, shape, num_done, if_ready=self._if_ready)
+        self._layouts, self._where = made_ready(session, plane, shape, num_done, if_ready=self._if_ready)
         self._dtype = getattr(sys.modules["torch"], DTYPE_NAMES[self._layouts[0].q.dtype])
         self._next_layer, self.is_over = 0, False
         self._make_tensors()
@@ -235,7 +235,7 @@ class ResidentSteps:
         if num_tokens > self.shape.max_reqs * self.shape.query_len:
             rule = f"these steps have at most {self.shape.max_reqs} requests of {self.shape.query_len} new tokens"
             raise InvalidRequest(f"q has {num_tokens} tokens, but {rule}", field="q")
-        return StepLayout(*(place.first_rows(num_tokens) for place in self._layouts[layer % 2]))
+        return self._layouts[layer % 2].first_rows(num_tokens)
 
     def _refuse_if_failed(self) -> None:
         if self.is_over and self._plane.failure is None:

@@ -11,7 +11,7 @@ from attnd.foreign_metadata import check_options
 from attnd.planes.leases import Lease
 from attnd.protocol.attention_options import AttentionOptions
 from attnd.protocol.cuda.layout import Geometry, StepLayout
-from attnd.protocol.cuda.resident import ResidentLayout, common_tokens, layer_layouts, resident_layout, rounded
+from attnd.protocol.cuda.resident import ResidentLayout, common_tokens, resident_places, rounded
 from attnd.protocol.requests import DEFAULT_OPTIONS
 from attnd.protocol.step_metadata import MASKS, StepMetadata
 from attnd.timings import Timings
@@ -71,8 +71,8 @@ class Session(Protocol):
 
 def made_ready(
     session: Session, plane: CudaPlane, shape: ResidentShape, num_done: int, *, if_ready: bool
-) -> tuple[ResidentLayout, tuple[StepLayout, StepLayout]]:
-    """Asks the server; where the metadata lies, and the tensors of even and odd layers.
+) -> tuple[tuple[StepLayout, StepLayout], ResidentLayout]:
+    """Asks the server; where the tensors of even and odd layers lie, and the metadata.
 
     Raises:
         NotYet: their kernels are on their way; only if they are asked for `if_ready`, else they are waited for.
@@ -109,15 +109,10 @@ def made_ready(
 
 def places(
     shape: ResidentShape, geometry: Geometry, region_bytes: int, max_reqs: int, max_pages: int
-) -> tuple[ResidentLayout, tuple[StepLayout, StepLayout]]:
-    """Where the metadata lies, and the tensors of even and odd layers, with room for so many requests and pages.
-
-    Raises:
-        InvalidRequest: the region does not hold them.
-    """
-    tokens = _layout_tokens(shape, geometry, region_bytes) or max_reqs * shape.query_len
-    layouts = layer_layouts(tokens, shape.num_heads, geometry, region_bytes, tokens)
-    return resident_layout(max_reqs, max_pages, layouts, region_bytes), layouts
+) -> tuple[tuple[StepLayout, StepLayout], ResidentLayout]:
+    """As `resident_places`, with room for so many requests and pages. Raises as it does."""
+    tokens = _layout_tokens(shape, geometry, region_bytes)
+    return resident_places(max_reqs, max_pages, shape.query_len, shape.num_heads, geometry, region_bytes, tokens)
 
 
 def _layout_tokens(shape: ResidentShape, geometry: Geometry, region_bytes: int) -> int:

@@ -170,7 +170,7 @@ class CudaSession:
             raise step.error
 
     def enqueued(self, step: CudaStep) -> None:
-        """The last layer of a resident step was. For `CudaStep`."""
+        """The last layer of a step was. For `CudaStep`."""
         if self._steps is not None:
             self._steps.enqueued(step)
 

@@ -38,7 +38,7 @@ class CudaSteps(Protocol):
         """Waits for the answer of a step and those before it."""
 
     def enqueued(self, step: CudaStep) -> None:
-        """The last layer of a resident step was."""
+        """The last layer of a step was."""
 
     def timings(self) -> Timings:
         """Sums over the session's steps."""
@@ -54,7 +54,6 @@ class CudaStep:
         self.error: AttndError | None = None
         self.span: StepSpan | None = None
         self.is_unsampled = False  # for a trace, as the sampler has said
-        self.is_resident = False  # else it goes by message
         self._session = session
         self._plane: CudaPlane | None = None
         self._layouts: tuple[StepLayout, StepLayout] | None = None  # of even and odd layers
@@ -115,7 +114,7 @@ class CudaStep:
             raise InvalidRequest(f"options of layer {layer} are not those of the step, but {rule}", field="options")
         output = self._enqueue(layer, q, k, v, told.return_lse)
         self._next_layer += 1
-        if self.is_resident and self.is_complete:
+        if self.is_complete:
             self._session.enqueued(self)
         timings, call_us = self._session.timings(), (time.perf_counter() - started) * 1e6
         timings.num_calls += 1

@@ -69,6 +69,10 @@ class StepLayout(NamedTuple):
     output: Place
     lse: Place
 
+    def first_rows(self, num_rows: int) -> StepLayout:
+        """The first so many rows of each."""
+        return StepLayout(*(place.first_rows(num_rows) for place in self))
+
 
 def step_layout(num_tokens: int, num_heads: int, geometry: Geometry, region_bytes: int) -> StepLayout:
     """Where the tensors of a step lie.

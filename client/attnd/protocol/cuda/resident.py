@@ -88,7 +88,7 @@ def layer_layouts(
     if (end := tensors_end((even, odd))) > region_bytes:
         rule = f"take {end} bytes of a cuda plane's region, but it has {region_bytes} for them"
         raise InvalidRequest(f"layers of {layout_tokens} tokens {rule}", field="layout_tokens")
-    return _first_rows(even, num_tokens), _first_rows(odd, num_tokens)
+    return even.first_rows(num_tokens), odd.first_rows(num_tokens)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -104,10 +104,6 @@ def common_tokens(num_heads: int, geometry: Geometry, region_bytes: int) -> int:
             return count
         count //= 2
     return 0
-
-
-def _first_rows(layout: StepLayout, num_rows: int) -> StepLayout:
-    return StepLayout(*(place.first_rows(num_rows) for place in layout))
 
 
 def tensors_end(layouts: tuple[StepLayout, StepLayout]) -> int:
@@ -155,3 +151,33 @@ def resident_layout(
     lens = start + _WORD_BYTES
     tables = lens + -(-LENS_ROWS * 4 * rounded(max_reqs) // ALIGNMENT) * ALIGNMENT
     return ResidentLayout(rounded(max_reqs), rounded(max_pages), start, lens, tables)
+
+
+def resident_places(
+    max_reqs: int,
+    max_pages: int,
+    query_len: int,
+    num_heads: int,
+    geometry: Geometry,
+    region_bytes: int,
+    layout_tokens: int = 0,
+) -> tuple[tuple[StepLayout, StepLayout], ResidentLayout]:
+    """Where the tensors of a step of the most requests lie, of even and odd layers, and the metadata.
+
+    Args:
+        max_reqs: most requests of a step.
+        max_pages: most pages of a request.
+        query_len: new tokens of a request.
+        num_heads: query heads.
+        geometry: of the cache.
+        region_bytes: of the region.
+        layout_tokens: as of `layer_layouts`, at least the tokens of the most requests; 0: these.
+
+    Raises:
+        InvalidRequest: the region does not hold both.
+    """
+    most = max_reqs * query_len
+    layout_tokens = layout_tokens or most
+    layouts = layer_layouts(most, num_heads, geometry, region_bytes, layout_tokens)
+    whole = layer_layouts(layout_tokens, num_heads, geometry, region_bytes, layout_tokens)
+    return layouts, resident_layout(max_reqs, max_pages, whole, region_bytes)

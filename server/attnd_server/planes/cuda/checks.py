@@ -53,6 +53,10 @@ def places_of(
     config: AttentionConfig, num_tokens: int, num_heads: int, region_bytes: int, layout_tokens: int = 0
 ) -> tuple[StepLayout, StepLayout]:
     """Where the tensors of a step's even and odd layers lie. Arguments and errors as of `layer_layouts`."""
+    return layer_layouts(num_tokens, num_heads, geometry_of(config), region_bytes, layout_tokens)
+
+
+def geometry_of(config: AttentionConfig) -> Geometry:
+    """What a step's tensors have in common with their cache."""
     dtype = DTYPES[str(config.dtype).removeprefix("torch.")]
-    geometry = Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)
-    return layer_layouts(num_tokens, num_heads, geometry, region_bytes, layout_tokens)
+    return Geometry(config.num_kv_heads, config.head_dim, config.head_dim_v, dtype)

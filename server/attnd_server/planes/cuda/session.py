@@ -216,7 +216,7 @@ class CudaSession:
             refuse_wrong_heads(heads, config)
         options = layer_options(service, request.options, config, heads, step.metadata.window)
         refuse_costly(options, step.cost, service.executor.most_work)
-        num_tokens, region_bytes = step.metadata.num_tokens, self._resident.tensor_bytes()
+        num_tokens, region_bytes = step.metadata.num_tokens, self._resident.tensor_bytes
         return CudaStep(step, options, heads, places_of(config, num_tokens, heads, region_bytes, request.layout_tokens))
 
     def _enqueued(self, step: CudaStep, held: ExitStack) -> KernelMissing | None:

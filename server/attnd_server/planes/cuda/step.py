@@ -88,8 +88,8 @@ class CudaStep:
         self.started_at = time.perf_counter()
         self.step.cache.refuse_if_closed()
         self.step.mark_written()
-        found = graphs.find(self.step.cache, self.step.group, self.step.metadata, self.options, self.layouts)
-        self.graph = graph = found
+        step = self.step
+        self.graph = graph = graphs.find(step.cache, step.group, step.metadata, self.options, self.layouts)
         if graph is not None:
             self.backend = graph.backend
         else:

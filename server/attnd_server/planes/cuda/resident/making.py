@@ -1,4 +1,4 @@
-"""What resident steps are made of: kernels, plans, places, and what they take."""
+"""What resident steps are made of: kernels and plans, and what they take."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import torch
 
 from attnd.errors import Unsupported
 from attnd.protocol.cuda.layout import StepLayout
-from attnd.protocol.cuda.resident import ResidentLayout, resident_layout
 from attnd_server.attention.backends.base import DecodeShape, DevicePlan, PlansOnDevice
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions, decode_step
 from attnd_server.attention.resident import ResidentSizes
 from attnd_server.kv.cache import Cache
 from attnd_server.kv.layer_group import LayerGroup
-from attnd_server.planes.cuda.checks import places_of
 from attnd_server.planes.cuda.resident.graph import ResidentGraph, buffers_of
 from attnd_server.planes.cuda.step import BACKENDS
 from attnd_server.service.service import AttentionService
@@ -23,21 +21,6 @@ def only_group(of: Cache) -> LayerGroup:
     if len(of.groups) > 1:
         raise Unsupported(f"the cache has {len(of.groups)} layer groups, and resident steps have one", field="cache")
     return of.groups[0]
-
-
-def places(
-    sizes: ResidentSizes, num_heads: int, group: LayerGroup, region_bytes: int, layout_tokens: int
-) -> tuple[tuple[StepLayout, StepLayout], ResidentLayout]:
-    """Where the tensors of the most requests lie, of even and odd layers, and the metadata.
-
-    Raises:
-        InvalidRequest: the region is too small.
-    """
-    most = sizes.max_reqs * sizes.query_len
-    layout_tokens = layout_tokens or most
-    whole = places_of(group.config, layout_tokens, num_heads, region_bytes, layout_tokens)
-    layouts = places_of(group.config, most, num_heads, region_bytes, layout_tokens)
-    return layouts, resident_layout(sizes.max_reqs, sizes.max_pages, whole, region_bytes)
 
 
 def _shape(sizes: ResidentSizes) -> DecodeShape:

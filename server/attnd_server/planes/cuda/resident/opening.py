@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from attnd.errors import AttndError, InvalidRequest, Unsupported, to_message
 from attnd.protocol.cuda.layout import Place, StepLayout
+from attnd.protocol.cuda.resident import resident_places
 from attnd.v1 import attention_pb2, backend_pb2, tensor_pb2
 from attnd_server.device.cuda_graph import Launches
 from attnd_server.device.faults import is_device_fault
@@ -18,7 +19,7 @@ from attnd_server.execution.cost import cost_of
 from attnd_server.execution.work import on_cache
 from attnd_server.identity import refuse_if_revoked
 from attnd_server.planes.cuda.channel import Channel, Resident
-from attnd_server.planes.cuda.checks import layer_options, refuse_costly, refuse_wrong_heads
+from attnd_server.planes.cuda.checks import geometry_of, layer_options, refuse_costly, refuse_wrong_heads
 from attnd_server.planes.cuda.in_turn import run_in_turn
 from attnd_server.planes.cuda.resident.books import DONE
 from attnd_server.planes.cuda.resident.keeper import KEEPER
@@ -30,7 +31,6 @@ from attnd_server.planes.cuda.resident.making import (
     longest_step,
     num_bytes_of,
     only_group,
-    places,
 )
 from attnd_server.planes.cuda.resident.told import StepsDone, Told
 from attnd_server.service import validation
@@ -77,8 +77,14 @@ class ResidentSession:
         self.sizes = validation.resident_sizes(message, config, service.config)
         refuse_wrong_heads(message.num_heads, config)
         self.options = layer_options(service, message.options, config, message.num_heads, config.window)
-        layouts, self.where = places(
-            self.sizes, message.num_heads, self._group, channel.num_bytes, message.layout_tokens
+        layouts, self.where = resident_places(
+            self.sizes.max_reqs,
+            self.sizes.max_pages,
+            self.sizes.query_len,
+            message.num_heads,
+            geometry_of(config),
+            channel.num_bytes,
+            message.layout_tokens,
         )
         self._bytes_of_token = bytes_of_token(layouts[0], self.options, self.sizes)
         longest, device = longest_step(self.sizes), self._group.device

@@ -47,6 +47,7 @@ class ResidentSteps:
         """Whether a step is."""
         return self._ready is not None and self._ready.launches.is_under_way
 
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of the region that are for tensors: behind them lies the metadata, if there is any."""
         return self._channel.num_bytes if self._ready is None else self._ready.where.word
