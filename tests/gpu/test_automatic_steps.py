@@ -13,7 +13,6 @@ import attnd
 from attnd.integrations.model_session import ModelSession
 from tests.gpu import devices
 from tests.gpu.test_resident_steps import DEVICE, GEOMETRY, HEADS, LAYERS, NUM_REQS, PAGE, TABLES, slots, tokens
-from tests.servers import ServerProcess
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 pytestmark = [
@@ -25,22 +24,6 @@ pytestmark = [
 PATIENCE_S = 30.0
 LATE = "there are no resident steps yet: their kernels are on their way to the GPU"
 Call = list[torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("automatic")
-    options = ("--device", "cuda:0", "--socket-dir", str(folder / "sockets"), "--kv-bytes", "4GiB")
-    with ServerProcess(folder / "log", *options) as process:
-        yield process
-        log = process.log
-    assert "internal error" not in log, log
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[attnd.Client]:
-    with torch.cuda.device(devices.WORKER), attnd.connect(server.address, timeout_s=PATIENCE_S) as client:
-        yield client
 
 
 class Pair:

@@ -41,22 +41,6 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("resident")
-    options = ("--device", "cuda:0", "--socket-dir", str(folder / "sockets"), "--kv-bytes", "4GiB")
-    with ServerProcess(folder / "log", *options) as process:
-        yield process
-        log = process.log
-    assert "internal error" not in log, log
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[attnd.Client]:
-    with torch.cuda.device(devices.WORKER), attnd.connect(server.address, timeout_s=PATIENCE_S) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def inproc() -> Iterator[attnd.Client]:
     with attnd.connect("inproc://") as client:
         yield client

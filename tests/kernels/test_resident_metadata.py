@@ -13,19 +13,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from attnd.errors import InvalidRequest
 from attnd.protocol.cuda.resident import CONTEXT_LENS, LENS_ROWS, NUM_REQS, STORED_LENS, VALID_LENS, VERSION
-from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.resident import state as words
 from attnd_server.attention.metadata import REQUEST_COLUMNS, AttentionMetadata
 from attnd_server.attention.resident import ResidentSizes
 from attnd_server.config import ServerConfig
 from attnd_server.service.validation import resident_step
 from tests import interpreter
+from tests.hostile_metadata import config_of
+from tests.soak.resident_metadata.verdicts import STEP_HEADER, other_than_the_hosts
 
 pytestmark = pytest.mark.skipif(interpreter.reason_against() is not None, reason=str(interpreter.reason_against()))
 
 PAGE = 4
-# Of `decode_items`, which may be imported in the interpreter alone.
-STEP_HEADER = 4
 LIMITS = ServerConfig(max_context_len=64)
 # What a private table holds before: numbers that are no page, so that one which is read is found out.
 GARBAGE = 1 << 29
@@ -39,12 +38,6 @@ def device() -> Iterator[str]:
 
 def sizes_of(query_len: int = 2, window: int = 0, block_size: int = 1, max_reqs: int = 8) -> ResidentSizes:
     return ResidentSizes(max_reqs, 8, query_len, PAGE, 16, LIMITS.max_context_len, window, block_size)
-
-
-def config_of(sizes: ResidentSizes) -> AttentionConfig:
-    return AttentionConfig(
-        num_layers=1, num_kv_heads=1, head_dim=16, page_size=PAGE, num_pages=sizes.num_pages, window=sizes.window
-    )
 
 
 class Class:
@@ -89,21 +82,10 @@ class Class:
 
     def check_accepted(self, metadata: AttentionMetadata) -> None:
         """What the launches after it go by is the step that the host made of it."""
-        step, n = self.buffers.step.cpu().numpy(), metadata.num_reqs
-        assert step[0] == n
-        assert step[1] == self.sizes.max_pages
-        columns = step[STEP_HEADER : STEP_HEADER + n * len(REQUEST_COLUMNS)].reshape(len(REQUEST_COLUMNS), n)
-        assert np.array_equal(columns, metadata.columns)
-        slots = self.buffers.slots.cpu().numpy()
-        assert metadata.slot_mapping is not None
-        assert np.array_equal(slots[: n * self.sizes.query_len], metadata.slot_mapping.numpy())
-        assert (slots[n * self.sizes.query_len :] == -1).all()
-        table = self.buffers.page_tables.cpu().numpy()[: self.sizes.max_reqs * self.sizes.max_pages]
-        for request, context_len in enumerate(metadata.context_lens.tolist()):
-            row = table.reshape(self.sizes.max_reqs, -1)[request]
-            used = row[: -(-context_len // PAGE)]
-            assert np.array_equal(used, metadata.page_tables[request, : len(used)].numpy())
-            assert ((row[: len(used) + 20] >= 0) & (row[: len(used) + 20] < self.sizes.num_pages)).all()
+        sizes = self.sizes
+        table = self.buffers.page_tables[: sizes.max_reqs * sizes.max_pages].view(sizes.max_reqs, sizes.max_pages)
+        found = (each.cpu().numpy() for each in (self.buffers.step, self.buffers.slots, table))
+        assert other_than_the_hosts(*found, metadata, sizes) == []
 
     def check_empty(self) -> None:
         assert int(self.buffers.step[0]) == 0

@@ -253,13 +253,32 @@ def _not_refused(views: dict[str, Ints]) -> list[str]:
 
 def _not_accepted(views: dict[str, Ints], metadata: AttentionMetadata, sizes: ResidentSizes) -> list[str]:
     """What of an accepted step is not what the host makes of it."""
-    step, slots, n = views["step"], views["slots"], metadata.num_reqs
-    columns = step[STEP_HEADER : STEP_HEADER + n * len(REQUEST_COLUMNS)].reshape(len(REQUEST_COLUMNS), n)
     assert metadata.slot_mapping is not None
     stored = metadata.slot_mapping.numpy()
     is_written = np.zeros(sizes.num_pages, np.uint8)
     is_written[stored[stored >= 0] // sizes.page_size] = 1
-    tables = views["page_tables"][:n]
+    wrong = other_than_the_hosts(views["step"], views["slots"], views["page_tables"], metadata, sizes)
+    if not np.array_equal(views["written"], is_written):
+        wrong.append("the pages that count as written differ from the host's")
+    return wrong
+
+
+def other_than_the_hosts(
+    step: Ints, slots: Ints, page_tables: Ints, metadata: AttentionMetadata, sizes: ResidentSizes
+) -> list[str]:
+    """What of the numbers that launches go by is not what the host makes of an accepted step.
+
+    Args:
+        step: its header and the requests' columns.
+        slots: of all tokens that a step may have.
+        page_tables: `[max_reqs, max_pages]`.
+        metadata: the host's.
+        sizes: of the class.
+    """
+    n = metadata.num_reqs
+    columns = step[STEP_HEADER : STEP_HEADER + n * len(REQUEST_COLUMNS)].reshape(len(REQUEST_COLUMNS), n)
+    assert metadata.slot_mapping is not None
+    stored, tables = metadata.slot_mapping.numpy(), page_tables[:n]
     starts, context = np.arange(sizes.max_pages) * sizes.page_size, metadata.context_lens.numpy()[:, None]
     is_page = (tables >= 0) & (tables < sizes.num_pages)
     # What kernels may bring close must be pages too.
@@ -270,7 +289,6 @@ def _not_accepted(views: dict[str, Ints], metadata: AttentionMetadata, sizes: Re
         "the requests' lengths": not np.array_equal(columns, metadata.columns),
         "the slots": not np.array_equal(slots[: len(stored)], stored),
         "the slots of requests that are not there": (slots[len(stored) :] != -1).any(),
-        "the pages that count as written": not np.array_equal(views["written"], is_written),
         "the page tables": ((starts < context) & (tables != metadata.page_tables.numpy())).any(),
         "the page ids behind the contexts": (is_close & ~is_page).any(),
     }
