@@ -21,16 +21,16 @@ from attnd_server.config import ServerConfig
 from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.by_options import ShareKey
 from attnd_server.execution.cost import LONG_WORK
+from attnd_server.execution.decode_graphs import Capture
+from attnd_server.execution.joined.graphs import MAX_CALLS, JoinedGraphs
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.execution.work import Work
 from attnd_server.kv.page_spaces import CachePages
 
 # Sets of steps whose plans are kept: workers call layer after layer, so that a set comes again.
 _MAX_SETS = 16
-# Calls of a launch: many more than fill any device.
-MAX_CALLS = 64
-# A call that replays its graph takes 0.11 ms on an H200, one that has none up to 0.8 ms, alone or shared.
-MIN_CALLS_WITH_GRAPHS = 8
+# Calls that replay graphs of their own share a launch from so many on.
+MIN_CALLS_WITH_GRAPHS = 2
 # Work of a launch, and bytes of its tensors: bigger calls gain nothing by a launch with others.
 MAX_WORK, MAX_GPU_WORK, MAX_BYTES = LONG_WORK, 1 << 36, 8 << 20
 
@@ -238,9 +238,10 @@ def _slots(step: AttentionMetadata) -> torch.Tensor:
 class SharedLaunches:
     """Runs calls together. With the device."""
 
-    def __init__(self, ops: TritonAttentionOps) -> None:
-        """Keeps nothing yet."""
+    def __init__(self, ops: TritonAttentionOps, capture: Capture | None = None) -> None:
+        """Keeps nothing yet. Without `capture` no launch is a graph."""
         self._ops = ops
+        self._joined = JoinedGraphs(ops, capture)
         self._sets: LRUCache[tuple[object, ...], _SharedStep] = LRUCache(_MAX_SETS)
 
     def attend(self, calls: list[Call]) -> list[Result]:
@@ -249,21 +250,25 @@ class SharedLaunches:
         Returns:
             The results in the order of the calls. The next call may overwrite them.
         """
+        key = _key_of(calls[0], self._ops)
+        if key is not None and (graph := self._joined.find(calls, key)) is not None:
+            return graph.attend(calls)
         # The same steps come in another order for the next layer, but are the same set.
         order = sorted(range(len(calls)), key=lambda index: id(calls[index].step))
         ordered = [calls[index] for index in order]
-        key = (ordered[0].options.key, *(id(call.step) for call in ordered))
-        shared = self._sets.get(key)
+        steps = (ordered[0].options.key, *(id(call.step) for call in ordered))
+        shared = self._sets.get(steps)
         if shared is None:
             shared = _SharedStep([call.step for call in ordered], ordered[0].options, self._ops)
-            self._sets[key] = shared
+            self._sets[steps] = shared
         try:
             results = dict(zip(order, shared.attend(ordered), strict=True))
         except BaseException:
-            del self._sets[key]  # the device may still read what was staged
+            del self._sets[steps]  # the device may still read what was staged
             raise
         return [results[index] for index in range(len(calls))]
 
     def forget(self) -> None:
         """Keeps nothing any more: steps and plans that are over take memory."""
         self._sets.clear()
+        self._joined.forget()

@@ -85,7 +85,7 @@ class Executor:
         self.faults = faults or DeviceFaults(device)
         self.quiet = quiet_gpu(device)
         self.kernels, self.graphs = kernels, CapturedGraphs()
-        self.runner = Runner(device, config, self.faults, observer)
+        self.runner = Runner(device, config, self.faults, observer, self.capture)
         self.ops = self.runner.ops
         num_threads = config.threads or default_threads(device)
         self.thread_settings = ThreadSettings(num_threads)

@@ -16,6 +16,7 @@ from attnd_server.device.faults import DeviceFaults
 from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.batch import SharedLaunches, batch_of
+from attnd_server.execution.decode_graphs import Capture
 from attnd_server.execution.queue import IsWorthIt, Joins
 from attnd_server.execution.step import Call, Result, attend
 from attnd_server.execution.turns import Outcome, Turns, attend_in_pieces
@@ -59,7 +60,12 @@ class Runner:
     """
 
     def __init__(
-        self, device: torch.device, limits: ServerConfig, faults: DeviceFaults, observer: Observer | None
+        self,
+        device: torch.device,
+        limits: ServerConfig,
+        faults: DeviceFaults,
+        observer: Observer | None,
+        capture: Capture | None = None,
     ) -> None:
         """Keeps nothing yet.
 
@@ -68,9 +74,10 @@ class Runner:
             limits: of a step, which calls in one launch obey too.
             faults: told of errors.
             observer: sees the calls that ran; None: nobody does.
+            capture: how launches of several calls are captured; None: they are not.
         """
         self.ops = TritonAttentionOps(device)
-        self._shared = SharedLaunches(self.ops)
+        self._shared = SharedLaunches(self.ops, capture)
         self._limits = limits
         self._faults = faults
         self._observer = observer

@@ -161,8 +161,8 @@ class Call(NamedTuple):
         encode: makes its reply; None: of a call that nobody answers.
         plane: over which it came.
         is_sampled: whether verification looks at it; then nobody else writes to its tensors.
-        into: where its output and lse are to lie on the host, for a GPU to copy them there. Whoever sent the call may
-            write there at any time. None: nowhere yet.
+        into: where output and lse are to lie on the host, for a GPU to copy them. The client may write there. Or None.
+        reach: addresses of the host at which the device reads and writes of its own.
     """
 
     step: Step
@@ -175,6 +175,7 @@ class Call(NamedTuple):
     plane: str = ""
     is_sampled: bool = False
     into: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    reach: range = range(0)
 
     @property
     def cache_id(self) -> bytes:
@@ -265,8 +266,7 @@ def _attend_on_processor(call: Call, plan: Plan | None, ops: TritonAttentionOps)
 def _attend_on_gpu(call: Call, plan: Plan | None, ops: TritonAttentionOps) -> Result:
     timer = CopyTimer(ops.device)
     timer.mark()
-    # What is pinned is copied while the rest is launched, for which the call waits before it ends. What is not is
-    # in the driver's hands when this returns.
+    # What is pinned is copied while the rest is launched. What is not is in the driver's hands when this returns.
     q, k, v = (
         None if tensor is None else tensor.to(ops.device, non_blocking=True) for tensor in (call.q, call.k, call.v)
     )

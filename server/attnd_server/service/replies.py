@@ -73,20 +73,22 @@ class RegionReplies:
 
     plane = "shm"
 
-    def __init__(self, region: Region) -> None:
-        """Copies results to `region`."""
+    def __init__(self, region: Region, reach: range = range(0)) -> None:
+        """Copies results to `region`, of which the device reads and writes the addresses `reach` of its own."""
         self.region: Region | None = region
+        self._reach = reach
         self._memory = region
         self._last: dict[int, _LastReply] = {}  # by lane
 
     def answered(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Call:
         """The call with what will encode its reply."""
         if not message.HasField("reply"):
-            return call._replace(encode=partial(self._inline, lane), plane=self.plane)
+            return call._replace(encode=partial(self._inline, lane), plane=self.plane, reach=self._reach)
         offset = message.reply.offset
         # Now, so that a call whose reply has no place does not run.
         into = None if call.q is None else self._into(call, call.q.shape[:2], message.reply)
-        return call._replace(encode=partial(self._placed, lane, offset), into=into, plane=self.plane)
+        encode = partial(self._placed, lane, offset)
+        return call._replace(encode=encode, into=into, plane=self.plane, reach=self._reach)
 
     def _into(
         self, call: Call, rows: tuple[int, ...], reply: tensor_pb2.Region

@@ -61,6 +61,22 @@ def registrar_for(device: torch.device) -> Registrar | None:
     return CudaRegistrar(device) if device.type == "cuda" else None
 
 
+def reach_of(memory: mmap.mmap, device: torch.device) -> range:
+    """The addresses of memory that is pinned, if kernels find it at the same ones; else none."""
+    if device.type != "cuda":
+        return range(0)
+    from attnd.errors import Unsupported
+    from attnd.protocol.cuda import driver
+
+    try:
+        attribute = "CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"
+        has_same = driver.device(torch.device(device).index or 0).attribute(attribute)
+    except (Unsupported, driver.CudaError):
+        return range(0)
+    address = _address(memory)
+    return range(address, address + len(memory)) if has_same else range(0)
+
+
 class Pinning:
     """The regions that are pinned. Any thread may use it."""
 

@@ -13,7 +13,7 @@ from attnd_server.planes.answer_socket import AnswerSocket
 from attnd_server.planes.open_planes import Plane
 from attnd_server.planes.shm.connection import Begun, ShmConnection
 from attnd_server.planes.shm.loop_clients import LoopClient
-from attnd_server.planes.shm.pinning import Pinning
+from attnd_server.planes.shm.pinning import Pinning, reach_of
 from attnd_server.planes.shm.shared_loop import SharedLoop
 from attnd_server.service.replies import RegionReplies
 from attnd_server.service.service import AttentionService
@@ -45,9 +45,10 @@ def serve_shm(
         loop: answers short requests of this client and others, once there are several.
     """
     memory = _shared(num_bytes, let_in)
-    with pinning.pinned(memory):
+    with pinning.pinned(memory) as is_pinned:
         service.executor.prepare_thread()
-        session = service.open_session(plane.principal, RegionReplies(Region(plane.id, memory)))
+        reach = reach_of(memory, service.executor.device) if is_pinned else range(0)
+        session = service.open_session(plane.principal, RegionReplies(Region(plane.id, memory), reach))
         serves(session)
         try:
             _serve(ShmConnection(service, session, connection), answers, connection.fileno(), loop)

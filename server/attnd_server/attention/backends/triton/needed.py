@@ -18,6 +18,7 @@ from attnd_server.attention.config import AttentionConfig
 from attnd_server.attention.kernels.decode_items import SLOTS, decode_items
 from attnd_server.attention.kernels.gather import read_kv
 from attnd_server.attention.kernels.items import ITEM_FIELDS, MERGE_FIELDS
+from attnd_server.attention.kernels.joined import JoinedCalls, JoinedTensors, give_results, take_calls
 from attnd_server.attention.kernels.launch_shapes import HOPPER_ROWS, MAX_SPLIT_TOKENS
 from attnd_server.attention.kernels.store import store_kv
 from attnd_server.attention.layer_pages import LayerPages
@@ -92,6 +93,7 @@ def _launches(config: AttentionConfig, hopper: bool) -> Iterator[Callable[[], ob
             yield partial(read_kv, pages, slots, config.layout, config.dtype)
         if hopper and not softcap:
             yield from (partial(_lay_out, config, most, even) for most in SLOTS[1:] for even in (False, True))
+            yield partial(_join, config)
 
 
 def _splits(config: AttentionConfig, shape: LaunchShape) -> tuple[bool, ...]:
@@ -154,3 +156,14 @@ def _lay_out(config: AttentionConfig, num_slots: int, even: bool) -> None:
         is_even=even,
         window=0,
     )
+
+
+def _join(config: AttentionConfig) -> None:
+    """Brings requests of one new token from several calls together, and their results back."""
+    q = without_data(1, config.num_kv_heads, config.head_dim, dtype=config.dtype)
+    output = without_data(1, config.num_kv_heads, config.head_dim_v, dtype=config.dtype)
+    numbers, slots = without_data(1, dtype=torch.int32), without_data(1, dtype=torch.int64)
+    calls = JoinedCalls(numbers, slots, numbers, without_data(1, 1, dtype=torch.int32))
+    tensors = JoinedTensors(numbers, without_data(1, 1, dtype=torch.int32), slots, q, q, output, output, None)
+    take_calls(calls, tensors, query_len=1, page_size=config.page_size)
+    give_results(calls, tensors)

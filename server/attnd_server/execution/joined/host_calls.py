@@ -1,0 +1,184 @@
+"""What the host says of the calls of a joined launch, in memory that the device reads by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from attnd_server.attention.backends.base import DecodeShape
+from attnd_server.attention.config import AttentionConfig
+from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.staging import Field, call_fields, offsets_of
+from attnd_server.device.pinned_tensor import as_device_sees
+from attnd_server.execution.step import Call
+
+if TYPE_CHECKING:
+    from attnd_server.attention.kernels.joined import JoinedCalls
+
+Rows = npt.NDArray[np.int32]
+"""Of each request of a step what kernels go by, see `kernels.joined.JoinedCalls.rows`."""
+
+# Columns of int32 before the slots of a request, fields of a call, and bytes of a word: those of `kernels.joined`,
+# which only loads with Triton; a test compares them.
+NUM_COLUMNS, CALL_FIELDS, WORD = 7, 8, 4
+_CALL = struct.Struct(f"{CALL_FIELDS}q")
+
+
+def rows_of(metadata: AttentionMetadata, query_len: int, num_pages: int, row_len: int) -> Rows:
+    """The rows of a decode step without absent pages, the first `num_pages` columns of its page tables among them."""
+    num_reqs = metadata.num_reqs
+    rows = np.zeros((num_reqs, row_len), np.int32)
+    rows[:, :NUM_COLUMNS] = metadata.columns.T
+    slots = rows[:, NUM_COLUMNS : NUM_COLUMNS + query_len]
+    slots[...] = -1 if metadata.slot_mapping is None else metadata.slot_mapping.numpy().reshape(num_reqs, query_len)
+    first = NUM_COLUMNS + query_len
+    tables = metadata.page_tables.numpy()[:, :num_pages]
+    np.maximum(tables, 0, out=rows[:, first : first + tables.shape[1]])  # -1 beyond a context: looked at, never read
+    return rows
+
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+"""Output and lse of a call."""
+
+
+class _Placed(NamedTuple):
+    """The rows of a step that lie in the host's block, and where."""
+
+    rows: Rows
+    first_req: int
+
+
+class HostCalls:
+    """One block of pinned memory: what is said of each call, the rows of its requests, and room for its tensors.
+
+    Tensors lie there whose memory the device cannot read or write by itself, of a call's own requests of the launch.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        options: AttentionOptions,
+        shape: DecodeShape,
+        *,
+        max_calls: int,
+        row_len: int,
+        device: torch.device,
+    ) -> None:
+        """Takes the memory.
+
+        Args:
+            config: of the space.
+            options: of the layers.
+            shape: of the launches.
+            max_calls: of a launch.
+            row_len: see `kernels.joined.row_len`.
+            device: that reads it.
+        """
+        self._query_len, self._row_bytes, self._device = shape.query_len, 4 * row_len, device
+        (_, *inputs), results = call_fields(config, options)
+        num_tokens = shape.num_reqs * shape.query_len
+        fields = [
+            Field(torch.int32, (1,)),
+            Field(torch.int64, (max_calls, CALL_FIELDS)),
+            Field(torch.int32, (shape.num_reqs,)),
+            Field(torch.int32, (shape.num_reqs, row_len)),
+            *(each._replace(row=(num_tokens, *each.row)) for each in (*inputs, *results)),
+        ]
+        offsets, num_bytes = offsets_of(1, fields)
+        self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        parts = [
+            self._memory[offset : offset + field.row_bytes].view(field.dtype).view(field.row)
+            for offset, field in zip(offsets, fields, strict=True)
+        ]
+        self._said = parts[:4]
+        self._num_reqs, _, self._call_of, _ = (each.numpy() for each in self._said)
+        _, self._calls_at, _, rows_at = offsets[:4]
+        self._first_row = self._memory.data_ptr() + rows_at
+        self._bytes = memoryview(self._memory.numpy().data)
+        self._k, self._v, self._q, *results_here = parts[4:]
+        *lse, self._output = results_here
+        self._lse = lse[0] if lse else None
+        self._placed: list[_Placed] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the host's memory."""
+        return self._memory.nbytes
+
+    def as_device_sees(self) -> JoinedCalls:
+        """What kernels read. Whoever launches them keeps this object."""
+        from attnd_server.attention.kernels.joined import JoinedCalls
+
+        if self._device.type != "cuda":
+            return JoinedCalls(*self._said)
+        return JoinedCalls(*(as_device_sees(each.view(-1), self._device).view(each.shape) for each in self._said))
+
+    def fill(
+        self, calls: Sequence[Call], rows: Sequence[Rows], first_pages: Sequence[int], num_columns: int
+    ) -> list[Output]:
+        """Says of each call where its requests and its tensors are.
+
+        Args:
+            calls: all of them decode, with equally many new tokens of each request.
+            rows: of the step of each.
+            first_pages: of the space, page 0 of the layer of each.
+            num_columns: of the page tables that are to be taken.
+
+        Returns:
+            Where output and lse of each will be, on the host.
+        """
+        first_req, outputs = 0, []
+        for index, (call, own, first_page) in enumerate(zip(calls, rows, first_pages, strict=True)):
+            self._place(index, own, first_req)
+            q, k, v = (
+                self._input(call, each, first_req) for each in ((call.q, self._q), (call.k, self._k), (call.v, self._v))
+            )
+            output, lse = self._results(call, first_req, len(own))
+            at_lse = 0 if lse is None else lse.data_ptr()
+            said = first_req, q, k, v, output.data_ptr(), at_lse, first_page, num_columns
+            _CALL.pack_into(self._bytes, self._calls_at + index * _CALL.size, *said)
+            outputs.append((output, lse))
+            first_req += len(own)
+        self._num_reqs[0] = first_req
+        return outputs
+
+    def _place(self, index: int, rows: Rows, first_req: int) -> None:
+        """Puts the rows of a call's step there, unless they lie there since the last launch."""
+        placed = self._placed
+        if index < len(placed) and placed[index].rows is rows and placed[index].first_req == first_req:
+            return
+        del placed[index:]  # they are where these go, or come later than before
+        self._call_of[first_req : first_req + len(rows)] = index
+        ctypes.memmove(self._first_row + first_req * self._row_bytes, rows.ctypes.data, rows.nbytes)
+        placed.append(_Placed(rows, first_req))
+
+    def _input(self, call: Call, given: tuple[torch.Tensor | None, torch.Tensor], first_req: int) -> int:
+        """The address of a tensor of a call for the device."""
+        tensor, room = given
+        assert tensor is not None
+        address = tensor.data_ptr()
+        if address in call.reach and not address % WORD and tensor.is_contiguous():
+            return address
+        first = first_req * self._query_len
+        here = room[first : first + len(tensor)]
+        if tensor.is_contiguous():
+            ctypes.memmove(here.data_ptr(), address, tensor.nbytes)
+        else:
+            here.copy_(tensor)
+        return here.data_ptr()
+
+    def _results(self, call: Call, first_req: int, num_reqs: int) -> Output:
+        """Where the results of a call go."""
+        if call.into is not None and not call.is_sampled:
+            output, lse = call.into
+            ends = [each for each in call.into if each is not None]
+            if all(each.data_ptr() in call.reach and not each.data_ptr() % WORD for each in ends):
+                return output, lse
+        rows = slice(first_req * self._query_len, (first_req + num_reqs) * self._query_len)
+        return self._output[rows], None if self._lse is None else self._lse[rows]
