@@ -124,7 +124,9 @@ class Launch:
             torch.cuda.synchronize()
         return outputs
 
-    def check(self, calls: list[Call], first_pages: list[int], num_columns: int, outputs: list[host_calls.Output]) -> None:
+    def check(
+        self, calls: list[Call], first_pages: list[int], num_columns: int, outputs: list[host_calls.Output]
+    ) -> None:
         """Everything is where it belongs, and nothing else was written."""
         step, tables, slots, q, k, v, output, lse = (None if each is None else each.cpu() for each in self.tensors)
         num_reqs = sum(call.step.metadata.num_reqs for call in calls)
@@ -163,7 +165,11 @@ class Launch:
 def test_calls_come_together_wherever_their_tensors_lie(device: torch.device, query_len: int, return_lse: bool) -> None:
     torch.manual_seed(1)
     launch = Launch(device, query_len, return_lse)
-    steps = [step_of([0, 1, 700], query_len, 1), step_of([PAGE], query_len, 2, stores=False), step_of([9] * 5, query_len, 3)]
+    steps = [
+        step_of([0, 1, 700], query_len, 1),
+        step_of([PAGE], query_len, 2, stores=False),
+        step_of([9] * 5, query_len, 3),
+    ]
     calls = [launch.call(step, kind) for step, kind in zip(steps, ("region", "elsewhere", "apart"), strict=True)]
     first_pages = [0, 1_000_000, 77]
     outputs = launch.run(calls, first_pages, 190)
@@ -198,11 +204,11 @@ def test_who_comes_next_finds_nothing_of_who_came_before(device: torch.device) -
 def test_the_numbers_of_both_sides_are_the_same() -> None:
     from attnd_server.attention.kernels import joined
 
-    assert (host_calls.NUM_COLUMNS, host_calls.CALL_FIELDS, host_calls.WORD) == (
+    assert (
         len(REQUEST_COLUMNS),
         joined.CALL_FIELDS,
         joined.WORD,
-    )
+    ) == (host_calls.NUM_COLUMNS, host_calls.CALL_FIELDS, host_calls.WORD)
     fields = (joined.FIRST_REQ, joined.Q, joined.K, joined.V, joined.OUTPUT, joined.LSE, joined.FIRST_PAGE)
     assert (*fields, joined.NUM_COLUMNS) == tuple(range(joined.CALL_FIELDS))
 
@@ -212,5 +218,3 @@ def test_results_of_a_sampled_call_go_where_nobody_else_writes(device: torch.dev
     call = launch.call(step_of([5], 1, 9), "region")._replace(is_sampled=True)
     ((output, _),) = launch.run([call], [0], 2)
     assert output.data_ptr() not in call.reach
-
-

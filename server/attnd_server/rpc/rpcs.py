@@ -84,8 +84,7 @@ class Rpcs:
 
     async def _answered(self, answer: bytes | Work, context: Context, principal: str) -> bytes:
         """As `_finish`, once there is room for the answer. It counts until the RPC has ended, and was taken."""
-        num_bytes = answer_bytes(answer)
-        if num_bytes > SMALL_BYTES:
+        if num_bytes := large_bytes(answer):
             share = self._shares.of(principal)
             await share.room(num_bytes)
             done: Any = context.add_done_callback
@@ -151,10 +150,11 @@ class Rpcs:
             await context.abort(told.code, str(told), ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
-def answer_bytes(work: bytes | Work) -> int:
-    """Bytes of the tensors that some work will answer with, known before it starts."""
+def large_bytes(work: bytes | Work) -> int:
+    """Bytes of the tensors that some work will answer with, known before it starts; 0 where they are not many."""
     if not isinstance(work, Call) or work.q is None:
         return 0
     config = work.step.group.config
     num_rows = work.q.numel() // config.head_dim
-    return num_rows * (config.head_dim_v * config.dtype.itemsize + 4 * work.options.return_lse)
+    num_bytes = num_rows * (config.head_dim_v * config.dtype.itemsize + 4 * work.options.return_lse)
+    return num_bytes if num_bytes > SMALL_BYTES else 0

@@ -16,9 +16,10 @@ from attnd_server.execution.step import Call
 from attnd_server.execution.work import Work
 from attnd_server.identity import Principals, refuse_if_revoked
 from attnd_server.rpc.arrivals import Reader
+from attnd_server.rpc.calls_of_turn import CallsOfTurn
 from attnd_server.rpc.handlers import GONE, reads_late, until_client_goes
 from attnd_server.rpc.reply_order import ReplyOrder
-from attnd_server.rpc.rpcs import Rpcs, answer_bytes
+from attnd_server.rpc.rpcs import Rpcs, large_bytes
 from attnd_server.rpc.running import soonest, start_on
 from attnd_server.rpc.shares import SMALL_BYTES
 from attnd_server.rpc.until_revoked import TELL_S, until_revoked
@@ -66,14 +67,15 @@ class Messages:
 class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
     """Serves `attnd.v1.AttentionService` on an asyncio server.
 
-    Messages pass as bytes: `service` parses them, because a deserializer that fails inside gRPC can only say INTERNAL.
+    Messages pass as bytes: `service` parses them. A deserializer that fails inside gRPC can only say INTERNAL.
     """
 
     def __init__(self, service: AttentionService, principals: Principals | None = None) -> None:
         """Serves `service` to those whom `principals` lets in; None: to everybody."""
         super().__init__(service, principals)
-        # Of a method with messages either way: gRPC does not read the first one, however large, before it asks for it.
+        # Reads no message, however large: gRPC waits until it asks for one.
         self._refusing: Any = grpc.stream_stream_rpc_method_handler(self._refuse)
+        self._calls = CallsOfTurn(service.executor)
         self._num_streams = self._num_unary = 0  # Attend streams that are open; RPCs with one request
         unary: dict[str, Any] = {
             name: reads_late(self._unary(method), partial(self._only_request, waits=name in LARGE))
@@ -171,8 +173,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         going_away = asyncio.ensure_future(self._going_away(rpc, writing, context))
         try:
             async for data in requests:
-                # A lone worker waits for this answer, and nobody waits for the event loop.
-                is_alone = self._num_streams == 1 and not answers.waiting
+                is_alone = self._num_streams == 1 and not answers.waiting  # so that nobody waits for the event loop
                 num_bytes, num_held = 0, share.take_message(len(data)) if len(data) > SMALL_BYTES else 0
                 answer: Any = None
                 try:
@@ -180,15 +181,14 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                     if isinstance(answer, BigStep):
                         answer = await self._opened(session, answer, principal)
                     elif isinstance(answer, Call):
-                        num_bytes = answer_bytes(answer)
                         with rpc.busy():
-                            await answers.room(num_bytes)
-                        answer = self._started(session, answer, context)
+                            if num_bytes := large_bytes(answer):
+                                await answers.room(num_bytes)
+                            answer = await self._shared(session, answer, context)
                 finally:
                     if num_held:
                         share.let_go(num_held, answer)
                 del data  # while nothing comes, nothing is kept
-                # As `put` would, for whom it saves a task: a lone worker's answer takes no way round.
                 if num_bytes or answers.waiting or not isinstance(answer, bytes):
                     await answers.put(answer, num_bytes)
                 else:
@@ -210,7 +210,7 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
     ) -> bytes | asyncio.Future[bytes] | BigStep | Call:
         """The answer to a message of a stream, or what will be it once the executor has run its call.
 
-        A call whose answer is large is not begun.
+        A call whose answer is large, or that may run with others', is not begun.
         """
         executor = self._service.executor
         try:
@@ -218,11 +218,9 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             if isinstance(answer, (bytes, BigStep)):
                 return answer
             if isinstance(answer, Call):
-                if is_alone and answer.is_small:
-                    result = executor.run_now(answer)
-                    if result is not None:
-                        return result
-                if answer_bytes(answer) > SMALL_BYTES:
+                if is_alone and answer.is_small and (result := executor.run_now(answer)) is not None:
+                    return result
+                if answer.is_small or large_bytes(answer):
                     return answer
         except Exception as error:
             return self._told(session, error)
@@ -232,6 +230,13 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
         """What will be the answer of some work of a stream, or the error that it is not begun for."""
         try:
             return start_on(self._service.executor, work, soonest(context, work), session.is_wanted)
+        except Exception as error:
+            return self._told(session, error)
+
+    async def _shared(self, session: AttendSession, call: Call, context: Context) -> bytes | asyncio.Future[bytes]:
+        """As `_started`, but a short call runs with those that other streams bring in the same turn."""
+        try:
+            return await self._calls.answer(call, soonest(context, call), session.is_wanted)
         except Exception as error:
             return self._told(session, error)
 

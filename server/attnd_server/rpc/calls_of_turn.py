@@ -1,0 +1,70 @@
+"""Short calls that streams bring in one turn of the event loop, which run together on its thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+from attnd_server.execution.executor import Executor
+from attnd_server.execution.step import Call
+from attnd_server.execution.work import Job
+from attnd_server.rpc.running import start_on
+
+Answer = bytes | asyncio.Future[bytes]
+
+
+class CallsOfTurn:
+    """Those that have come since the event loop last had nothing else to do first."""
+
+    def __init__(self, executor: Executor) -> None:
+        """None yet."""
+        self._executor = executor
+        self._jobs: dict[Job, asyncio.Future[Answer]] = {}
+
+    async def answer(self, call: Call, timeout_s: float | None, is_wanted: Callable[[], bool] | None) -> Answer:
+        """Runs a short call with those of other streams that have come by now; leaves another to the executor.
+
+        Args:
+            call: the call.
+            timeout_s: seconds within which it must have started; None is forever.
+            is_wanted: see `Executor.submit`.
+
+        Returns:
+            Its answer; or what will be it, if the device is busy and the call waits for the executor.
+
+        Raises:
+            Exception: what the call raised, and what `Executor.submit` raises.
+        """
+        if not call.is_small:
+            return start_on(self._executor, call, timeout_s, is_wanted)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        job = Job(call, partial(_settle, future), deadline, time.perf_counter(), is_wanted)
+        if not self._jobs:
+            loop.call_soon(self._run)  # behind the streams that this turn has woken
+        self._jobs[job] = future
+        return await future
+
+    def _run(self) -> None:
+        futures, self._jobs = self._jobs, {}
+        jobs = [job for job, future in futures.items() if not future.done()]  # others' streams have gone
+        for job in self._executor.settle_now(jobs):
+            timeout_s = None if job.deadline == math.inf else max(0.0, job.deadline - time.monotonic())
+            try:
+                assert isinstance(job.work, Call)
+                later = start_on(self._executor, job.work, timeout_s, job.is_wanted)
+            except Exception as error:
+                _settle(futures[job], None, error)
+            else:
+                futures[job].set_result(later)
+
+
+def _settle(future: asyncio.Future[Answer], result: bytes | None, error: BaseException | None) -> None:
+    if error is None:
+        future.set_result(result or b"")
+    else:
+        future.set_exception(error)
