@@ -3,6 +3,8 @@
 A core that waits for another process sleeps, and what runs after that finds other data in its caches. So this takes
 longer than an echo and the backend one after the other, the more so on virtual machines, whose cores the host wakes.
 
+On a GPU the tensors of a layer are there already, so that copies to it and back are not in this.
+
 `python -m benchmarks.attending_echo STEP THREADS [SOCKET MEMORY]` checks the backend's layers of a step, then serves
 `benchmarks.echo`, or with two descriptors `benchmarks.doorbell_echo`. The reply to each call comes after a layer.
 """
@@ -24,7 +26,7 @@ from attnd.tuning import tune_process
 from benchmarks import doorbell_echo, echo
 from benchmarks.backend_alone import BackendAlone
 from benchmarks.servers import running
-from benchmarks.workload import CPU, DecodeStep, Heads
+from benchmarks.workload import DecodeStep, Heads
 
 MODULE = "benchmarks.attending_echo"
 # As `attnd serve` has its threads of torch.
@@ -33,7 +35,7 @@ DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 @contextmanager
 def stream_echo(step: DecodeStep, num_threads: int) -> Iterator[echo.StreamEcho]:
-    """A gRPC stream to an echo that attends `step` on a processor, in a process of its own."""
+    """A gRPC stream to an echo that attends `step`, in a process of its own."""
     with ExitStack() as stack:
         address = stack.enter_context(running(MODULE, _encoded(step), str(num_threads), defaults=DEFAULTS))
         stream = echo.StreamEcho(stack.enter_context(echo.connect(address)))
@@ -48,17 +50,19 @@ def doorbell(step: DecodeStep, num_threads: int) -> doorbell_echo.DoorbellEcho:
 
 def _encoded(step: DecodeStep) -> str:
     dtype = str(step.dtype).removeprefix("torch.")
-    return json.dumps([step.num_reqs, step.context_len, dtype, list(step.heads), step.kv_bytes])
+    return json.dumps([step.num_reqs, step.context_len, dtype, list(step.heads), step.kv_bytes, str(step.device)])
 
 
 def _decoded(text: str) -> DecodeStep:
-    num_reqs, context_len, dtype, heads, kv_bytes = json.loads(text)
-    return DecodeStep(num_reqs, context_len, getattr(torch, dtype), Heads(*heads), kv_bytes=kv_bytes)
+    num_reqs, context_len, dtype, heads, kv_bytes, device = json.loads(text)
+    return DecodeStep(num_reqs, context_len, getattr(torch, dtype), Heads(*heads), torch.device(device), kv_bytes)
 
 
 def _attending(step: DecodeStep) -> Callable[[], None]:
     """Computes the next layer of the step, one after the other. Raises WrongResult if the backend's are wrong."""
-    backend = BackendAlone(step, CPU)
+    if step.device.type == "cuda":
+        torch.cuda.set_device(step.device)
+    backend = BackendAlone(step, step.device)
     step.fill(backend)
     call = backend.open()
     step.check("backend behind an echo", backend, call)

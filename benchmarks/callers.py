@@ -19,8 +19,9 @@ SMALL_BATCH, LARGE_BATCH = 4, 64
 ROUNDS = 3
 # Of a caller's cache on a processor, so that many fit.
 CPU_KV_BYTES = 32 << 20
-# On a GPU: room for 32 layers of 64 requests, because what a step costs is shared by its layers.
-GPU_KV_BYTES, GPU_CONTEXT_LEN = 18 << 30, 2048
+# On a GPU: room for 32 layers of 64 requests where what a step costs is shared by its layers, and else for a few layers
+# of a request: those of all callers are far more than the GPU's cache holds.
+GPU_KV_BYTES, GPU_KV_BYTES_OF_REQUEST, GPU_CONTEXT_LEN = 18 << 30, 36 << 20, 2048
 # Seconds until a caller is ready, when all start at once and the server compiles for each.
 READY_TIMEOUT_S = 600.0
 
@@ -70,17 +71,14 @@ def benchmark(
     Raises:
         RuntimeError: a process ended; the message has its last words.
     """
-    kv_bytes = GPU_KV_BYTES if device.type == "cuda" else CPU_KV_BYTES
-    options = ["--plane", plane, "--device", str(device), "--model", LLAMA_8B.name, "--context", str(context_len)]
-    options += ["--kv-bytes", str(kv_bytes), "--threads", str(num_threads)]
     groups = [*(Group(num_callers, SMALL_BATCH) for num_callers in callers), ONE_LARGE]
     rates: dict[Group, list[float]] = {group: [] for group in groups}
     with ExitStack() as stack:
         children: list[Child] = []
         # One after the other: a server may have no more planes than the largest group takes.
         for batch, num_callers in ((SMALL_BATCH, max(callers)), (LARGE_BATCH, 1)):
-            command = ("benchmarks.caller", address, *options, "--tokens", str(batch))
-            new = [stack.enter_context(started(*command)) for _ in range(num_callers)]
+            module, *arguments = command(address, plane, device, batch, context_len, num_threads)
+            new = [stack.enter_context(started(module, *arguments)) for _ in range(num_callers)]
             for child in new:
                 child.read(rb"^ready", READY_TIMEOUT_S)
             children += new
@@ -91,6 +89,21 @@ def benchmark(
             rates[group].append(_tokens_per_second(running, group.batch, seconds / ROUNDS))
             tick((index + 1) / len(order))
     return rows(plane, rates)
+
+
+def command(
+    address: str, plane: str, device: torch.device, batch: int, context_len: int, num_threads: int
+) -> list[str]:
+    """The module and arguments of a caller. Only where tensors lie on a GPU does it load torch, as its worker would."""
+    on_gpu = device.type == "cuda"
+    common = [address, "--plane", plane, "--tokens", str(batch), "--context", str(context_len)]
+    if plane == "cuda":
+        more = ["--device", str(device), "--model", LLAMA_8B.name, "--threads", str(num_threads)]
+        return ["benchmarks.caller", *common, *more, "--kv-bytes", str(GPU_KV_BYTES)]
+    heads, dtype = [str(each) for each in LLAMA_8B[1:]], "float16" if on_gpu else "float32"
+    kv_bytes = batch * GPU_KV_BYTES_OF_REQUEST if on_gpu else CPU_KV_BYTES
+    more = ["--heads", *heads, "--dtype", dtype, "--kv-bytes", str(kv_bytes), *["--warm-up"] * on_gpu]
+    return ["benchmarks.light_caller", *common, *more]
 
 
 def _tokens_per_second(children: Sequence[Child], batch: int, seconds: float) -> float:

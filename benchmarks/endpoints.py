@@ -19,6 +19,8 @@ from benchmarks.servers import running
 
 # Seconds: a layer with long contexts is gigabytes to be stored.
 TIMEOUT_S = 300.0
+# Of a session's region: more than a call here has. A server with a GPU pins them all, and many callers have many.
+REGION_BYTES = "64MiB"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def endpoints(device: torch.device, server_device: torch.device, num_threads: in
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="attnd-"))
         options = ["--port", "0", "--device", str(server_device), "--threads", str(num_threads), "--socket-dir", folder]
+        options += ["--region-bytes", REGION_BYTES]
         address = stack.enter_context(running("attnd_server", "serve", *options))
         echo_address = stack.enter_context(running("benchmarks.echo"))
         yield Endpoints(

@@ -50,7 +50,7 @@ def benchmark(step: DecodeStep, ends: Endpoints, seconds: float, progress: Progr
         progress.refresh()
 
     tick(0.0)
-    with all_ways(step, ends, unary=True, attending_echoes=ends.server_device.type == "cpu") as ways:
+    with all_ways(step, ends, unary=True, attending_echoes=True) as ways:
         refuse_wrong_ways(step, ways)
         samples = time_ways(ways.ways, len(step.layers), seconds, tick)
         return [{"tokens": step.num_reqs, **row} for row in rows(ways.ways, samples)]

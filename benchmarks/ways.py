@@ -37,7 +37,7 @@ def all_ways(
         step: to compute.
         ends: what it is computed with; what is made for the step alone goes with the block.
         unary: whether calls without a session are among them.
-        attending_echoes: whether echoes with the backend behind them are: on a processor.
+        attending_echoes: whether echoes with the backend behind them are.
     """
     with ExitStack() as stack:
         cache = stack.enter_context(ends.client.create_cache(**step.geometry))

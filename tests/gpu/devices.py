@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -22,3 +24,7 @@ def has_mps() -> bool:
 
 # Index of the worker's; the server has the first.
 WORKER = 1 if torch.cuda.device_count() > 1 else 0
+
+# How torch captures a graph in these tests: a server in this process loads kernels on threads of its own, and a capture
+# that counts what other threads do would not survive that.
+CAPTURE: dict[str, Any] = {"capture_error_mode": "thread_local"}

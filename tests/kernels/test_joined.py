@@ -95,8 +95,7 @@ class Launch:
         num_tokens = metadata.num_tokens
         shapes = (num_tokens, HEADS, DIM), (num_tokens, KV_HEADS, DIM), (num_tokens, KV_HEADS, DIM_V)
         given = [torch.randn(shape) for shape in shapes]
-        into = None
-        reach = range(0)
+        into = at = None
         if kind == "region":
             placed = [self.placed(*shape) for shape in shapes]
             for here, tensor in zip(placed, given, strict=True):
@@ -104,12 +103,11 @@ class Launch:
             given = placed
             lse = None if self.tensors.lse is None else self.placed(num_tokens, HEADS)
             into = self.placed(num_tokens, HEADS, DIM_V), lse
-            start = self.region.data_ptr()
-            reach = range(start, start + self.region.nbytes)
+            at = (*(each.data_ptr() for each in (*placed, into[0])), 0 if lse is None else lse.data_ptr())
         elif kind == "apart":
             given = [torch.cat([each, each], 1)[:, : each.shape[1]] for each in given]
         step = cast(Step, SimpleNamespace(metadata=metadata))
-        return Call(step, 0, cast(AttentionOptions, None), *given, into=into, reach=reach)
+        return Call(step, 0, cast(AttentionOptions, None), *given, into=into, at=at)
 
     def run(self, calls: list[Call], first_pages: list[int], num_columns: int) -> list[host_calls.Output]:
         from attnd_server.attention.kernels import joined
@@ -204,11 +202,7 @@ def test_who_comes_next_finds_nothing_of_who_came_before(device: torch.device) -
 def test_the_numbers_of_both_sides_are_the_same() -> None:
     from attnd_server.attention.kernels import joined
 
-    assert (
-        len(REQUEST_COLUMNS),
-        joined.CALL_FIELDS,
-        joined.WORD,
-    ) == (host_calls.NUM_COLUMNS, host_calls.CALL_FIELDS, host_calls.WORD)
+    assert (len(REQUEST_COLUMNS), joined.CALL_FIELDS) == (host_calls.NUM_COLUMNS, host_calls.CALL_FIELDS)
     fields = (joined.FIRST_REQ, joined.Q, joined.K, joined.V, joined.OUTPUT, joined.LSE, joined.FIRST_PAGE)
     assert (*fields, joined.NUM_COLUMNS) == tuple(range(joined.CALL_FIELDS))
 
@@ -217,4 +211,5 @@ def test_results_of_a_sampled_call_go_where_nobody_else_writes(device: torch.dev
     launch = Launch(device, 1, return_lse=False)
     call = launch.call(step_of([5], 1, 9), "region")._replace(is_sampled=True)
     ((output, _),) = launch.run([call], [0], 2)
-    assert output.data_ptr() not in call.reach
+    start = launch.region.data_ptr()
+    assert output.data_ptr() not in range(start, start + launch.region.nbytes)

@@ -512,7 +512,7 @@ def test_a_step_forgets_options_if_they_are_too_many_or_too_large(
         assert isinstance(call, Call)
         assert isinstance(server.together([call])[0], bytes)
         kept = call.step
-        assert max(map(len, (kept.costs, kept.graphs, kept.share_keys))) <= 4
+        assert max(map(len, (kept.costs, kept.graphs, kept.shareable))) <= 4
 
 
 def test_options_that_are_too_large_are_not_kept(server: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +522,7 @@ def test_options_that_are_too_large_are_not_kept(server: Waiting, monkeypatch: p
     call = caller.call(0, attnd.AttentionOptions(sinks=torch.full((HEADS,), 1.0)))
     assert isinstance(call, Call)
     assert isinstance(server.together([call])[0], bytes)
-    assert [len(kept) for kept in (call.step.costs, call.step.graphs, call.step.share_keys)] == [0, 0, 0]
+    assert [len(kept) for kept in (call.step.costs, call.step.graphs, call.step.shareable)] == [0, 0, 0]
 
 
 def test_pages_that_were_written_are_counted_as_they_come(server: Waiting) -> None:

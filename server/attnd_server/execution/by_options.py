@@ -42,3 +42,23 @@ class ShareKey(NamedTuple):
 
     has_graphs: bool
     rest: tuple[object, ...]
+
+
+class Shareable(NamedTuple):
+    """What there is to know of the calls of a step that can share a launch.
+
+    Attributes:
+        key: equal for those that can share one.
+        work: of a call.
+        num_bytes: of its tensors.
+        num_reqs: requests.
+        num_tokens: new tokens.
+        num_pages: columns of its page tables.
+    """
+
+    key: ShareKey
+    work: int
+    num_bytes: int
+    num_reqs: int
+    num_tokens: int
+    num_pages: int

@@ -15,9 +15,12 @@ log = logging.getLogger(__name__)
 def plan_ahead(executor: Executor, step: Step, options: AttentionOptions) -> None:
     """Makes a step ready for calls with these options.
 
-    On the caller's thread if it is the server's, the work short and the device idle, else on the executor's. If that
-    fails, for want of a place to wait say, nothing is lost: the call will tell.
+    Not while calls share launches, which are planned as such. On the caller's thread if it is the server's, the work
+    short and the device idle, else on the executor's. If that fails, for want of a place to wait say, nothing is lost:
+    the call will tell.
     """
+    if executor.runner.has_shared:
+        return
 
     def work() -> bytes:
         step.make_ready(options, executor.ops)

@@ -57,6 +57,7 @@ class Runner:
     Attributes:
         ops: the backends of the device.
         ended: why nothing is begun any more, nor gone on with; "": it is.
+        has_shared: whether several jobs ran together last.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Runner:
         self._limits = limits
         self._faults = faults
         self._observer = observer
-        self.ended = ""
+        self.ended, self.has_shared = "", False
         self._turns = Turns(self.reason_against, self._begin, self.told)
 
     def forget(self) -> None:
@@ -93,7 +94,8 @@ class Runner:
 
         The error is KernelMissing if a job is to run again once the kernel is there: it has changed nothing yet.
         """
-        return [self.outcome(jobs[0], started)] if len(jobs) == 1 else self._outcomes_together(jobs, started)
+        self.has_shared = len(jobs) > 1
+        return self._outcomes_together(jobs, started) if self.has_shared else [self.outcome(jobs[0], started)]
 
     def outcome(self, job: Job, started: float | None = None) -> Outcome:
         """What comes of a job alone, which begins now or did at `started`, `time.perf_counter()`.
@@ -255,7 +257,8 @@ class Runner:
 
     def attend(self, call: Call) -> Result:
         """One layer; see `step.attend`. With the device."""
-        return attend(call, self.ops)
+        alone = None if call.at is None else self._shared.attend_alone(call)
+        return attend(call, self.ops) if alone is None else alone
 
     def attend_together(self, calls: list[Call]) -> list[Result]:
         """A layer each of several steps of one `Batch`, in one launch. With the device."""

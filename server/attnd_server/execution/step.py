@@ -18,7 +18,7 @@ from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.ops import Plan, TritonAttentionOps
 from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
 from attnd_server.device.host_results import on_host
-from attnd_server.execution.by_options import ByOptions, ShareKey
+from attnd_server.execution.by_options import ByOptions, Shareable
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import Cost, cost_of, too_costly
 from attnd_server.execution.decode_graphs import DecodeGraphs
@@ -51,7 +51,7 @@ class Step:
         graphs: by the options of a layer; None where no warm-up captured any that fit.
         plans: likewise, of layers without graphs.
         stored: its slots on the device, for layers without graphs.
-        share_keys: by the options of a layer, what calls can share a launch by, see `batch`.
+        shareable: by the options of a layer, how calls can share a launch, see `batch`; None where they cannot.
         is_marked: whether the group was told which pages it writes.
         counts: of whoever sent it, or None.
         trace: of the step; None: it has none.
@@ -70,7 +70,7 @@ class Step:
     graphs: ByOptions[DecodeGraphs | None] = field(default_factory=ByOptions)
     plans: Plans = field(default_factory=Plans)
     stored: StoredTokens | None = None
-    share_keys: ByOptions[ShareKey | None] = field(default_factory=ByOptions)
+    shareable: ByOptions[Shareable | None] = field(default_factory=ByOptions)
     is_marked: bool = False
     counts: StepCounts | None = None
     trace: StepTrace | None = None
@@ -162,7 +162,7 @@ class Call(NamedTuple):
         plane: over which it came.
         is_sampled: whether verification looks at it; then nobody else writes to its tensors.
         into: where output and lse are to lie on the host, for a GPU to copy them. The client may write there. Or None.
-        reach: addresses of the host at which the device reads and writes of its own.
+        at: addresses of q, k, v, output and lse, if they lie where the device reads and writes of its own. Or None.
     """
 
     step: Step
@@ -175,7 +175,7 @@ class Call(NamedTuple):
     plane: str = ""
     is_sampled: bool = False
     into: tuple[torch.Tensor, torch.Tensor | None] | None = None
-    reach: range = range(0)
+    at: tuple[int, int, int, int, int] | None = None
 
     @property
     def cache_id(self) -> bytes:

@@ -66,6 +66,13 @@ class _LastReply(NamedTuple):
     offset: int
     backend: AttentionBackend | None
     tensors: PlacedTensors
+    into: object
+
+    def takes(self, call: Call, result: Result) -> bool:
+        """Whether the results are like those that lie there, and lie there now."""
+        if call.into is not None and self.into is call.into and result.output is call.into[0]:
+            return True  # the device has put them there
+        return self.tensors.fill_with_torch(result.output, result.lse)
 
 
 class RegionReplies:
@@ -83,12 +90,12 @@ class RegionReplies:
     def answered(self, call: Call, message: step_pb2.Call, lane: int = 0) -> Call:
         """The call with what will encode its reply."""
         if not message.HasField("reply"):
-            return call._replace(encode=partial(self._inline, lane), plane=self.plane, reach=self._reach)
+            return call._replace(encode=partial(self._inline, lane), plane=self.plane)
         offset = message.reply.offset
         # Now, so that a call whose reply has no place does not run.
         into = None if call.q is None else self._into(call, call.q.shape[:2], message.reply)
         encode = partial(self._placed, lane, offset)
-        return call._replace(encode=encode, into=into, plane=self.plane, reach=self._reach)
+        return call._replace(encode=encode, into=into, plane=self.plane, at=self._addresses(call, into))
 
     def _into(
         self, call: Call, rows: tuple[int, ...], reply: tensor_pb2.Region
@@ -107,6 +114,17 @@ class RegionReplies:
         output, *lse = (torch_tensor(each._replace(data=view)) for each, view in zip(tensors, views, strict=True))
         return output, lse[0] if lse else None
 
+    def _addresses(
+        self, call: Call, into: tuple[torch.Tensor, torch.Tensor | None] | None
+    ) -> tuple[int, int, int, int, int] | None:
+        """Where tensors and results lie, for a device that reaches all of them; see `Call.at`."""
+        tensors = call.q, call.k, call.v
+        if into is None or any(each is None or not each.is_contiguous() for each in tensors):
+            return None
+        q, k, v, output, lse = (0 if each is None else each.data_ptr() for each in (*tensors, *into))
+        at = q, k, v, output, lse
+        return at if all(each in self._reach for each in at if each) else None
+
     def _inline(self, lane: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         self._last.pop(lane, None)
         reply = call_reply(call, result, queue_us, kernel_us)
@@ -114,18 +132,16 @@ class RegionReplies:
 
     def _placed(self, lane: int, offset: int, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         last = self._last.get(lane)
-        if (
-            last is not None
-            and last.offset == offset
-            and last.backend is result.backend
-            and last.tensors.fill_with_torch(result.output, result.lse)
-        ):
+        is_like = last is not None and last.offset == offset and last.backend is result.backend
+        if last is not None and is_like and last.takes(call, result):
+            if last.into is not call.into:  # once a step
+                self._last[lane] = last._replace(into=call.into)
             times = (queue_us, result.copies.in_us, kernel_us, result.copies.out_us)
             return framing.repeated_reply(call.step.group.layer_numbers[call.layer], call.step.id, *times)
         arrays = reply_arrays(result, RESULTS)
         reply = call_reply(call, result, queue_us, kernel_us)
         tensors = placed_tensors.place(self._memory, arrays, offset, "reply", reply, RESULTS)
-        self._last[lane] = _LastReply(offset, result.backend, tensors)
+        self._last[lane] = _LastReply(offset, result.backend, tensors, call.into)
         return framing.reply_bytes(attention_pb2.AttendResponse(call=reply).SerializeToString())
 
 

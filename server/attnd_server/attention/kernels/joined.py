@@ -22,8 +22,6 @@ from attnd_server.device.kernels.launch import launch_kernel
 # page 0 of its layer, and how many columns of its rows' page tables are to be taken.
 CALL_FIELDS = 8
 (FIRST_REQ, Q, K, V, OUTPUT, LSE, FIRST_PAGE, NUM_COLUMNS) = range(CALL_FIELDS)
-# Bytes of a word, in which tensors are copied: rows have a multiple of it, and addresses are one.
-WORD = 4
 
 _HEADER = tl.constexpr(STEP_HEADER)
 _NUM_COLUMNS_OF_STEP = tl.constexpr(len(REQUEST_COLUMNS))
@@ -49,7 +47,7 @@ class JoinedCalls(NamedTuple):
     Attributes:
         num_reqs: int32 `[1]`, requests of all calls together.
         calls: int64 `[most calls, CALL_FIELDS]`.
-        call_of: int32 `[max_reqs]`, the call of each request.
+        call_of: uint8 `[max_reqs]`, the call of each request.
         rows: int32 `[max_reqs, row_len]`, of each request REQUEST_COLUMNS, the slot of each new token, and page ids;
             slots and page ids are those of its cache, no page id is -1, and a slot of -1 is not stored.
     """
@@ -104,7 +102,7 @@ def _take_kernel(
     num_there = tl.load(num_reqs)
     tokens = tl.arange(0, TOKENS)
     if request < num_there:
-        call = calls + tl.load(call_of + request) * _FIELDS
+        call = calls + tl.load(call_of + request).to(tl.int32) * _FIELDS
         local = request - tl.load(call + _FIRST_REQ)
         _take(q, request, tl.load(call + _Q), local, q_words, piece)
         _take(k, request, tl.load(call + _K), local, k_words, piece)
@@ -146,7 +144,7 @@ def _give_kernel(output, lse, num_reqs, calls, call_of, out_words, lse_words):
     """Grid: (max_reqs, _PIECES). No words of lse: nobody asked for it."""
     request, piece = tl.program_id(0), tl.program_id(1)
     if request < tl.load(num_reqs):
-        call = calls + tl.load(call_of + request) * _FIELDS
+        call = calls + tl.load(call_of + request).to(tl.int32) * _FIELDS
         local = request - tl.load(call + _FIRST_REQ)
         _give(tl.load(call + _OUTPUT), local, output, request, out_words, piece)
         _give(tl.load(call + _LSE), local, lse, request, lse_words, piece)

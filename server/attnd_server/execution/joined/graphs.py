@@ -21,7 +21,7 @@ from attnd_server.execution.step import Call
 
 log = logging.getLogger(__name__)
 
-# Calls of a launch: many more than fill any device.
+# Calls of a launch: many more than fill any device. A byte says of a request which one it is of.
 MAX_CALLS = 64
 # Of the classes, each so many times the one before: what a launch costs depends little on what it has room for.
 REQS, PAGES = (16, 64, 256, 1024), (64, 256, 1024, 4096)

@@ -21,12 +21,27 @@ from attnd_server.execution.step import Call
 if TYPE_CHECKING:
     from attnd_server.attention.kernels.joined import JoinedCalls
 
-Rows = npt.NDArray[np.int32]
-"""Of each request of a step what kernels go by, see `kernels.joined.JoinedCalls.rows`."""
 
-# Columns of int32 before the slots of a request, fields of a call, and bytes of a word: those of `kernels.joined`,
-# which only loads with Triton; a test compares them.
-NUM_COLUMNS, CALL_FIELDS, WORD = 7, 8, 4
+class Rows:
+    """Of each request of a step what kernels go by, see `kernels.joined.JoinedCalls.rows`.
+
+    Attributes:
+        num_reqs: rows.
+        array: of them.
+        address: where they lie.
+        num_bytes: that they have.
+    """
+
+    def __init__(self, array: npt.NDArray[np.int32]) -> None:
+        """`array` is `[num_reqs, row_len]`."""
+        # Looked up here: it takes numpy longer than a launch may take for a call.
+        self.num_reqs, self.array = len(array), array
+        self.address, self.num_bytes = array.ctypes.data, array.nbytes
+
+
+# Columns of int32 before the slots of a request, and fields of a call: those of `kernels.joined`, which only loads with
+# Triton; a test compares them.
+NUM_COLUMNS, CALL_FIELDS = 7, 8
 _CALL = struct.Struct(f"{CALL_FIELDS}q")
 
 
@@ -40,9 +55,11 @@ def rows_of(metadata: AttentionMetadata, query_len: int, num_pages: int, row_len
     first = NUM_COLUMNS + query_len
     tables = metadata.page_tables.numpy()[:, :num_pages]
     np.maximum(tables, 0, out=rows[:, first : first + tables.shape[1]])  # -1 beyond a context: looked at, never read
-    return rows
+    return Rows(rows)
 
 
+Addresses = tuple[int, int, int, int, int]
+"""Of q, k, v, output and lse."""
 Output = tuple[torch.Tensor, torch.Tensor | None]
 """Output and lse of a call."""
 
@@ -86,7 +103,7 @@ class HostCalls:
         fields = [
             Field(torch.int32, (1,)),
             Field(torch.int64, (max_calls, CALL_FIELDS)),
-            Field(torch.int32, (shape.num_reqs,)),
+            Field(torch.uint8, (shape.num_reqs,)),
             Field(torch.int32, (shape.num_reqs, row_len)),
             *(each._replace(row=(num_tokens, *each.row)) for each in (*inputs, *results)),
         ]
@@ -97,9 +114,10 @@ class HostCalls:
             for offset, field in zip(offsets, fields, strict=True)
         ]
         self._said = parts[:4]
-        self._num_reqs, _, self._call_of, _ = (each.numpy() for each in self._said)
-        _, self._calls_at, _, rows_at = offsets[:4]
-        self._first_row = self._memory.data_ptr() + rows_at
+        self._num_reqs = self._said[0].numpy()
+        _, self._calls_at, call_of_at, rows_at = offsets[:4]
+        start = self._memory.data_ptr()
+        self._call_of, self._first_row = start + call_of_at, start + rows_at
         self._bytes = memoryview(self._memory.numpy().data)
         self._k, self._v, self._q, *results_here = parts[4:]
         *lse, self._output = results_here
@@ -136,15 +154,15 @@ class HostCalls:
         first_req, outputs = 0, []
         for index, (call, own, first_page) in enumerate(zip(calls, rows, first_pages, strict=True)):
             self._place(index, own, first_req)
-            q, k, v = (
-                self._input(call, each, first_req) for each in ((call.q, self._q), (call.k, self._k), (call.v, self._v))
-            )
-            output, lse = self._results(call, first_req, len(own))
-            at_lse = 0 if lse is None else lse.data_ptr()
-            said = first_req, q, k, v, output.data_ptr(), at_lse, first_page, num_columns
+            if call.at is None or call.is_sampled:
+                at, output = self._here(call, first_req, own.num_reqs)
+            else:
+                assert call.into is not None
+                at, output = call.at, call.into
+            said = first_req, *at, first_page, num_columns
             _CALL.pack_into(self._bytes, self._calls_at + index * _CALL.size, *said)
-            outputs.append((output, lse))
-            first_req += len(own)
+            outputs.append(output)
+            first_req += own.num_reqs
         self._num_reqs[0] = first_req
         return outputs
 
@@ -154,31 +172,20 @@ class HostCalls:
         if index < len(placed) and placed[index].rows is rows and placed[index].first_req == first_req:
             return
         del placed[index:]  # they are where these go, or come later than before
-        self._call_of[first_req : first_req + len(rows)] = index
-        ctypes.memmove(self._first_row + first_req * self._row_bytes, rows.ctypes.data, rows.nbytes)
+        ctypes.memset(self._call_of + first_req, index, rows.num_reqs)
+        ctypes.memmove(self._first_row + first_req * self._row_bytes, rows.address, rows.num_bytes)
         placed.append(_Placed(rows, first_req))
 
-    def _input(self, call: Call, given: tuple[torch.Tensor | None, torch.Tensor], first_req: int) -> int:
-        """The address of a tensor of a call for the device."""
-        tensor, room = given
-        assert tensor is not None
-        address = tensor.data_ptr()
-        if address in call.reach and not address % WORD and tensor.is_contiguous():
-            return address
-        first = first_req * self._query_len
-        here = room[first : first + len(tensor)]
-        if tensor.is_contiguous():
-            ctypes.memmove(here.data_ptr(), address, tensor.nbytes)
-        else:
-            here.copy_(tensor)
-        return here.data_ptr()
-
-    def _results(self, call: Call, first_req: int, num_reqs: int) -> Output:
-        """Where the results of a call go."""
-        if call.into is not None and not call.is_sampled:
-            output, lse = call.into
-            ends = [each for each in call.into if each is not None]
-            if all(each.data_ptr() in call.reach and not each.data_ptr() % WORD for each in ends):
-                return output, lse
+    def _here(self, call: Call, first_req: int, num_reqs: int) -> tuple[Addresses, Output]:
+        """Brings the tensors of a call here. Returns where they and its results are, and these."""
         rows = slice(first_req * self._query_len, (first_req + num_reqs) * self._query_len)
-        return self._output[rows], None if self._lse is None else self._lse[rows]
+        q, k, v = ((call.q, self._q[rows]), (call.k, self._k[rows]), (call.v, self._v[rows]))
+        for tensor, here in (q, k, v):
+            assert tensor is not None
+            if tensor.is_contiguous():
+                ctypes.memmove(here.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+            else:
+                here.copy_(tensor)
+        output, lse = self._output[rows], None if self._lse is None else self._lse[rows]
+        at_lse = 0 if lse is None else lse.data_ptr()
+        return (q[1].data_ptr(), k[1].data_ptr(), v[1].data_ptr(), output.data_ptr(), at_lse), (output, lse)

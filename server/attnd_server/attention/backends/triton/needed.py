@@ -163,7 +163,7 @@ def _join(config: AttentionConfig) -> None:
     q = without_data(1, config.num_kv_heads, config.head_dim, dtype=config.dtype)
     output = without_data(1, config.num_kv_heads, config.head_dim_v, dtype=config.dtype)
     numbers, slots = without_data(1, dtype=torch.int32), without_data(1, dtype=torch.int64)
-    calls = JoinedCalls(numbers, slots, numbers, without_data(1, 1, dtype=torch.int32))
+    calls = JoinedCalls(numbers, slots, without_data(1, dtype=torch.uint8), without_data(1, 1, dtype=torch.int32))
     tensors = JoinedTensors(numbers, without_data(1, 1, dtype=torch.int32), slots, q, q, output, output, None)
     take_calls(calls, tensors, query_len=1, page_size=config.page_size)
     give_results(calls, tensors)
