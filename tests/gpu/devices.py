@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,6 +27,17 @@ def has_mps() -> bool:
 # Index of the worker's; the server has the first.
 WORKER = 1 if torch.cuda.device_count() > 1 else 0
 
-# How torch captures a graph in these tests: a server in this process loads kernels on threads of its own, and a capture
-# that counts what other threads do would not survive that.
-CAPTURE: dict[str, Any] = {"capture_error_mode": "thread_local"}
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """As `torch.cuda.graph`, in a process with a server: what that does on other threads does not end the capture.
+
+    Nor do graphs of earlier tests, or of its caches, that are garbage by now: to destroy one is what a capture forbids.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        gc.enable()

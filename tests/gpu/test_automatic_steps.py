@@ -135,7 +135,7 @@ def test_a_graph_of_the_worker_serves_steps_of_either_kind(pair: Pair) -> None:
     graph = torch.cuda.CUDAGraph()
     step = pair.session.step(decode(lengths))
     assert pair.session.by_message == ""
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(DEVICE), **devices.CAPTURE):
+    with devices.capturing(graph, torch.cuda.Stream(DEVICE)):
         outputs = [step.attend(layer, *call) for layer, call in enumerate(calls)]
     kinds = []
     for position in range(24):

@@ -256,7 +256,7 @@ def test_a_step_replayed_from_the_workers_own_graph(client: attnd.Client, gpu: i
         graph = torch.cuda.CUDAGraph()
         ours_step, theirs_step = steps(1)
         # Of the worker's GPU: torch's own is of the one that was current at the first capture of the process.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(gpu), **devices.CAPTURE):
+        with devices.capturing(graph, torch.cuda.Stream(gpu)):
             hidden = model(ours_step)
         for position in range(1, 60):
             if position > 1:

@@ -16,6 +16,7 @@ import attnd
 from attnd_server.build import build_service
 from attnd_server.config import ServerConfig
 from attnd_server.execution import step as steps
+from attnd_server.execution.runner import Runner
 from attnd_server.inproc import InprocTransport
 from attnd_server.planes.negotiation import Planes
 from attnd_server.planes.server import PlaneServer
@@ -81,15 +82,15 @@ def test_a_refusal_disturbs_no_kernel() -> None:
 def test_calls_from_pinned_memory_have_the_bits_of_those_in_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_warm: bool
 ) -> None:
-    are_pinned: set[bool] = set()
-    attend = steps.attend
+    are_pinned: set[tuple[bool, bool]] = set()
+    attend = Runner.attend
 
-    def watched(call: steps.Call, *arguments: object) -> steps.Result:
+    def watched(runner: Runner, call: steps.Call) -> steps.Result:
         assert call.q is not None
-        are_pinned.add(call.q.is_pinned())
-        return attend(call, *arguments)  # type: ignore[arg-type]
+        are_pinned.add((call.q.is_pinned(), call.at is not None))
+        return attend(runner, call)
 
-    monkeypatch.setattr("attnd_server.execution.runner.attend", watched)
+    monkeypatch.setattr(Runner, "attend", watched)
     context_lens = [index % PAGE for index in range(NUM_REQS)]
     slots = [request * PAGE + context_len for request, context_len in enumerate(context_lens)]
     tables = [[request] for request in range(NUM_REQS)]
@@ -108,7 +109,8 @@ def test_calls_from_pinned_memory_have_the_bits_of_those_in_process(
                     k, v = torch.randn(2, NUM_REQS, KV_HEADS, DIM, dtype=torch.bfloat16)
                     outputs = [step.attend(layer, q, k, v) for step in opened]
                     assert torch.equal(*outputs)
-            assert are_pinned == {True, False}  # those of shm, and those of inline
+            # Those of shm, which the device takes from there and puts back itself, and those of inline.
+            assert are_pinned == {(True, True), (False, False)}
             assert server._pinning.num_bytes == REGION_BYTES
         wait_until_nothing_is_pinned(server)
 

@@ -404,7 +404,7 @@ with torch.cuda.stream(torch.cuda.Stream()):
     run = step
     if mode == "graph":
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), **devices.CAPTURE):
+        with devices.capturing(graph, torch.cuda.current_stream()):
             step()
         run = graph.replay
     print("ready", cache.ref.id.hex(), cache.ref.epoch, flush=True)
@@ -552,7 +552,7 @@ def test_replayed_steps_alone_keep_a_lease(client: attnd.Client, server: ServerP
         with torch.cuda.stream(stream):
             steps, calls = steps_of(session), new_calls(2)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, **devices.CAPTURE):
+            with devices.capturing(graph, stream):
                 outputs = again(steps, calls)
             count, looked_at, ends_at = 0, 0.0, time.monotonic() + 3 * LEASE_S
             while time.monotonic() < ends_at:

@@ -149,7 +149,7 @@ def test_a_graph_advances_the_lengths_itself(client: attnd.Client, inproc: attnd
         with torch.cuda.stream(stream):
             steps.context_lens[:n].copy_(torch.tensor(lengths))
             stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream, **devices.CAPTURE):
+            with devices.capturing(graph, stream):
                 steps.begin(n)
                 outputs = [steps.attend(layer, *call) for layer, call in enumerate(calls)]
                 kept.index_copy_(0, number, torch.stack(outputs)[None])
@@ -182,7 +182,7 @@ def test_very_many_steps(client: attnd.Client) -> None:
         with torch.cuda.stream(stream):
             step()
             steps.finish()
-            with torch.cuda.graph(graph, stream=stream, **devices.CAPTURE):
+            with devices.capturing(graph, stream):
                 for _ in range(together):
                     step()
             for round_ in range(count // together):

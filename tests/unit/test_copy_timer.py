@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from attnd_server.device.copy_timer import Copies, CopyTimer
+from attnd_server.device.copy_timer import Copies, CopyTimer, timed_behind
 
 DEVICE = torch.device("cuda", 0)
 
@@ -85,3 +85,11 @@ def test_a_call_without_results_waits_for_its_copies_alone(host_ms: list[float],
     copied_at_ms = 0.1 * Event.num_recorded
     assert timer.copied() == Copies(in_us, 0)
     assert Event.waits == [copied_at_ms]
+
+
+def test_copies_of_a_captured_launch_come_behind_launches_that_keep_the_device_busy() -> None:
+    done: list[str] = []
+    fetch, send = (lambda: done.append("fetch")), (lambda: done.append("send"))
+    assert timed_behind(lambda: done.append("launch"), fetch, send, DEVICE) == Copies(100, 100)
+    assert done == ["launch"] * (len(done) - 2) + ["fetch", "send"]
+    assert len(done) > 4

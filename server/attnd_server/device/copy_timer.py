@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,34 @@ class Copies(NamedTuple):
 
 # Where the device computes in place.
 NO_COPIES = Copies(0, 0)
+
+
+# Launches that take a GPU longer than the host takes to make two copies and the marks around them.
+_LAUNCHES_BEFORE = 8
+
+
+def timed_behind(
+    launch: Callable[[], None], fetch: Callable[[], None], send: Callable[[], None], device: torch.device
+) -> Copies:
+    """What the copies of a captured launch take by themselves. Waits for the GPU.
+
+    Args:
+        launch: made before: what the GPU finds in its queue takes its own time, and not the host's between two of them.
+        fetch: starts the copies to the device.
+        send: starts those back.
+        device: the GPU.
+    """
+    stream = torch.cuda.current_stream(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    for _ in range(_LAUNCHES_BEFORE):
+        launch()
+    for event, copies in zip(events, (fetch, send, None), strict=True):
+        event.record(stream)
+        if copies is not None:
+            copies()
+    events[-1].synchronize()
+    in_us, out_us = (round(_us(first, last)) for first, last in pairwise(events))
+    return Copies(in_us, out_us)
 
 
 class CopyTimer:
@@ -53,11 +83,6 @@ class CopyTimer:
         before_in, after_in, before_out, after_out = self._events
         host_us = (self._marked_at[0] - self._started) * 1e6
         return Copies(round(host_us + _us(before_in, after_in)), round(_us(before_out, after_out)))
-
-    def between(self) -> Copies:
-        """Likewise, but what the host did before counts for nothing."""
-        before_in, after_in, before_out, after_out = self._events
-        return Copies(round(_us(before_in, after_in)), round(_us(before_out, after_out)))
 
     def waited(self) -> Copies:
         """Of a call that waited for its results, with marks around the copies to the device and behind its kernels.

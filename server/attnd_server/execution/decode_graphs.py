@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from attnd_server.attention.backends.base import DecodeShape, FixedPlan
 from attnd_server.attention.config import AttentionBackend, AttentionConfig
 from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
 from attnd_server.attention.staging import Buffer, Head, call_fields, offsets_of
-from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
+from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer, timed_behind
 from attnd_server.device.cuda_graph import Launches, captured
 from attnd_server.device.kernels.launch import for_graphs
 from attnd_server.kv.layer_group import LayerGroup
@@ -142,9 +141,12 @@ class DecodeGraphs:
         launches = partial(self.launch, group, len(self._replays))
         with for_graphs():
             launches()  # a kernel that is not on the device yet cannot be captured
-        if self._has_copies and not self._replays and self._device.type == "cuda":
-            self._copies_of_graph = self._timed_copies()
         self._replays.append(capture(launches))
+        if self._has_copies and len(self._replays) == 1 and self._device.type == "cuda":
+            buffers = self._held
+            self._copies_of_graph = timed_behind(
+                self._replays[0], buffers.inputs.fetch, buffers.results.send, self._device
+            )
 
     def capture_again(self, group: LayerGroup, layer: int, capture: Capture) -> None:
         """Captures a layer once more, unless the graphs were closed. On the executor's thread; launches nothing."""
@@ -229,18 +231,6 @@ class DecodeGraphs:
             torch.cuda.current_stream(self._device).synchronize()
         *lse, output = loaded.results.tensors
         return output, lse[0] if lse else None, loaded.copies
-
-    def _timed_copies(self) -> Copies:
-        """What the copies within a graph take, once their kernels are on the device."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        stream = torch.cuda.current_stream(self._device)
-        events[0].record(stream)
-        self._held.inputs.fetch()
-        events[1].record(stream)
-        self._held.results.send()
-        events[2].record(stream)
-        events[2].synchronize()
-        return Copies(*(round(first.elapsed_time(last) * 1e3) for first, last in pairwise(events)))
 
     def _copy_directly(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Starts to copy k, v and q to the device from where they are, and the slots from their buffer."""

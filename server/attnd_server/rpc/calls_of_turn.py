@@ -47,7 +47,13 @@ class CallsOfTurn:
         if not self._jobs:
             loop.call_soon(self._run)  # behind the streams that this turn has woken
         self._jobs[job] = future
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            is_answered = future.done() and not future.cancelled() and future.exception() is None
+            if is_answered and isinstance(later := future.result(), asyncio.Future):
+                later.cancel()
+            raise
 
     def _run(self) -> None:
         futures, self._jobs = self._jobs, {}
@@ -55,7 +61,6 @@ class CallsOfTurn:
         for job in self._executor.settle_now(jobs):
             timeout_s = None if job.deadline == math.inf else max(0.0, job.deadline - time.monotonic())
             try:
-                assert isinstance(job.work, Call)
                 later = start_on(self._executor, job.work, timeout_s, job.is_wanted)
             except Exception as error:
                 _settle(futures[job], None, error)

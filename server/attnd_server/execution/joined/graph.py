@@ -12,16 +12,13 @@ from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.kernels.pages import StoredTokens
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.attention.staging import call_fields
-from attnd_server.device.copy_timer import NO_COPIES, Copies, CopyTimer
+from attnd_server.device.copy_timer import NO_COPIES, Copies, timed_behind
 from attnd_server.device.cuda_graph import Launches
 from attnd_server.device.kernels.launch import for_graphs, launch_all
 from attnd_server.execution.decode_graphs import Capture
 from attnd_server.execution.joined.host_calls import HostCalls, Rows, rows_of
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.kv.layer_group import LayerGroup
-
-# Launches that take longer than the host takes to make those that are timed.
-_LAUNCHES_BEFORE = 8
 
 
 class JoinedGraph:
@@ -111,40 +108,27 @@ class JoinedGraph:
         self._launch()
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        if self._copies is None:
-            self._copies = self._timed_copies()
+        if self._copies is None:  # of the first launch: to time each would cost more than they differ
+            self._copies = timed_behind(self._launch, self._take, self._give, self._device)
         return [Result(*each, self._backend, self._copies) for each in outputs]
 
     def _launch_all(self) -> None:
-        from attnd_server.attention.kernels.joined import give_results, take_calls
-
         tensors = self._tensors
-        take_calls(self._calls, tensors, query_len=self._shape.query_len, page_size=self._page_size)
+        self._take()
         self._plan.lay_out()
         self._plan.launch(tensors.output, tensors.lse, tensors.q, tensors.k, tensors.v, self._pages)
         self._group.store_in(self._pages, tensors.k, tensors.v, StoredTokens(tensors.slots))
-        give_results(self._calls, tensors)
+        self._give()
 
-    def _timed_copies(self) -> Copies:
-        """What those of the first launch take, made once more: to time each would cost more than they differ.
+    def _take(self) -> None:
+        from attnd_server.attention.kernels.joined import take_calls
 
-        Behind launches that change nothing, because only what waits in the queue takes the device's time and not the
-        host's.
-        """
-        from attnd_server.attention.kernels.joined import give_results, take_calls
-
-        assert self._launch is not None
-        timer = CopyTimer(self._device)
-        for _ in range(_LAUNCHES_BEFORE):
-            self._launch()
-        timer.mark()
         take_calls(self._calls, self._tensors, query_len=self._shape.query_len, page_size=self._page_size)
-        timer.mark()
-        timer.mark()
+
+    def _give(self) -> None:
+        from attnd_server.attention.kernels.joined import give_results
+
         give_results(self._calls, self._tensors)
-        timer.mark()
-        torch.cuda.current_stream(self._device).synchronize()
-        return timer.between()
 
     def _rows_of(self, step: Step) -> Rows:
         """Those of a step, made once."""
