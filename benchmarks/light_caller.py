@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ class LightStep:
         return random.standard_normal(shape, np.float32).astype(self.sizes.dtype)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.light_caller", description=(__doc__ or "").partition("\n")[0]
     )
@@ -149,7 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--kv-bytes", type=int, required=True, help="of a cache, unless a layer has more")
     parser.add_argument("--warm-up", action="store_true", help="captures decode steps, on a GPU")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:

@@ -7,12 +7,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import callers, plane_options, plane_results, planes, way_timing
+import attnd
+from benchmarks import callers, light_caller, plane_options, plane_results, planes, way_timing
 from benchmarks.callers import ONE_LARGE, Group
+from benchmarks.light_caller import LightStep, Sizes
 from benchmarks.queued_ways import queued_way
 from benchmarks.report import WrongResult
 from benchmarks.servers import started
@@ -227,3 +230,31 @@ def test_a_child_that_says_nothing_is_named_with_its_last_words() -> None:
     with started("benchmarks.caller", "nowhere") as child:
         with pytest.raises(RuntimeError, match=r"did not say \^ready:\n(.*\n)*.*the following arguments are required"):
             child.read(rb"^ready", 60)
+
+
+def test_a_light_caller_compares_with_float64() -> None:
+    step = LightStep(Sizes(3, 21, 4, 2, 16, np.dtype(np.float32), 2))
+    with (
+        attnd.connect("inproc://") as client,
+        client.create_cache(**step.geometry) as cache,
+        cache.session() as session,
+    ):
+        step.fill(cache)
+        step.check(session)
+        cache.store_kv(
+            1, [int(step.tables[2, 0]) * 16], np.ones((1, 2, 16), np.float32), np.ones((1, 2, 16), np.float32)
+        )
+        with pytest.raises(ValueError, match="request 2, layer 1: the relative error is"):
+            step.check(session)
+
+
+def test_callers_need_torch_on_the_cuda_plane_alone() -> None:
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert callers.command("a:1", "cuda", gpu, 4, 2048, 1)[0] == "benchmarks.caller"
+    for plane, device in (("shm", gpu), ("inline", gpu), ("shm", cpu)):
+        module, *arguments = callers.command("a:1", plane, device, 4, 2048, 1)
+        assert module == "benchmarks.light_caller"
+        assert ("--warm-up" in arguments) == (device is gpu)
+        sizes = light_caller.sizes_of(light_caller.parse(arguments))
+        assert (sizes.num_reqs, sizes.context_len, sizes.num_heads) == (4, 2048, 32)
+        assert sizes.num_layers == (4 if device is gpu else 1)
