@@ -8,6 +8,8 @@ bits of calls that are alone, because only kernels and steps that promise that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from cachetools import LRUCache
 
@@ -22,6 +24,7 @@ from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.by_options import Shareable, ShareKey
 from attnd_server.execution.cost import LONG_WORK
 from attnd_server.execution.decode_graphs import Capture
+from attnd_server.execution.joined.graph import JoinedGraph
 from attnd_server.execution.joined.graphs import MAX_CALLS, JoinedGraphs
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.execution.work import Work
@@ -52,10 +55,13 @@ class Batch:
 
     def takes(self, work: Work) -> bool:
         """Adds some work if it is a call that can be. With the device."""
-        if not isinstance(work, Call) or self._is_big or self._num_calls >= MAX_CALLS:
-            return False
-        call = shareable(work, self._ops)
-        return call is not None and call.key == self._key and self._add(call)
+        call = shareable(work, self._ops) if isinstance(work, Call) else None
+        return call is not None and self.adds(call)
+
+    def adds(self, call: Shareable) -> bool:
+        """Adds a call if it can share the launch. With the device."""
+        has_room = self._num_calls < MAX_CALLS and not self._is_big
+        return has_room and call.key == self._key and self._add(call)
 
     @property
     def is_worth_it(self) -> bool:
@@ -257,7 +263,7 @@ class SharedLaunches:
             The results in the order of the calls. The next call may overwrite them.
         """
         first = shareable(calls[0], self._ops)
-        if first is not None and (graph := self._joined.find(calls, first.key)) is not None:
+        if first is not None and (graph := self.graph_for(calls, first.key)) is not None:
             return graph.attend(calls)
         # The same steps come in another order for the next layer, but are the same set.
         order = sorted(range(len(calls)), key=lambda index: id(calls[index].step))
@@ -281,8 +287,12 @@ class SharedLaunches:
         found = shareable(call, self._ops)
         if found is None or found.num_bytes < MIN_BYTES_ALONE:
             return None
-        graph = self._joined.find([call], found.key)
+        graph = self.graph_for([call], found.key)
         return None if graph is None else graph.attend([call])[0]
+
+    def graph_for(self, calls: Sequence[Call], key: ShareKey) -> JoinedGraph | None:
+        """What serves calls that share a launch; see `JoinedGraphs.find`."""
+        return self._joined.find(calls, key)
 
     def forget(self) -> None:
         """Keeps nothing any more: steps and plans that are over take memory."""

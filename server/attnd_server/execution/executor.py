@@ -22,7 +22,8 @@ from attnd_server.device.quiet import quiet_gpu
 from attnd_server.execution.captured_graphs import CapturedGraphs
 from attnd_server.execution.cost import most_work
 from attnd_server.execution.decode_graphs import Capture, cuda_capture
-from attnd_server.execution.idle_device import settle_together
+from attnd_server.execution.idle_device import repeat_together, settle_together
+from attnd_server.execution.joined.repeat import Repeat, Repeated
 from attnd_server.execution.kept_plans import KeptPlans
 from attnd_server.execution.queue import WorkQueue
 from attnd_server.execution.runner import Observer, Runner
@@ -150,10 +151,7 @@ class Executor:
         return Disconnected(self.runner.ended or "the server is shutting down")
 
     def cancel(self, job: Job) -> None:
-        """Takes a job out of the queue, whose `done` is never called then.
-
-        A call in pieces that is running ends before the next of them. SideWork and what else was started go on.
-        """
+        """Takes a job out of the queue: its `done` is never called then. A call in pieces ends before the next one."""
         job.is_cancelled = True
         if self._queue.remove(job):
             job.rest = None  # and what it holds
@@ -186,6 +184,10 @@ class Executor:
         """Runs jobs on the caller's thread while the device is idle; see `settle_together`."""
         return settle_together(jobs, self.runner, self._queue, self._take_idle_device, self._give_device_back)
 
+    def repeat_now(self, repeats: Sequence[Repeat]) -> Repeated | None:
+        """Runs repeats on the caller's thread if the device is idle; see `idle_device.repeat_together`."""
+        return repeat_together(repeats, self.runner, self._queue, self._take_idle_device, self._give_device_back)
+
     def _take_idle_device(self) -> bool:
         """Takes the device for the calling thread, unless somebody has it or waits for it."""
         queue = self._queue  # what waits or is about to begin came before: it may be of the same cache
@@ -207,8 +209,7 @@ class Executor:
     def end_running(self, reason: str) -> None:
         """From now on nothing is begun, and calls on a processor end between their pieces. Any thread; does not wait.
 
-        Whoever waits is told Disconnected with `reason`. Calls that end have stored nothing. A GPU's launch goes on:
-        see `is_quiet`.
+        Who waits is told Disconnected with `reason`, and has stored nothing. A GPU's launch goes on: see `is_quiet`.
         """
         self.runner.ended = reason
         self._queue.close()
@@ -231,8 +232,7 @@ class Executor:
             RuntimeError: the device has failed.
         """
         self._thread.join(timeout_s)
-        # Not all that the process has on the GPU is waited for: some of it may wait for a worker. Steps on cuda planes
-        # were let go when their planes ended.
+        # Not all that the process has on the GPU is waited for: some of it may wait for a worker.
         if self._thread.is_alive() or not self.quiet.are_over(timeout_s):
             return False
         if not self._device_lock.acquire(timeout=timeout_s):

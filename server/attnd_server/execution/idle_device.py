@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from attnd_server.device.kernels.launch import KernelMissing
+from attnd_server.execution.joined.repeat import Repeat, Repeated
 from attnd_server.execution.queue import WorkQueue, others_among
 from attnd_server.execution.runner import Runner
 from attnd_server.execution.work import Job
@@ -46,3 +47,28 @@ def settle_together(
                 left.remove(job)
                 job.done(*outcome)
     return left
+
+
+def repeat_together(
+    repeats: Sequence[Repeat], runner: Runner, queue: WorkQueue, take: Callable[[], bool], give_back: Callable[[], None]
+) -> Repeated | None:
+    """Runs repeats of several callers on the caller's thread while the device is idle.
+
+    Args:
+        repeats: of different caches.
+        runner: runs them.
+        queue: of the executor: what is held there comes first.
+        take: takes the device, if it is idle.
+        give_back: gives it back.
+
+    Returns:
+        What came of them; None: none was begun, give them to `settle_together` as calls.
+    """
+    if runner.ended or not take():
+        return None
+    try:
+        if queue.held and any(each.of.call.cache_id in queue.held for each in repeats):
+            return None
+        return runner.repeats.run(repeats)
+    finally:
+        give_back()

@@ -17,18 +17,17 @@ from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.device.memory import is_memory_error
 from attnd_server.execution.batch import SharedLaunches, batch_of
 from attnd_server.execution.decode_graphs import Capture
+from attnd_server.execution.joined.repeats import RepeatObserver, Repeats
 from attnd_server.execution.queue import IsWorthIt, Joins
 from attnd_server.execution.step import Call, Result, attend
+from attnd_server.execution.step_observers import TIMED_EVERY
 from attnd_server.execution.turns import Outcome, Turns, attend_in_pieces
 from attnd_server.execution.work import Cancelled, Job, Pieces, Work, WorkInPieces
 
 log = logging.getLogger(__name__)
 
-# One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
-TIMED_EVERY = 16
 
-
-class Observer(Protocol):
+class Observer(RepeatObserver, Protocol):
     """Sees the calls that ran. With the device."""
 
     def begins(self, call: Call) -> Call:
@@ -58,6 +57,7 @@ class Runner:
         ops: the backends of the device.
         ended: why nothing is begun any more, nor gone on with; "": it is.
         has_shared: whether several jobs ran together last.
+        repeats: runs calls that are only told by their layers.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Runner:
         """
         self.ops = TritonAttentionOps(device)
         self._shared = SharedLaunches(self.ops, capture)
+        self.repeats = Repeats(self._shared, self.ops, limits, faults, observer)
         self._limits = limits
         self._faults = faults
         self._observer = observer

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from attnd_server.execution.joined.repeat import Repeat, Repeated
 from attnd_server.execution.step import Call, Result
 from attnd_server.observe.counts import Metrics
 from attnd_server.observe.verify import Verifier
@@ -32,3 +35,13 @@ class CallObserver:
             self._metrics.call_served(call.plane, call, result, queue_us, kernel_us)
         if self._verifier is not None and call.is_sampled:
             self._verifier.take(call, result)
+
+    def takes_one_of(self, num_calls: int) -> bool:
+        """Whether verification will look at one of the next calls, so many; if not, it has passed them over."""
+        return self._verifier is not None and not self._verifier.passes_over(num_calls)
+
+    def served_alike(self, repeats: Sequence[Repeat], result: Repeated) -> None:
+        """Calls that differ in little have run in one launch."""
+        if self._metrics is not None:
+            self._metrics.launched(len(repeats))
+            self._metrics.calls_served(repeats[0].of.call.plane, repeats, result)

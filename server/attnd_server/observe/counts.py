@@ -16,8 +16,11 @@ from attnd_server.observe.histogram import Histogram
 from attnd_server.observe.tallies import CallTally, RpcTally
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
+    from attnd_server.execution.joined.repeat import Repeat, Repeated
     from attnd_server.execution.step import Call, Result
 
 # Of the calls of a launch.
@@ -79,6 +82,16 @@ class Metrics:
         tally.copy_out_us.observe(result.copies.out_us)
         tally.received_bytes += _num_bytes(call.q) + _num_bytes(call.k) + _num_bytes(call.v)
         tally.sent_bytes += _num_bytes(result.output) + _num_bytes(result.lse)
+
+    def calls_served(self, plane: str, repeats: Sequence[Repeat], result: Repeated) -> None:
+        """As `call_served`, of calls that ran in one launch and had not waited. By the thread that has the device."""
+        tally, num_calls = self._tally(plane, result.backend), len(repeats)
+        tally.queue_us.observe(0, num_calls)
+        tally.copy_in_us.observe(result.copies.in_us, num_calls)
+        tally.kernel_us.observe(result.kernel_us, num_calls)
+        tally.copy_out_us.observe(result.copies.out_us, num_calls)
+        tally.received_bytes += sum(each.of.received_bytes for each in repeats)
+        tally.sent_bytes += sum(each.of.sent_bytes for each in repeats)
 
     def step_served(
         self,

@@ -39,6 +39,12 @@ class Replies(Protocol):
             InvalidRequest: its reply cannot lie where the message wants it.
         """
 
+    def repeated(self, call: Call, lane: int) -> AttentionBackend | None:
+        """The backend of the last reply of a lane, if it is of such a call whose results the device has put there.
+
+        Then the next one may be said to be like it, where the device does the same.
+        """
+
 
 class InlineReplies:
     """Implements `Replies`: tensors travel in the message."""
@@ -55,6 +61,10 @@ class InlineReplies:
         if message.HasField("reply"):
             raise InvalidRequest(f"reply lies in region {message.reply.id}, but this plane is inline", field="reply")
         return call._replace(encode=self._encode, plane=self.plane)
+
+    def repeated(self, call: Call, lane: int) -> AttentionBackend | None:
+        """None: every reply is a message."""
+        return None
 
     def _encode(self, call: Call, result: Result, queue_us: int, kernel_us: int) -> bytes:
         return self._frame.encode(call_reply(call, result, queue_us, kernel_us), reply_arrays(result))
@@ -113,6 +123,11 @@ class RegionReplies:
         _, views = self._memory.places(tensors, reply.offset, "reply")
         output, *lse = (torch_tensor(each._replace(data=view)) for each, view in zip(tensors, views, strict=True))
         return output, lse[0] if lse else None
+
+    def repeated(self, call: Call, lane: int) -> AttentionBackend | None:
+        """That of the last reply; see `Replies.repeated`."""
+        last = self._last.get(lane)
+        return last.backend if last is not None and call.at is not None and last.into is call.into else None
 
     def _addresses(
         self, call: Call, into: tuple[torch.Tensor, torch.Tensor | None] | None

@@ -17,6 +17,7 @@ from attnd.v1 import attention_pb2, step_pb2
 from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.config import ServerConfig
 from attnd_server.execution.executor import Executor
+from attnd_server.execution.joined.repeats import repeatable
 from attnd_server.execution.plan_ahead import plan_ahead
 from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Work
@@ -24,6 +25,7 @@ from attnd_server.identity import TokenPrincipal, refuse_if_revoked, wanted_unti
 from attnd_server.observe.callers import Callers
 from attnd_server.service import validation
 from attnd_server.service.kept_steps import HeldBytes, KeptSteps, StepRoom, bases_of, is_big
+from attnd_server.service.repeated_lane import RepeatedLane
 from attnd_server.service.replies import Replies
 
 # Steps that a stream keeps, so that calls of several may be under way and later ones build upon their page tables.
@@ -165,6 +167,15 @@ class AttendSession:
         message, tensors = last_call
         message.layer, message.step_id = layer, step_id
         return self._call(message, tensors, lane)
+
+    def repeated_lane(self, lane: int) -> RepeatedLane | None:
+        """What the next requests of a lane may be that have no message; None: each is to be looked at by itself."""
+        call = self._last_checked.get(lane)
+        backend = None if call is None else self._replies.repeated(call, lane)
+        if call is None or backend is None:
+            return None
+        found = repeatable(call, backend, self._service.executor.ops)
+        return None if found is None else RepeatedLane(found, lane, self._principal, partial(self._called, call.step))
 
     def told(self, error: Exception) -> AttndError:
         """What the client is told of an error, which counts as refused."""

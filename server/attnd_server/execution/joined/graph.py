@@ -16,7 +16,8 @@ from attnd_server.device.copy_timer import NO_COPIES, Copies, timed_behind
 from attnd_server.device.cuda_graph import Launches
 from attnd_server.device.kernels.launch import for_graphs, launch_all
 from attnd_server.execution.decode_graphs import Capture
-from attnd_server.execution.joined.host_calls import HostCalls, Rows, rows_of
+from attnd_server.execution.joined.host_calls import HostCalls, Rows, Said, rows_of
+from attnd_server.execution.joined.repeat import Repeat
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.kv.layer_group import LayerGroup
 
@@ -28,6 +29,7 @@ class JoinedGraph:
     captured once, and a launch costs the host the same few numbers of each call, whoever shares it.
 
     Attributes:
+        backend: of the plan.
         num_bytes: of the device's memory that it takes.
     """
 
@@ -62,7 +64,7 @@ class JoinedGraph:
         assert group.pages is not None
         space, device = group.pages.space, group.device
         config = space.config
-        self._group, self._backend, self._plan, self._shape = group, backend, plan, shape
+        self._group, self.backend, self._plan, self._shape = group, backend, plan, shape
         self._pages = group.layers[0]._replace(k=space.k, v=space.v)  # scales are those of the whole group
         self._device, self._page_size, self._row_len, self._margin = device, config.page_size, row_len, margin
         self._host = HostCalls(config, options, shape, max_calls=max_calls, row_len=row_len, device=device)
@@ -97,12 +99,30 @@ class JoinedGraph:
 
     def attend(self, calls: Sequence[Call]) -> list[Result]:
         """Attends all and stores all: a layer each of steps that fit."""
-        assert self._launch is not None
-        num_pages = max(-(-call.step.metadata.max_context_len // self._page_size) for call in calls)
         first_pages = [_first_page(call) for call in calls]
-        outputs = self._host.fill(
-            calls, [self._rows_of(call.step) for call in calls], first_pages, num_pages + self._margin
-        )
+        rows = [self._rows_of(call.step) for call in calls]
+        outputs = self._host.fill(calls, rows, first_pages, self._num_columns(calls))
+        copies = self._run(calls)
+        return [Result(*each, self.backend, copies) for each in outputs]
+
+    def attend_repeats(self, repeats: Sequence[Repeat]) -> Copies:
+        """As `attend`, of calls whose tensors and results lie where the device reaches them."""
+        calls = [each.of.call for each in repeats]
+        said = [
+            Said(self._rows_of(each.call.step), each.at, each.first_page + layer * each.pages_of_layer)
+            for each, layer in repeats
+        ]
+        self._host.say(said, self._num_columns(calls))
+        return self._run(calls)
+
+    def _num_columns(self, calls: Sequence[Call]) -> int:
+        """Of the page tables, that kernels look at."""
+        longest = max(call.step.metadata.max_context_len for call in calls)
+        return -(-longest // self._page_size) + self._margin
+
+    def _run(self, calls: Sequence[Call]) -> Copies:
+        """Launches what the host has said, and waits for the device."""
+        assert self._launch is not None
         for call in calls:
             call.step.mark_written()
         self._launch()
@@ -110,7 +130,7 @@ class JoinedGraph:
             torch.cuda.current_stream(self._device).synchronize()
         if self._copies is None:  # of the first launch: to time each would cost more than they differ
             self._copies = timed_behind(self._launch, self._take, self._give, self._device)
-        return [Result(*each, self._backend, self._copies) for each in outputs]
+        return self._copies
 
     def _launch_all(self) -> None:
         tensors = self._tensors

@@ -64,6 +64,20 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 """Output and lse of a call."""
 
 
+class Said(NamedTuple):
+    """What the device is told of a call.
+
+    Attributes:
+        rows: of its step.
+        at: where its tensors are, for the device.
+        first_page: of the space, page 0 of its layer.
+    """
+
+    rows: Rows
+    at: Addresses
+    first_page: int
+
+
 class _Placed(NamedTuple):
     """The rows of a step that lie in the host's block, and where."""
 
@@ -151,20 +165,28 @@ class HostCalls:
         Returns:
             Where output and lse of each will be, on the host.
         """
-        first_req, outputs = 0, []
-        for index, (call, own, first_page) in enumerate(zip(calls, rows, first_pages, strict=True)):
-            self._place(index, own, first_req)
+        first_req, outputs, said = 0, [], []
+        for call, own, first_page in zip(calls, rows, first_pages, strict=True):
             if call.at is None or call.is_sampled:
                 at, output = self._here(call, first_req, own.num_reqs)
             else:
                 assert call.into is not None
                 at, output = call.at, call.into
-            said = first_req, *at, first_page, num_columns
-            _CALL.pack_into(self._bytes, self._calls_at + index * _CALL.size, *said)
+            said.append(Said(own, at, first_page))
             outputs.append(output)
             first_req += own.num_reqs
-        self._num_reqs[0] = first_req
+        self.say(said, num_columns)
         return outputs
+
+    def say(self, calls: Sequence[Said], num_columns: int) -> None:
+        """As `fill`, of calls whose tensors need not be brought here."""
+        first_req, at = 0, self._calls_at
+        for index, (rows, addresses, first_page) in enumerate(calls):
+            self._place(index, rows, first_req)
+            _CALL.pack_into(self._bytes, at, first_req, *addresses, first_page, num_columns)
+            at += _CALL.size
+            first_req += rows.num_reqs
+        self._num_reqs[0] = first_req
 
     def _place(self, index: int, rows: Rows, first_req: int) -> None:
         """Puts the rows of a call's step there, unless they lie there since the last launch."""

@@ -86,6 +86,13 @@ class Verifier:
         self._calls_left = self._gap()
         return True
 
+    def passes_over(self, num_calls: int) -> bool:
+        """Takes none of the next calls, so many, if none of them is due; False: one is, so ask for each."""
+        if self._calls_left <= num_calls:
+            return False
+        self._calls_left -= num_calls
+        return True
+
     def sampled(self, call: Call) -> Call:
         """A call that will be taken, before it runs: a client may change its tensors in shared memory meanwhile."""
         if call.plane != "shm":

@@ -10,6 +10,7 @@ from attnd.protocol.shm import framing
 from attnd.v1 import attention_pb2
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Cancelled, Work
+from attnd_server.service.repeated_lane import RepeatedLane
 from attnd_server.service.service import AttentionService, error_response
 from attnd_server.service.session import AttendSession, BigStep
 
@@ -44,6 +45,10 @@ class ShmConnection:
     def read_now(self) -> framing.Request | None:
         """As `read`, but raises BlockingIOError if the next request has not come as a whole."""
         return self._requests.receive(socket.MSG_DONTWAIT)
+
+    def repeated_lane(self, lane: int) -> RepeatedLane | None:
+        """What requests of a lane without a message may be; see `AttendSession.repeated_lane`."""
+        return self._session.repeated_lane(lane)
 
     def begin(self, request: framing.Request) -> Begun:
         """Checks a request. A wrong one has its answer already."""

@@ -7,8 +7,11 @@ import queue
 import select
 import threading
 
+from attnd.protocol.shm import framing
+from attnd_server.execution.joined.repeat import Repeat
 from attnd_server.planes.answer_socket import AnswerSocket
 from attnd_server.planes.shm.connection import Begun, ShmConnection
+from attnd_server.service.repeated_lane import RepeatedLane
 
 
 class LoopClient:
@@ -19,6 +22,8 @@ class LoopClient:
         answers: where their answers go.
         descriptor: of the socket of both.
         left: what the loop leaves to its thread: what it began, and is to be finished and sent; None: to read on.
+        lane: of the last call that the loop has read.
+        repeated: what its repeats are, once it was answered; None: they are to be looked at.
     """
 
     def __init__(self, connection: ShmConnection, answers: AnswerSocket, descriptor: int) -> None:
@@ -27,6 +32,14 @@ class LoopClient:
         self.answers = answers
         self.descriptor = descriptor
         self.left: queue.SimpleQueue[Begun | None] = queue.SimpleQueue()
+        self.lane = 0
+        self.repeated: RepeatedLane | None = None
+
+    def repeat_of(self, request: framing.Request) -> Repeat | None:
+        """What a request repeats; None: it is to be looked at."""
+        if self.repeated is None or request.message:
+            return None
+        return self.repeated.repeat(request.layer, request.step_id, request.lane)
 
 
 class LoopClients:
@@ -98,6 +111,7 @@ class LoopClients:
 
     def give_back(self, client: LoopClient, begun: Begun | None) -> None:
         """Gives a client back to its own thread."""
+        client.repeated = None
         del self._read[client.descriptor]
         self._epoll.unregister(client.descriptor)
         client.left.put(begun)

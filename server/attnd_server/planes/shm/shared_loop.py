@@ -12,15 +12,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 from attnd.errors import AttndError
+from attnd.protocol.shm import framing
 from attnd_server.execution.executor import Executor
+from attnd_server.execution.joined.repeat import Repeat
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Job
 from attnd_server.planes.shm.loop_clients import LoopClient, LoopClients
 
 log = logging.getLogger(__name__)
+
+
+class _Repeating(NamedTuple):
+    """A request that repeats a call."""
+
+    client: LoopClient
+    request: framing.Request
+    repeat: Repeat
 
 
 class SharedLoop:
@@ -53,7 +65,10 @@ class SharedLoop:
     def _serve(self, ready: dict[LoopClient, None]) -> dict[LoopClient, None]:
         """Takes a request of each, and answers what can be answered now. Returns who has sent more."""
         try:
-            calls = [(client, begun) for client in ready if (begun := self._begin(client)) is not None]
+            calls, repeats = self._read(ready)
+            if len(repeats) < 2 or not self._run_repeats(repeats):
+                begun = ((each.client, self._begin(each.client, each.request)) for each in repeats)
+                calls += [(client, call) for client, call in begun if call is not None]
             if len(calls) == 1:
                 self._run_alone(*calls[0])
             elif calls:
@@ -64,8 +79,22 @@ class SharedLoop:
                 client.answers.end()
         return {client: None for client in ready if self.clients.has_unread(client)}
 
-    def _begin(self, client: LoopClient) -> Call | None:
-        """Reads and checks a client's next request; a short call is to be run yet, all else was answered or left."""
+    def _read(self, ready: Iterable[LoopClient]) -> tuple[list[tuple[LoopClient, Call]], list[_Repeating]]:
+        """Reads a request of each: short calls, which are to be run yet, and those that only repeat one."""
+        calls: list[tuple[LoopClient, Call]] = []
+        repeats: list[_Repeating] = []
+        for client in ready:
+            request = self._next_request(client)
+            if request is None:
+                continue
+            repeat = client.repeat_of(request)
+            if repeat is not None:
+                repeats.append(_Repeating(client, request, repeat))
+            elif (call := self._begin(client, request)) is not None:
+                calls.append((client, call))
+        return calls, repeats
+
+    def _next_request(self, client: LoopClient) -> framing.Request | None:
         if not self.clients.has(client):
             return None
         request = None
@@ -78,7 +107,11 @@ class SharedLoop:
             pass  # its own thread learns it too
         if request is None:
             self.clients.give_back(client, None)
-            return None
+        return request
+
+    def _begin(self, client: LoopClient, request: framing.Request) -> Call | None:
+        """Checks a client's request; a short call is to be run yet, all else was answered or left."""
+        client.repeated, client.lane = None, request.lane
         client.answers.expect()
         begun = client.connection.begin(request)
         if isinstance(begun, Call) and begun.is_small:
@@ -89,15 +122,31 @@ class SharedLoop:
             self.clients.give_back(client, begun)
         return None
 
+    def _run_repeats(self, repeats: list[_Repeating]) -> bool:
+        """Runs calls that repeat others, and answers them. False: each is to be looked at by itself."""
+        result = self._executor.repeat_now([each.repeat for each in repeats])
+        if result is None:
+            return False
+        for client, request, _ in repeats:
+            layer, step_id = request.layer, request.step_id
+            times = (0, result.copies.in_us, result.kernel_us, result.copies.out_us)
+            client.answers.expect()
+            if client.repeated is not None:
+                client.repeated.answered(layer)
+            self._answer(client, framing.repeated_reply(layer, step_id, *times))
+        return True
+
     def _run_alone(self, client: LoopClient, call: Call) -> None:
         try:
             answer = self._executor.run_now(call)
         except Exception as error:
             answer = client.connection.told(error)
+            self._answer(client, answer)
+            return
         if answer is None:
             self.clients.give_back(client, call)
         else:
-            self._answer(client, answer)
+            self._answer_call(client, answer)
 
     def _run_together(self, calls: list[tuple[LoopClient, Call]]) -> None:
         now = time.perf_counter()
@@ -107,8 +156,14 @@ class SharedLoop:
 
     def _settled(self, client: LoopClient, answer: bytes | None, error: BaseException | None) -> None:
         if isinstance(error, Exception):
-            answer = client.connection.told(error)
-        self._answer(client, answer or b"")
+            self._answer(client, client.connection.told(error))
+        else:
+            self._answer_call(client, answer or b"")
+
+    def _answer_call(self, client: LoopClient, answer: bytes) -> None:
+        """Answers a call that has run. What repeats it is known from then on."""
+        client.repeated = client.connection.repeated_lane(client.lane)
+        self._answer(client, answer)
 
     def _answer(self, client: LoopClient, answer: bytes) -> None:
         try:
