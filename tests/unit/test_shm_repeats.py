@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from attnd_server.execution.step import Call, attend
 from attnd_server.observe.calls import CallObserver
 from attnd_server.observe.counts import Metrics
 from attnd_server.planes.server import PlaneServer
+from attnd_server.planes.shm.loop_clients import LoopClient, LoopClients
 from attnd_server.service.replies import NOTHING, RegionReplies
 from tests.unit.test_shm_server import serving
 
@@ -34,7 +36,7 @@ GEOMETRY: dict[str, Any] = {
     "backend": "naive",
 }
 COPIES = Copies(3, 4)
-NUM_SESSIONS, NUM_STEPS = 4, 30
+NUM_SESSIONS, NUM_STEPS = 4, 10
 
 
 class FakeGraph:
@@ -72,6 +74,15 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pl
         (view,) = self._memory.places([Array(DTYPES["float32"], shape, NOTHING)], reply.offset, "reply")[1]
         return torch_tensor(Array(DTYPES["float32"], shape, view)), None
 
+    wait = LoopClients.wait
+
+    def wait_for_others(self: LoopClients, ready: dict[LoopClient, None]) -> dict[LoopClient, None]:
+        """So that requests come together here, where all clients share an interpreter with the server."""
+        ready = wait(self, ready)
+        time.sleep(0.005)
+        return wait(self, ready) if ready else ready
+
+    monkeypatch.setattr(LoopClients, "wait", wait_for_others)
     monkeypatch.setattr(RegionReplies, "__init__", reached)
     monkeypatch.setattr(RegionReplies, "_into", into)
     with serving(tmp_path) as (server, client):
