@@ -10,6 +10,7 @@ import torch
 
 import attnd
 from attnd_server.attention.config import AttentionConfig
+from attnd_server.execution.joined import graphs
 from attnd_server.kv.page_space import SharedSpace
 from attnd_server.kv.page_spaces import PageSpaces
 from tests.shared_calls import HEADS, Caller, check_same_bits, waiting
@@ -18,6 +19,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CONFIG = AttentionConfig(num_layers=4, num_kv_heads=8, head_dim=128, num_pages=1024, dtype=torch.bfloat16)
 HOPPER: dict[str, Any] = {"head_dim": 128, "head_dim_v": 128, "page_size": 16, "dtype": "bfloat16"}
+
+
+@pytest.fixture(autouse=True)
+def classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few launches are enough here for a graph of their class."""
+    monkeypatch.setattr(graphs, "ASKED_BEFORE", 0)
+    monkeypatch.setattr(graphs, "PAUSE", 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attnd
+from attnd_server.execution.joined import graphs
 from tests.gpu.test_batch import HOPPER
 from tests.servers import ServerProcess, wait_for
 from tests.shared_calls import Caller, check_same_bits, waiting
@@ -119,8 +120,9 @@ def test_workers_at_the_same_time_get_the_bits_that_they_get_alone(
             worker.close()
 
 
-def test_launches_are_graphs_of_a_class() -> None:
+def test_launches_are_graphs_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of callers that never were together before need no new one."""
+    monkeypatch.setattr(graphs, "ASKED_BEFORE", 0)
     with waiting("cuda") as server:
         callers = [
             Caller(server, [5 + seed, 0, 37], seed, "triton_grouped", num_pages=40, geometry=HOPPER)

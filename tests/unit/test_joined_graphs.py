@@ -30,6 +30,15 @@ def call(num_reqs: int, context_len: int) -> Call:
     return cast(Call, SimpleNamespace(step=SimpleNamespace(metadata=metadata, group=group)))
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Classes are made when they are asked for, but in tests of when they are not."""
+    monkeypatch.setattr(graphs, "ASKED_BEFORE", 0)
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(graphs, "time", clock)
+    return clock
+
+
 class Made(JoinedGraphs):
     """Makes what it is told to, and notes for which sizes."""
 
@@ -123,3 +132,27 @@ def test_classes_of_a_space_that_is_gone_are_forgotten() -> None:
     made.forget()
     assert made.find([call(100, 1)], KEY) is kept
     assert made.find([call(1, 1)], KEY) not in (gone, kept)
+
+
+def test_options_that_come_once_get_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "ASKED_BEFORE", 3)
+    made = Made(graph())
+    for number in range(100):
+        assert made.find([call(1, 1)], ShareKey(False, ("space", number))) is None
+    for _ in range(3):
+        assert made.find([call(1, 1)], KEY) is None
+    assert made.find([call(1, 1)], KEY) is not None
+    assert len(made.sizes) == 1
+
+
+def test_who_asks_for_ever_new_classes_costs_others_a_twentieth_of_the_time(clock: SimpleNamespace) -> None:
+    class Slow(Made):
+        def _made(self, call: Call, max_reqs: int, max_pages: int) -> JoinedGraph | str:
+            clock.now += 0.01
+            return super()._made(call, max_reqs, max_pages)
+
+    made, began = Slow(*(graph(1) for _ in range(1000))), clock.now
+    for number in range(10_000):
+        made.find([call(1, 1)], ShareKey(False, ("space", number)))
+        clock.now += 0.001
+    assert 0.01 * len(made.sizes) == pytest.approx((clock.now - began) / 21, rel=0.05)

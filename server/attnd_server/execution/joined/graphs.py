@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 MAX_CALLS = 64
 # Of the classes, each so many times the one before: what a launch costs depends little on what it has room for.
 REQS, PAGES = (16, 64, 256, 1024), (64, 256, 1024, 4096)
+# Launches that a class must have been asked for before it is made: options may never come again. And how many times the
+# time that one took passes before another is made: whoever asks for ever new ones costs others little.
+ASKED_BEFORE, PAUSE = 3, 20
 # Bytes of the device that all classes may take, and one. They are no cache's, so no quota counts them.
 MOST_BYTES, MOST_CLASS_BYTES = 768 << 20, 256 << 20
 
@@ -44,6 +48,8 @@ class JoinedGraphs:
         # Why there is no such class, and what one waits for that is not there yet.
         self._refused: LRUCache[tuple[object, ...], str] = LRUCache(256)
         self._missing: LRUCache[tuple[object, ...], Future[Any]] = LRUCache(256)
+        self._asked: LRUCache[tuple[object, ...], int] = LRUCache(256)
+        self._next_at = 0.0  # `time.monotonic` from which on another may be made
 
     def find(self, calls: Sequence[Call], key: ShareKey) -> JoinedGraph | None:
         """What serves calls that share a launch, made if need be; None: there is no such class, or not yet."""
@@ -59,11 +65,23 @@ class JoinedGraphs:
             return None
         of_class = (key.rest, max_reqs, max_pages)
         graph = self._graphs.get(of_class)
-        if graph is None and of_class not in self._refused:
-            missing = self._missing.get(of_class)
-            if missing is None or missing.done():
+        if graph is None and self._is_due(of_class):
+            started = time.monotonic()
+            try:
                 return self._make(of_class, calls[0], max_reqs, max_pages)
+            finally:
+                now = time.monotonic()
+                self._next_at = now + PAUSE * (now - started)
         return graph
+
+    def _is_due(self, of_class: tuple[object, ...]) -> bool:
+        """Whether a class is to be made that is asked for once more."""
+        if of_class in self._refused:
+            return False
+        self._asked[of_class] = asked = self._asked.get(of_class, 0) + 1
+        missing = self._missing.get(of_class)
+        is_there = missing is None or missing.done()
+        return is_there and asked > ASKED_BEFORE and time.monotonic() >= self._next_at
 
     def _make(self, of_class: tuple[object, ...], call: Call, max_reqs: int, max_pages: int) -> JoinedGraph | None:
         """A new class; None: there is none, or a kernel is not there yet."""
