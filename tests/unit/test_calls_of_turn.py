@@ -14,7 +14,7 @@ from attnd.errors import Exhausted
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Job
-from attnd_server.rpc.calls_of_turn import CallsOfTurn
+from attnd_server.rpc.calls_of_turn import CallsOfTurn, in_turns
 
 
 def call(name: bytes, *, is_small: bool = True) -> Call:
@@ -30,7 +30,8 @@ class FakeExecutor:
         self.submitted: list[tuple[bytes, float | None]] = []
         self.cancelled: list[bytes] = []
 
-    def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
+    def settle_now(self, jobs: Sequence[Job], most_s: float) -> Sequence[Job]:
+        assert most_s < 0.01
         self.together.append([name_of(job.work) for job in jobs])
         ready = [job for job in jobs if self.runs(job)]
         for job in ready:
@@ -137,3 +138,15 @@ def test_calls_of_the_next_turn_run_after_those_of_this_one() -> None:
 
     asyncio.run(run())
     assert executor.together == [[b"a"], [b"b"]]
+
+
+def test_principals_take_turns() -> None:
+    def job(principal: str, name: str) -> Job:
+        work = cast(Call, SimpleNamespace(name=name))
+        made = Job(work, lambda *_: None, 0.0, 0.0)
+        made.principal = principal
+        return made
+
+    flood = [job("mallory", f"m{number}") for number in range(5)]
+    order = in_turns([*flood, job("alice", "a0"), job("bob", "b0"), job("alice", "a1")])
+    assert [cast(Any, each.work).name for each in order] == ["m0", "a0", "b0", "m1", "a1", "m2", "m3", "m4"]

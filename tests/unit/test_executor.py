@@ -175,6 +175,14 @@ def test_jobs_that_come_together_join_but_never_two_of_a_cache(executor: Executo
     assert all(result == (ZeroDivisionError if name == "6" else name) for name, result in results)
 
 
+def test_no_launch_but_the_first_is_begun_once_the_time_is_up(executor: Executor, launches: list[str]) -> None:
+    jobs = joining_jobs([joining(kind, kind.encode(), kind) for kind in ("alone", "y", "z")], [])
+    assert executor.settle_now(jobs, 0.0) == jobs[1:]
+    assert launches == ["alone"]
+    assert executor.settle_now(jobs[1:], 60.0) == []
+    assert launches == ["alone", "y", "z"]
+
+
 def test_what_is_before_a_job_in_its_cache_stays_before_it(executor: Executor, launches: list[str]) -> None:
     calls = [
         joining(kind, cache, name)

@@ -6,6 +6,7 @@ A thread for each device does what waits; while nothing does, whoever has a shor
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -180,12 +181,12 @@ class Executor:
         finally:
             self._give_device_back()
 
-    def settle_now(self, jobs: Sequence[Job]) -> Sequence[Job]:
+    def settle_now(self, jobs: Sequence[Job], most_s: float = math.inf) -> Sequence[Job]:
         """Runs jobs on the caller's thread while the device is idle; see `settle_together`."""
-        return settle_together(jobs, self.runner, self._queue, self._take_idle_device, self._give_device_back)
+        return settle_together(jobs, self.runner, self._queue, self._take_idle_device, self._give_device_back, most_s)
 
     def repeat_now(self, repeats: Sequence[Repeat]) -> Repeated | None:
-        """Runs repeats on the caller's thread if the device is idle; see `idle_device.repeat_together`."""
+        """Runs repeats on the caller's thread if the device is idle; see `repeat_together`."""
         return repeat_together(repeats, self.runner, self._queue, self._take_idle_device, self._give_device_back)
 
     def _take_idle_device(self) -> bool:
@@ -209,7 +210,7 @@ class Executor:
     def end_running(self, reason: str) -> None:
         """From now on nothing is begun, and calls on a processor end between their pieces. Any thread; does not wait.
 
-        Who waits is told Disconnected with `reason`, and has stored nothing. A GPU's launch goes on: see `is_quiet`.
+        Who waits is told Disconnected with `reason`, and has stored nothing. A GPU's launch goes on.
         """
         self.runner.ended = reason
         self._queue.close()
@@ -232,7 +233,7 @@ class Executor:
             RuntimeError: the device has failed.
         """
         self._thread.join(timeout_s)
-        # Not all that the process has on the GPU is waited for: some of it may wait for a worker.
+        # Not for all that the process has on the GPU: some of it may wait for a worker.
         if self._thread.is_alive() or not self.quiet.are_over(timeout_s):
             return False
         if not self._device_lock.acquire(timeout=timeout_s):

@@ -14,7 +14,12 @@ from attnd_server.execution.work import Job
 
 
 def settle_together(
-    jobs: Sequence[Job], runner: Runner, queue: WorkQueue, take: Callable[[], bool], give_back: Callable[[], None]
+    jobs: Sequence[Job],
+    runner: Runner,
+    queue: WorkQueue,
+    take: Callable[[], bool],
+    give_back: Callable[[], None],
+    most_s: float,
 ) -> Sequence[Job]:
     """Runs jobs on the caller's thread while the device is idle, those together that can share a launch.
 
@@ -24,12 +29,15 @@ def settle_together(
         queue: of the executor: what is held there comes first.
         take: takes the device, if it is idle.
         give_back: gives it back.
+        most_s: seconds after which no launch is begun but the first: the caller's thread has others to serve.
 
     Returns:
-        Those that did not run, because the device is busy or a kernel is not there yet: submit them instead.
+        Those that did not run, because the device is busy, a kernel is not there yet or the time is up: submit them
+        instead.
     """
     left, lacking = list(jobs), set[bytes]()
-    while left and take():
+    until = time.monotonic() + most_s
+    while left and (len(left) == len(jobs) or time.monotonic() < until) and take():
         try:
             ready = [job for job in left if not (job.cache_id in lacking or job.cache_id in queue.held)]
             taken = ready[:1]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import zip_longest
 
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
 from attnd_server.execution.work import Job
 from attnd_server.rpc.running import start_on
+
+# Seconds for which launches are begun in a turn. What is left waits in the executor's queue, where principals take
+# turns, and the event loop serves others.
+MOST_S = 0.002
 
 Answer = bytes | asyncio.Future[bytes]
 
@@ -58,7 +63,7 @@ class CallsOfTurn:
     def _run(self) -> None:
         futures, self._jobs = self._jobs, {}
         jobs = [job for job, future in futures.items() if not future.done()]  # others' streams have gone
-        for job in self._executor.settle_now(jobs):
+        for job in self._executor.settle_now(in_turns(jobs), MOST_S):
             timeout_s = None if job.deadline == math.inf else max(0.0, job.deadline - time.monotonic())
             try:
                 later = start_on(self._executor, job.work, timeout_s, job.is_wanted)
@@ -66,6 +71,15 @@ class CallsOfTurn:
                 _settle(futures[job], None, error)
             else:
                 futures[job].set_result(later)
+
+
+def in_turns(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in an order in which principals take turns; those of each stay in their order."""
+    by_principal: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_principal.setdefault(job.principal, []).append(job)
+    turns = zip_longest(*by_principal.values())
+    return [job for turn in turns for job in turn if job is not None]
 
 
 def _settle(future: asyncio.Future[Answer], result: bytes | None, error: BaseException | None) -> None:
