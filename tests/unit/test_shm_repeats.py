@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from attnd_server.execution.batch import SharedLaunches
 from attnd_server.execution.joined.repeat import Repeat
 from attnd_server.execution.runner import Runner
 from attnd_server.execution.step import Call, attend
+from attnd_server.identity import TokenPrincipal
 from attnd_server.observe.calls import CallObserver
 from attnd_server.observe.counts import Metrics
 from attnd_server.planes.server import PlaneServer
 from attnd_server.planes.shm.loop_clients import LoopClient, LoopClients
+from attnd_server.service.repeated_lane import RepeatedLane
 from attnd_server.service.replies import NOTHING, RegionReplies
 from tests.unit.test_shm_server import serving
 
@@ -228,3 +231,19 @@ def test_another_backend_is_never_said_to_be_the_last(
     monkeypatch.setattr(graph, "backend", AttentionBackend.SDPA)
     run_all([Worker(client, seed) for seed in range(2)])
     assert graph.together == []
+
+
+def test_a_repeat_is_told_by_its_lane_step_and_layer_alone() -> None:
+    tokens: Any = SimpleNamespace(known={b"key": "alice"})
+    principal, called, renewed = TokenPrincipal("alice", tokens, b"key"), list[int](), list[bool]()
+    cache = SimpleNamespace(renew=lambda: renewed.append(True))
+    group = SimpleNamespace(layer_numbers=(1, 3, 5))  # of a cache with several layer groups
+    of: Any = SimpleNamespace(call=SimpleNamespace(step=SimpleNamespace(id=7, group=group, cache=cache)))
+    lane = RepeatedLane(of, 2, principal, called.append)
+    assert lane.repeat(3, 7, 2) == Repeat(of, 1)
+    for layer, step_id, number in ((2, 7, 2), (6, 7, 2), (3, 8, 2), (3, 7, 0)):
+        assert lane.repeat(layer, step_id, number) is None
+    lane.answered(3)
+    assert (called, renewed) == ([3], [True])
+    tokens.known = {}
+    assert lane.repeat(3, 7, 2) is None
