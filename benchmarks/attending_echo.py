@@ -37,7 +37,7 @@ DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 def stream_echo(step: DecodeStep, num_threads: int) -> Iterator[echo.StreamEcho]:
     """A gRPC stream to an echo that attends `step`, in a process of its own."""
     with ExitStack() as stack:
-        address = stack.enter_context(running(MODULE, _encoded(step), str(num_threads), defaults=DEFAULTS))
+        address = stack.enter_context(running(MODULE, encoded(step), str(num_threads), defaults=DEFAULTS))
         stream = echo.StreamEcho(stack.enter_context(echo.connect(address)))
         stack.callback(stream.close)
         yield stream
@@ -45,20 +45,20 @@ def stream_echo(step: DecodeStep, num_threads: int) -> Iterator[echo.StreamEcho]
 
 def doorbell(step: DecodeStep, num_threads: int) -> doorbell_echo.DoorbellEcho:
     """The same by shared memory. Its first call waits until the process is there."""
-    return doorbell_echo.DoorbellEcho(MODULE, _encoded(step), str(num_threads), defaults=DEFAULTS)
+    return doorbell_echo.DoorbellEcho(MODULE, encoded(step), str(num_threads), defaults=DEFAULTS)
 
 
-def _encoded(step: DecodeStep) -> str:
+def encoded(step: DecodeStep) -> str:
     dtype = str(step.dtype).removeprefix("torch.")
     return json.dumps([step.num_reqs, step.context_len, dtype, list(step.heads), step.kv_bytes, str(step.device)])
 
 
-def _decoded(text: str) -> DecodeStep:
+def decoded(text: str) -> DecodeStep:
     num_reqs, context_len, dtype, heads, kv_bytes, device = json.loads(text)
     return DecodeStep(num_reqs, context_len, getattr(torch, dtype), Heads(*heads), torch.device(device), kv_bytes)
 
 
-def _attending(step: DecodeStep) -> Callable[[], None]:
+def attending(step: DecodeStep) -> Callable[[], None]:
     """Computes the next layer of the step, one after the other. Raises WrongResult if the backend's are wrong."""
     if step.device.type == "cuda":
         torch.cuda.set_device(step.device)
@@ -79,7 +79,7 @@ def main(step: str, num_threads: str, *descriptors: str) -> None:
     """Serves until it is ended, or its socket is."""
     tune_process()
     torch.set_num_threads(int(num_threads))
-    attend = _attending(_decoded(step))
+    attend = attending(decoded(step))
     if descriptors:
         connection, memory = map(int, descriptors)
         doorbell_echo.serve(socket.socket(fileno=connection), map_memory(memory, doorbell_echo.NUM_BYTES), attend)

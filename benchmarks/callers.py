@@ -7,13 +7,14 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from benchmarks import many_echoes
 from benchmarks.servers import Child, started
-from benchmarks.workload import LLAMA_8B
+from benchmarks.workload import LLAMA_8B, DecodeStep
 
 SMALL_BATCH, LARGE_BATCH = 4, 64
 ROUNDS = 3
@@ -33,13 +34,15 @@ class Group:
     Attributes:
         num_callers: processes.
         batch: tokens of a step of each.
+        is_echo: whether a bare process attends for them, and no server.
     """
 
     num_callers: int
     batch: int
+    is_echo: bool = False
 
     def __str__(self) -> str:
-        return f"{self.num_callers} x batch {self.batch}"
+        return f"{self.num_callers} x batch {self.batch}{', echo' if self.is_echo else ''}"
 
 
 ONE_LARGE = Group(1, LARGE_BATCH)
@@ -72,6 +75,8 @@ def benchmark(
         RuntimeError: a process ended; the message has its last words.
     """
     groups = [*(Group(num_callers, SMALL_BATCH) for num_callers in callers), ONE_LARGE]
+    has_echo = plane == "shm" and device.type == "cpu"
+    groups += [Group(num_callers, SMALL_BATCH, is_echo=True) for num_callers in callers] * has_echo
     rates: dict[Group, list[float]] = {group: [] for group in groups}
     with ExitStack() as stack:
         children: list[Child] = []
@@ -82,10 +87,13 @@ def benchmark(
             for child in new:
                 child.read(rb"^ready", READY_TIMEOUT_S)
             children += new
+        echo = DecodeStep(SMALL_BATCH, context_len, torch.float32, LLAMA_8B, kv_bytes=CPU_KV_BYTES)
+        echoes = stack.enter_context(many_echoes.callers(echo, max(callers), num_threads)) if has_echo else []
         order, rng = groups * ROUNDS, random.Random(0)
         rng.shuffle(order)
         for index, group in enumerate(order):
-            running = children[-1:] if group == ONE_LARGE else children[: group.num_callers]
+            small = echoes if group.is_echo else children
+            running = children[-1:] if group == ONE_LARGE else small[: group.num_callers]
             rates[group].append(_tokens_per_second(running, group.batch, seconds / ROUNDS))
             tick((index + 1) / len(order))
     return rows(plane, rates)
@@ -117,6 +125,8 @@ def _tokens_per_second(children: Sequence[Child], batch: int, seconds: float) ->
 def rows(plane: str, rates: Mapping[Group, Sequence[float]]) -> list[dict[str, Any]]:
     """A row of the report for each group: median tokens per second, and as a share of one caller's with a large batch.
 
+    `to_echo` is the share of what as many callers of a bare process get that attends for them, where that was timed.
+
     Args:
         plane: that they used.
         rates: tokens per second of each round, by group; `ONE_LARGE` is one.
@@ -132,6 +142,9 @@ def rows(plane: str, rates: Mapping[Group, Sequence[float]]) -> list[dict[str, A
             "least_tokens_per_s": min(rates[group]),
             "most_tokens_per_s": max(rates[group]),
             "ratio": rate / medians[ONE_LARGE],
+            "to_echo": rate / echo
+            if (echo := medians.get(replace(group, is_echo=True))) and not group.is_echo
+            else None,
         }
         for group, rate in medians.items()
     ]

@@ -30,9 +30,15 @@ COLUMNS = {
 CAPTION = f"""Times in us: p50 and p99 of a call; a step of {NUM_CALLS} calls, its opening included.
 floor: p50 of the echo of the plane + of the backend. x floor: p50 / floor.
 x inproc, x backend: step / theirs. over: (step - the backend's) / {NUM_CALLS}."""
-CALLER_COLUMNS = {"plane": "plane", "callers": "callers", "tokens_per_s": "tokens/s", "ratio": "ratio"}
+CALLER_COLUMNS = {
+    "plane": "plane",
+    "callers": "callers",
+    "tokens_per_s": "tokens/s",
+    "ratio": "ratio",
+    "to_echo": "to echo",
+}
 CALLER_CAPTION = f"""Client processes that decode at the same time, {NUM_CALLS} calls a step. ratio: tokens per second
-to those of {callers.ONE_LARGE}."""
+to those of {callers.ONE_LARGE}. x echo: to those of as many bare callers of a process that attends for each call."""
 
 
 @dataclass

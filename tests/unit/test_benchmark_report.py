@@ -117,7 +117,7 @@ def test_echoes_that_attend_return_the_same_and_are_not_the_bare_ones() -> None:
 def test_echoes_that_attend_compute_a_layer_for_each_call_and_refuse_a_wrong_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step = attending_echo._decoded(attending_echo._encoded(DecodeStep(2, 20, torch.float32, kv_bytes=1 << 20)))
+    step = attending_echo.decoded(attending_echo.encoded(DecodeStep(2, 20, torch.float32, kv_bytes=1 << 20)))
     assert len(step.layers) > 1
     computed: list[int] = []
     run = SdpaAttention.run
@@ -127,7 +127,7 @@ def test_echoes_that_attend_compute_a_layer_for_each_call_and_refuse_a_wrong_bac
         return run(self, *arguments)
 
     monkeypatch.setattr(SdpaAttention, "run", counted)
-    attend = attending_echo._attending(step)
+    attend = attending_echo.attending(step)
     num_checks = len(computed)
     assert num_checks == len(step.layers)
     for _ in range(5):
@@ -135,7 +135,7 @@ def test_echoes_that_attend_compute_a_layer_for_each_call_and_refuse_a_wrong_bac
     assert len(computed) == num_checks + 5
     monkeypatch.setattr(SdpaAttention, "run", lambda self, plan, q, *rest: (torch.zeros_like(q), None))
     with pytest.raises(report.WrongResult, match="backend behind an echo, layer 0"):
-        attending_echo._attending(step)
+        attending_echo.attending(step)
 
 
 def test_the_interval_of_a_median_follows_from_the_order_of_few_values() -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import attnd
-from benchmarks import callers, light_caller, plane_options, plane_results, planes, way_timing
+from benchmarks import callers, light_caller, many_echoes, plane_options, plane_results, planes, way_timing
 from benchmarks.callers import ONE_LARGE, Group
 from benchmarks.light_caller import LightStep, Sizes
 from benchmarks.queued_ways import queued_way
@@ -258,3 +258,20 @@ def test_callers_need_torch_on_the_cuda_plane_alone() -> None:
         sizes = light_caller.sizes_of(light_caller.parse(arguments))
         assert (sizes.num_reqs, sizes.context_len, sizes.num_heads) == (4, 2048, 32)
         assert sizes.num_layers == (4 if device is gpu else 1)
+
+
+def test_bare_callers_of_one_process_are_attended_for() -> None:
+    with many_echoes.callers(DecodeStep(2, 20, torch.float32, kv_bytes=1), 3, 1) as callers_of_it:
+        for child in callers_of_it:
+            child.write("0.01")
+        answers = [json.loads(child.read(rb"^{", 60).string) for child in callers_of_it]
+    assert all(answer["steps"] >= 1 and answer["seconds"] > 0 for answer in answers)
+
+
+def test_callers_are_compared_with_as_many_echoes() -> None:
+    rates = {Group(4, 4): [60.0], ONE_LARGE: [120.0], Group(4, 4, is_echo=True): [80.0]}
+    assert [(row["callers"], row["ratio"], row["to_echo"]) for row in callers.rows("shm", rates)] == [
+        ("4 x batch 4", 0.5, 0.75),
+        ("1 x batch 64", 1.0, None),
+        ("4 x batch 4, echo", pytest.approx(2 / 3), None),
+    ]

@@ -1,0 +1,125 @@
+"""Many bare callers of one process that attends for each of their calls: the most that a server could give them.
+
+`python -m benchmarks.many_echoes serve STEP THREADS PATH` is that process: `benchmarks.attending_echo` with as many
+sockets as come. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then each line on its standard
+input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from attnd.protocol.shm.sockets import map_memory, sealed_memory
+from attnd.tuning import tune_process
+from benchmarks import attending_echo
+from benchmarks.servers import Child, started
+from benchmarks.workload import NUM_CALLS, DecodeStep
+
+MODULE = "benchmarks.many_echoes"
+NUM_BYTES = 16 << 20
+READY_TIMEOUT_S = 120.0
+# As attnd's: numbers of a call, and of its reply.
+_REQUEST, _REPLY = struct.Struct("<IIQI"), struct.Struct("<IIQIIII")
+_MIDDLE = NUM_BYTES // 2
+
+
+@contextmanager
+def callers(step: DecodeStep, num_callers: int, num_threads: int) -> Iterator[list[Child]]:
+    """The callers of a step's calls, each of which takes seconds and answers as `benchmarks.light_caller` does."""
+    q, k, v = step.layers[0]
+    num_bytes = [str(number) for number in (q.nbytes + k.nbytes + v.nbytes, q.nbytes, NUM_CALLS)]
+    with ExitStack() as stack:
+        path = str(Path(stack.enter_context(TemporaryDirectory(prefix="attnd-"))) / "echo")
+        serve = ("serve", attending_echo.encoded(step), str(num_threads), path)
+        server = stack.enter_context(started(MODULE, *serve, defaults=attending_echo.DEFAULTS))
+        server.read(rb"^ready", READY_TIMEOUT_S)
+        children = [stack.enter_context(started(MODULE, "call", path, *num_bytes)) for _ in range(num_callers)]
+        for child in children:
+            child.read(rb"^ready", READY_TIMEOUT_S)
+        yield children
+
+
+def serve(listener: socket.socket, attend: Callable[[], None]) -> None:
+    """Answers whoever has sent something, in turn, after a layer of attention each. Until it is ended."""
+    clients: dict[int, tuple[socket.socket, memoryview]] = {}
+    poll = select.epoll()
+    poll.register(listener, select.EPOLLIN)
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == listener.fileno():
+                connection, _ = listener.accept()
+                _, (memory,), _, _ = socket.recv_fds(connection, 1, 1)
+                clients[connection.fileno()] = connection, memoryview(map_memory(memory, NUM_BYTES))
+                poll.register(connection, select.EPOLLIN)
+                continue
+            connection, view = clients[descriptor]
+            request = connection.recv(_REQUEST.size)
+            if not request:
+                poll.unregister(descriptor)
+                del clients[descriptor]
+                connection.close()
+                continue
+            _, num_bytes, _, _ = _REQUEST.unpack(request)
+            attend()
+            view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
+            connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
+
+
+def call(path: str, num_bytes_in: int, num_bytes_out: int, num_calls: int) -> None:
+    """One caller, until its input ends."""
+    descriptor = sealed_memory(NUM_BYTES)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [b"m"], [descriptor])
+        view = memoryview(map_memory(descriptor, NUM_BYTES))
+        data, request = bytes(num_bytes_in), _REQUEST.pack(0, num_bytes_out, 0, 0)
+
+        def step() -> None:
+            for _ in range(num_calls):
+                view[:num_bytes_in] = data
+                connection.sendall(request)
+                if len(connection.recv(_REPLY.size)) != _REPLY.size:
+                    raise ConnectionResetError("the echo hung up")
+                bytes(view[_MIDDLE : _MIDDLE + num_bytes_out])
+
+        step()
+        print("ready", flush=True)
+        for line in sys.stdin:
+            num_steps, began = 0, time.perf_counter()
+            while not num_steps or time.perf_counter() - began < float(line):
+                step()
+                num_steps += 1
+            print(json.dumps({"steps": num_steps, "seconds": time.perf_counter() - began}), flush=True)
+
+
+@torch.inference_mode()
+def main(what: str, *arguments: str) -> None:
+    """The command line."""
+    tune_process()
+    if what == "call":
+        path, *numbers = arguments
+        call(path, *map(int, numbers))
+        return
+    step, num_threads, path = arguments
+    torch.set_num_threads(int(num_threads))
+    attend = attending_echo.attending(attending_echo.decoded(step))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(128)
+        print("ready", flush=True)
+        serve(listener, attend)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
