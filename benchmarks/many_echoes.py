@@ -1,8 +1,9 @@
 """Many bare callers of one process that attends for each of their calls: the most that a server could give them.
 
-`python -m benchmarks.many_echoes serve STEP THREADS PATH` is that process: `benchmarks.attending_echo` with as many
-sockets as come. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then each line on its standard
-input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers a line of JSON.
+`python -m benchmarks.many_echoes serve STEP THREADS PATH CALLERS` is that process: `benchmarks.attending_echo` with as
+many sockets, and a cache for each. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then each line
+on its standard input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers a
+line of JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def callers(step: DecodeStep, num_callers: int, num_threads: int) -> Iterator[li
     num_bytes = [str(number) for number in (q.nbytes + k.nbytes + v.nbytes, q.nbytes, NUM_CALLS)]
     with ExitStack() as stack:
         path = str(Path(stack.enter_context(TemporaryDirectory(prefix="attnd-"))) / "echo")
-        serve = ("serve", attending_echo.encoded(step), str(num_threads), path)
+        serve = ("serve", attending_echo.encoded(step), str(num_threads), path, str(num_callers))
         server = stack.enter_context(started(MODULE, *serve, defaults=attending_echo.DEFAULTS))
         server.read(rb"^ready", READY_TIMEOUT_S)
         children = [stack.enter_context(started(MODULE, "call", path, *num_bytes)) for _ in range(num_callers)]
@@ -50,9 +51,14 @@ def callers(step: DecodeStep, num_callers: int, num_threads: int) -> Iterator[li
         yield children
 
 
-def serve(listener: socket.socket, attend: Callable[[], None]) -> None:
-    """Answers whoever has sent something, in turn, after a layer of attention each. Until it is ended."""
-    clients: dict[int, tuple[socket.socket, memoryview]] = {}
+def serve(listener: socket.socket, attends: list[Callable[[], None]]) -> None:
+    """Answers whoever has sent something, in turn, after a layer of attention each. Until it is ended.
+
+    Args:
+        listener: where callers come.
+        attends: attends a layer of the cache of each that comes.
+    """
+    clients: dict[int, tuple[socket.socket, memoryview, Callable[[], None]]] = {}
     poll = select.epoll()
     poll.register(listener, select.EPOLLIN)
     while True:
@@ -60,10 +66,10 @@ def serve(listener: socket.socket, attend: Callable[[], None]) -> None:
             if descriptor == listener.fileno():
                 connection, _ = listener.accept()
                 _, (memory,), _, _ = socket.recv_fds(connection, 1, 1)
-                clients[connection.fileno()] = connection, memoryview(map_memory(memory, NUM_BYTES))
+                clients[connection.fileno()] = connection, memoryview(map_memory(memory, NUM_BYTES)), attends.pop()
                 poll.register(connection, select.EPOLLIN)
                 continue
-            connection, view = clients[descriptor]
+            connection, view, attend = clients[descriptor]
             request = connection.recv(_REQUEST.size)
             if not request:
                 poll.unregister(descriptor)
@@ -111,14 +117,15 @@ def main(what: str, *arguments: str) -> None:
         path, *numbers = arguments
         call(path, *map(int, numbers))
         return
-    step, num_threads, path = arguments
+    step, num_threads, path, num_callers = arguments
     torch.set_num_threads(int(num_threads))
-    attend = attending_echo.attending(attending_echo.decoded(step))
+    decoded = attending_echo.decoded(step)
+    attends = [attending_echo.attending(decoded) for _ in range(int(num_callers))]
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)
         print("ready", flush=True)
-        serve(listener, attend)
+        serve(listener, attends)
 
 
 if __name__ == "__main__":
