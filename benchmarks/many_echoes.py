@@ -1,9 +1,9 @@
 """Many bare callers of one process that attends for each of their calls: the most that a server could give them.
 
 `python -m benchmarks.many_echoes serve STEP THREADS PATH CALLERS` is that process: `benchmarks.attending_echo` with as
-many sockets, and a cache for each. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then each line
-on its standard input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers a
-line of JSON.
+many sockets, and a cache for each. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then a line
+on its standard input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers
+a line of JSON.
 """
 
 from __future__ import annotations
