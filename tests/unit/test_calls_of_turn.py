@@ -140,6 +140,14 @@ def test_calls_of_the_next_turn_run_after_those_of_this_one() -> None:
     assert executor.together == [[b"a"], [b"b"]]
 
 
+def test_nobody_waits_for_ever_for_what_cannot_be_run() -> None:
+    def fail(job: Job) -> bool:
+        raise ZeroDivisionError
+
+    answers = serve(FakeExecutor(fail), call(b"a"), call(b"b"))
+    assert [type(each) for each in answers] == [ZeroDivisionError, ZeroDivisionError]
+
+
 def test_principals_take_turns() -> None:
     def job(principal: str, name: str) -> Job:
         work = cast(Call, SimpleNamespace(name=name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import zip_longest
 
@@ -62,6 +62,14 @@ class CallsOfTurn:
 
     def _run(self) -> None:
         futures, self._jobs = self._jobs, {}
+        try:
+            self._settle_all(futures)
+        except Exception as error:  # whatever it was, nobody is to wait for ever
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    def _settle_all(self, futures: Mapping[Job, asyncio.Future[Answer]]) -> None:
         jobs = [job for job, future in futures.items() if not future.done()]  # others' streams have gone
         for job in self._executor.settle_now(in_turns(jobs), MOST_S):
             timeout_s = None if job.deadline == math.inf else max(0.0, job.deadline - time.monotonic())
