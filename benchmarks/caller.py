@@ -1,22 +1,19 @@
 """One client of `benchmarks.callers`, a process of its own: decode steps over one plane, as fast as it can.
 
-It connects, fills a cache, checks what comes back, and says `ready`. Then each line on its standard input is a
-number of seconds; it runs whole steps for at least as long, and answers a line of JSON. It ends with its input.
+It connects, fills a cache, checks what comes back, and does as it is told (see `benchmarks.told_seconds`). It ends with
+its input.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from contextlib import ExitStack
 
 import torch
 
 import attnd
 from benchmarks.endpoints import TIMEOUT_S
+from benchmarks.told_seconds import run_as_told
 from benchmarks.way_timing import Samples
 from benchmarks.ways import plane_way, warm_up
 from benchmarks.workload import MODELS, DecodeStep
@@ -55,17 +52,7 @@ def run(options: argparse.Namespace) -> None:
         way = plane_way(options.plane, step, session, device)
         step.check(options.plane, cache, way.open())
         session.close()  # while it waits, it takes none of the planes that a server has
-        print("ready", flush=True)
-        for line in sys.stdin:
-            Samples().add_step(way, len(step.layers))  # opens the plane again
-            samples, started = Samples(), time.perf_counter()
-            while not samples.step_us or time.perf_counter() - started < float(line):
-                samples.add_step(way, len(step.layers))
-            seconds = time.perf_counter() - started
-            session.close()
-            p50_us, p99_us = statistics.median(samples.call_us), statistics.quantiles(samples.call_us, n=100)[98]
-            answer = {"steps": len(samples.step_us), "seconds": seconds, "p50_us": p50_us, "p99_us": p99_us}
-            print(json.dumps(answer), flush=True)
+        run_as_told(lambda call_us: Samples(call_us).add_step(way, len(step.layers)), session.close)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 
 from attnd.protocol.shm.sockets import map_memory, sealed_memory
@@ -22,7 +22,6 @@ from benchmarks.servers import environment
 NUM_BYTES = 256 << 20
 # As attnd's: numbers of a call, and of its reply.
 _REQUEST, _REPLY = struct.Struct("<IIQI"), struct.Struct("<IIQIIII")
-_MIDDLE = NUM_BYTES // 2
 
 
 class DoorbellEcho:
@@ -61,14 +60,7 @@ class DoorbellEcho:
 
     def call(self, arrays: list[memoryview], num_reply_bytes: int) -> bytes:
         """Sends `arrays` and receives the first `num_reply_bytes` of them; no more than half of the memory each."""
-        end = 0
-        for array in arrays:
-            self._memory[end : end + array.nbytes] = array
-            end += array.nbytes
-        self._socket.sendall(_REQUEST.pack(0, num_reply_bytes, 0, 0))
-        if len(self._socket.recv(_REPLY.size)) != _REPLY.size:
-            raise ConnectionResetError("the echo hung up")
-        return bytes(self._memory[_MIDDLE : _MIDDLE + num_reply_bytes])
+        return ask(self._socket, self._memory, arrays, num_reply_bytes)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -78,14 +70,39 @@ class DoorbellEcho:
         self._process.wait()
 
 
+def ask(
+    connection: socket.socket, memory: memoryview, arrays: Sequence[memoryview | bytes], num_reply_bytes: int
+) -> bytes:
+    """A call over a socket and memory; see `DoorbellEcho.call`."""
+    end, middle = 0, len(memory) // 2
+    for array in arrays:
+        size = memoryview(array).nbytes
+        memory[end : end + size] = array
+        end += size
+    connection.sendall(_REQUEST.pack(0, num_reply_bytes, 0, 0))
+    if len(connection.recv(_REPLY.size)) != _REPLY.size:
+        raise ConnectionResetError("the echo hung up")
+    return bytes(memory[middle : middle + num_reply_bytes])
+
+
+def answer(connection: socket.socket, memory: memoryview, work: Callable[[], None]) -> bool:
+    """Answers a call after `work`. False: the other end has hung up."""
+    request = connection.recv(_REQUEST.size)
+    if not request:
+        return False
+    _, num_bytes, _, _ = _REQUEST.unpack(request)
+    work()
+    middle = len(memory) // 2
+    memory[middle : middle + num_bytes] = memory[:num_bytes]
+    connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
+    return True
+
+
 def serve(connection: socket.socket, memory: mmap.mmap, work: Callable[[], None] = lambda: None) -> None:
     """Answers until the other end hangs up, after `work`."""
     view = memoryview(memory)
-    while request := connection.recv(_REQUEST.size):
-        _, num_bytes, _, _ = _REQUEST.unpack(request)
-        work()
-        view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
-        connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
+    while answer(connection, view, work):
+        pass
 
 
 if __name__ == "__main__":

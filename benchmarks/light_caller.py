@@ -1,15 +1,12 @@
 """One client of `benchmarks.callers` without torch, a process of its own: decode steps over one plane, in a row.
 
-As `benchmarks.caller`: it connects, fills a cache, checks what comes back against float64, and says `ready`. Then each
-line on its standard input is a number of seconds; it runs whole steps for at least as long, and answers a line of JSON.
+As `benchmarks.caller`: it connects, fills a cache, checks what comes back against float64, and does as it is told (see
+`benchmarks.told_seconds`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import attnd
+from benchmarks.told_seconds import run_as_told
 
 PAGE_SIZE, NUM_CALLS, TIMEOUT_S = 16, 32, 300.0
 # Largest relative error of a row and head, and requests that are compared, of the first and of the last.
@@ -177,18 +175,7 @@ def run(options: argparse.Namespace) -> None:
         session = stack.enter_context(cache.session(plane=options.plane))
         step.check(session)
         session.close()  # while it waits, it takes none of the planes that a server has
-        print("ready", flush=True)
-        for line in sys.stdin:
-            step.run(session, [])  # opens the plane again
-            call_us: list[float] = []
-            num_steps, started = 0, time.perf_counter()
-            while not num_steps or time.perf_counter() - started < float(line):
-                step.run(session, call_us)
-                num_steps += 1
-            seconds = time.perf_counter() - started
-            session.close()
-            p50_us, p99_us = statistics.median(call_us), statistics.quantiles(call_us, n=100)[98]
-            print(json.dumps({"steps": num_steps, "seconds": seconds, "p50_us": p50_us, "p99_us": p99_us}), flush=True)
+        run_as_told(lambda call_us: step.run(session, call_us), session.close)
 
 
 if __name__ == "__main__":

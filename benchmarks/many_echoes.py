@@ -1,17 +1,14 @@
 """Many bare callers of one process that attends for each of their calls: the most that a server could give them.
 
 `python -m benchmarks.many_echoes serve STEP THREADS PATH CALLERS` is that process: `benchmarks.attending_echo` with as
-many sockets, and a cache for each. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller: it says `ready`. Then a line
-on its standard input is a number of seconds; it makes whole steps of so many calls for at least as long, and answers
-a line of JSON.
+many sockets, and a cache for each. `... call PATH BYTES_IN BYTES_OUT CALLS` is a caller that does as it is told; see
+`benchmarks.told_seconds`.
 """
 
 from __future__ import annotations
 
-import json
 import select
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,16 +20,14 @@ import torch
 
 from attnd.protocol.shm.sockets import map_memory, sealed_memory
 from attnd.tuning import tune_process
-from benchmarks import attending_echo
+from benchmarks import attending_echo, doorbell_echo
 from benchmarks.servers import Child, started
+from benchmarks.told_seconds import run_as_told
 from benchmarks.workload import NUM_CALLS, DecodeStep
 
 MODULE = "benchmarks.many_echoes"
 NUM_BYTES = 16 << 20
 READY_TIMEOUT_S = 120.0
-# As attnd's: numbers of a call, and of its reply.
-_REQUEST, _REPLY = struct.Struct("<IIQI"), struct.Struct("<IIQIIII")
-_MIDDLE = NUM_BYTES // 2
 
 
 @contextmanager
@@ -69,17 +64,9 @@ def serve(listener: socket.socket, attends: list[Callable[[], None]]) -> None:
                 clients[connection.fileno()] = connection, memoryview(map_memory(memory, NUM_BYTES)), attends.pop()
                 poll.register(connection, select.EPOLLIN)
                 continue
-            connection, view, attend = clients[descriptor]
-            request = connection.recv(_REQUEST.size)
-            if not request:
+            if not doorbell_echo.answer(*clients[descriptor]):
                 poll.unregister(descriptor)
-                del clients[descriptor]
-                connection.close()
-                continue
-            _, num_bytes, _, _ = _REQUEST.unpack(request)
-            attend()
-            view[_MIDDLE : _MIDDLE + num_bytes] = view[:num_bytes]
-            connection.sendall(_REPLY.pack(0, num_bytes, 0, 0, 0, 0, 0))
+                clients.pop(descriptor)[0].close()
 
 
 def call(path: str, num_bytes_in: int, num_bytes_out: int, num_calls: int) -> None:
@@ -89,24 +76,16 @@ def call(path: str, num_bytes_in: int, num_bytes_out: int, num_calls: int) -> No
         connection.connect(path)
         socket.send_fds(connection, [b"m"], [descriptor])
         view = memoryview(map_memory(descriptor, NUM_BYTES))
-        data, request = bytes(num_bytes_in), _REQUEST.pack(0, num_bytes_out, 0, 0)
+        data = bytes(num_bytes_in)
 
-        def step() -> None:
+        def step(call_us: list[float]) -> None:
             for _ in range(num_calls):
-                view[:num_bytes_in] = data
-                connection.sendall(request)
-                if len(connection.recv(_REPLY.size)) != _REPLY.size:
-                    raise ConnectionResetError("the echo hung up")
-                bytes(view[_MIDDLE : _MIDDLE + num_bytes_out])
+                before = time.perf_counter()
+                doorbell_echo.ask(connection, view, [data], num_bytes_out)
+                call_us.append((time.perf_counter() - before) * 1e6)
 
-        step()
-        print("ready", flush=True)
-        for line in sys.stdin:
-            num_steps, began = 0, time.perf_counter()
-            while not num_steps or time.perf_counter() - began < float(line):
-                step()
-                num_steps += 1
-            print(json.dumps({"steps": num_steps, "seconds": time.perf_counter() - began}), flush=True)
+        step([])
+        run_as_told(step)
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,17 +27,6 @@ GEOMETRY: dict[str, Any] = {
 NUM_HEADS, ROUNDS = 32, 40
 # Context lengths of each caller: of one token, around the ends of pages, and some pages more than others.
 CONTEXTS = ([0, 15, 16, 17], [1], [2047, 1, 600, 31], [48] * 7, [300])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("served")
-    options = ("--device", "cuda:0", "--socket-dir", str(folder / "sockets"), "--kv-bytes", "4GiB")
-    with ServerProcess(folder / "log", *options) as process:
-        yield process
-        log = process.log
-    assert "internal error" not in log, log
-    assert "cannot run together" not in log, log
 
 
 class Worker:
@@ -118,6 +106,7 @@ def test_workers_at_the_same_time_get_the_bits_that_they_get_alone(
             assert len(worker.outputs) == ROUNDS
             worker.check()
             worker.close()
+    assert "cannot run together" not in server.log
 
 
 def test_launches_are_graphs_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +118,7 @@ def test_launches_are_graphs_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None
             for seed in range(5)
         ]
         check_same_bits(server, callers[:3], attnd.AttentionOptions())
-        joined = server.service.executor.runner._shared._joined
+        joined = server.service.executor.runner._shared.joined
         (graph,) = joined._graphs.values()
         for some in (callers[1:], callers[::2], callers[3:], callers):
             check_same_bits(server, some, attnd.AttentionOptions())

@@ -62,9 +62,8 @@ class Launch:
         )  # fmt: skip
         self.query_len = query_len
         options = AttentionOptions(num_heads=HEADS, scale=1.0, return_lse=return_lse)
-        self.row_len = joined.row_len(query_len, MAX_PAGES)
         shape = DecodeShape(MAX_REQS, query_len, MAX_PAGES * PAGE)
-        self.host = HostCalls(config, options, shape, max_calls=MAX_CALLS, row_len=self.row_len, device=device)
+        self.host = HostCalls(config, options, shape, max_calls=MAX_CALLS, max_pages=MAX_PAGES, device=device)
         num_tokens = MAX_REQS * query_len
 
         def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -113,7 +112,7 @@ class Launch:
         from attnd_server.attention.kernels import joined
 
         num_pages = max(-(-call.step.metadata.max_context_len // PAGE) for call in calls)
-        rows = [rows_of(call.step.metadata, self.query_len, num_pages, self.row_len) for call in calls]
+        rows = [rows_of(call.step.metadata, self.query_len, num_pages, MAX_PAGES) for call in calls]
         outputs = self.host.fill(calls, rows, first_pages, num_columns)
         said = self.host.as_device_sees()
         joined.take_calls(said, self.tensors, query_len=self.query_len, page_size=PAGE)
@@ -181,7 +180,7 @@ def test_who_comes_next_finds_nothing_of_who_came_before(device: torch.device) -
     torch.manual_seed(2)
     launch = Launch(device, 1, return_lse=False)
     steps = [step_of([seed + 1] * (seed + 1), 1, seed) for seed in range(4)]
-    rows = {id(step): rows_of(step, 1, 3, launch.row_len) for step in steps}
+    rows = {id(step): rows_of(step, 1, 3, MAX_PAGES) for step in steps}
     for order in ([0, 1, 2], [0, 1, 2], [1, 0], [0, 1, 3], [2], [2, 1, 0, 3]):
         launch.tensors.page_tables.fill_(NOTHING)
         for whole in (launch.tensors.q, launch.tensors.k, launch.tensors.v):

@@ -11,14 +11,26 @@ from typing import Any, cast
 import pytest
 
 from attnd.errors import Exhausted
+from attnd_server.attention.metadata import AttentionOptions
 from attnd_server.execution.executor import Executor
-from attnd_server.execution.step import Call
+from attnd_server.execution.step import Call, Step
 from attnd_server.execution.work import Job
 from attnd_server.rpc.calls_of_turn import CallsOfTurn, in_turns
 
 
+class FakeCall(Call):
+    """A call that has a name."""
+
+    name = b""
+    is_small = True
+    cache_id = b""
+    principal = ""
+
+
 def call(name: bytes, *, is_small: bool = True) -> Call:
-    return cast(Call, SimpleNamespace(name=name, is_small=is_small, cache_id=name, principal="alice"))
+    made = FakeCall(cast(Step, None), 0, cast(AttentionOptions, None), None, None, None)
+    made.name, made.is_small, made.cache_id, made.principal = name, is_small, name, "alice"
+    return made
 
 
 class FakeExecutor:

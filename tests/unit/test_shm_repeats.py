@@ -18,6 +18,7 @@ from attnd.protocol.tensors import DTYPES, Array, torch_tensor
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.device.copy_timer import Copies
 from attnd_server.execution.batch import SharedLaunches
+from attnd_server.execution.joined.graphs import JoinedGraphs
 from attnd_server.execution.joined.repeat import Repeat
 from attnd_server.execution.runner import Runner
 from attnd_server.execution.step import Call, attend
@@ -90,7 +91,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pl
     monkeypatch.setattr(RegionReplies, "_into", into)
     with serving(tmp_path) as (server, client):
         graph = FakeGraph(server._service.executor.runner)
-        monkeypatch.setattr(SharedLaunches, "graph_for", lambda *_: graph)
+        monkeypatch.setattr(JoinedGraphs, "find", lambda *_: graph)
         monkeypatch.setattr(SharedLaunches, "attend_alone", lambda *_: None)
         # What is together and no repeat runs alone here.
         monkeypatch.setattr(Runner, "others_for", lambda *_: [])
@@ -201,6 +202,15 @@ def test_a_device_that_others_have_leaves_repeats_to_the_queue(
 ) -> None:
     server, client, graph = served
     monkeypatch.setattr(server._service.executor, "_take_idle_device", lambda: False)
+    run_all([Worker(client, seed) for seed in range(2)])
+    assert graph.together == []
+
+
+def test_nothing_is_begun_on_a_device_that_has_failed(
+    served: tuple[PlaneServer, attnd.Client, FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client, graph = served
+    monkeypatch.setattr(server._service.executor.runner.repeats, "_faults", SimpleNamespace(reason="it is gone"))
     run_all([Worker(client, seed) for seed in range(2)])
     assert graph.together == []
 

@@ -8,8 +8,6 @@ bits of calls that are alone, because only kernels and steps that promise that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from cachetools import LRUCache
 
@@ -24,7 +22,6 @@ from attnd_server.device.copy_timer import NO_COPIES, CopyTimer
 from attnd_server.execution.by_options import Shareable, ShareKey
 from attnd_server.execution.cost import LONG_WORK
 from attnd_server.execution.decode_graphs import Capture
-from attnd_server.execution.joined.graph import JoinedGraph
 from attnd_server.execution.joined.graphs import MAX_CALLS, JoinedGraphs
 from attnd_server.execution.step import Call, Result, Step
 from attnd_server.execution.work import Work
@@ -248,12 +245,16 @@ def _slots(step: AttentionMetadata) -> torch.Tensor:
 
 
 class SharedLaunches:
-    """Runs calls together. With the device."""
+    """Runs calls together. With the device.
+
+    Attributes:
+        joined: the graphs of such launches.
+    """
 
     def __init__(self, ops: TritonAttentionOps, capture: Capture | None = None) -> None:
         """Keeps nothing yet. Without `capture` no launch is a graph."""
         self._ops = ops
-        self._joined = JoinedGraphs(ops, capture)
+        self.joined = JoinedGraphs(ops, capture)
         self._sets: LRUCache[tuple[object, ...], _SharedStep] = LRUCache(_MAX_SETS)
 
     def attend(self, calls: list[Call]) -> list[Result]:
@@ -263,7 +264,7 @@ class SharedLaunches:
             The results in the order of the calls. The next call may overwrite them.
         """
         first = shareable(calls[0], self._ops)
-        if first is not None and (graph := self.graph_for(calls, first.key)) is not None:
+        if first is not None and (graph := self.joined.find(calls, first.key)) is not None:
             return graph.attend(calls)
         # The same steps come in another order for the next layer, but are the same set.
         order = sorted(range(len(calls)), key=lambda index: id(calls[index].step))
@@ -287,14 +288,10 @@ class SharedLaunches:
         found = shareable(call, self._ops)
         if found is None or found.num_bytes < MIN_BYTES_ALONE:
             return None
-        graph = self.graph_for([call], found.key)
+        graph = self.joined.find([call], found.key)
         return None if graph is None else graph.attend([call])[0]
-
-    def graph_for(self, calls: Sequence[Call], key: ShareKey) -> JoinedGraph | None:
-        """What serves calls that share a launch; see `JoinedGraphs.find`."""
-        return self._joined.find(calls, key)
 
     def forget(self) -> None:
         """Keeps nothing any more: steps and plans that are over take memory."""
         self._sets.clear()
-        self._joined.forget()
+        self.joined.forget()

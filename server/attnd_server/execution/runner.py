@@ -12,6 +12,7 @@ import torch
 from attnd.errors import AttndError, DeadlineExceeded, Disconnected, Exhausted
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
+from attnd_server.device.copy_timer import Copies
 from attnd_server.device.faults import DeviceFaults
 from attnd_server.device.kernels.launch import KernelMissing
 from attnd_server.device.memory import is_memory_error
@@ -20,11 +21,14 @@ from attnd_server.execution.decode_graphs import Capture
 from attnd_server.execution.joined.repeats import RepeatObserver, Repeats
 from attnd_server.execution.queue import IsWorthIt, Joins
 from attnd_server.execution.step import Call, Result, attend
-from attnd_server.execution.step_observers import TIMED_EVERY
+from attnd_server.execution.step_observers import StepCounts
 from attnd_server.execution.turns import Outcome, Turns, attend_in_pieces
 from attnd_server.execution.work import Cancelled, Job, Pieces, Work, WorkInPieces
 
 log = logging.getLogger(__name__)
+
+# One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
+TIMED_EVERY = 16
 
 
 class Observer(RepeatObserver, Protocol):
@@ -79,7 +83,7 @@ class Runner:
         """
         self.ops = TritonAttentionOps(device)
         self._shared = SharedLaunches(self.ops, capture)
-        self.repeats = Repeats(self._shared, self.ops, limits, faults, observer)
+        self.repeats = Repeats(self._shared.joined, self.ops, limits, faults, observer, _count)
         self._limits = limits
         self._faults = faults
         self._observer = observer
@@ -268,15 +272,19 @@ class Runner:
 
 def _note(call: Call, result: Result, queue_us: int, kernel_us: int) -> None:
     """Notes a call that was served, for whoever sent it."""
-    counts = call.step.counts
-    if counts is not None:
-        if not counts.calls % TIMED_EVERY:
-            counts.time(queue_us, result.copies, kernel_us)
-        counts.calls += 1
+    _count(call.step.counts, queue_us, result.copies, kernel_us)
     trace = call.step.trace
     if trace is not None:
         backend = "" if result.backend is None else result.backend.value
         trace.call_served(call.step.group.layer_numbers[call.layer], queue_us, kernel_us, result.copies, backend)
+
+
+def _count(counts: StepCounts | None, queue_us: int, copies: Copies, kernel_us: int) -> None:
+    """Counts a call of a step for whoever asks whose it was, if anybody may."""
+    if counts is not None:
+        if not counts.calls % TIMED_EVERY:
+            counts.time(queue_us, copies, kernel_us)
+        counts.calls += 1
 
 
 def _waited_us(job: Job, started: float) -> int:

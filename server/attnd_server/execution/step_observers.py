@@ -6,9 +6,6 @@ from typing import Protocol
 
 from attnd_server.device.copy_timer import Copies
 
-# One call of so many of a session is timed for its counts: the histograms are out of the processor's cache by the next.
-TIMED_EVERY = 16
-
 
 class StepCounts(Protocol):
     """Counts the calls of a step for whoever asks whose they were.

@@ -11,8 +11,8 @@ from itertools import zip_longest
 
 from attnd_server.execution.executor import Executor
 from attnd_server.execution.step import Call
-from attnd_server.execution.work import Job
-from attnd_server.rpc.running import start_on
+from attnd_server.execution.work import Job, Work
+from attnd_server.rpc.running import settle, start_on
 
 # Seconds for which launches are begun in a turn. What is left waits in the executor's queue, where principals take
 # turns, and the event loop serves others.
@@ -29,26 +29,26 @@ class CallsOfTurn:
         self._executor = executor
         self._jobs: dict[Job, asyncio.Future[Answer]] = {}
 
-    async def answer(self, call: Call, timeout_s: float | None, is_wanted: Callable[[], bool] | None) -> Answer:
-        """Runs a short call with those of other streams that have come by now; leaves another to the executor.
+    async def answer(self, work: Work, timeout_s: float | None, is_wanted: Callable[[], bool] | None) -> Answer:
+        """Runs a short call with those of other streams that have come by now; leaves other work to the executor.
 
         Args:
-            call: the call.
+            work: the call, or else.
             timeout_s: seconds within which it must have started; None is forever.
             is_wanted: see `Executor.submit`.
 
         Returns:
-            Its answer; or what will be it, if the device is busy and the call waits for the executor.
+            Its answer; or what will be it, if it waits for the executor.
 
         Raises:
-            Exception: what the call raised, and what `Executor.submit` raises.
+            Exception: what a call raised that was run, and what `Executor.submit` raises.
         """
-        if not call.is_small:
-            return start_on(self._executor, call, timeout_s, is_wanted)
+        if not (isinstance(work, Call) and work.is_small):
+            return start_on(self._executor, work, timeout_s, is_wanted)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        job = Job(call, partial(_settle, future), deadline, time.perf_counter(), is_wanted)
+        job = Job(work, partial(settle, future), deadline, time.perf_counter(), is_wanted)
         if not self._jobs:
             loop.call_soon(self._run)  # behind the streams that this turn has woken
         self._jobs[job] = future
@@ -66,8 +66,7 @@ class CallsOfTurn:
             self._settle_all(futures)
         except Exception as error:  # whatever it was, nobody is to wait for ever
             for future in futures.values():
-                if not future.done():
-                    future.set_exception(error)
+                settle(future, None, error)
 
     def _settle_all(self, futures: Mapping[Job, asyncio.Future[Answer]]) -> None:
         jobs = [job for job, future in futures.items() if not future.done()]  # others' streams have gone
@@ -76,7 +75,7 @@ class CallsOfTurn:
             try:
                 later = start_on(self._executor, job.work, timeout_s, job.is_wanted)
             except Exception as error:
-                _settle(futures[job], None, error)
+                settle(futures[job], None, error)
             else:
                 futures[job].set_result(later)
 
@@ -88,10 +87,3 @@ def in_turns(jobs: Iterable[Job]) -> list[Job]:
         by_principal.setdefault(job.principal, []).append(job)
     turns = zip_longest(*by_principal.values())
     return [job for turn in turns for job in turn if job is not None]
-
-
-def _settle(future: asyncio.Future[Answer], result: bytes | None, error: BaseException | None) -> None:
-    if error is None:
-        future.set_result(result or b"")
-    else:
-        future.set_exception(error)

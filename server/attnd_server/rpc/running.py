@@ -22,16 +22,8 @@ def start_on(
     loop = asyncio.get_running_loop()
     future: asyncio.Future[bytes] = loop.create_future()
 
-    def settle(result: bytes | None, error: BaseException | None) -> None:
-        if future.done():  # the caller is gone
-            return
-        if error is None:
-            future.set_result(result or b"")
-        else:
-            future.set_exception(error)
-
     def done(result: bytes | None, error: BaseException | None) -> None:
-        loop.call_soon_threadsafe(settle, result, error)
+        loop.call_soon_threadsafe(settle, future, result, error)
 
     def cancel_if_cancelled(future: asyncio.Future[bytes]) -> None:
         if future.cancelled():
@@ -40,6 +32,16 @@ def start_on(
     job = executor.submit(work, done, timeout_s, is_wanted)
     future.add_done_callback(cancel_if_cancelled)
     return future
+
+
+def settle(future: asyncio.Future[Any], result: bytes | None, error: BaseException | None) -> None:
+    """Gives a future what came of some work, unless whoever waited is gone. In the event loop."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result or b"")
+    else:
+        future.set_exception(error)
 
 
 def soonest(context: Any, work: Work) -> float | None:

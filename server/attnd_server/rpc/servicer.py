@@ -20,7 +20,7 @@ from attnd_server.rpc.calls_of_turn import CallsOfTurn
 from attnd_server.rpc.handlers import GONE, reads_late, until_client_goes
 from attnd_server.rpc.reply_order import ReplyOrder
 from attnd_server.rpc.rpcs import Rpcs, large_bytes
-from attnd_server.rpc.running import soonest, start_on
+from attnd_server.rpc.running import soonest
 from attnd_server.rpc.shares import SMALL_BYTES
 from attnd_server.rpc.until_revoked import TELL_S, until_revoked
 from attnd_server.service.kv_requests import READ_CHUNK_BYTES
@@ -177,10 +177,10 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
                 num_bytes, num_held = 0, share.take_message(len(data)) if len(data) > SMALL_BYTES else 0
                 answer: Any = None
                 try:
-                    answer = self._begin(session, data, is_alone, context)
+                    answer = self._begin(session, data, is_alone)
                     if isinstance(answer, BigStep):
                         answer = await self._opened(session, answer, principal)
-                    elif isinstance(answer, Call):
+                    elif not isinstance(answer, bytes):
                         with rpc.busy():
                             if num_bytes := large_bytes(answer):
                                 await answers.room(num_bytes)
@@ -205,38 +205,24 @@ class AttentionServicer(Rpcs, grpc.GenericRpcHandler):
             answers.close()
             session.close()
 
-    def _begin(
-        self, session: AttendSession, data: bytes, is_alone: bool, context: Context
-    ) -> bytes | asyncio.Future[bytes] | BigStep | Call:
-        """The answer to a message of a stream, or what will be it once the executor has run its call.
-
-        A call whose answer is large, or that may run with others', is not begun.
-        """
-        executor = self._service.executor
+    def _begin(self, session: AttendSession, data: bytes, is_alone: bool) -> bytes | BigStep | Work:
+        """The answer to a message of a stream; or work that is not begun: all but short calls of a lone stream."""
         try:
             answer = session.request_in_parts(data)
-            if isinstance(answer, (bytes, BigStep)):
-                return answer
-            if isinstance(answer, Call):
-                if is_alone and answer.is_small and (result := executor.run_now(answer)) is not None:
-                    return result
-                if answer.is_small or large_bytes(answer):
-                    return answer
-        except Exception as error:
-            return self._told(session, error)
-        return self._started(session, answer, context)
-
-    def _started(self, session: AttendSession, work: Work, context: Context) -> bytes | asyncio.Future[bytes]:
-        """What will be the answer of some work of a stream, or the error that it is not begun for."""
-        try:
-            return start_on(self._service.executor, work, soonest(context, work), session.is_wanted)
+            if is_alone and isinstance(answer, Call) and answer.is_small:
+                result = self._service.executor.run_now(answer)
+                return answer if result is None else result
+            return answer
         except Exception as error:
             return self._told(session, error)
 
-    async def _shared(self, session: AttendSession, call: Call, context: Context) -> bytes | asyncio.Future[bytes]:
-        """As `_started`, but a short call runs with those that other streams bring in the same turn."""
+    async def _shared(self, session: AttendSession, work: Work, context: Context) -> bytes | asyncio.Future[bytes]:
+        """The answer to a short call, which runs with those that other streams bring in the same turn, or to an error.
+
+        Or what will be the answer once the executor has run some work.
+        """
         try:
-            return await self._calls.answer(call, soonest(context, call), session.is_wanted)
+            return await self._calls.answer(work, soonest(context, work), session.is_wanted)
         except Exception as error:
             return self._told(session, error)
 

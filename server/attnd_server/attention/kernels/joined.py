@@ -83,10 +83,14 @@ class JoinedTensors(NamedTuple):
 
 
 @triton.jit
-def _take(target, request, address, local, num_words, piece):
-    """Copies a piece of a request's words from an address of the host's memory."""
-    source = address.to(tl.pointer_type(tl.int32)) + local * num_words
-    target += request.to(tl.int64) * num_words
+def _on_host(address, local, num_words):
+    """The words of a call's request at an address of the host's memory."""
+    return address.to(tl.pointer_type(tl.int32)) + local * num_words
+
+
+@triton.jit
+def _copy(target, source, num_words, piece):
+    """Copies a piece of the words of a request."""
     for first in tl.range(piece * _WORDS, num_words, _PIECES * _WORDS):
         words = first + tl.arange(0, _WORDS)
         tl.store(target + words, tl.load(source + words, mask=words < num_words), mask=words < num_words)
@@ -103,11 +107,11 @@ def _take_kernel(
     tokens = tl.arange(0, TOKENS)
     if request < num_there:
         call = calls + tl.load(call_of + request).to(tl.int32) * _FIELDS
-        local = request - tl.load(call + _FIRST_REQ)
-        _take(q, request, tl.load(call + _Q), local, q_words, piece)
-        _take(k, request, tl.load(call + _K), local, k_words, piece)
-        _take(v, request, tl.load(call + _V), local, v_words, piece)
-        row = rows + request.to(tl.int64) * row_len
+        place, local = request.to(tl.int64), request - tl.load(call + _FIRST_REQ)
+        _copy(q + place * q_words, _on_host(tl.load(call + _Q), local, q_words), q_words, piece)
+        _copy(k + place * k_words, _on_host(tl.load(call + _K), local, k_words), k_words, piece)
+        _copy(v + place * v_words, _on_host(tl.load(call + _V), local, v_words), v_words, piece)
+        row = rows + place * row_len
         first_page = tl.load(call + _FIRST_PAGE)
         if piece == 0:
             for column in tl.static_range(_NUM_COLUMNS_OF_STEP):
@@ -121,22 +125,12 @@ def _take_kernel(
             columns = first + tl.arange(0, _COLUMNS)
             is_taken = (columns < num_columns) & (columns < max_pages)
             ids = tl.load(pages + columns, mask=is_taken, other=0) + first_page.to(tl.int32)
-            tl.store(page_tables + request.to(tl.int64) * max_pages + columns, ids, mask=is_taken)
+            tl.store(page_tables + place * max_pages + columns, ids, mask=is_taken)
     elif piece == 0:
         tl.store(slots + request * query_len + tokens, tl.full([TOKENS], -1, tl.int64), mask=tokens < query_len)
     if (request == 0) & (piece == 0):
         tl.store(step, num_there)
         tl.store(step + 1, max_pages)
-
-
-@triton.jit
-def _give(address, local, source, request, num_words, piece):
-    """Copies a piece of a request's words to an address of the host's memory."""
-    target = address.to(tl.pointer_type(tl.int32)) + local * num_words
-    source += request.to(tl.int64) * num_words
-    for first in tl.range(piece * _WORDS, num_words, _PIECES * _WORDS):
-        words = first + tl.arange(0, _WORDS)
-        tl.store(target + words, tl.load(source + words, mask=words < num_words), mask=words < num_words)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -145,15 +139,9 @@ def _give_kernel(output, lse, num_reqs, calls, call_of, out_words, lse_words):
     request, piece = tl.program_id(0), tl.program_id(1)
     if request < tl.load(num_reqs):
         call = calls + tl.load(call_of + request).to(tl.int32) * _FIELDS
-        local = request - tl.load(call + _FIRST_REQ)
-        _give(tl.load(call + _OUTPUT), local, output, request, out_words, piece)
-        _give(tl.load(call + _LSE), local, lse, request, lse_words, piece)
-
-
-def row_len(query_len: int, max_pages: int) -> int:
-    """Elements of a request's row, see `JoinedCalls.rows`: an even number of them."""
-    length = len(REQUEST_COLUMNS) + query_len + max_pages
-    return length + length % 2
+        place, local = request.to(tl.int64), request - tl.load(call + _FIRST_REQ)
+        _copy(_on_host(tl.load(call + _OUTPUT), local, out_words), output + place * out_words, out_words, piece)
+        _copy(_on_host(tl.load(call + _LSE), local, lse_words), lse + place * lse_words, lse_words, piece)
 
 
 def take_calls(calls: JoinedCalls, tensors: JoinedTensors, *, query_len: int, page_size: int) -> None:

@@ -44,7 +44,6 @@ class JoinedGraph:
         *,
         max_calls: int,
         margin: int,
-        row_len: int,
     ) -> None:
         """Takes the memory.
 
@@ -57,7 +56,6 @@ class JoinedGraph:
             step: where the requests of a launch come together.
             max_calls: of a launch.
             margin: columns past a context that kernels look at.
-            row_len: elements of what is said of a request, see `kernels.joined.row_len`.
         """
         from attnd_server.attention.kernels.joined import JoinedTensors
 
@@ -66,8 +64,9 @@ class JoinedGraph:
         config = space.config
         self._group, self.backend, self._plan, self._shape = group, backend, plan, shape
         self._pages = group.layers[0]._replace(k=space.k, v=space.v)  # scales are those of the whole group
-        self._device, self._page_size, self._row_len, self._margin = device, config.page_size, row_len, margin
-        self._host = HostCalls(config, options, shape, max_calls=max_calls, row_len=row_len, device=device)
+        self._device, self._page_size, self._margin = device, config.page_size, margin
+        self._max_pages = max_pages = shape.max_context_len // config.page_size
+        self._host = HostCalls(config, options, shape, max_calls=max_calls, max_pages=max_pages, device=device)
         self._calls = self._host.as_device_sees()
         num_tokens = shape.num_reqs * shape.query_len
         inputs, results = (
@@ -77,7 +76,6 @@ class JoinedGraph:
         slots, k, v, q = inputs
         *lse, output = results
         slots.fill_(-1)
-        max_pages = shape.max_context_len // self._page_size
         tables = step.step[step.tables : step.tables + shape.num_reqs * max_pages].view(shape.num_reqs, max_pages)
         self._tensors = JoinedTensors(step.step, tables, slots, q, k, v, output, lse[0] if lse else None)
         self.num_bytes = step.step.nbytes + plan.num_bytes + sum(each.nbytes for each in (*inputs, *results))
@@ -99,7 +97,7 @@ class JoinedGraph:
 
     def attend(self, calls: Sequence[Call]) -> list[Result]:
         """Attends all and stores all: a layer each of steps that fit."""
-        first_pages = [_first_page(call) for call in calls]
+        first_pages = [_first_page(call.step, call.layer) for call in calls]
         rows = [self._rows_of(call.step) for call in calls]
         outputs = self._host.fill(calls, rows, first_pages, self._num_columns(calls))
         copies = self._run(calls)
@@ -109,8 +107,7 @@ class JoinedGraph:
         """As `attend`, of calls whose tensors and results lie where the device reaches them."""
         calls = [each.of.call for each in repeats]
         said = [
-            Said(self._rows_of(each.call.step), each.at, each.first_page + layer * each.pages_of_layer)
-            for each, layer in repeats
+            Said(self._rows_of(each.call.step), each.at, _first_page(each.call.step, layer)) for each, layer in repeats
         ]
         self._host.say(said, self._num_columns(calls))
         return self._run(calls)
@@ -155,11 +152,12 @@ class JoinedGraph:
         rows = self._rows.get(step)
         if rows is None:
             num_pages = -(-step.metadata.max_context_len // self._page_size)
-            rows = self._rows[step] = rows_of(step.metadata, self._shape.query_len, num_pages, self._row_len)
+            rows = self._rows[step] = rows_of(step.metadata, self._shape.query_len, num_pages, self._max_pages)
         return rows
 
 
-def _first_page(call: Call) -> int:
-    group = call.step.group
+def _first_page(step: Step, layer: int) -> int:
+    """Page 0 of a layer of a step's group, in the space."""
+    group = step.group
     assert group.pages is not None
-    return group.pages.first + call.layer * group.config.num_pages
+    return group.pages.first + layer * group.config.num_pages

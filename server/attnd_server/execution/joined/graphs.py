@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import cache
 from typing import Any
 
 from cachetools import LRUCache
@@ -116,18 +117,12 @@ class JoinedGraphs:
             return num_bytes
         if num_bytes > MOST_CLASS_BYTES:
             return f"its plan takes {num_bytes} bytes, but may take at most {MOST_CLASS_BYTES}"
-        from attnd_server.attention.kernels.joined import row_len
-
         step = kernel.device_step(config, shape, group.device)
         plan = kernel.device_plan(config, shape, call.options, step)
         if isinstance(plan, str):
             return plan
-        sizes = {
-            "max_calls": MAX_CALLS,
-            "margin": margin_of(config.page_size),
-            "row_len": row_len(query_len, max_pages),
-        }
-        graph = JoinedGraph(group, call.options, kernel.backend, shape, plan, step, **sizes)
+        margin = margin_of(config.page_size)
+        graph = JoinedGraph(group, call.options, kernel.backend, shape, plan, step, max_calls=MAX_CALLS, margin=margin)
         graph.make(self._capture)
         return graph
 
@@ -138,6 +133,7 @@ class JoinedGraphs:
                 del self._graphs[of_class]
 
 
+@cache  # asked for with every launch
 def margin_of(page_size: int) -> int:
     """Columns of a page table past a context that kernels look at, and never use."""
     from attnd_server.attention.kernels.items import PREFETCHED

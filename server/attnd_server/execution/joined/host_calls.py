@@ -13,7 +13,7 @@ import torch
 
 from attnd_server.attention.backends.base import DecodeShape
 from attnd_server.attention.config import AttentionConfig
-from attnd_server.attention.metadata import AttentionMetadata, AttentionOptions
+from attnd_server.attention.metadata import REQUEST_COLUMNS, AttentionMetadata, AttentionOptions
 from attnd_server.attention.staging import Field, call_fields, offsets_of
 from attnd_server.device.pinned_tensor import as_device_sees
 from attnd_server.execution.step import Call
@@ -39,16 +39,21 @@ class Rows:
         self.address, self.num_bytes = array.ctypes.data, array.nbytes
 
 
-# Columns of int32 before the slots of a request, and fields of a call: those of `kernels.joined`, which only loads with
-# Triton; a test compares them.
-NUM_COLUMNS, CALL_FIELDS = 7, 8
+NUM_COLUMNS = len(REQUEST_COLUMNS)
+# That of `kernels.joined`, which only loads with Triton; a test compares them.
+CALL_FIELDS = 8
 _CALL = struct.Struct(f"{CALL_FIELDS}q")
 
 
-def rows_of(metadata: AttentionMetadata, query_len: int, num_pages: int, row_len: int) -> Rows:
+def row_len(query_len: int, max_pages: int) -> int:
+    """Elements of a request's row, see `kernels.joined.JoinedCalls.rows`."""
+    return NUM_COLUMNS + query_len + max_pages
+
+
+def rows_of(metadata: AttentionMetadata, query_len: int, num_pages: int, max_pages: int) -> Rows:
     """The rows of a decode step without absent pages, the first `num_pages` columns of its page tables among them."""
     num_reqs = metadata.num_reqs
-    rows = np.zeros((num_reqs, row_len), np.int32)
+    rows = np.zeros((num_reqs, row_len(query_len, max_pages)), np.int32)
     rows[:, :NUM_COLUMNS] = metadata.columns.T
     slots = rows[:, NUM_COLUMNS : NUM_COLUMNS + query_len]
     slots[...] = -1 if metadata.slot_mapping is None else metadata.slot_mapping.numpy().reshape(num_reqs, query_len)
@@ -98,7 +103,7 @@ class HostCalls:
         shape: DecodeShape,
         *,
         max_calls: int,
-        row_len: int,
+        max_pages: int,
         device: torch.device,
     ) -> None:
         """Takes the memory.
@@ -108,17 +113,18 @@ class HostCalls:
             options: of the layers.
             shape: of the launches.
             max_calls: of a launch.
-            row_len: see `kernels.joined.row_len`.
+            max_pages: columns of the page tables.
             device: that reads it.
         """
-        self._query_len, self._row_bytes, self._device = shape.query_len, 4 * row_len, device
+        length = row_len(shape.query_len, max_pages)
+        self._query_len, self._row_bytes, self._device = shape.query_len, 4 * length, device
         (_, *inputs), results = call_fields(config, options)
         num_tokens = shape.num_reqs * shape.query_len
         fields = [
             Field(torch.int32, (1,)),
             Field(torch.int64, (max_calls, CALL_FIELDS)),
             Field(torch.uint8, (shape.num_reqs,)),
-            Field(torch.int32, (shape.num_reqs, row_len)),
+            Field(torch.int32, (shape.num_reqs, length)),
             *(each._replace(row=(num_tokens, *each.row)) for each in (*inputs, *results)),
         ]
         offsets, num_bytes = offsets_of(1, fields)
@@ -137,11 +143,6 @@ class HostCalls:
         *lse, self._output = results_here
         self._lse = lse[0] if lse else None
         self._placed: list[_Placed] = []
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the host's memory."""
-        return self._memory.nbytes
 
     def as_device_sees(self) -> JoinedCalls:
         """What kernels read. Whoever launches them keeps this object."""

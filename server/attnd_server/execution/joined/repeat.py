@@ -24,8 +24,6 @@ class Repeatable:
         backend: of its reply, which those of its repeats are said to be like.
         shareable: how it shares launches.
         at: where its tensors are, see `Call.at`.
-        first_page: of the space, page 0 of layer 0 of its group.
-        pages_of_layer: of the group.
         received_bytes: of q, k and v.
         sent_bytes: of output and lse.
     """
@@ -34,8 +32,6 @@ class Repeatable:
     backend: AttentionBackend
     shareable: Shareable
     at: tuple[int, int, int, int, int]
-    first_page: int
-    pages_of_layer: int
     received_bytes: int
     sent_bytes: int
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from attnd_server.attention.config import AttentionBackend
 from attnd_server.attention.ops import TritonAttentionOps
 from attnd_server.config import ServerConfig
+from attnd_server.device.copy_timer import Copies
 from attnd_server.device.faults import DeviceFaults
-from attnd_server.execution.batch import Batch, SharedLaunches, shareable
+from attnd_server.execution.batch import Batch, shareable
+from attnd_server.execution.joined.graphs import JoinedGraphs
 from attnd_server.execution.joined.repeat import Repeat, Repeatable, Repeated
 from attnd_server.execution.step import Call
-from attnd_server.execution.step_observers import TIMED_EVERY
+from attnd_server.execution.step_observers import StepCounts
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +35,13 @@ def repeatable(call: Call, backend: AttentionBackend, ops: TritonAttentionOps) -
     """What is known of a call that `backend` has run, for its repeats; None: each is to be looked at by itself."""
     if call.at is None or call.into is None or call.is_sampled or call.step.trace is not None:
         return None
-    found, group = shareable(call, ops), call.step.group
-    if found is None or group.pages is None:
+    found = shareable(call, ops)
+    if found is None:
         return None
     received, sent = (
         sum(0 if each is None else each.nbytes for each in tensors) for tensors in ((call.q, call.k, call.v), call.into)
     )
-    return Repeatable(call, backend, found, call.at, group.pages.first, group.config.num_pages, received, sent)
+    return Repeatable(call, backend, found, call.at, received, sent)
 
 
 class Repeats:
@@ -47,14 +49,16 @@ class Repeats:
 
     def __init__(
         self,
-        shared: SharedLaunches,
+        graphs: JoinedGraphs,
         ops: TritonAttentionOps,
         limits: ServerConfig,
         faults: DeviceFaults,
         observer: RepeatObserver | None,
+        count: Callable[[StepCounts | None, int, Copies, int], None],
     ) -> None:
         """Of a runner, whose these are."""
-        self._shared, self._ops, self._limits, self._faults, self._observer = shared, ops, limits, faults, observer
+        self._graphs, self._ops, self._limits, self._faults, self._observer = graphs, ops, limits, faults, observer
+        self._count = count
 
     def run(self, repeats: Sequence[Repeat]) -> Repeated | None:
         """Attends and stores all; None: none was begun, each is to be looked at by itself."""
@@ -67,9 +71,9 @@ class Repeats:
             return None
 
     def _run(self, repeats: Sequence[Repeat]) -> Repeated | None:
-        if not self._go_together(repeats):
+        if self._faults.reason or not self._go_together(repeats):
             return None
-        graph = self._shared.graph_for([each.of.call for each in repeats], repeats[0].of.shareable.key)
+        graph = self._graphs.find([each.of.call for each in repeats], repeats[0].of.shareable.key)
         if graph is None or any(each.of.backend is not graph.backend for each in repeats):
             return None
         if self._observer is not None and self._observer.takes_one_of(len(repeats)):
@@ -81,11 +85,7 @@ class Repeats:
         if self._observer is not None:
             self._observer.served_alike(repeats, result)
         for each in repeats:
-            counts = each.of.call.step.counts
-            if counts is not None:
-                if not counts.calls % TIMED_EVERY:
-                    counts.time(0, copies, kernel_us)
-                counts.calls += 1
+            self._count(each.of.call.step.counts, 0, copies, kernel_us)
         return result
 
     def _go_together(self, repeats: Sequence[Repeat]) -> bool:

@@ -70,7 +70,7 @@ def reach_of(memory: mmap.mmap, device: torch.device) -> range:
 
     try:
         attribute = "CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"
-        has_same = driver.device(torch.device(device).index or 0).attribute(attribute)
+        has_same = driver.device(device.index or 0).attribute(attribute)
     except (Unsupported, driver.CudaError):
         return range(0)
     address = _address(memory)

@@ -140,13 +140,12 @@ class SharedLoop:
         try:
             answer = self._executor.run_now(call)
         except Exception as error:
-            answer = client.connection.told(error)
-            self._answer(client, answer)
+            self._settled(client, None, error)
             return
         if answer is None:
             self.clients.give_back(client, call)
         else:
-            self._answer_call(client, answer)
+            self._settled(client, answer, None)
 
     def _run_together(self, calls: list[tuple[LoopClient, Call]]) -> None:
         now = time.perf_counter()
@@ -156,14 +155,10 @@ class SharedLoop:
 
     def _settled(self, client: LoopClient, answer: bytes | None, error: BaseException | None) -> None:
         if isinstance(error, Exception):
-            self._answer(client, client.connection.told(error))
+            answer = client.connection.told(error)
         else:
-            self._answer_call(client, answer or b"")
-
-    def _answer_call(self, client: LoopClient, answer: bytes) -> None:
-        """Answers a call that has run. What repeats it is known from then on."""
-        client.repeated = client.connection.repeated_lane(client.lane)
-        self._answer(client, answer)
+            client.repeated = client.connection.repeated_lane(client.lane)  # known from now on
+        self._answer(client, answer or b"")
 
     def _answer(self, client: LoopClient, answer: bytes) -> None:
         try:
